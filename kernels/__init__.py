@@ -1,0 +1,1 @@
+"""What an MoE layer computes, on plain tensors and ints."""
