@@ -242,13 +242,14 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 
-def build(tree: dict[str, Any]) -> Config:
-    """A validated `Config` from a nested dict (missing keys take their defaults).
+def build(tree: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[assignment]
+    """A validated `Config` (or a command's extension of it) from a nested dict; missing keys take their defaults.
 
     Raises `BadInput` naming the key, the value and what would be accepted."""
-    cfg = parse(Config, tree)
+    cfg = parse(cls, tree)
     validate(cfg)
     return cfg
 

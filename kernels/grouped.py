@@ -1,0 +1,143 @@
+"""The experts on ordinary matmuls, one per expert: the fast path wherever there is no GPU.
+
+One autograd function. Forward gathers the rows into expert order, multiplies expert by expert, and combines; it keeps x,
+the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient into its own
+place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert). Registered with
+torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in `reference.experts`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+
+
+@torch.library.custom_op("switchyard::grouped_experts", mutates_args=())
+def _forward(
+    x_TD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    weight_N: Tensor,
+    token_N: Tensor,
+    order_N: Tensor,
+    slot_N: Tensor,
+    offset_E1: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    offset = offset_E1.tolist()
+    x_ND = x_TD[token_N[order_N]]
+    z_NF = x_TD.new_empty(len(order_N), w_up_EFD.shape[1])
+    y_ND = torch.empty_like(x_ND)
+    for e, (lo, hi) in enumerate(zip(offset, offset[1:], strict=False)):
+        if lo < hi:
+            torch.mm(x_ND[lo:hi], w_up_EFD[e].T, out=z_NF[lo:hi])
+            torch.mm(reference.activate(z_NF[lo:hi], activation), w_down_EDF[e].T, out=y_ND[lo:hi])
+    y_ND[offset[-1] :] = 0  # rows with no expert
+    z_NF[offset[-1] :] = 0
+    return _combine(y_ND, slot_N, token_N, weight_N, len(x_TD)), z_NF
+
+
+@_forward.register_fake
+def _(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), x_TD.new_empty(order_N.shape[0], w_up_EFD.shape[1])
+
+
+@torch.library.custom_op("switchyard::grouped_experts_backward", mutates_args=())
+def _backward(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    z_NF: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    weight_N: Tensor,
+    token_N: Tensor,
+    order_N: Tensor,
+    slot_N: Tensor,
+    offset_E1: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    offset = offset_E1.tolist()
+    source_N = token_N[order_N]
+    x_ND, dout_ND = x_TD[source_N], dout_TD[source_N]
+    w_N1 = weight_N[order_N, None].to(x_TD.dtype)
+    dx_ND = torch.empty_like(x_ND)
+    dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
+    dweight_N = torch.zeros_like(weight_N)  # in slot order until the end
+    for e, (lo, hi) in enumerate(zip(offset, offset[1:], strict=False)):
+        if lo == hi:
+            dw_up_EFD[e] = 0
+            dw_down_EDF[e] = 0
+            continue
+        dh, w = dout_ND[lo:hi] @ w_down_EDF[e], w_N1[lo:hi]
+        h, dz = _activate_backward(z_NF[lo:hi], dh * w, activation)
+        dweight_N[lo:hi] = torch.linalg.vecdot(dh.to(weight_N.dtype), h.to(weight_N.dtype))
+        torch.mm(dout_ND[lo:hi].T, h * w, out=dw_down_EDF[e])
+        torch.mm(dz.T, x_ND[lo:hi], out=dw_up_EFD[e])
+        torch.mm(dz, w_up_EFD[e], out=dx_ND[lo:hi])
+    dx_ND[offset[-1] :] = 0
+    return _combine(dx_ND, slot_N, token_N, None, len(x_TD)), dw_up_EFD, dw_down_EDF, dweight_N[slot_N]
+
+
+@_backward.register_fake
+def _(dout_TD, x_TD, z_NF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
+
+
+def _combine(y_ND: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
+    """Each token's sum of its rows' slots, weighted or not; rows come in token order. Accumulates in float32 at least."""
+    start_T = torch.searchsorted(token_N, torch.arange(n_tokens, device=token_N.device))
+    weight = None if weight_N is None else weight_N.to(y_ND.dtype)
+    return F.embedding_bag(slot_N, y_ND, start_T, mode="sum", per_sample_weights=weight)
+
+
+def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """h and dL/dz from z and dL/dh."""
+    match activation:
+        case "swiglu":
+            (gate, up), dz = z.chunk(2, dim=-1), torch.empty_like(z)
+            silu, width = F.silu(gate), z.shape[-1] // 2
+            dz[:, :width] = torch.ops.aten.silu_backward(dh * up, gate)
+            torch.mul(dh, silu, out=dz[:, width:])
+            return silu * up, dz
+        case "gelu" | "gelu_tanh":
+            approximate = "tanh" if activation == "gelu_tanh" else "none"
+            return F.gelu(z, approximate=approximate), torch.ops.aten.gelu_backward(dh, z, approximate=approximate)
+        case "relu2":
+            positive = F.relu(z)
+            return positive.square(), 2 * positive * dh
+    raise ValueError(f"activation={activation!r}")
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, ctx.activation = inputs
+    ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1)
+
+
+def _autograd_backward(ctx, dout_TD, dz_NF):  # type: ignore[no-untyped-def]
+    dx, dw_up, dw_down, dweight = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation)
+    return dx, dw_up, dw_down, dweight, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def experts(
+    x_TD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor,
+    activation: str,
+) -> Tensor:
+    """`reference.experts` with one sort and no per-expert gradient copies. `token_N` must be ascending.
+
+    Under autocast, x and the weights are rounded to its dtype first; sums accumulate in float32."""
+    kind = x_TD.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
+    order_N, slot_N, offset_E1 = reference.plan(expert_N, len(w_up_EFD))
+    out_TD, _ = _forward(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, activation)
+    return out_TD

@@ -1,0 +1,81 @@
+"""Causal grouped-query attention, rotary positions and the KV cache."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moe.config import ModelConfig, head_dim
+
+
+class KVCache:
+    """Keys and values of every layer for the positions seen so far; `length` of them are filled.
+
+    Preallocated for `context` positions: a step writes in place. Memory: 2·L·B·context·n_kv_heads·head_dim elements."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (cfg.n_layers, 2, batch, cfg.n_kv_heads or cfg.n_heads, cfg.context, head_dim(cfg))
+        self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, kv heads, S, head_dim) of layer `layer` behind what is there; returns all keys and values so
+        far. `length` is advanced by the model once every layer has written."""
+        end = self.length + k.shape[2]
+        store = self.store[layer, :, :, :, :end]
+        store[0, :, :, self.length :], store[1, :, :, self.length :] = k, v
+        return store[0].to(k.dtype), store[1].to(v.dtype)
+
+
+def rotary(context: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (context, dim / 2) float32, of the angles position · theta^(−2i/dim) (RoFormer, 2104.09864)."""
+    angle = torch.outer(torch.arange(context).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + dim/2), Llama's layout: (B, H, S, dim) -> the same, same dtype."""
+    a, b = x_BHSd.chunk(2, dim=-1)
+    return torch.cat((a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd), dim=-1).to(x_BHSd.dtype)
+
+
+class Attention(nn.Module):
+    """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg, self.d_head = cfg, head_dim(cfg)
+        d_q, d_kv = cfg.n_heads * self.d_head, (cfg.n_kv_heads or cfg.n_heads) * self.d_head
+        self.q = nn.Linear(cfg.d_model, d_q, bias=cfg.bias)
+        self.k = nn.Linear(cfg.d_model, d_kv, bias=cfg.bias)
+        self.v = nn.Linear(cfg.d_model, d_kv, bias=cfg.bias)
+        self.o = nn.Linear(d_q, cfg.d_model, bias=cfg.bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if cfg.qk_norm != "none":
+            per_head = cfg.qk_norm == "head"
+            self.q_norm = nn.RMSNorm(self.d_head if per_head else d_q, eps=cfg.norm_eps)
+            self.k_norm = nn.RMSNorm(self.d_head if per_head else d_kv, eps=cfg.norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, layer: int, cache: KVCache | None = None
+    ) -> Tensor:
+        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+        if self.cfg.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rearrange(each, "b s (h d) -> b h s d", d=self.d_head) for each in (q, k, v))
+        if self.cfg.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = cache.extend(layer, k, v)
+        mask = None
+        if past and q.shape[2] > 1:  # several new positions on top of old ones: causal, shifted by the past
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return self.o(rearrange(y, "b h s d -> b s (h d)"))

@@ -1,0 +1,137 @@
+"""The decoder-only transformer, dense or Mixture-of-Experts, read top to bottom: initialisation, block, model, loss.
+
+tokens (B, S) -> embedding (+ learned positions) -> L blocks of pre-norm attention and MLP or MoE -> norm -> logits.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.attention import Attention, KVCache, rotary
+from moe.config import ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.experts import MLP
+from moe.layer import LayerRouting, MoELayer
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: logits and, for every MoE layer in order, what its router did."""
+
+    logits_BSV: Tensor
+    routing: list[LayerRouting]
+
+
+def norm(cfg: ModelConfig) -> nn.Module:
+    """The norm over D that the config names."""
+    if cfg.norm == "rms":
+        return nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or routed."""
+
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn_norm = norm(cfg)
+        self.attn = Attention(cfg)
+        self.mlp_norm = norm(cfg)
+        routed = cfg.moe is not None and is_moe_layer(cfg, layer)
+        self.mlp: MoELayer | MLP = MoELayer(cfg, cfg.moe, router) if routed and cfg.moe else MLP(cfg, cfg.d_ff)
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, backend: str, cache: KVCache | None
+    ) -> tuple[Tensor, LayerRouting | None]:
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache)
+        h_BSD = self.mlp_norm(x_BSD)
+        if isinstance(self.mlp, MoELayer):
+            y_BSD, routing = self.mlp(h_BSD, backend)
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.mlp(h_BSD), None
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: tokens (B, S) int64 -> `Output` with logits (B, S, V).
+
+    Weights are uninitialised until `initialize` or a checkpoint fills them. `cfg.vocab_size` must be set."""
+
+    cos_Sd: Tensor
+    sin_Sd: Tensor
+
+    def __init__(self, cfg: ModelConfig, router: RouterConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        if cfg.position == "learned":
+            self.position = nn.Embedding(cfg.context, cfg.d_model)
+        else:
+            cos_Sd, sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
+            self.register_buffer("cos_Sd", cos_Sd, persistent=False)
+            self.register_buffer("sin_Sd", sin_Sd, persistent=False)
+        self.blocks = nn.ModuleList(Block(cfg, router, layer) for layer in range(cfg.n_layers))
+        self.norm = norm(cfg)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        backend: str = "torch",
+        cache: KVCache | None = None,
+        checkpoint_activations: bool = False,
+    ) -> Output:
+        """With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
+        for backward and computes the rest again."""
+        past = cache.length if cache is not None else 0
+        end = past + tokens_BS.shape[1]
+        if end > self.cfg.context:
+            raise ValueError(f"{end} positions exceed model.context={self.cfg.context}")
+        x_BSD, rope = self.embed(tokens_BS), None
+        if self.cfg.position == "learned":
+            x_BSD = x_BSD + self.position.weight[past:end]
+        else:
+            rope = self.cos_Sd[past:end], self.sin_Sd[past:end]
+        routing = []
+        for block in self.blocks:
+            if checkpoint_activations:
+                x_BSD, each = checkpoint(block, x_BSD, rope, backend, cache, use_reentrant=False)
+            else:
+                x_BSD, each = block(x_BSD, rope, backend, cache)
+            if each is not None:
+                routing.append(each)
+        if cache is not None:
+            cache.length = end
+        return Output(self.head(self.norm(x_BSD)), routing)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "Transformer":
+        """Fill every weight from N(0, init_std²), with two exceptions: norms are 1 and biases 0, and what writes to the
+        residual stream (attention's `o`, every `down`) has its deviation divided by sqrt(2L), so that the stream's
+        variance does not grow with depth (GPT-2).
+
+        Each tensor's draw depends on (seed, its name) alone. So a model and its dense twin share the weights they have
+        in common, and adding a layer moves no other weight."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            residual = name.endswith(("attn.o.weight", "down.weight", "w_down_EDF"))
+            std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        return self
+
+
+def next_token_loss(logits_BSV: Tensor, targets_BS: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats per token, in float32 at least; reduction "none" keeps (B, S)."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), reduction=reduction)
+    return loss.view(targets_BS.shape) if reduction == "none" else loss

@@ -1,0 +1,95 @@
+"""How big a model is, what it costs, and which dense model to compare it with: nothing here allocates a weight."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.experts import up_width
+from moe.model import Transformer
+
+TWIN_TOLERANCE = 0.01
+
+
+class Size(NamedTuple):
+    """Parameters: all of them, and those that take part in one token's forward pass. Tied weights count once."""
+
+    total: int
+    active: int
+
+
+class Flops(NamedTuple):
+    """Floating-point operations per token."""
+
+    forward: int
+    training: int
+
+
+def size(cfg: ModelConfig) -> Size:
+    """Parameters of a model, counted on the meta device. Active leaves out the E − K experts a token does not take."""
+    with torch.device("meta"):
+        model = Transformer(cfg, RouterConfig())
+    total = sum(p.numel() for p in model.parameters())
+    if cfg.moe is None:
+        return Size(total, total)
+    expert = (up_width(cfg, cfg.moe.d_expert) + cfg.moe.d_expert) * cfg.d_model
+    return Size(total, total - n_moe_layers(cfg) * (cfg.moe.n_experts - cfg.moe.k) * expert)
+
+
+def flops(cfg: ModelConfig, context: int = 0) -> Flops:
+    """FLOPs per token at sequence length `context` (0: the model's own).
+
+    2 per weight of every matmul a token passes (router and vocabulary projection included, embedding lookup not), and
+    4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B).
+    Training is three times forward."""
+    d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
+    d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
+    mlp = lambda width: (up_width(cfg, width) + width) * d
+    total = 2 * d * cfg.vocab_size
+    for layer in range(cfg.n_layers):
+        total += 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * s * d_heads
+        if cfg.moe is not None and is_moe_layer(cfg, layer):
+            total += 2 * ((cfg.moe.k + cfg.moe.n_shared) * mlp(cfg.moe.d_expert) + d * cfg.moe.n_experts)
+        else:
+            total += 2 * mlp(cfg.d_ff)
+    return Flops(total, 3 * total)
+
+
+def n_moe_layers(cfg: ModelConfig) -> int:
+    """How many layers have routed experts."""
+    return sum(is_moe_layer(cfg, layer) for layer in range(cfg.n_layers))
+
+
+def dense_twin(cfg: ModelConfig, match: str) -> ModelConfig:
+    """The dense model of the same depth and width whose feed-forward width meets `match` within 1%.
+
+    match: active_params (its parameters = the MoE's active ones), total_params, or flops (per token, forward). Each is
+    linear in the width, so two measurements give it; a multiple of 8 is taken where one fits. Raises `BadInput` saying
+    how close it can get when no width of at least 1 does."""
+    if cfg.moe is None:
+        raise BadInput(f"match={match} needs a Mixture-of-Experts model, and model={cfg.name} has model.moe=null.")
+    match match:
+        case "active_params":
+            target, measure = size(cfg).active, lambda twin: size(twin).total
+        case "total_params":
+            target, measure = size(cfg).total, lambda twin: size(twin).total
+        case "flops":
+            target, measure = flops(cfg).forward, lambda twin: flops(twin).forward
+        case _:
+            raise BadInput(f"match={match} is not one of active_params, flops, total_params.")
+
+    def twin(width: int) -> ModelConfig:
+        return dataclasses.replace(cfg, name=f"{cfg.name}-dense", moe=None, d_ff=width)
+
+    at_one, slope = measure(twin(1)), measure(twin(2)) - measure(twin(1))
+    exact = 1 + (target - at_one) / slope
+    for multiple in (8, 1):
+        width = max(1, round(exact / multiple) * multiple)
+        error = measure(twin(width)) / target - 1
+        if abs(error) <= TWIN_TOLERANCE:
+            return twin(width)
+    raise BadInput(
+        f"match={match}: no dense twin of model={cfg.name} comes within {TWIN_TOLERANCE:.0%} of {target:,}; "
+        f"the nearest, model.d_ff={width}, is {error:+.1%} off: raise model.moe.k or model.moe.d_expert."
+    )
