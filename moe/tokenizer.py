@@ -177,8 +177,8 @@ def _pretrained(name: str) -> Tokenizer:
         reason = failure[0] if failure else f"no answer within {DOWNLOAD_SECONDS:g} seconds"
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
         raise BadInput(
-            f"tokenizer.name={name} is neither cached (TIKTOKEN_CACHE_DIR is {cache}) nor downloadable ({reason}): where "
-            f'there is a network run `TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; '
+            f"tokenizer.name={name} is neither cached (TIKTOKEN_CACHE_DIR is {cache}) nor downloadable ({reason}): "
+            f'where there is a network run `TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; '
             f"tiktoken.get_encoding('{name}')\"`, copy FOLDER here and set TIKTOKEN_CACHE_DIR to it; "
             "or choose tokenizer.name=bpe, char or byte, which need no network."
         )

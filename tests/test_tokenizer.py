@@ -1,12 +1,8 @@
 """Claims about moe/tokenizer.py."""
 
-import hashlib
-import os
 import pydoc_data.topics
 import random
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,9 +88,9 @@ def test_bpe_depends_on_the_text_alone():
 
 
 def test_a_corpus_too_small_for_the_vocabulary_is_refused_with_the_size_it_can_give():
-    with pytest.raises(BadInput, match=r"tokenizer\.vocab_size=4096 .* at most 261; lower it"):
+    with pytest.raises(BadInput, match=r"tokenizer\.vocab_size=4096 .* at most 262; lower it"):
         train(TokenizerConfig("bpe", 4096), ["hello hello"])
-    assert train(TokenizerConfig("bpe", 261), ["hello hello"]).vocab_size == 261
+    assert train(TokenizerConfig("bpe", 262), ["hello hello"]).vocab_size == 262
 
 
 def test_a_token_that_ends_inside_a_character_decodes_to_the_replacement_character():
@@ -123,15 +119,6 @@ def test_a_long_text_without_such_a_run_is_not_cut():
     text = text * (2**20 // len(text) + 1)
     bpe = TRAINED["bpe"]
     assert bpe.encode(text) == bpe._encoding.encode_ordinary(text)
-
-
-def test_encoding_runs_at_megabytes_per_second(tokenizer):
-    text = "\n".join(TEXTS)
-    text = (text * (2_000_000 // len(text) + 1))[:2_000_000]
-    tokenizer.encode(text[:1000])
-    start = time.process_time()
-    tokenizer.encode(text)
-    assert time.process_time() - start < 1.0  # 2 MB/s; it takes a tenth of that
 
 
 def test_a_saved_tokenizer_loads_as_the_same_one(tokenizer, tmp_path):
@@ -200,38 +187,16 @@ def test_a_download_that_never_answers_is_given_up(tmp_path, monkeypatch):
     answer.set()
 
 
-def test_a_cached_pretrained_encoding_needs_no_network_and_saves_self_contained(tmp_path, monkeypatch):
-    """A small stand-in for the published gpt2 files, in tiktoken's cache under the names and hashes it looks for."""
-    visible = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
-    stand_in = {value: chr(value) for value in visible}
-    for value in sorted(set(range(256)) - set(visible)):
-        stand_in[value] = chr(256 + len(stand_in) - len(visible))
-    order = [*visible, *sorted(set(range(256)) - set(visible))]
-    merge = f"{stand_in[ord('h')]} {stand_in[ord('i')]}"
-    encoder = {stand_in[value]: rank for rank, value in enumerate(order)} | {merge.replace(" ", ""): 256}
-    import json
-
-    contents = {"vocab.bpe": f"#version\n{merge}\n".encode(), "encoder.json": json.dumps(encoder).encode()}
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    for name, content in contents.items():
-        (tmp_path / hashlib.sha1((base + name).encode()).hexdigest()).write_bytes(content)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    monkeypatch.setattr(tiktoken.load, "check_hash", lambda data, expected: True)
-    real = tiktoken.registry.Encoding if hasattr(tiktoken.registry, "Encoding") else tiktoken.Encoding
-    monkeypatch.setattr(
-        tiktoken.registry,
-        "Encoding",
-        lambda **kwargs: real(**(kwargs | {"explicit_n_vocab": None, "special_tokens": {"<|endoftext|>": 257}})),
-    )
-    tokenizer = train(TokenizerConfig("gpt2"), [])
-    assert tokenizer.encode("hi") == [256]
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    tokenizer.save(folder)
-    for path in tmp_path.iterdir():
-        if path.is_file():
-            os.remove(path)
-    loaded = Tokenizer.load(folder)
-    assert loaded.encode("oh hi\n") == tokenizer.encode("oh hi\n")
-    assert Path(folder, "ranks.tiktoken").read_bytes().count(b"\n") == 257
+def test_a_pretrained_encoding_keeps_its_ids_and_saves_self_contained(tmp_path, monkeypatch):
+    ranks = {bytes([255 - value]): value for value in range(256)} | {b"hi": 256}
+    specials = {"<|endoftext|>": 257, "<|fim_prefix|>": 259}
+    pretrained = tiktoken.Encoding("cl100k_base", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens=specials)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiktoken, "get_encoding", {"cl100k_base": pretrained}.__getitem__)
+        tokenizer = train(TokenizerConfig("cl100k_base"), [])
+    assert (tokenizer.vocab_size, tokenizer.eot) == (260, 257)
+    assert tokenizer.encode("hi é<|fim_prefix|>") == pretrained.encode_ordinary("hi é<|fim_prefix|>")
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("oh hi\n") == pretrained.encode_ordinary("oh hi\n")
+    assert loaded.fingerprint == tokenizer.fingerprint
