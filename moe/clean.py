@@ -1,0 +1,197 @@
+"""Raw documents -> clean documents: a pipeline of named steps, each of which counts what goes in and what comes out.
+
+In order: HTML to text, Unicode repair and normalisation, length, repetition, exact duplicates, near duplicates. A step
+that is switched off is not in the list. Cleaning clean text changes nothing.
+"""
+
+import functools
+import hashlib
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import ftfy
+import numpy as np
+from bs4 import BeautifulSoup, NavigableString
+from datasketch import MinHash, MinHashLSH
+
+from moe.config import CleanConfig
+from moe.corpus import Document
+
+SHORT_LINE = 10  # characters; shorter lines ("else:", a speaker's name) repeat without being boilerplate
+SHINGLE = 5  # words
+PERMUTATIONS = 128
+SEED = 1
+BATCH = 4096  # shingles hashed at a time, so that shingles x permutations stay in the processor's cache
+
+# Every control character except tab and newline.
+CONTROL = {code: None for code in range(0xA0) if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\t\n"}
+HELD = "\0"  # stands for a space that must stay, in preformatted text
+UNSEEN = ["script", "style", "template", "noscript", "head"]
+BLOCKS = re.compile(
+    r"address|article|aside|blockquote|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre"
+    r"|section|table|tr|ul"
+)
+
+
+@dataclass
+class Step:
+    """What one cleaning step did. Bytes are of UTF-8."""
+
+    name: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+
+
+def clean(documents: Iterable[Document], cfg: CleanConfig) -> tuple[list[Document], list[Step]]:
+    """The documents that pass every step that `cfg` switches on, in their order, and a `Step` for each of these."""
+    stages: list[tuple[str, bool, Callable[[Iterable[Document]], Iterator[Document]]]] = [
+        ("html", cfg.html, html_to_text),
+        ("unicode", cfg.unicode != "none", functools.partial(normalize, form=cfg.unicode)),
+        ("length", cfg.min_chars > 0 or cfg.max_chars > 0, functools.partial(within_length, cfg=cfg)),
+        ("repetition", cfg.max_repetition < 1, functools.partial(not_repetitive, most=cfg.max_repetition)),
+        ("exact", cfg.exact, without_duplicates),
+        ("near", cfg.near > 0, functools.partial(without_near_duplicates, threshold=cfg.near)),
+    ]
+    kept = list(documents)
+    size = _bytes(kept)
+    steps = []
+    for name, on, stage in stages:
+        if not on:
+            continue
+        count, before = len(kept), size
+        kept = list(stage(kept))
+        size = _bytes(kept)
+        steps.append(Step(name, count, len(kept), before, size))
+    return kept, steps
+
+
+def _bytes(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode(errors="surrogatepass")) for document in documents)
+
+
+def html_to_text(documents: Iterable[Document]) -> Iterator[Document]:
+    """Documents whose name ends in .html or .htm (before .gz or .zst) become their visible text, a blank line between
+    blocks; their names then end in .txt. Others pass unchanged."""
+    for document in documents:
+        name = document.name.removesuffix(".gz").removesuffix(".zst")
+        if name.lower().endswith((".html", ".htm")):
+            yield replace(document, text=_visible_text(document.text), name=f"{name}.txt")
+        else:
+            yield document
+
+
+def _visible_text(html: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # for pages that look like XML or like a file's name
+        soup = BeautifulSoup(html, "html.parser")
+    for tag in soup(UNSEEN):
+        tag.decompose()
+    for string in soup.find_all(string=True):
+        if type(string) is NavigableString:  # comments and the like are subclasses
+            kept = string.find_parent("pre")
+            string.replace_with(string.replace(" ", HELD) if kept else re.sub(r"\s+", " ", string))
+    for tag in soup("br"):
+        tag.replace_with("\n")
+    for tag in soup(BLOCKS):
+        tag.insert_before("\n")
+        tag.insert_after("\n")
+    text = re.sub(r" *\n *", "\n", soup.get_text())
+    return re.sub(r"\n{3,}", "\n\n", text).strip().replace(HELD, " ")
+
+
+def normalize(documents: Iterable[Document], form: str) -> Iterator[Document]:
+    """Repair what went wrong in decoding (ftfy), unify line ends, drop control characters but tab and newline, and
+    bring the text into the Unicode normal form `form` (NFC or NFKC)."""
+    for document in documents:
+        text = document.text
+        # One repair can uncover another, so repeat until nothing changes: then cleaning twice is cleaning once.
+        while (repaired := _repair(text, form)) != text:
+            text = repaired
+        yield replace(document, text=text)
+
+
+def _repair(text: str, form: str) -> str:
+    # HTML's entities, curly quotes, ligatures and full-width letters are not damage: source code and prose mean them.
+    text = ftfy.fix_text(
+        text,
+        unescape_html=False,
+        uncurl_quotes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        normalization=None,
+    )
+    return unicodedata.normalize(form, text.translate(CONTROL))  # type: ignore[arg-type]
+
+
+def within_length(documents: Iterable[Document], cfg: CleanConfig) -> Iterator[Document]:
+    """Documents of at least `cfg.min_chars` and at most `cfg.max_chars` characters (0: no limit), not counting
+    white space at the ends."""
+    for document in documents:
+        length = len(document.text.strip())
+        if length >= cfg.min_chars and (not cfg.max_chars or length <= cfg.max_chars):
+            yield document
+
+
+def not_repetitive(documents: Iterable[Document], most: float) -> Iterator[Document]:
+    """Documents whose `repetition` is at most `most`."""
+    return (document for document in documents if repetition(document.text) <= most)
+
+
+def repetition(text: str) -> float:
+    """The share, in [0, 1], of a text's characters in lines that occur more than once: each occurrence counts, lines
+    shorter than `SHORT_LINE` do not. After the repetition rules of Gopher (Rae et al., arXiv:2112.11446)."""
+    lines = Counter(line for raw in text.split("\n") if (line := raw.strip()))
+    total = sum(len(line) * count for line, count in lines.items())
+    repeated = sum(len(line) * count for line, count in lines.items() if count > 1 and len(line) >= SHORT_LINE)
+    return repeated / max(total, 1)
+
+
+def without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
+    """The first of all documents whose words are the same, by sha256 of the text with white space made uniform."""
+    seen: set[bytes] = set()
+    for document in documents:
+        key = hashlib.sha256(" ".join(document.text.split()).encode(errors="surrogatepass")).digest()
+        if key not in seen:
+            seen.add(key)
+            yield document
+
+
+def without_near_duplicates(documents: Iterable[Document], threshold: float) -> Iterator[Document]:
+    """Documents that resemble no earlier kept one: the Jaccard similarity of their sets of word 5-shingles, estimated
+    by MinHash with 128 permutations, is below `threshold`. Candidates come from locality-sensitive hashing
+    (Broder 1997; Lee et al., arXiv:2107.06499), its bands chosen for recall because each candidate is then checked."""
+    # Above 0.95 the library finds no bands; a lower threshold here only brings more candidates.
+    index = MinHashLSH(threshold=min(threshold, 0.95), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=lambda value: value)
+    kept: list[MinHash] = []
+    word_hash: dict[str, int] = {}
+    for document in documents:
+        values = shingle_hashes(document.text, word_hash)
+        sketch = empty.copy()
+        for start in range(0, len(values), BATCH):
+            sketch.update_batch(values[start : start + BATCH])
+        if all(sketch.jaccard(kept[key]) < threshold for key in index.query(sketch)):
+            index.insert(len(kept), sketch)
+            kept.append(sketch)
+            yield document
+
+
+def shingle_hashes(text: str, word_hash: dict[str, int]) -> list[int]:
+    """The distinct 32-bit hashes of a text's word 5-shingles (one shingle for a shorter text), ascending.
+
+    `word_hash` remembers the hash of every word seen, across texts. Python's own `hash` changes from run to run."""
+    words = text.split()
+    for word in set(words).difference(word_hash):
+        word_hash[word] = int.from_bytes(hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest())
+    hashes = np.array([word_hash[word] for word in words], dtype=np.uint64)
+    n = max(len(hashes) - SHINGLE + 1, 1)
+    mixed = np.zeros(n, dtype=np.uint64)
+    for offset in range(min(SHINGLE, len(hashes))):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + n]  # wraps around, as intended
+    return np.unique(mixed >> np.uint64(32)).tolist()
