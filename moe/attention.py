@@ -39,6 +39,11 @@ def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     return torch.cat((a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd), dim=-1).to(x_BHSd.dtype)
 
 
+def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm` computed in its weight's dtype: under autocast a projection is bf16 and the fused norm wants one dtype."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
+
+
 class Attention(nn.Module):
     """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE)."""
 
@@ -62,10 +67,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.cfg.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = in_own_dtype(self.q_norm, q), in_own_dtype(self.k_norm, k)
         q, k, v = (rearrange(each, "b s (h d) -> b h s d", d=self.d_head) for each in (q, k, v))
         if self.cfg.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = in_own_dtype(self.q_norm, q), in_own_dtype(self.k_norm, k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         past = 0

@@ -29,11 +29,16 @@ class Routing(NamedTuple):
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token_N, expert_N, weight_N), whatever the family."""
-        if self.token_N is not None:
-            return self.token_N, self.expert, self.weight
-        n_tokens, k = self.expert.shape
-        token_N = torch.arange(n_tokens, device=self.expert.device).repeat_interleave(k)
-        return token_N, rearrange(self.expert, "t k -> (t k)"), rearrange(self.weight, "t k -> (t k)")
+        return rows(self.token_N, self.expert, self.weight)
+
+
+def rows(token_N: Tensor | None, expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed rows (token_N, expert_N, weight_N) from either form of a routing."""
+    if token_N is not None:
+        return token_N, expert, weight
+    n_tokens, k = expert.shape
+    token_N = torch.arange(n_tokens, device=expert.device).repeat_interleave(k)
+    return token_N, rearrange(expert, "t k -> (t k)"), rearrange(weight, "t k -> (t k)")
 
 
 class TopKRouter(nn.Module):

@@ -1,0 +1,1 @@
+"""The commands people run; the only place that knows Hydra."""

@@ -1,0 +1,36 @@
+"""What to say about routing, from counts. Formulas and sources: each function's docstring."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def max_violation(count_E: Tensor) -> float:
+    """max_i c_i / mean c − 1: 0 when even (MaxVio, 2408.15664, eq. 4). No routed row gives 0."""
+    mean = count_E.double().mean().item()
+    return count_E.max().item() / mean - 1 if mean else 0.0
+
+
+def load_entropy(count_E: Tensor) -> float:
+    """H(f) / ln E with f_i = c_i / sum c: 1 when even, 0 when one expert takes everything. One expert gives 1."""
+    if count_E.numel() == 1 or not count_E.sum():
+        return 1.0
+    share_E = count_E.double() / count_E.sum()
+    return (torch.special.entr(share_E).sum() / math.log(count_E.numel())).item()
+
+
+def dead_experts(count_E: Tensor) -> int:
+    """Experts that no row reached."""
+    return int((count_E == 0).sum())
+
+
+def layer_metrics(layer: int, count_E: Tensor, dropped: int) -> dict[str, float]:
+    """One layer's entry in a metrics line. The window is one optimiser step: counts summed over its micro-batches."""
+    return {
+        "layer": layer,
+        "max_vio": max_violation(count_E),
+        "load_entropy": load_entropy(count_E),
+        "dead": dead_experts(count_E),
+        "dropped": dropped / max(1, int(count_E.sum()) + dropped),
+    }

@@ -1,0 +1,91 @@
+"""What a person sees while a model trains: a live bar and a strip of expert load on a terminal, plain lines in a pipe."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+
+STRIP = "▁▂▃▄▅▆▇█"
+STRIP_WIDTH = 64  # experts shown per layer; neighbours share a column beyond that
+
+
+def load_strip(count_E: Tensor) -> Text:
+    """One character per expert: its load against the fair one, from none (a red dot) over fair (the middle) to twice
+    the fair load and beyond (a full block, yellow)."""
+    share = (count_E.double() / count_E.double().mean().clamp_min(1e-9)).tolist()
+    width = -(-len(share) // STRIP_WIDTH)
+    text = Text()
+    for i in range(0, len(share), width):
+        group = share[i : i + width]
+        load = sum(group) / len(group)
+        if load == 0:
+            text.append("·", "bold red")
+        else:
+            text.append(STRIP[min(7, int(load * 4))], "yellow" if load >= 2 else "green")
+    return text
+
+
+def plain_line(line: dict[str, Any], steps: int) -> str:
+    """A metrics line as a sentence for a log file."""
+    parts = [f"step {line['step']}/{steps}"]
+    if "loss" in line:
+        parts += [f"loss {line['lm_loss']:.4f}", f"{line['tokens_per_s']:,.0f} tokens/s", f"lr {line['lr']:.2e}"]
+    if line.get("layers"):
+        parts.append(f"max_vio {max(each['max_vio'] for each in line['layers']):.2f}")
+        parts.append(f"dead {sum(each['dead'] for each in line['layers'])}")
+    if "val" in line:
+        parts.append(f"val loss {line['val']['loss']:.4f} bpb {line['val']['bpb']:.4f}")
+    return "  ".join(parts)
+
+
+class Watch:
+    """Shows metrics lines. Use as a context manager; `say` prints a line above the bar."""
+
+    def __init__(self, name: str, steps: int, done: int, every: int) -> None:
+        self.steps, self.every, self.val = steps, every, ""
+        self.console = Console()
+        self.live: Live | None = None
+        if sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=steps, completed=done, note="")
+            self.live = Live(self.bar, console=self.console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "Watch":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.live:
+            self.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, line: dict[str, Any], counts: list[Tensor]) -> None:
+        """Show one metrics line; `counts` holds each MoE layer's routed rows per expert."""
+        if "val" in line:
+            self.val = f"  val {line['val']['loss']:.3f}"
+        if self.live:
+            if "loss" in line:
+                note = f"loss {line['lm_loss']:.3f}{self.val}  {line['tokens_per_s']:,.0f} tokens/s"
+                self.bar.update(self.task, completed=line["step"], note=note)
+            strips = [
+                Text(f"layer {each['layer']:>3} ") + load_strip(count)
+                for each, count in zip(line.get("layers", []), counts, strict=True)
+            ]
+            self.live.update(Group(self.bar, *strips))
+        elif "val" in line or line["step"] % self.every == 0 or line["step"] == self.steps:
+            print(plain_line(line, self.steps), flush=True)

@@ -1,0 +1,127 @@
+"""A run's folder: config.yaml, tokenizer/, metrics.jsonl, routing/counts.jsonl, checkpoints/, summary.json.
+
+Every file is written under a temporary name and renamed, or appended line by line, so that whatever is there is whole.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe.config import BadInput, Config, build, fingerprint, to_dict
+from moe.tokenizer import Tokenizer
+
+# Where a run is kept, how it is watched and how fast it reads: free to change when a run goes on.
+FREE = ("run", "resume", "log", "data.cache", "data.workers")
+
+
+def default_folder(cfg: Config) -> Path:
+    """runs/<model>-<router or dense>-<data>-<hash of the settings>: equal settings, equal folder."""
+    kind = cfg.router.name if cfg.model.moe else "dense"
+    return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-seed{cfg.seed}-{fingerprint(cfg)}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`, or leave it as it was."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
+
+
+def read_config(run: Path) -> Config:
+    """The config a run was started with. Raises `BadInput` for a folder that is not a run's."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        beside = sorted(each.parent.name for each in run.parent.glob("*/config.yaml")) if run.parent.is_dir() else []
+        there = f"; the runs in {run.parent} are {', '.join(beside)}" if beside else ""
+        raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{there}.")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
+    return build(tree)
+
+
+def create(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
+    """A new run's folder, with its resolved config and its tokenizer: whole, or not at all. Raises `BadInput` when it
+    cannot be written."""
+    temporary = run.with_name(f"{run.name}.tmp-{os.getpid()}")
+    try:
+        (temporary / "tokenizer").mkdir(parents=True)
+        tokenizer.save(temporary / "tokenizer")
+        write_atomically(temporary / "config.yaml", yaml.safe_dump(to_dict(cfg), sort_keys=False))
+        temporary.rename(run)
+    except OSError as error:
+        raise BadInput(f"run={run} cannot be created ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_same(old: Config, new: Config) -> None:
+    """Refuse to go on with settings other than the run's own: the result would be neither run's."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    for key in before.keys() | after.keys():
+        if any(key == free or key.startswith(f"{free}.") for free in FREE):
+            continue
+        if before.get(key) != after.get(key):
+            raise BadInput(
+                f"{key}={after.get(key)} differs from the run's own {before.get(key)}: leave it out to go on with "
+                f"{new.run}, or choose another run."
+            )
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    if path.exists():
+        lines = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Lines:
+    """Appends JSON lines; each is on its way to the disk before the next step."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.file = path, open(path, "a")  # noqa: SIM115 — closed by `close`
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line. Raises `BadInput` when the disk is full."""
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()

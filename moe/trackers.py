@@ -1,0 +1,71 @@
+"""Metrics to TensorBoard, Weights & Biases and trackio, by config; each is an optional extra, imported when asked for."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from moe.config import BadInput, Config, to_dict
+
+NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check(cfg: Config) -> None:
+    """Raise `BadInput` for a tracker whose package is not installed."""
+    for name, package in NEEDS.items():
+        if getattr(cfg.log, name) and importlib.util.find_spec(package) is None:
+            raise BadInput(
+                f"log.{name}={getattr(cfg.log, name)} needs the package {package}, which is not installed: "
+                f"pip install 'moe-switchyard[{name}]'."
+            )
+
+
+def flatten(line: dict[str, Any]) -> dict[str, float]:
+    """A metrics line as flat names: loss, val/loss, val/drama/bpb, layer0/max_vio, ..."""
+    flat = {key: value for key, value in line.items() if isinstance(value, int | float)}
+    for each in line.get("layers", []):
+        flat |= {f"layer{each['layer']}/{key}": value for key, value in each.items() if key != "layer"}
+    if "val" in line:
+        flat |= {f"val/{key}": value for key, value in line["val"].items() if key != "domains"}
+        for domain, scores in line["val"]["domains"].items():
+            flat |= {f"val/{domain}/{key}": value for key, value in scores.items() if key != "tokens"}
+    return flat
+
+
+class Trackers:
+    """All trackers the config names, behind one `log` and one `close`."""
+
+    def __init__(self, cfg: Config, run: Path) -> None:
+        check(cfg)
+        self.board: Any = None
+        self.others: list[Any] = []
+        if cfg.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"))
+        if cfg.log.wandb:
+            import wandb
+
+            wandb.init(
+                project=cfg.log.wandb, id=run.name, name=run.name, dir=str(run), resume="allow", config=to_dict(cfg)
+            )
+            self.others.append(wandb)
+        if cfg.log.trackio:
+            import trackio
+
+            trackio.init(project=cfg.log.trackio, name=run.name, resume="allow", config=to_dict(cfg))
+            self.others.append(trackio)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Send one metrics line."""
+        flat = flatten(line)
+        for key, value in flat.items() if self.board else ():
+            self.board.add_scalar(key, value, line["step"])
+        for each in self.others:
+            each.log(flat, step=line["step"])
+
+    def close(self) -> None:
+        """Flush and finish."""
+        if self.board:
+            self.board.close()
+        for each in self.others:
+            each.finish()

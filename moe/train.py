@@ -1,0 +1,440 @@
+"""The one training loop: prepare or resume a run, take steps, evaluate, save, and leave a summary.
+
+A run is resumed bitwise: model, optimiser, schedule, loader position, random generators and counters all come back from
+the checkpoint, and the loader's batches are a function of (seed, step). SIGINT or SIGTERM finishes the step, saves, and
+says how to go on. A loss or gradient that is not finite never reaches a parameter.
+"""
+
+import copy
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
+from moe.config import BadInput, Config, is_moe_layer, to_dict
+from moe.evaluate import Evaluation, evaluate
+from moe.metrics import layer_metrics
+from moe.model import Output, Transformer, next_token_loss
+from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from moe.progress import Watch
+from moe.router import TopKRouter
+from moe.shards import Dataset
+
+MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
+
+
+@dataclass
+class State:
+    """All that changes from step to step."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    loader: data.Loader
+    step: int = 0
+    seconds: float = 0.0  # of training: evaluation and saving left out
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Gradients:
+    """What one step's forward and backward passes gave; losses are means over the step's tokens."""
+
+    lm_loss: float = 0.0
+    aux: float = 0.0
+    z: float = 0.0
+    norm: float = 0.0
+    counts: list[Tensor] = field(default_factory=list)  # routed rows per expert, for every MoE layer
+    dropped: list[int] = field(default_factory=list)
+
+
+def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train, resume, or (if it is finished) only read the run of `cfg`. Returns its summary, as in summary.json.
+
+    Raises `BadInput` for anything a person can correct; `SystemExit` with 128 + the signal's number after SIGINT or
+    SIGTERM, once the step is saved."""
+    cfg = copy.deepcopy(cfg)
+    trackers.check(cfg)
+    folder = Path(cfg.run) if cfg.run else run.default_folder(cfg)
+    started = folder.exists()
+    if started and not cfg.resume:
+        raise BadInput(f"run={folder} exists: add resume=true to go on with it, or choose another run.")
+    device = machine.choose_device(cfg.train.device)
+    threads = machine.set_threads(cfg.train)
+    cfg.dispatch = dispatch.choose(cfg.dispatch, device)
+    dataset = data.prepare(cfg.data, cfg.tokenizer, say)
+    cfg = resolve(cfg, folder, dataset, device)
+    if started:
+        run.check_same(run.read_config(folder), cfg)
+        if (folder / "summary.json").exists():
+            say(f"run: {folder} is finished")
+            return json.loads((folder / "summary.json").read_text())
+    loader = data.Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
+    data.validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
+    if not started:
+        run.create(folder, cfg, dataset.tokenizer)
+    machine.reset_peak_memory(device)
+    seed_everything(cfg.seed)
+    model = Transformer(cfg.model, cfg.router).initialize(cfg.seed).to(device)
+    state = State(model, build_optimizer(model, cfg.optim), loader)
+    restore(state, folder, dataset, threads, say)
+    if cfg.train.compile:
+        model.compile()
+    tracker = trackers.Trackers(cfg, folder)
+    size = presets.size(cfg.model)
+    say(
+        f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
+        f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
+    )
+    with closing(tracker), catch_signals() as stop:
+        final = run_steps(state, cfg, folder, dataset, tracker, stop)
+    if final is None:
+        say(
+            f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
+            f"Go on with: python -m experiments.train run={folder} resume=true"
+        )
+        raise SystemExit(128 + stop.number)
+    summary = summarize(state, cfg, dataset, final, device, threads)
+    run.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
+    say(f"run: {folder} is finished  val loss {final.val['loss']:.4f}  bits per byte {final.val['bpb']:.4f}")
+    return summary
+
+
+def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device) -> Config:
+    """The config with every "auto" and "derive it" replaced. Raises `BadInput` for a vocabulary that does not fit."""
+    vocab_size = dataset.tokenizer.vocab_size
+    if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
+        raise BadInput(
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the {vocab_size} of tokenizer.name="
+            f"{cfg.tokenizer.name}: leave it 0 to take the tokenizer's, or choose a smaller tokenizer."
+        )
+    cfg.run = str(folder)
+    cfg.model.vocab_size = cfg.model.vocab_size or vocab_size
+    cfg.train.precision = machine.choose_precision(cfg.train.precision, device)
+    cfg.train.device = str(device)
+    return cfg
+
+
+def run_steps(
+    state: State, cfg: Config, folder: Path, dataset: Dataset, tracker: trackers.Trackers, stop: "Stop"
+) -> Evaluation | None:
+    """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved)."""
+    root = folder / "checkpoints"
+    lines, counts = run.Lines(folder / "metrics.jsonl"), run.Lines(folder / "routing" / "counts.jsonl")
+    last: Evaluation | None = None
+
+    def validate() -> Evaluation | None:
+        return evaluate(
+            state.model, dataset, n_tokens=cfg.train.eval_tokens, batch_size=cfg.train.batch_size // cfg.train.accumulate,
+            backend=cfg.dispatch, autocast=partial(autocast, cfg), stop=lambda: bool(stop.number),
+        )  # fmt: skip
+
+    name = folder.name if len(folder.name) <= 24 else f"{folder.name[:23]}…"
+    with closing(lines), closing(counts), Watch(name, cfg.train.steps, state.step, cfg.log.every) as watch:
+
+        def record(line: dict[str, Any], loads: list[Tensor]) -> None:
+            lines.write(line)
+            tracker.log(line)
+            watch.step(line, loads)
+
+        def save(score: float | None) -> None:
+            path = save_checkpoint(state, cfg, root, dataset, score, watch.say)
+            if stop.number:
+                watch.say(f"checkpoint: {path}")
+
+        if state.step == 0 and (first := validate()):
+            record({"step": 0, "seconds": 0.0, "val": first.val}, [])
+        with closing(state.loader.iterate(state.step)) as batches:
+            for batch in batches if state.step < cfg.train.steps and not stop.number else ():
+                line, gradients = take_step(state, batch, cfg, root)
+                at_end = state.step == cfg.train.steps
+                if at_end or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0):
+                    last = validate()
+                    line |= {"val": last.val} if last else {}
+                record(line, gradients.counts)
+                if gradients.counts and state.step % cfg.log.every == 0:
+                    counts.write({"step": state.step, "counts": [each.tolist() for each in gradients.counts]})
+                if at_end or stop.number or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+                    save(line["val"]["loss"] if "val" in line else None)
+                if at_end or stop.number:
+                    break
+        if stop.number:
+            if state.step == 0:
+                save(None)
+            return None
+        return last or validate()  # a run killed between its last checkpoint and its summary
+
+
+def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
+    """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
+    start, step = time.perf_counter(), state.step + 1
+    lr = learning_rate(cfg.optim, step, cfg.train.steps)
+    gradients = compute_gradients(state.model, batch, cfg)
+    loss = gradients.lm_loss + cfg.balance.aux * gradients.aux + cfg.balance.z * gradients.z
+    if math.isfinite(loss) and math.isfinite(gradients.norm):
+        state.skipped_in_a_row = 0
+        if cfg.optim.clip:
+            clip(state.model, gradients.norm, cfg.optim.clip)
+        set_learning_rate(state.optimizer, lr)
+        state.optimizer.step()
+        if cfg.balance.bias_rate:
+            for bias_E, count_E in zip(selection_biases(state.model), gradients.counts, strict=True):
+                balance.update_bias(bias_E, count_E, cfg.balance.bias_rate)
+    else:
+        state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
+            raise BadInput(explain_non_finite(state, batch, cfg, root))
+    state.optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    state.step, state.seconds = step, state.seconds + seconds
+    layers = [layer for layer in range(cfg.model.n_layers) if is_moe_layer(cfg.model, layer)]
+    return {
+        "step": step,
+        "loss": loss,
+        "lm_loss": gradients.lm_loss,
+        "aux": gradients.aux,
+        "z": gradients.z,
+        "grad_norm": gradients.norm,
+        "lr": lr,
+        "tokens_per_s": batch.targets_BS.numel() / seconds,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "layers": [
+            layer_metrics(*each) for each in zip(layers, gradients.counts, gradients.dropped, strict=True)
+        ],
+    }, gradients  # fmt: skip
+
+
+def compute_gradients(model: Transformer, batch: data.Batch, cfg: Config) -> Gradients:
+    """Forward and backward over the step's micro-batches. Balancing losses are summed over layers."""
+    device, n = next(model.parameters()).device, cfg.train.accumulate
+    result = Gradients()
+    for tokens_BS, targets_BS in zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), strict=True):
+        with autocast(cfg):
+            output: Output = model(
+                tokens_BS.to(device), backend=cfg.dispatch, checkpoint_activations=cfg.train.checkpoint_activations
+            )
+        lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
+        aux = sum((each.aux for each in output.routing), torch.zeros((), device=device))
+        z = sum((each.z for each in output.routing), torch.zeros((), device=device))
+        ((lm_loss + cfg.balance.aux * aux + cfg.balance.z * z) / n).backward()
+        result.lm_loss += lm_loss.item() / n
+        result.aux += aux.item() / n
+        result.z += z.item() / n
+        if not result.counts:
+            result.counts = [torch.zeros_like(each.count_E) for each in output.routing]
+            result.dropped = [0] * len(output.routing)
+        for i, each in enumerate(output.routing):
+            result.counts[i] += each.count_E
+            result.dropped[i] += int(each.dropped)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    result.norm = torch.nn.utils.get_total_norm(grads).item()
+    return result
+
+
+def clip(model: Transformer, norm: float, limit: float) -> None:
+    """Scale every gradient so that the global norm is at most `limit`."""
+    if norm > limit:
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], limit / norm)
+
+
+def autocast(cfg: Config) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for fp32."""
+    kind = cfg.train.device.split(":")[0]
+    return torch.autocast(kind, torch.bfloat16) if cfg.train.precision == "bf16" else nullcontext()
+
+
+def selection_biases(model: Transformer) -> list[Tensor]:
+    """Every router's selection bias, in layer order."""
+    return [each.bias_E for each in model.modules() if isinstance(each, TopKRouter) and each.bias_E is not None]
+
+
+def explain_non_finite(state: State, batch: data.Batch, cfg: Config, root: Path) -> str:
+    """One sentence: the step, the place where a non-finite number first appears, the last good checkpoint."""
+    good = checkpoint.latest(root, lambda _: None)
+    keep = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+    return (
+        f"step {state.step + 1}: {first_non_finite(state.model, batch, cfg)} is not finite; no parameter was changed by "
+        f"it and {keep}: lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set "
+        "train.non_finite=skip to leave such steps out."
+    )
+
+
+def first_non_finite(model: Transformer, batch: data.Batch, cfg: Config) -> str:
+    """Where a non-finite number first appears: a parameter, else a module's output in the forward pass, else (backward
+    runs from the last layer) the last parameter in order whose gradient is not finite."""
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            return f"the parameter {name}"
+    found: list[str] = []
+
+    def hook(name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [each for each in (output if isinstance(output, tuple) else (output,)) if isinstance(each, Tensor)]
+        if not found and not all(each.isfinite().all() for each in tensors if each.is_floating_point()):
+            found.append(f"the output of {name or 'the model'}")
+
+    handles = [m.register_forward_hook(partial(hook, name)) for name, m in model.named_modules()]
+    try:
+        device = next(model.parameters()).device
+        for tokens_BS in batch.tokens_BS.chunk(cfg.train.accumulate):
+            with torch.no_grad(), autocast(cfg):
+                model(tokens_BS.to(device), backend=cfg.dispatch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {bad[-1]}" if bad else "the loss"
+
+
+def save_checkpoint(
+    state: State, cfg: Config, root: Path, dataset: Dataset, score: float | None, say: Callable[[str], None]
+) -> Path:
+    """A verified checkpoint of this moment. A model with a non-finite parameter is refused."""
+    for name, p in state.model.named_parameters():
+        if not p.isfinite().all():
+            good = checkpoint.latest(root, say)
+            raise BadInput(
+                f"step {state.step}: the parameter {name} is not finite after the update, and is not saved; the last "
+                f"good checkpoint is {good}: lower optim.lr={cfg.optim.lr}."
+            )
+    rng, generators = checkpoint.rng_state()
+    meta = {
+        "config": to_dict(cfg),
+        "loader": state.loader.state(state.step),
+        "rng": generators,
+        "tokenizer": dataset.tokenizer.fingerprint,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "threads": torch.get_num_threads(),
+        "versions": machine.versions(),
+    }
+    snapshot = checkpoint.Snapshot(
+        state.step, model_tensors(state.model), optimizer_tensors(state.model, state.optimizer), meta, rng
+    )
+    return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a tied weight once."""
+    state = model.state_dict()
+    if model.cfg.tie_embeddings:
+        del state["head.weight"]
+    return state
+
+
+def load_model(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `model_tensors`. Raises `BadInput` when names or shapes differ."""
+    tensors = dict(tensors)
+    if model.cfg.tie_embeddings:
+        tensors["head.weight"] = tensors["embed.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"the checkpoint does not hold this model's weights: {reason}.") from error
+
+
+def restore(state: State, folder: Path, dataset: Dataset, threads: int, say: Callable[[str], None]) -> None:
+    """Put the newest good checkpoint of the run back, if there is one, and drop the log lines after it."""
+    path = checkpoint.latest(folder / "checkpoints", say)
+    if path is not None:
+        snapshot = checkpoint.load(path)
+        meta = snapshot.meta
+        if meta["tokenizer"] != dataset.tokenizer.fingerprint:
+            raise BadInput(
+                f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}) than the data's "
+                f"({dataset.tokenizer.fingerprint[:12]}): go on with the data it was started with."
+            )
+        state.loader.check_state(meta["loader"])
+        load_model(state.model, snapshot.model)
+        restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
+        checkpoint.set_rng_state(snapshot.rng, meta["rng"])
+        state.step, state.seconds = snapshot.step, meta["seconds"]
+        state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        for key, here in (("threads", threads), ("versions", machine.versions())):
+            if meta[key] != here:
+                say(f"warning: {key} was {meta[key]} and is {here}: the result may differ in its last bits.")
+    for name in ("metrics.jsonl", "routing/counts.jsonl"):
+        run.keep_until(folder / name, state.step if path else -1)
+
+
+def summarize(
+    state: State, cfg: Config, dataset: Dataset, final: Evaluation, device: torch.device, threads: int
+) -> dict[str, Any]:
+    """The numbers of a finished run, and what they came from."""
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
+    return {
+        "name": Path(cfg.run).name,
+        "seed": cfg.seed,
+        "model": to_dict(cfg.model),
+        "params": presets.size(cfg.model)._asdict(),
+        "flops": presets.flops(cfg.model)._asdict(),
+        "steps": state.step,
+        "tokens": tokens,
+        "seconds": state.seconds,
+        "tokens_per_s": tokens / state.seconds,
+        "peak_memory_bytes": machine.peak_memory(device),
+        "val": final.val,
+        "val_windows": final.windows,
+        "load": final.load,
+        "dataset": dataset.split("train").dataset,
+        "tokenizer": dataset.tokenizer.fingerprint,
+        "precision": cfg.train.precision,
+        "dispatch": cfg.dispatch,
+        "device": machine.device_name(device),
+        "threads": threads,
+        "versions": machine.versions(),
+        **machine.git_state(),
+        "skipped": state.skipped,
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Every global generator. The model's initial weights and the loader draw from generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 — the global generator is what libraries draw from
+    torch.manual_seed(seed)
+
+
+@dataclass
+class Stop:
+    """The signal that asks for an end, 0 while there is none."""
+
+    number: int = 0
+
+
+@contextmanager
+def catch_signals() -> Iterator[Stop]:
+    """While inside, the first SIGINT or SIGTERM only sets `Stop.number`; the second acts as it always did."""
+    stop, before = Stop(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread: its owner handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
