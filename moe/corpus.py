@@ -173,7 +173,7 @@ def _json_lines(cfg: DataConfig, file: Path, name: str, domain: str, full: set[s
             return
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode().removeprefix("\ufeff"))
         except UnicodeDecodeError as error:
             raise BadInput(f"{where} is not UTF-8 at byte {error.start} of the line.") from error
         except json.JSONDecodeError as error:
@@ -209,28 +209,19 @@ def _row(cfg: DataConfig, row: dict[str, Any], where: str, domain: str, name: st
 
 def _decode(file: Path, limit: int) -> str:
     """The text of a file, a byte-order mark removed; no more than a block past `limit` bytes (0: all) is read."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     parts, done = [], 0
-    blocks = _blocks(file)
-    for block in blocks:
+    for block in itertools.chain(_blocks(file), [b""]):  # the empty one is the end: half a character is refused there
         held = len(decoder.getstate()[0])
         try:
-            parts.append(decoder.decode(block))
+            parts.append(decoder.decode(block, final=not block))
         except UnicodeDecodeError as error:
-            raise _not_utf8(file, done - held + error.start) from error
+            offset = done - held + error.start
+            raise BadInput(f"{file} is not UTF-8 at byte {offset}: convert it to UTF-8.") from error
         done += len(block)
         if limit and done > limit:
-            return "".join(parts)
-    held = len(decoder.getstate()[0])
-    try:
-        parts.append(decoder.decode(b"", final=True))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, done - held) from error
-    return "".join(parts)
-
-
-def _not_utf8(file: Path, offset: int) -> BadInput:
-    return BadInput(f"{file} is not UTF-8 at byte {offset}: convert it to UTF-8.")
+            break
+    return "".join(parts).removeprefix("\ufeff")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -247,7 +238,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _blocks(file: Path) -> Iterator[bytes]:
-    """A file's bytes, decompressed, in blocks. Raises `BadInput` for damaged compression and for binary data."""
+    """A file's bytes, decompressed, in blocks that are not empty. Raises `BadInput` for damage and for binary data."""
     offset = 0
     try:
         for block in _decompressed(file):
@@ -255,7 +246,8 @@ def _blocks(file: Path) -> Iterator[bytes]:
                 at = offset + block.index(b"\0")
                 raise BadInput(f"{file} is binary, not UTF-8 text: byte {at} is NUL.")
             offset += len(block)
-            yield block
+            if block:
+                yield block
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise BadInput(f"{file} is truncated or damaged: it cannot be decompressed ({error}).") from error
     except OSError as error:
