@@ -20,7 +20,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def cache_root(cfg: DataConfig) -> Path:
     return Path(cfg.cache or os.environ.get("SWITCHYARD_CACHE") or "~/.cache/switchyard").expanduser()
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], None] = print) -> "Dataset":
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], None] = print) -> Dataset:
     """The prepared corpus of these settings: opened and verified if its folder exists, else built first.
 
     `say` gets plain lines of progress. Raises `BadInput` for a corpus that is empty, too small for its tokenizer or
@@ -59,7 +59,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
     if folder.exists():
         say(f"data: opening {folder}")
     else:
-        say(f"data: preparing {folder}")
+        say(f"data: reading, cleaning and tokenizing into {folder} (once)")
         documents, steps = clean.clean(corpus.documents(data, root), data.clean)
         for step in steps:
             say(
@@ -109,7 +109,7 @@ def _text_sha256(document: Document) -> bytes:
         ) from error
 
 
-def _describe(dataset: "Dataset", say: Callable[[str], None]) -> None:
+def _describe(dataset: Dataset, say: Callable[[str], None]) -> None:
     tokenizer = dataset.tokenizer
     learned = ", learned from the train split alone" if tokenizer.name in ("bpe", "char") else ""
     say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens{learned}")
@@ -153,7 +153,7 @@ class Loader:
         inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(domain))
 
-    def iterate(self, from_step: int) -> Iterator[Batch]:
+    def iterate(self, from_step: int) -> Generator[Batch, None, None]:
         """Batches of `from_step`, `from_step` + 1, ... without end. Closing the iterator ends the workers."""
         batches: DataLoader[Batch] = DataLoader(
             range(from_step, sys.maxsize),  # type: ignore[arg-type]

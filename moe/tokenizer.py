@@ -167,8 +167,10 @@ def _pretrained(name: str) -> Tokenizer:
     def fetch() -> None:
         try:
             result.append(tiktoken.get_encoding(name))
-        except (OSError, ValueError) as error:  # no network, no write access, or a download that is not the real file
-            failure.append(f"{type(error).__name__}: {str(error)[:200]}")
+        except OSError as error:  # no network, or a cache that cannot be written
+            failure.append(error.strerror or type(error).__name__)
+        except ValueError as error:  # a download that is not the published file
+            failure.append(str(error))
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
