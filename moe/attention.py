@@ -28,8 +28,11 @@ class KVCache:
 
 
 def rotary(context: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (context, dim / 2) float32, of the angles position · theta^(−2i/dim) (RoFormer, 2104.09864)."""
-    angle = torch.outer(torch.arange(context).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    """cos and sin, each (context, dim / 2) float32, of the angles position · theta^(−2i/dim) (RoFormer, 2104.09864).
+
+    1 / theta^(2i/dim), rounded as transformers rounds it: in the last bit another form of it turns far positions by
+    another angle."""
+    angle = torch.outer(torch.arange(context).float(), 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
     return angle.cos(), angle.sin()
 
 
