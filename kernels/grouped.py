@@ -1,10 +1,13 @@
 """The experts on ordinary matmuls, one per expert: the fast path wherever there is no GPU.
 
-One autograd function. Forward gathers the rows into expert order, multiplies expert by expert, and combines; it keeps x,
-the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient into its own
-place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert). Registered with
-torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in `reference.experts`.
+One autograd function. Forward gathers the rows into expert order, multiplies expert by expert, and combines; it keeps
+x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient into its
+own place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert). Registered
+with torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in
+`reference.experts`.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +32,7 @@ def _forward(
     x_ND = x_TD[token_N[order_N]]
     z_NF = x_TD.new_empty(len(order_N), w_up_EFD.shape[1])
     y_ND = torch.empty_like(x_ND)
-    for e, (lo, hi) in enumerate(zip(offset, offset[1:], strict=False)):
+    for e, (lo, hi) in enumerate(pairwise(offset)):
         if lo < hi:
             torch.mm(x_ND[lo:hi], w_up_EFD[e].T, out=z_NF[lo:hi])
             torch.mm(reference.activate(z_NF[lo:hi], activation), w_down_EDF[e].T, out=y_ND[lo:hi])
@@ -64,7 +67,7 @@ def _backward(
     dx_ND = torch.empty_like(x_ND)
     dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
     dweight_N = torch.zeros_like(weight_N)  # in slot order until the end
-    for e, (lo, hi) in enumerate(zip(offset, offset[1:], strict=False)):
+    for e, (lo, hi) in enumerate(pairwise(offset)):
         if lo == hi:
             dw_up_EFD[e] = 0
             dw_down_EDF[e] = 0
@@ -85,7 +88,7 @@ def _(dout_TD, x_TD, z_NF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: igno
 
 
 def _combine(y_ND: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
-    """Each token's sum of its rows' slots, weighted or not; rows come in token order. Accumulates in float32 at least."""
+    """Each token's sum of its rows' slots, weighted or not, in float32 at least; rows come in token order."""
     start_T = torch.searchsorted(token_N, torch.arange(n_tokens, device=token_N.device))
     weight = None if weight_N is None else weight_N.to(y_ND.dtype)
     return F.embedding_bag(slot_N, y_ND, start_T, mode="sum", per_sample_weights=weight)
@@ -112,9 +115,13 @@ def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, ctx.activation = inputs
     ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or an (N, F) tensor of zeros would be made for z
 
 
 def _autograd_backward(ctx, dout_TD, dz_NF):  # type: ignore[no-untyped-def]
+    if dout_TD is None:
+        return (None,) * 9
     dx, dw_up, dw_down, dweight = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation)
     return dx, dw_up, dw_down, dweight, None, None, None, None, None
 

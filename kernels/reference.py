@@ -39,8 +39,8 @@ def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order_N = torch.argsort(key_N, stable=True)
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    count_E = torch.bincount(key_N, minlength=n_experts + 1)[:n_experts]
-    return order_N, slot_N, F.pad(count_E.cumsum(0), (1, 0))
+    offset_E1 = torch.searchsorted(key_N[order_N], torch.arange(n_experts + 1, device=order_N.device))
+    return order_N, slot_N, offset_E1
 
 
 def activate(z_NF: Tensor, activation: str) -> Tensor:
@@ -77,5 +77,5 @@ def experts(
         row = torch.nonzero(expert_N == e).squeeze(-1)
         h = activate(x_TD[token_N[row]] @ w_up_EFD[e].T, activation)
         y = (h @ w_down_EDF[e].T) * weight_N[row, None].to(h.dtype)
-        out_TD = out_TD.index_add(0, token_N[row], y)
+        out_TD = out_TD.index_add(0, token_N[row], y.to(out_TD.dtype))  # under autocast y is narrower
     return out_TD

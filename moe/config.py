@@ -1,7 +1,7 @@
 """Every setting of a run: typed dataclasses, filled by YAML or plain dicts, validated once, here.
 
 `build(tree)` turns a nested dict into a `Config` or raises `BadInput` with one sentence that names the key, the value
-and what would be accepted. Nothing else in the library re-checks a setting. No Hydra, no torch: cheap to import anywhere.
+and what would be accepted. Nothing else in the library re-checks a setting. No Hydra, no torch: cheap to import.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -257,7 +258,7 @@ def build(tree: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[ass
 def parse(cls: type[T], tree: Any, path: str = "") -> T:
     """Fill dataclass `cls` from a dict, refusing unknown keys and wrong types. `path` names the place in messages."""
     if not isinstance(tree, dict):
-        raise BadInput(f"{path or 'the configuration'}={tree!r} must be a group of settings, not a single value.")
+        raise BadInput(f"{path[:-1] or 'the configuration'}={tree!r} must be a group of settings, not a single value.")
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
@@ -307,19 +308,26 @@ def validate(cfg: Config) -> None:
         value = lookup(cfg, path)
         if value is None:
             continue
-        if not low <= value <= high:  # also refuses nan
-            accepted = f"at least {low:g}" if high >= 2**31 - 1 else f"between {low:g} and {high:g}"
+        if not (low <= value <= high and math.isfinite(value)):
+            accepted = f"a finite number of at least {low:g}" if high >= 2**31 - 1 else f"between {low:g} and {high:g}"
             raise BadInput(f"{path}={value} is out of range: accepted is {accepted}.")
     _validate_model(cfg.model)
     if cfg.balance.bias_rate > 0 and not cfg.router.selection_bias:
         raise BadInput(
-            f"balance.bias_rate={cfg.balance.bias_rate} needs a selection bias to update: set router.selection_bias=true."
+            f"balance.bias_rate={cfg.balance.bias_rate} needs a selection bias to update: "
+            "set router.selection_bias=true."
         )
     for name in cfg.data.domains:
         if cfg.data.name == "blend" and name not in BLEND_DOMAINS:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")
     if cfg.data.name != "blend" and not cfg.data.path:
         raise BadInput(f"data.name={cfg.data.name} needs data.path: a file, a folder or a glob (or a dataset's name).")
+    clean = cfg.data.clean
+    if clean.max_chars and clean.max_chars < clean.min_chars:
+        raise BadInput(
+            f"data.clean.max_chars={clean.max_chars} is below data.clean.min_chars={clean.min_chars}: "
+            "no document would be left (0 sets no upper limit)."
+        )
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise BadInput(f"optim.betas={cfg.optim.betas} must be two numbers in [0, 1).")
     if cfg.optim.warmup > cfg.train.steps:
@@ -328,7 +336,7 @@ def validate(cfg: Config) -> None:
         raise BadInput(
             f"train.accumulate={cfg.train.accumulate} must divide train.batch_size={cfg.train.batch_size} evenly."
         )
-    if not (cfg.train.device in ("auto", "cpu", "cuda") or cfg.train.device.removeprefix("cuda:").isdigit()):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", cfg.train.device):
         raise BadInput(f"train.device={cfg.train.device} is not one of auto, cpu, cuda, cuda:N.")
 
 
@@ -349,7 +357,8 @@ def _validate_model(model: ModelConfig) -> None:
         return
     if moe.k > moe.n_experts:
         raise BadInput(
-            f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: a token cannot choose more experts than exist."
+            f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: "
+            "a token cannot choose more experts than exist."
         )
     if not any(is_moe_layer(model, layer) for layer in range(model.n_layers)):
         raise BadInput(

@@ -63,7 +63,8 @@ class TopKRouter(nn.Module):
             expert_TK, weight_TK, score_TE = reference.gate(
                 logits_TE, self.k, self.cfg.name, self.bias_E, self.cfg.renormalize, self.cfg.scale
             )
-            prob_TE = score_TE if self.cfg.name == "softmax" else score_TE / score_TE.sum(-1, keepdim=True)
+            total_T1 = score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+            prob_TE = score_TE if self.cfg.name == "softmax" else score_TE / total_T1
         return Routing(expert_TK, weight_TK, None, logits_TE, prob_TE)
 
 
