@@ -1,0 +1,93 @@
+"""Shared by the tests of the model: every router's settings, every backend, and small models with odd sizes."""
+
+import itertools
+
+import hypothesis
+import pytest
+import torch
+
+from moe.config import CHOICES, ModelConfig, MoEConfig, RouterConfig
+from moe.layer import MoELayer
+from moe.model import Transformer
+
+# The same examples on every run, and no folder of them in the repository.
+hypothesis.settings.register_profile("claims", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("claims")
+
+# A router added to the settings takes part in the invariants without a change here.
+ROUTERS = [
+    RouterConfig(name=name, renormalize=renormalize, selection_bias=bias)
+    for name, renormalize, bias in itertools.product(CHOICES["router.name"], (True, False), (True, False))
+]
+
+
+def _router_name(cfg: RouterConfig) -> str:
+    return cfg.name + "-renormalized" * cfg.renormalize + "-biased" * cfg.selection_bias
+
+
+@pytest.fixture(params=ROUTERS, ids=_router_name)
+def router(request: pytest.FixtureRequest) -> RouterConfig:
+    """The settings of each router in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    return request.param
+
+
+def _model_config(**changes) -> ModelConfig:
+    moe = MoEConfig(n_experts=5, k=3, d_expert=7)
+    shape = dict(vocab_size=17, context=16, n_layers=2, d_model=12, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=20)
+    return ModelConfig(**{**shape, "name": "tiny", "init_std": 0.3, "moe": moe, **changes})
+
+
+@pytest.fixture
+def model_config():
+    """(**changes) -> the settings of a tiny MoE model; E, K, D and F are no powers of two."""
+    return _model_config
+
+
+def _fill(module: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
+    """Weights and selection biases large enough for the choice of experts to be no accident of the initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, each in itertools.chain(module.named_parameters(), module.named_buffers()):
+            if each.dim() > 1 and name.split(".")[-1] not in ("cos_Sd", "sin_Sd"):
+                each.normal_(0.0, 0.4, generator=generator)
+            elif name.endswith("bias_E"):
+                each.normal_(0.0, 0.1, generator=generator)
+    module.to(dtype)
+
+
+@pytest.fixture
+def make_layer():
+    """(router settings, dtype, seed, **changes to MoEConfig) -> an MoE layer with D=12."""
+
+    def make(router: RouterConfig, dtype: torch.dtype = torch.float64, seed: int = 0, activation="swiglu", **moe):
+        cfg = _model_config(moe=MoEConfig(**{"n_experts": 5, "k": 3, "d_expert": 7, **moe}), activation=activation)
+        layer = MoELayer(cfg, cfg.moe, router)
+        _fill(layer, dtype, seed)
+        return layer
+
+    return make
+
+
+@pytest.fixture
+def make_model():
+    """(router settings, dtype, seed, **changes to ModelConfig) -> a tiny transformer with random weights."""
+
+    def make(router: RouterConfig | None = None, dtype: torch.dtype = torch.float64, seed: int = 0, **changes):
+        model = Transformer(_model_config(**changes), router or RouterConfig())
+        model.initialize(seed)
+        _fill(model, dtype, seed)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """(2, 11) token ids of a vocabulary of 17."""
+    return torch.randint(0, 17, (2, 11), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,105 @@
+"""Attention against loops over positions and heads, rotary angles, and the cache."""
+
+import cmath
+import math
+
+import pytest
+import torch
+
+from moe.attention import Attention, KVCache, rotary, rotate
+
+
+def _attention(cfg, seed=0):
+    torch.manual_seed(seed)
+    module = Attention(cfg).double()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.4)
+    return module
+
+
+def _rms(vector, weight, eps):
+    return vector / (vector.square().mean() + eps).sqrt() * weight
+
+
+def _naive(module, cfg, x, rope):
+    """One position and one query head at a time."""
+    d, group = module.d_head, cfg.n_heads // (cfg.n_kv_heads or cfg.n_heads)
+    q, k, v = ([linear(each) for each in x] for linear in (module.q, module.k, module.v))
+    if cfg.qk_norm == "full":
+        q = [_rms(each, module.q_norm.weight, cfg.norm_eps) for each in q]
+        k = [_rms(each, module.k_norm.weight, cfg.norm_eps) for each in k]
+
+    def head(vectors, h, norm, turn=True):
+        rows = []
+        for s, vector in enumerate(vectors):
+            row = vector[h * d : (h + 1) * d]
+            if cfg.qk_norm == "head" and norm is not None:
+                row = _rms(row, norm.weight, cfg.norm_eps)
+            if rope and turn:
+                pairs = [
+                    complex(row[i], row[i + d // 2]) * cmath.exp(1j * s * cfg.rope_theta ** (-2 * i / d))
+                    for i in range(d // 2)
+                ]
+                row = torch.tensor([p.real for p in pairs] + [p.imag for p in pairs], dtype=torch.float64)
+            rows.append(row)
+        return rows
+
+    out = []
+    for s in range(len(x)):
+        heads = []
+        for h in range(cfg.n_heads):
+            query = head(q, h, module.q_norm)[s]
+            keys = head(k, h // group, module.k_norm)[: s + 1]
+            values = head(v, h // group, None, turn=False)[: s + 1]
+            weight = torch.stack([query @ key / math.sqrt(d) for key in keys]).softmax(0)
+            heads.append(sum(w * value for w, value in zip(weight, values, strict=True)))
+        out.append(module.o(torch.cat(heads)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("n_kv_heads", [0, 1, 2, 4])
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position):
+    cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True)
+    module, x = _attention(cfg), torch.randn(5, 12, dtype=torch.float64)
+    rope = tuple(each[:5].double() for each in rotary(16, 4, cfg.rope_theta)) if position == "rope" else None
+    with torch.no_grad():
+        # The angles are made in float32.
+        torch.testing.assert_close(module(x[None], rope, 0)[0], _naive(module, cfg, x, rope), rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    cos, sin = (each.double() for each in rotary(32, 8, 10000.0))
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, 32, 8)
+    score = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
+    for distance in range(-5, 6):
+        diagonal = score.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_keeps_the_length_and_the_dtype():
+    cos, sin = rotary(16, 8, 10000.0)
+    x = torch.randn(2, 3, 16, 8)
+    torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+    assert torch.equal(rotate(x, cos, sin)[:, :, 0], x[:, :, 0])  # position 0 turns nothing
+
+
+@pytest.mark.parametrize("n_kv_heads", [0, 1, 2])
+def test_the_cache_holds_the_keys_of_the_kv_heads_only(model_config, n_kv_heads):
+    cfg = model_config(n_kv_heads=n_kv_heads)
+    cache = KVCache(cfg, batch=3, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert cache.store.numel() == 2 * cfg.n_layers * 3 * cfg.context * (n_kv_heads or cfg.n_heads) * cfg.head_dim
+
+
+def test_a_layer_writes_its_own_part_of_the_cache_and_gets_back_its_own_dtype(model_config):
+    cache = KVCache(model_config(), batch=1, dtype=torch.float32, device=torch.device("cpu"))
+    first, second = torch.randn(2, 1, 2, 3, 4), torch.randn(2, 1, 2, 1, 4)
+    cache.extend(1, *first)
+    cache.length = 3
+    k, v = cache.extend(1, second[0].bfloat16(), second[1].bfloat16())
+    torch.testing.assert_close(k, torch.cat((first[0], second[0]), 2).bfloat16())
+    torch.testing.assert_close(v, torch.cat((first[1], second[1]), 2).bfloat16())
+    assert (cache.store[0] == 0).all()

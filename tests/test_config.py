@@ -1,0 +1,307 @@
+"""Settings: what is refused, with which words, and what identifies a run."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moe import config, model
+from moe.config import BadInput, Config, build, fingerprint, to_dict
+
+ROOT = Path(__file__).parents[1]
+
+MISSPELT = {  # path of the misspelt key: the key meant
+    "sead": "seed",
+    "despatch": "dispatch",
+    "modle": "model",
+    "optimm": "optim",
+    "model.n_layer": "model.n_layers",
+    "model.dmodel": "model.d_model",
+    "model.rope_thetta": "model.rope_theta",
+    "model.tie_embedding": "model.tie_embeddings",
+    "model.moe.n_expert": "model.moe.n_experts",
+    "model.moe.d_experts": "model.moe.d_expert",
+    "model.moe.first_dens": "model.moe.first_dense",
+    "router.renormalise": "router.renormalize",
+    "router.selection_bais": "router.selection_bias",
+    "balance.auxx": "balance.aux",
+    "balance.biasrate": "balance.bias_rate",
+    "tokenizer.vocab_sizes": "tokenizer.vocab_size",
+    "data.max_md": "data.max_mb",
+    "data.val_frac": "data.val_fraction",
+    "data.clean.min_char": "data.clean.min_chars",
+    "optim.weight_decy": "optim.weight_decay",
+    "train.batchsize": "train.batch_size",
+    "train.acumulate": "train.accumulate",
+    "checkpoint.keeep": "checkpoint.keep",
+    "log.tensor_board": "log.tensorboard",
+}
+WRONG_TYPES = {
+    "seed": 1.5,
+    "resume": "yes",
+    "run": 3,
+    "model.n_layers": "four",
+    "model.d_model": 64.0,
+    "model.bias": 1,
+    "model.norm_eps": "small",
+    "model.name": None,
+    "model.moe.k": True,
+    "router.scale": False,
+    "balance.aux": [0.1],
+    "data.domains": "drama",
+    "data.domains[1]": ["drama", 3],
+    "optim.betas[0]": ["a", 0.9],
+    "optim.lr": None,
+    "train.compile": "true",
+    "model": "gpt2",
+    "router": None,
+    "model.moe": 8,
+    "data.clean": [],
+}
+NOT_A_CHOICE = {  # value, and the choice it is nearest to
+    "dispatch": ("tritonn", "triton"),
+    "model.activation": ("swigl", "swiglu"),
+    "model.norm": ("rmss", "rms"),
+    "model.position": ("ropee", "rope"),
+    "model.qk_norm": ("heads", "head"),
+    "router.name": ("soft-max", "softmax"),
+    "tokenizer.name": ("gpt-2", "gpt2"),
+    "data.name": ("blends", "blend"),
+    "data.clean.unicode": ("NFKD", "NFKC"),
+    "optim.schedule": ("cosin", "cosine"),
+    "train.precision": ("fp16", "bf16"),
+    "train.non_finite": ("skipp", "skip"),
+}
+OUT_OF_RANGE = [
+    (path, value)
+    for path, (low, high) in config.BOUNDS.items()
+    for value in {low - 1 if float(low).is_integer() else low / 2, high + 1 if high < 2**31 - 1 else low - 1}
+]
+NOT_FINITE = [
+    (path, value)
+    for path in (
+        "router.scale",
+        "balance.aux",
+        "balance.z",
+        "optim.lr",
+        "optim.clip",
+        "data.max_mb",
+        "model.rope_theta",
+    )
+    for value in (math.inf, -math.inf, math.nan)
+]
+IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
+    "K > E": ({"model.moe.k": 9, "model.moe.n_experts": 8}, "model.moe.k=9 exceeds model.moe.n_experts=8"),
+    "D % H": ({"model.d_model": 100, "model.n_heads": 3}, "model.d_model=100 is not divisible by model.n_heads=3"),
+    "kv heads": ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 must divide model.n_heads=4"),
+    "more kv heads": ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 must divide model.n_heads=4"),
+    "odd rotary": ({"model.head_dim": 7}, "model.position=rope needs an even head dimension, and here it is 7"),
+    "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
+    "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),
+    "bias without bias": ({"balance.bias_rate": 0.001}, "balance.bias_rate=0.001 needs a selection bias"),
+    "domain": (
+        {"data.domains": ["drama", "poetry"]},
+        "data.domains has 'poetry'; the blend's domains are drama, verse",
+    ),
+    "no path": ({"data.name": "text"}, "data.name=text needs data.path"),
+    "no dataset": ({"data.name": "huggingface"}, "data.name=huggingface needs data.path"),
+    "lengths": ({"data.clean.max_chars": 50}, "data.clean.max_chars=50 is below data.clean.min_chars=100"),
+    "one beta": ({"optim.betas": [0.9]}, "optim.betas=[0.9] must be two numbers in [0, 1)"),
+    "beta 1": ({"optim.betas": [0.9, 1.0]}, "optim.betas=[0.9, 1.0] must be two numbers"),
+    "beta nan": ({"optim.betas": [math.nan, 0.9]}, "optim.betas=[nan, 0.9] must be two numbers"),
+    "warm-up": ({"optim.warmup": 601}, "optim.warmup=601 is longer than train.steps=600"),
+    "accumulate": ({"train.accumulate": 3}, "train.accumulate=3 must divide train.batch_size=8"),
+    "device": ({"train.device": "gpu"}, "train.device=gpu is not one of auto, cpu, cuda, cuda:N"),
+    "device number": ({"train.device": "0"}, "train.device=0 is not one of auto, cpu, cuda, cuda:N"),
+    "device without number": ({"train.device": "cuda:"}, "train.device=cuda: is not one of auto"),
+}
+
+
+def _tree(settings):
+    """A nested dict from dotted paths, around an MoE model."""
+    tree = {"model": {"moe": {}}}
+    for path, value in settings.items():
+        node, (*groups, key) = tree, path.split(".")
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[key] = value
+    return tree
+
+
+def _refusal(settings):
+    with pytest.raises(BadInput) as caught:
+        build(_tree(settings))
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_built(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(model.Transformer, "__init__", refuse)
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one(key):
+    assert _refusal({key: 1}) == f"{key} is not a setting; did you mean {MISSPELT[key]}."
+
+
+def test_a_key_like_no_other_is_refused_with_all_that_are_accepted():
+    assert _refusal({"checkpoint.zzz": 1}) == "checkpoint.zzz is not a setting; accepted here: every, keep."
+
+
+@pytest.mark.parametrize("path", WRONG_TYPES)
+def test_a_wrong_type_is_refused_by_name(path):
+    value = WRONG_TYPES[path]
+    message = _refusal({path.split("[")[0]: value})
+    shown = value["[1]" in path] if "[" in path else value
+    assert message.startswith(f"{path}={shown!r} must be ")
+
+
+@pytest.mark.parametrize("path", NOT_A_CHOICE)
+def test_a_value_that_is_no_choice_is_refused_with_the_nearest(path):
+    value, nearest = NOT_A_CHOICE[path]
+    accepted = ", ".join(config.CHOICES[path])
+    assert _refusal({path: value}) == f"{path}={value} is not one of {accepted}; did you mean {nearest}."
+
+
+@pytest.mark.parametrize(("path", "value"), OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused_with_the_range(path, value):
+    is_float = _fields(Config)[path] is float
+    message = _refusal({path: float(value) if is_float else int(value)})
+    low, high = config.BOUNDS[path]
+    assert message.startswith(f"{path}=")
+    assert f"{low:g}" in message
+    assert high >= 2**31 - 1 or f"{high:g}" in message
+
+
+@pytest.mark.parametrize(("path", "value"), NOT_FINITE)
+def test_infinity_and_nan_are_no_numbers_here(path, value):
+    assert _refusal({path: value}).startswith(f"{path}={value} is out of range: accepted is a finite number")
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_pair_is_refused_with_both_values(case):
+    settings, words = IMPOSSIBLE[case]
+    assert words in _refusal(settings)
+
+
+def test_a_configuration_that_is_no_group_is_refused():
+    with pytest.raises(BadInput, match="the configuration=3 must be a group of settings"):
+        build(3)
+
+
+def _fields(cls, prefix=""):
+    """Dotted path -> type of every setting below a dataclass."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        hint = next((arm for arm in typing.get_args(hint) if dataclasses.is_dataclass(arm)), hint)
+        found |= _fields(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+def test_every_number_has_bounds_and_every_bound_and_choice_a_setting():
+    fields = _fields(Config)
+    assert {path for path, hint in fields.items() if hint in (int, float)} == set(config.BOUNDS)
+    assert set(config.CHOICES) == set(NOT_A_CHOICE) <= set(fields)
+
+
+@pytest.mark.parametrize("path", list(config.BOUNDS))
+def test_bounds_contain_the_default(path):
+    low, high = config.BOUNDS[path]
+    assert low <= config.lookup(build(_tree({})), path) <= high
+
+
+ROUND_TRIP = {
+    "defaults": {},
+    "moe": {"model": {"moe": {"n_experts": 3, "k": 3}}},
+    "lists and floats": {"optim": {"betas": (0, 0.5), "lr": 1}, "data": {"domains": ["drama"]}},
+    "sigmoid": {"router": {"name": "sigmoid", "selection_bias": True}, "balance": {"bias_rate": 0.001}},
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIP)
+def test_build_takes_back_what_to_dict_gives(name):
+    cfg = build(ROUND_TRIP[name])
+    assert build(to_dict(cfg)) == cfg
+
+
+def test_integers_become_floats_where_a_float_is_meant():
+    assert isinstance(build({"optim": {"lr": 1, "betas": [0, 0]}}).optim.lr, float)
+
+
+def test_a_command_may_extend_the_settings():
+    @dataclass
+    class Bench(Config):
+        repeats: int = 3
+
+    assert build({"repeats": 5, "seed": 2}, Bench) == Bench(seed=2, repeats=5)
+    with pytest.raises(BadInput, match="repeat is not a setting; did you mean repeats"):
+        build({"repeat": 5}, Bench)
+
+
+NOT_IN_FINGERPRINT = {"run", "resume", "data.cache", "data.workers"}
+
+
+def _other(value):
+    """A different value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case list():
+            return [*value, "x"]
+    raise AssertionError(value)
+
+
+@pytest.mark.parametrize("path", _fields(Config))
+def test_the_fingerprint_sees_what_decides_the_result_and_nothing_else(path):
+    cfg = build(_tree({}))
+    before = fingerprint(cfg)
+    group, _, key = path.rpartition(".")
+    owner = config.lookup(cfg, group) if group else cfg
+    setattr(owner, key, _other(getattr(owner, key)))
+    ignored = path in NOT_IN_FINGERPRINT or path.startswith("log.")
+    assert (fingerprint(cfg) == before) == ignored
+
+
+def test_a_fingerprint_is_eight_hex_digits_and_the_same_in_every_process():
+    code = "from moe.config import build, fingerprint; print(fingerprint(build({})))"
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()
+    assert elsewhere == fingerprint(build({}))
+    assert len(bytes.fromhex(elsewhere)) == 4
+
+
+def test_the_settings_import_neither_torch_nor_hydra():
+    code = (
+        "import sys, moe.config\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'hydra', 'omegaconf', 'numpy', 'yaml'}))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        == "[]\n"
+    )
+
+
+def test_lookup_passes_over_a_group_that_is_absent():
+    assert config.lookup(build({}), "model.moe.k") is None
+    assert config.lookup(build(_tree({})), "model.moe.k") == 4
+
+
+def test_defaults_are_not_shared_between_configurations():
+    build({}).data.domains.append("drama")
+    assert build({}).data.domains == []

@@ -1,0 +1,78 @@
+"""The MoE layer and the choice of a backend."""
+
+import pytest
+import torch
+
+from moe import balance, dispatch
+from moe.config import BadInput, RouterConfig
+
+
+def _x(dtype=torch.float64):
+    return torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def test_what_the_layer_reports_is_its_routers_decision(make_layer, router, backend):
+    layer = make_layer(router)
+    out, report = layer(_x(), backend)
+    routing = layer.router(_x().flatten(0, 1))
+    assert out.shape == (2, 9, 12)
+    assert torch.equal(report.expert, routing.expert)
+    assert torch.equal(report.weight, routing.weight)
+    assert report.count_E.tolist() == torch.bincount(routing.expert.flatten(), minlength=5).tolist()
+    torch.testing.assert_close(report.aux, balance.load_balancing_loss(routing.prob_TE, report.count_E))
+    torch.testing.assert_close(report.z, balance.z_loss(routing.logits_TE))
+    assert report.count_E.dtype == report.dropped.dtype == torch.int64
+
+
+def test_losses_carry_gradient_to_the_router_and_reports_carry_none(make_layer, router, backend):
+    layer = make_layer(router)
+    report = layer(_x(), backend)[1]
+    assert not report.weight.requires_grad
+    for loss in (report.aux, report.z):
+        (gradient,) = torch.autograd.grad(loss, layer.router.w_ED, retain_graph=True)
+        assert gradient.abs().sum() > 0
+
+
+def test_a_forward_pass_parks_nothing_on_the_module(make_layer, router, backend):
+    layer = make_layer(router)
+    state = {name: each.clone() for name, each in layer.state_dict().items()}
+    attributes = [set(vars(module)) for module in layer.modules()]
+    layer(_x(), backend)
+    assert all(torch.equal(layer.state_dict()[name], each) for name, each in state.items())
+    assert [set(vars(module)) for module in layer.modules()] == attributes
+
+
+def test_shared_experts_alone_remain_when_the_routed_ones_are_zero(make_layer, backend):
+    layer = make_layer(RouterConfig(), n_shared=2)
+    with torch.no_grad():
+        layer.experts.w_down_EDF.zero_()
+    torch.testing.assert_close(layer(_x(), backend)[0], layer.shared(_x()))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh", "relu2"])
+def test_the_layers_activation_reaches_its_experts(make_layer, backend, activation):
+    layer = make_layer(RouterConfig(), activation=activation)
+    width = layer.experts.w_up_EFD.shape[1]
+    assert width == (14 if activation == "swiglu" else 7)
+    torch.testing.assert_close(layer(_x(), backend)[0], layer(_x(), "reference")[0], rtol=1e-12, atol=1e-12)
+
+
+def test_float32_is_the_layers_dtype_under_autocast_except_for_the_products(make_layer, router, backend):
+    layer = make_layer(router, torch.float32)
+    exact = layer(_x(torch.float32), backend)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, report = layer(_x(torch.float32), backend)
+    assert report.aux.dtype == report.z.dtype == report.weight.dtype == torch.float32
+    assert (out - exact).norm() / exact.norm() < 2e-2
+
+
+def test_auto_is_the_torch_backend_and_triton_is_refused_for_now():
+    device = torch.device("cpu")
+    assert [dispatch.choose(name, device) for name in ("auto", "torch", "reference")] == ["torch", "torch", "reference"]
+    with pytest.raises(BadInput, match=r"dispatch=triton .* use dispatch=torch"):
+        dispatch.choose("triton", device)
+
+
+def test_an_unknown_backend_is_refused(make_layer):
+    with pytest.raises(ValueError, match="backend='cuda' is not one of"):
+        make_layer(RouterConfig())(_x(), "cuda")

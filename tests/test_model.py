@@ -1,0 +1,217 @@
+"""The transformer: initialisation, patterns of layers, variants, loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moe.attention import KVCache
+from moe.config import ModelConfig, MoEConfig, RouterConfig
+from moe.experts import MLP
+from moe.layer import MoELayer
+from moe.model import Transformer, next_token_loss
+from moe.presets import dense_twin
+
+
+def _model(cfg: ModelConfig, seed: int = 0) -> Transformer:
+    return Transformer(cfg, RouterConfig()).initialize(seed)
+
+
+def _loss(model, tokens, **how):
+    out = model(tokens, **how)
+    return next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:]) + sum(each.aux + each.z for each in out.routing)
+
+
+def test_initialisation_is_a_function_of_the_seed_and_each_name(model_config):
+    first, again, other = _model(model_config()), _model(model_config()), _model(model_config(), seed=1)
+    deeper = dict(_model(model_config(n_layers=3, init_std=0.3)).named_parameters())
+    for name, p in first.named_parameters():
+        assert torch.equal(p, dict(again.named_parameters())[name]), name
+        if p.dim() > 1:
+            assert not torch.equal(p, dict(other.named_parameters())[name]), name
+            unscaled = p / deeper[name]  # one more layer changes the residual scale alone
+            torch.testing.assert_close(unscaled, unscaled.flatten()[0].expand_as(p), rtol=1e-5, atol=0)
+
+
+def test_initialisation_ignores_and_leaves_the_global_generator(model_config):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model = Transformer(model_config(), RouterConfig())
+    torch.manual_seed(5)
+    first = [p.clone() for p in model.initialize(0).parameters()]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert all(torch.equal(a, b) for a, b in zip(first, model.initialize(0).parameters(), strict=True))
+
+
+def test_a_model_and_its_dense_twin_start_with_the_same_common_weights(model_config):
+    cfg = model_config(d_model=32, moe=MoEConfig(n_experts=8, k=2, d_expert=32))
+    mine = dict(_model(cfg).named_parameters())
+    twin = dict(_model(dense_twin(cfg, "active_params")).named_parameters())
+    common = mine.keys() & twin.keys()
+    assert {"embed.weight", "blocks.1.attn.q.weight", "blocks.0.mlp_norm.weight", "norm.weight"} <= common
+    assert all(".mlp." in name for name in mine.keys() ^ twin.keys())
+    assert all(torch.equal(mine[name], twin[name]) for name in common)
+
+
+@pytest.mark.parametrize("n_layers", [1, 8])
+def test_deviations_are_init_std_and_what_writes_to_the_stream_is_scaled_by_depth(model_config, n_layers):
+    moe = MoEConfig(n_experts=4, k=2, d_expert=64, n_shared=1, every=2 if n_layers > 1 else 1)
+    model = _model(model_config(d_model=64, d_ff=96, n_layers=n_layers, init_std=0.05, moe=moe, bias=True))
+    writes = ("attn.o.weight", "mlp.down.weight", "shared.down.weight", "w_down_EDF")
+    seen = set()
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0.0 if name.endswith("bias") else 1.0)).all(), name
+            continue
+        kind = next((each for each in writes if name.endswith(each)), None)
+        seen.add(kind)
+        expected = 0.05 / math.sqrt(2 * n_layers) if kind else 0.05
+        assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
+        assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), name
+    assert seen == {None, *writes} - ({"mlp.down.weight"} if n_layers == 1 else set())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4, k=2, d_expert=16)], ids=["dense", "moe"])
+def test_the_loss_of_an_untrained_model_is_near_ln_v(model_config, tie, moe):
+    model = _model(model_config(vocab_size=200, context=64, d_model=32, init_std=0.02, tie_embeddings=tie, moe=moe))
+    tokens = torch.randint(0, 200, (8, 65), generator=torch.Generator().manual_seed(0))
+    loss = next_token_loss(model(tokens[:, :-1]).logits_BSV, tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(200), abs=0.03)
+
+
+def test_tied_embeddings_are_one_parameter_and_untied_ones_two(make_model, tokens):
+    tied, untied = make_model(tie_embeddings=True), make_model(tie_embeddings=False)
+    assert tied.head.weight is tied.embed.weight
+    assert "head.weight" not in dict(tied.named_parameters())
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 17 * 12
+    with torch.no_grad():
+        hidden = []
+        tied.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        torch.testing.assert_close(tied(tokens).logits_BSV, hidden[0] @ tied.embed.weight.T)
+
+
+def test_more_positions_than_the_context_are_refused_also_with_a_cache(make_model, tokens):
+    model = make_model(context=11)
+    model(tokens)
+    with pytest.raises(ValueError, match=r"12 positions exceed model\.context=11"):
+        model(torch.cat((tokens, tokens[:, :1]), 1))
+    cache = KVCache(model.cfg, 2, torch.float64, tokens.device)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        with pytest.raises(ValueError, match="12 positions exceed"):
+            model(tokens[:, :1], cache=cache)
+    assert cache.length == 11
+
+
+VARIANTS = {
+    "gpt2": dict(norm="layer", position="learned", bias=True, activation="gelu_tanh", n_kv_heads=0),
+    "layer norm without bias": dict(norm="layer", activation="gelu"),
+    "olmoe": dict(qk_norm="full", tie_embeddings=False, n_kv_heads=0),
+    "qwen3": dict(qk_norm="head", head_dim=6),
+    "relu2, one kv head": dict(activation="relu2", n_kv_heads=1),
+    "derived head size": dict(head_dim=0, n_heads=3, n_kv_heads=0),
+}
+EXPERTS = {
+    "dense": None,
+    "moe": MoEConfig(n_experts=5, k=3, d_expert=7),
+    "shared": MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=2),
+    "every other": MoEConfig(n_experts=5, k=3, d_expert=7, every=2),
+}
+
+
+@pytest.mark.parametrize("moe", EXPERTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_of_every_variant_learns(make_model, tokens, variant, moe):
+    position = VARIANTS[variant].get("position", "rope")
+    model = make_model(**VARIANTS[variant], moe=EXPERTS[moe], context=11)
+    _loss(model, tokens).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        # A key bias moves every score of a query alike, which a softmax does not see (unless positions turn it).
+        if not (name.endswith("attn.k.bias") and position == "learned"):
+            assert p.grad.abs().max() > 1e-9, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_the_same_with_either_backend_and_with_a_cache(make_model, tokens, variant):
+    model = make_model(**VARIANTS[variant])
+    cache = KVCache(model.cfg, 2, torch.float64, tokens.device)
+    with torch.no_grad():
+        expected = model(tokens, backend="reference").logits_BSV
+        parts = [model(part, backend="torch", cache=cache).logits_BSV for part in tokens.split([5, 1, 5], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_norm_is_the_named_one(make_model, norm):
+    model, x = make_model(norm=norm, norm_eps=1e-3), torch.randn(3, 12, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True) * (norm == "layer")
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(model.norm(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("every", "first_dense", "routed"),
+    [
+        (1, 0, [0, 1, 2, 3, 4, 5]),
+        (2, 0, [1, 3, 5]),
+        (3, 0, [2, 5]),
+        (1, 1, [1, 2, 3, 4, 5]),
+        (2, 2, [3, 5]),
+        (1, 5, [5]),
+    ],
+)
+def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, first_dense, routed):
+    moe = MoEConfig(n_experts=4, k=2, d_expert=5, every=every, first_dense=first_dense)
+    model = make_model(n_layers=6, moe=moe)
+    assert [layer for layer, block in enumerate(model.blocks) if isinstance(block.mlp, MoELayer)] == routed
+    dense = [block.mlp for block in model.blocks if isinstance(block.mlp, MLP)]
+    assert len(dense) == 6 - len(routed)
+    assert all(each.down.in_features == 20 for each in dense)
+    assert len(model(tokens).routing) == len(routed)
+
+
+def test_the_whole_model_compiles_into_one_graph(make_model, tokens):
+    model = make_model(moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (tokens, tokens.flip(1), torch.zeros_like(tokens)):
+            for module in (model, compiled):
+                module.zero_grad()
+                loss = _loss(module, batch)
+                loss.backward()
+                if module is model:
+                    expected = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+            torch.testing.assert_close([loss.detach(), *(p.grad for p in model.parameters())], expected)
+
+
+def test_a_dense_model_has_no_routing(make_model, tokens):
+    assert make_model(moe=None)(tokens).routing == []
+
+
+def test_next_token_loss_is_the_mean_negative_log_probability_in_nats():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(2, 3, 5)), rng.integers(0, 5, (2, 3))
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    each = -np.log(np.take_along_axis(probability, targets[..., None], -1)[..., 0])
+    tensors = torch.from_numpy(logits), torch.from_numpy(targets)
+    np.testing.assert_allclose(next_token_loss(*tensors), each.mean(), rtol=1e-12)
+    np.testing.assert_allclose(next_token_loss(*tensors, reduction="none"), each, rtol=1e-12)
+    assert next_token_loss(tensors[0].bfloat16(), tensors[1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_a_few_steps_learn_a_fixed_batch(model_config, tokens, moe):
+    model = _model(model_config(**({} if moe else {"moe": None}), init_std=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    first = _loss(model, tokens).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = _loss(model, tokens)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first - 1.5

@@ -1,0 +1,190 @@
+"""Sizes, costs and dense twins, against numbers from the papers and closed forms written apart from the code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe import presets
+from moe.config import BadInput, MoEConfig, RouterConfig, build
+from moe.model import Transformer
+
+FOLDER = Path(__file__).parents[1] / "conf" / "model"
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-175b": 174_604_259_328,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+MATCHES = ("active_params", "total_params", "flops")
+
+
+def _preset(name, vocab_size=4096):
+    cfg = build({"model": yaml.safe_load((FOLDER / f"{name}.yaml").read_text())}).model
+    cfg.vocab_size = cfg.vocab_size or vocab_size
+    return cfg
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(name):
+    assert presets.size(_preset(name)).total == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("name", "total"), [("gpu-50m", 50e6), ("gpu-300m", 300e6), ("gpu-1b", 1e9)])
+def test_presets_for_one_gpu_have_about_the_size_in_their_name(name, total):
+    assert presets.size(_preset(name, vocab_size=32000)).total == pytest.approx(total, rel=0.25)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_bears_its_files_name(name):
+    assert _preset(name).name == name
+
+
+def _active(cfg):
+    """Parameters that one token meets, summed layer by layer for the shapes of the presets."""
+    d, moe = cfg.d_model, cfg.moe
+    dim = cfg.head_dim or d // cfg.n_heads
+    d_q, d_kv = dim * cfg.n_heads, dim * (cfg.n_kv_heads or cfg.n_heads)
+    matrices = 3 if cfg.activation == "swiglu" else 2
+    norm = d * (2 if cfg.norm == "layer" and cfg.bias else 1)
+    total = cfg.vocab_size * d * (1 if cfg.tie_embeddings else 2) + norm
+    total += cfg.context * d if cfg.position == "learned" else 0
+    for layer in range(cfg.n_layers):
+        total += 2 * norm + d * (d_q + 2 * d_kv) + d_q * d
+        total += {"none": 0, "head": 2 * dim, "full": d_q + d_kv}[cfg.qk_norm]
+        total += d_q + 2 * d_kv + d if cfg.bias else 0
+        routed = moe is not None and layer >= moe.first_dense and layer % moe.every == moe.every - 1
+        if routed:
+            total += d * moe.n_experts + matrices * d * moe.d_expert * (moe.k + moe.n_shared)
+        else:
+            total += matrices * d * cfg.d_ff + (cfg.d_ff + d if cfg.bias else 0)
+    return total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_active_parameters_of_presets_are_the_closed_form(name):
+    assert presets.size(_preset(name)).active == _active(_preset(name))
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2),
+        MoEConfig(n_experts=6, k=6, d_expert=5, every=2),
+        MoEConfig(n_experts=6, k=1, d_expert=5, first_dense=2),
+    ],
+    ids=["shared", "every", "first_dense"],
+)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_active_parameters_of_patterns_are_the_closed_form(model_config, moe, activation):
+    cfg = model_config(n_layers=4, moe=moe, activation=activation)
+    assert presets.size(cfg).active == _active(cfg)
+
+
+def test_active_parameters_are_the_ones_with_a_gradient_from_one_token(make_model):
+    model = make_model(RouterConfig(renormalize=False), moe=MoEConfig(n_experts=9, k=2, d_expert=5, n_shared=1))
+    model(torch.tensor([[3]])).logits_BSV.sum().backward()
+    touched = 0
+    for name, p in model.named_parameters():
+        touched += sum(e.numel() for e in p.grad if e.abs().sum() > 0) if name.endswith(("EFD", "EDF")) else p.numel()
+    assert touched == presets.size(model.cfg).active
+
+
+FLOP_MODELS = {
+    "dense": dict(moe=None),
+    "gelu, learned, one kv head": dict(moe=None, activation="gelu", position="learned", n_kv_heads=1),
+    "moe": {},
+    "shared, every other, untied": dict(
+        n_layers=4, tie_embeddings=False, moe=MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2, every=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOP_MODELS)
+def test_flops_are_what_torch_counts(make_model, name):
+    """torch counts matmuls only, 2 per multiply-add, as we do. It does not see into custom ops nor into CPU flash
+    attention: hence the reference backend and the plain attention kernel, which multiplies masked scores too, as we
+    count them. Backward is twice forward because no matmul's input here goes without a gradient."""
+    model, tokens = make_model(**FLOP_MODELS[name]), torch.zeros(2, 8, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        out = model(tokens, backend="reference")
+    loss = out.logits_BSV.sum() + sum(each.aux for each in out.routing)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    expected = presets.flops(model.cfg, context=8)
+    assert forward.get_total_flops() == 2 * 8 * expected.forward
+    assert forward.get_total_flops() + backward.get_total_flops() == 2 * 8 * expected.training
+
+
+def test_flops_are_at_the_models_own_context_unless_told(model_config):
+    cfg = model_config()
+    assert presets.flops(cfg) == presets.flops(cfg, context=16)
+    longer = presets.flops(cfg, context=17).forward - presets.flops(cfg).forward
+    assert longer == 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim
+
+
+def _measure(cfg, match):
+    return {
+        "active_params": presets.size(cfg).active,
+        "total_params": presets.size(cfg).total,
+        "flops": presets.flops(cfg).forward,
+    }[match]
+
+
+@pytest.mark.parametrize("match", MATCHES)
+@pytest.mark.parametrize("name", [name for name in PRESETS if _preset(name).moe])
+def test_a_dense_twin_is_within_one_percent_and_differs_in_the_feed_forward_alone(name, match):
+    cfg = _preset(name)
+    twin = presets.dense_twin(cfg, match)
+    assert abs(_measure(twin, match) / _measure(cfg, match) - 1) <= 0.01
+    assert twin.moe is None
+    assert twin.d_ff % 8 == 0
+    differing = {key for key in vars(cfg) if getattr(cfg, key) != getattr(twin, key)}
+    assert differing <= {"name", "moe", "d_ff"}
+
+
+@pytest.mark.parametrize("match", MATCHES)
+def test_a_twin_takes_any_width_where_no_multiple_of_8_fits(model_config, match):
+    cfg = model_config(n_layers=6, d_model=32, moe=MoEConfig(n_experts=7, k=3, d_expert=7))
+    twin = presets.dense_twin(cfg, match)
+    assert abs(_measure(twin, match) / _measure(cfg, match) - 1) <= 0.01
+
+
+def test_no_twin_within_reach_is_refused_with_how_close_it_gets(model_config):
+    cfg = model_config(n_layers=8, vocab_size=2, d_model=4, n_heads=1, n_kv_heads=0, moe=MoEConfig(2, 1, 1))
+    best = min(
+        abs(_measure(_dense(cfg, width), "total_params") / _measure(cfg, "total_params") - 1) for width in range(1, 9)
+    )
+    assert best > 0.01  # by trying every width
+    with pytest.raises(
+        BadInput, match=r"no dense twin of model=tiny comes within 1%.*d_ff=\d+, is [+-]\d+\.\d% off"
+    ) as e:
+        presets.dense_twin(cfg, "total_params")
+    assert f"{best:.1%} off" in str(e.value)
+
+
+def _dense(cfg, width):
+    return build({"model": {**vars(cfg), "moe": None, "d_ff": width}}).model
+
+
+def test_a_twin_of_a_dense_model_and_an_unknown_match_are_refused(model_config):
+    with pytest.raises(BadInput, match=r"match=flops needs a Mixture-of-Experts model, and model=tiny has"):
+        presets.dense_twin(model_config(moe=None), "flops")
+    with pytest.raises(BadInput, match="match=params is not one of active_params, flops, total_params"):
+        presets.dense_twin(model_config(), "params")
+
+
+def test_sizes_are_those_of_a_model_that_is_built(model_config):
+    cfg = model_config(moe=MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2))
+    assert presets.size(cfg).total == sum(p.numel() for p in Transformer(cfg, RouterConfig()).parameters())

@@ -1,0 +1,137 @@
+"""The definition of correct, against loops over Python numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import reference
+
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+
+
+def _sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def _gate(logits, k, score, bias, renormalize, scale):
+    """One token's experts and weights."""
+    if score == "softmax":
+        scores = [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
+    else:
+        scores = [_sigmoid(z) for z in logits]
+    chosen = sorted(range(len(logits)), key=lambda e: (-(scores[e] + (bias[e] if bias else 0)), e))[:k]
+    total = sum(scores[e] for e in chosen) if renormalize else 1
+    return chosen, [scale * scores[e] / total for e in chosen], scores
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_gate_is_the_formula_and_ties_go_to_the_lower_expert(data):
+    n_experts = data.draw(st.integers(1, 9))
+    k = data.draw(st.integers(1, n_experts))
+    row = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 2.0]), min_size=n_experts, max_size=n_experts)
+    logits = data.draw(st.lists(row, min_size=1, max_size=4))
+    score, renormalize = data.draw(st.sampled_from(["softmax", "sigmoid"])), data.draw(st.booleans())
+    bias = data.draw(st.none() | row)
+    expert, weight, scores = reference.gate(
+        torch.tensor(logits, dtype=torch.float64),
+        k,
+        score,
+        None if bias is None else torch.tensor(bias, dtype=torch.float64),
+        renormalize,
+        2.5,
+    )
+    for t, each in enumerate(logits):
+        want_expert, want_weight, want_scores = _gate(each, k, score, bias, renormalize, 2.5)
+        assert expert[t].tolist() == want_expert
+        np.testing.assert_allclose(weight[t], want_weight, rtol=1e-13)
+        np.testing.assert_allclose(scores[t], want_scores, rtol=1e-13)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_gate_gradients_are_the_derivative_and_the_bias_gets_none(score, renormalize):
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    function = lambda logits: reference.gate(logits, 3, score, bias.detach(), renormalize, 0.7)[1:]
+    assert torch.autograd.gradcheck(function, (logits,))
+    reference.gate(logits, 3, score, bias, renormalize, 0.7)[1].square().sum().backward()
+    assert bias.grad is None
+
+
+def test_renormalising_scores_that_underflow_gives_no_nan():
+    weight = reference.gate(torch.full((1, 3), -200.0), 2, "sigmoid", None, True, 1.0)[1]
+    assert (weight == 0).all()
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 6).flatmap(lambda e: st.tuples(st.just(e), st.lists(st.integers(-1, e - 1), max_size=20))))
+def test_plan_is_a_stable_sort_with_the_rows_of_no_expert_last(case):
+    n_experts, expert = case
+    order, slot, offset = reference.plan(torch.tensor(expert, dtype=torch.int64), n_experts)
+    assert order.tolist() == sorted(range(len(expert)), key=lambda n: (expert[n] % (n_experts + 1), n))
+    assert [order.tolist()[s] for s in slot.tolist()] == list(range(len(expert)))
+    counts = [expert.count(e) for e in range(n_experts)]
+    assert offset.tolist() == [sum(counts[:e]) for e in range(n_experts + 1)]
+    assert order.dtype == slot.dtype == offset.dtype == torch.int64
+
+
+def _act(z, activation):
+    """The activation of one row of numbers."""
+    if activation == "swiglu":
+        half = len(z) // 2
+        return [g * _sigmoid(g) * u for g, u in zip(z[:half], z[half:], strict=True)]
+    scalar = {
+        "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
+        "relu2": lambda v: max(v, 0) ** 2,
+    }[activation]
+    return [scalar(v) for v in z]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_experts_are_the_weighted_sum_of_mlps_row_by_row(activation):
+    rng = np.random.default_rng(0)
+    x, up, down = rng.normal(size=(4, 3)), rng.normal(size=(5, 6, 3)), rng.normal(size=(5, 3, 6))
+    if activation == "swiglu":
+        down = down[:, :, :3]
+    token, expert, weight = [0, 0, 2, 2, 2, 3], [1, 1, -1, 4, 0, 3], rng.normal(size=6)
+    expected = np.zeros_like(x)
+    for t, e, w in zip(token, expert, weight, strict=True):
+        if e >= 0:
+            expected[t] += w * (down[e] @ np.array(_act((up[e] @ x[t]).tolist(), activation)))
+    tensors = [torch.from_numpy(each) for each in (x, up, down)]
+    got = reference.experts(*tensors, torch.tensor(token), torch.tensor(expert), torch.from_numpy(weight), activation)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_expert_gradients_are_the_derivative(activation):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    token, expert = torch.tensor([0, 0, 1, 3]), torch.tensor([2, 0, -1, 2])
+    function = lambda x, up, down, weight: reference.experts(x, up, down, token, expert, weight, activation)
+    width = 2 if activation == "swiglu" else 4
+    assert torch.autograd.gradcheck(function, (draw(4, 3), draw(3, 4, 3), draw(3, 3, width), draw(4)))
+
+
+def test_under_autocast_the_reference_multiplies_in_bf16_and_sums_in_float32():
+    x, up, down = torch.randn(4, 8), torch.randn(2, 8, 8), torch.randn(2, 8, 4)
+    row = torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = reference.experts(x, up, down, row, row % 2, torch.ones(4), "swiglu")
+    expected = reference.experts(x, up, down, row, row % 2, torch.ones(4), "swiglu")
+    error = (got - expected).norm() / expected.norm()
+    assert got.dtype == torch.float32
+    assert 1e-5 < error < 2e-2
+
+
+def test_an_unknown_score_or_activation_is_refused():
+    with pytest.raises(ValueError, match="score='tanh' is not one of softmax, sigmoid"):
+        reference.gate(torch.zeros(1, 2), 1, "tanh", None, True, 1.0)
+    with pytest.raises(ValueError, match="activation='relu' is not one of swiglu"):
+        reference.activate(torch.zeros(1, 2), "relu")
