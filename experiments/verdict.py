@@ -1,0 +1,270 @@
+"""Which of two models is better, by how much, and how sure that is: numbers from finished runs, and words for them.
+
+Nothing here reads a file or trains. A `Pair` is a Mixture-of-Experts run and its dense twin's with the same seed, so
+every difference is paired: same initial weights where they have them in common, same batches, same validation windows.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+LABELS = {"active_params": "active parameters", "total_params": "total parameters", "flops": "forward FLOPs per token"}
+
+
+class Run(NamedTuple):
+    """A finished run: its folder, `summary.json`, and the lines of `metrics.jsonl`."""
+
+    folder: str
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+class Pair(NamedTuple):
+    """The two runs of one seed."""
+
+    moe: Run
+    dense: Run
+
+
+class Interval(NamedTuple):
+    """A mean and its 95% interval; infinite bounds where there are too few values for one."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Mean of independent values and Student's t interval for it."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Interval(mean, -math.inf, math.inf)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half)
+
+
+def block_bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of neighbouring, hence dependent, values and a bootstrap interval for it.
+
+    Resamples blocks of √n consecutive values, the last followed by the first (circular block bootstrap, Politis and
+    Romano 1992), and takes percentiles. With few blocks these are too narrow, by what separates the normal from
+    Student's t with that many values; they are widened by it (Hesterberg, arXiv:1411.5279, expanded percentiles)."""
+    n, mean = len(values), float(np.mean(values))
+    block = max(1, round(math.sqrt(n)))
+    n_blocks = math.ceil(n / block)
+    if n_blocks < 2:
+        return Interval(mean, -math.inf, math.inf)
+    cumulative = np.cumsum(np.concatenate([[0.0], values, values[: block - 1]]))
+    block_mean = (cumulative[block:] - cumulative[:-block]) / block  # (n,): of the block that starts at each value
+    starts = np.random.default_rng(seed).integers(0, n, (resamples, n_blocks))
+    deviation = block_mean[starts].mean(1) - mean
+    tail = (1 + CONFIDENCE) / 2
+    widen = stats.t.ppf(tail, n_blocks - 1) / stats.norm.ppf(tail) * math.sqrt(n_blocks / (n_blocks - 1))
+    low, high = np.quantile(deviation, [1 - tail, tail]) * widen
+    return Interval(mean, mean + float(low), mean + float(high))
+
+
+def validation_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
+    """Steps, training seconds, and validation loss (nats per token) at each evaluation, in order."""
+    lines = [line for line in run.metrics if "val" in line and line["step"] < run.summary["steps"]]
+    lines.append({"step": run.summary["steps"], "seconds": run.summary["seconds"], "val": run.summary["val"]})
+    steps = [float(line["step"]) for line in lines]
+    return steps, [line["seconds"] for line in lines], [line["val"]["loss"] for line in lines]
+
+
+def first_reach(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
+    """Where `loss` first is at most `target`, on straight lines between the points; None if it never is."""
+    for i, value in enumerate(loss):
+        if value <= target:
+            if i == 0:
+                return x[0]
+            share = (loss[i - 1] - target) / (loss[i - 1] - value)
+            return x[i - 1] + share * (x[i] - x[i - 1])
+    return None
+
+
+def loss_difference(pairs: list[Pair]) -> Interval:
+    """Final validation loss of the MoE minus its twin's. Over seeds where there are several, else over validation
+    windows. Raises ValueError if the two were not evaluated on the same windows."""
+    for moe, dense in pairs:
+        windows = len(moe.summary["val_windows"]), len(dense.summary["val_windows"])
+        if windows[0] != windows[1]:
+            raise ValueError(f"{moe.folder} has {windows[0]} validation windows and {dense.folder} {windows[1]}")
+    if len(pairs) > 1:
+        return t_interval([moe.summary["val"]["loss"] - dense.summary["val"]["loss"] for moe, dense in pairs])
+    (moe, dense) = pairs[0]
+    return block_bootstrap(np.subtract(moe.summary["val_windows"], dense.summary["val_windows"]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a value per seed for the MoE and for its twin, None where a loss was never reached.
+
+    `relation` is how the two compare: their "difference", with `interval` where one is known, or their "ratio"."""
+
+    label: str
+    digits: int  # after the point
+    moe: list[float | None]
+    dense: list[float | None]
+    relation: str = "ratio"
+    interval: Interval | None = None
+
+
+def table(pairs: list[Pair]) -> list[Row]:
+    """Everything the comparison measured, a row per quantity."""
+
+    def row(label: str, value: Callable[[dict[str, Any]], float], digits: int = 0, relation: str = "ratio") -> Row:
+        moe, dense = [value(pair.moe.summary) for pair in pairs], [value(pair.dense.summary) for pair in pairs]
+        several = relation == "difference" and len(pairs) > 1
+        return Row(label, digits, [*moe], [*dense], relation, t_interval(np.subtract(moe, dense)) if several else None)
+
+    def score(label: str, domain: str = "") -> list[Row]:
+        val = lambda summary: summary["val"]["domains"][domain] if domain else summary["val"]
+        return [
+            row(f"{label} loss (nats per token)", lambda summary: val(summary)["loss"], 3, "difference"),
+            row(f"{label} bits per byte", lambda summary: val(summary)["bpb"], 3, "difference"),
+        ]
+
+    def to_twin(label: str, digits: int, axis: int) -> Row:
+        ends: list[float | None] = [validation_curve(pair.dense)[axis][-1] for pair in pairs]
+        return Row(label, digits, [reach(pair.moe, pair.dense, axis) for pair in pairs], ends)
+
+    rows = score("Validation")
+    rows[0] = replace(rows[0], interval=loss_difference(pairs))
+    for domain in pairs[0].moe.summary["val"]["domains"]:
+        rows += score(f"{domain}:", domain)
+    return [
+        *rows,
+        to_twin("Steps to the twin's final loss", 0, 0),
+        to_twin("Seconds to the twin's final loss", 1, 1),
+        row("Training throughput (tokens/s)", lambda summary: summary["tokens_per_s"]),
+        row("Active parameters", lambda summary: summary["params"]["active"]),
+        row("Total parameters", lambda summary: summary["params"]["total"]),
+        row("Forward FLOPs per token", lambda summary: summary["flops"]["forward"]),
+        row("Peak memory (MiB)", lambda summary: summary["peak_memory_bytes"] / 2**20),
+    ]
+
+
+def reach(run: Run, other: Run, axis: int) -> float | None:
+    """Steps (axis 0) or training seconds (axis 1) `run` took to the final validation loss of `other`."""
+    curve = validation_curve(run)
+    return first_reach(curve[axis], curve[2], other.summary["val"]["loss"])
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or None if any value is missing."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def cells(row: Row) -> tuple[str, str, str, str]:
+    """What the table says of a row: label, MoE, twin, and their difference or ratio. Over several seeds a
+    value is a mean ± half its 95% interval."""
+    moe, dense = mean(row.moe), mean(row.dense)
+    if moe is None or dense is None:
+        relation = "–"
+    elif row.relation == "ratio":
+        relation = f"{moe / dense:.2f}×" if dense else "–"
+    else:
+        relation = signed(moe - dense)
+        if row.interval and math.isfinite(row.interval.low):
+            relation += f" ({signed(row.interval.low)} to {signed(row.interval.high)})"
+    return row.label, _cell(row.moe, row.digits), _cell(row.dense, row.digits), relation
+
+
+def _cell(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return (
+            "not reached" if len(values) == 1 else f"not reached in {len(values) - len(known)} of {len(values)} seeds"
+        )
+    text = f"{np.mean(known):,.{digits}f}"
+    if max(known) == min(known):
+        return text
+    interval = t_interval(known)
+    return f"{text} ± {interval.high - interval.mean:,.{digits}f}"
+
+
+def signed(value: float) -> str:
+    """Three digits after the point and a sign, a true minus one."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def sentences(pairs: list[Pair], match: str) -> list[str]:
+    """The result in words: first the loss with its uncertainty, then the clock, then what was held equal."""
+    return [_loss_sentence(pairs), _clock_sentence(pairs), _match_sentence(pairs, match)]
+
+
+def _loss_sentence(pairs: list[Pair]) -> str:
+    difference = loss_difference(pairs)
+    summary = pairs[0].moe.summary
+    loss = np.mean([pair.moe.summary["val"]["loss"] for pair in pairs])
+    if len(pairs) > 1:
+        scope, average = f"over {len(pairs)} seeds", " on average"
+    else:
+        scope = f"over {len(summary['val_windows'])} windows of validation text; it does not cover the choice of seed"
+        average = ""
+    after = f"after {summary['steps']:,} steps"
+    what = f"{loss:.3f} nats per token{average}"
+    if not math.isfinite(difference.low):
+        return (
+            f"There is too little validation text to tell the MoE and its dense twin apart {after}: the MoE's loss, "
+            f"{what}, differs from the twin's by {signed(difference.mean)}, with no interval from one window."
+        )
+    if difference.low <= 0 <= difference.high:
+        return (
+            f"The MoE and its dense twin cannot be told apart {after}: the MoE's validation loss, {what}, differs from "
+            f"the twin's by {signed(difference.mean)} (95% interval {signed(difference.low)} to "
+            f"{signed(difference.high)} {scope})."
+        )
+    word = "lower" if difference.mean < 0 else "higher"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return (
+        f"The MoE's validation loss, {what}, is {abs(difference.mean):.3f} {word} than its dense twin's {after} "
+        f"(95% interval {low:.3f} to {high:.3f} {scope})."
+    )
+
+
+def _clock_sentence(pairs: list[Pair]) -> str:
+    steps, seconds = (mean([reach(pair.moe, pair.dense, axis) for pair in pairs]) for axis in (0, 1))
+    moe_steps, moe_seconds = _end(pairs, "moe")
+    dense_steps, dense_seconds = _end(pairs, "dense")
+    if steps is not None and seconds is not None:
+        by_steps = f" (effective speedup {dense_steps / steps:.2f}×)" if steps else ""
+        by_clock = f" ({dense_seconds / seconds:.2f}×)" if seconds else ""
+        ahead = "and was ahead by the clock too" if seconds < dense_seconds else "but was behind by the clock"
+        return (
+            f"It reached the twin's final loss after {steps:,.0f} of {dense_steps:,.0f} steps{by_steps}, {ahead}: "
+            f"{seconds:,.1f} s of training against {dense_seconds:,.1f} s{by_clock}."
+        )
+    missed = sum(reach(pair.moe, pair.dense, 0) is None for pair in pairs)
+    which = "" if len(pairs) == 1 else f" in {missed} of {len(pairs)} seeds"
+    text = f"It did not reach the twin's final loss{which} within its {moe_steps:,.0f} steps and {moe_seconds:.1f} s"
+    twin_steps, twin_seconds = (mean([reach(pair.dense, pair.moe, axis) for pair in pairs]) for axis in (0, 1))
+    if twin_steps is None or twin_seconds is None:
+        return f"{text}."
+    return f"{text}; the twin reached the MoE's final loss after {twin_steps:,.0f} steps and {twin_seconds:.1f} s."
+
+
+def _end(pairs: list[Pair], which: str) -> tuple[float, float]:
+    """Steps and training seconds at the last evaluation, mean over seeds."""
+    steps, seconds, _ = zip(*(validation_curve(getattr(pair, which)) for pair in pairs), strict=True)
+    return float(np.mean([each[-1] for each in steps])), float(np.mean([each[-1] for each in seconds]))
+
+
+def _match_sentence(pairs: list[Pair], match: str) -> str:
+    moe, dense = pairs[0].moe.summary, pairs[0].dense.summary
+    ratio = lambda value: f"{value(moe) / value(dense):.2f}×"
+    active, total = ratio(lambda run: run["params"]["active"]), ratio(lambda run: run["params"]["total"])
+    flops, speed = ratio(lambda run: run["flops"]["forward"]), ratio(lambda run: run["tokens_per_s"])
+    return (
+        f"The twin matches the MoE's {LABELS[match]}: the MoE has {active} its active and "
+        f"{total} its total parameters, costs {flops} its FLOPs per token, "
+        f"and trained on {speed} as many tokens per second."
+    )

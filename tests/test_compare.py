@@ -1,0 +1,253 @@
+"""Claims about experiments/compare.py, on two small models trained for a few steps."""
+
+import inspect
+import json
+import json.encoder
+import pydoc_data.topics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import compare as command
+from experiments.compare import CompareConfig, compare, markdown
+from moe import checkpoint, data, presets
+from moe.config import BadInput, Config, build, to_dict
+from moe.model import Transformer
+
+
+def settings(root: Path, **changes) -> dict:
+    """A comparison of a few seconds on the corpus under `root`."""
+    model = {"name": "tiny", "context": 64, "n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64}
+    tree = {
+        "run": str(root / "compare"),
+        "model": model | {"moe": {"n_experts": 4, "k": 2, "d_expert": 32}},
+        "tokenizer": {"name": "byte"},
+        "data": {"name": "text", "path": str(root / "texts"), "val_fraction": 0.2, "cache": str(root / "cache")},
+        "optim": {"warmup": 2},
+        "train": {"steps": 6, "batch_size": 4, "precision": "fp32", "eval_every": 3, "eval_tokens": 1024, "threads": 1},
+    }
+    return tree | changes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with texts of two domains."""
+    root = tmp_path_factory.mktemp("compare")
+    texts = {
+        "docs": list(pydoc_data.topics.topics.values())[:30],
+        "code": [inspect.getsource(each) for each in (json, json.encoder, textwrap, inspect, subprocess)]
+        + [inspect.getsource(each) for each in vars(textwrap.TextWrapper).values() if inspect.isfunction(each)],
+    }
+    for domain, documents in texts.items():
+        (root / "texts" / domain).mkdir(parents=True)
+        for i, document in enumerate(documents):
+            (root / "texts" / domain / f"{i}.txt").write_text(document)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(root):
+    """The comparison, trained: its config and what it returned."""
+    cfg = build(settings(root), CompareConfig)
+    return cfg, compare(cfg, say=lambda _: None, overrides=["train.steps=6", "resume=true"])
+
+
+def summary(cfg: Config, kind: str) -> dict:
+    return json.loads(Path(cfg.run, f"{kind}-seed0", "summary.json").read_text())
+
+
+def test_the_twin_has_the_moes_active_parameters_within_a_percent(finished):
+    cfg, _ = finished
+    moe, dense = summary(cfg, "moe"), summary(cfg, "dense")
+    assert dense["model"]["moe"] is None
+    assert dense["params"]["total"] == pytest.approx(moe["params"]["active"], rel=0.01)
+
+
+def test_both_train_on_the_same_batches_in_the_same_order(root, monkeypatch):
+    seen: list[list[int]] = []
+
+    class Recorder(data.Loader):
+        def iterate(self, from_step):
+            seen.append([])
+            for batch in super().iterate(from_step):
+                seen[-1].append(hash(batch.tokens_BS.numpy().tobytes()))
+                yield batch
+
+    monkeypatch.setattr(data, "Loader", Recorder)
+    compare(build(settings(root, run=str(root / "recorded")), CompareConfig), say=lambda _: None)
+    moe, dense = (each[:6] for each in seen)
+    assert moe == dense
+    assert len(set(moe)) == 6
+
+
+def test_both_start_from_the_weights_they_have_in_common(finished):
+    cfg, _ = finished
+    weights = []
+    for kind in ("moe", "dense"):
+        model_cfg = build({"model": summary(cfg, kind)["model"]}).model
+        weights.append(dict(Transformer(model_cfg, cfg.router).initialize(cfg.seed).named_parameters()))
+    common = {
+        name for name in weights[0].keys() & weights[1].keys() if weights[0][name].shape == weights[1][name].shape
+    }
+    assert {"embed.weight", "norm.weight"} < common
+    assert any("attn" in name for name in common)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in common)
+
+
+def test_both_are_evaluated_on_the_same_windows(finished):
+    cfg, _ = finished
+    moe, dense = summary(cfg, "moe"), summary(cfg, "dense")
+    tokens = [{name: each["tokens"] for name, each in run["val"]["domains"].items()} for run in (moe, dense)]
+    assert tokens[0] == tokens[1]
+    assert len(moe["val_windows"]) == len(dense["val_windows"]) > 1
+    for run in (moe, dense):
+        assert sum(run["val_windows"]) / len(run["val_windows"]) == pytest.approx(run["val"]["loss"])
+
+
+def test_what_is_saved_is_what_is_returned(finished):
+    cfg, result = finished
+    folder = Path(cfg.run)
+    saved = json.loads((folder / "compare.json").read_text())
+    assert saved["sentences"] == result["sentences"]
+    assert [tuple(row) for row in saved["table"]] == result["table"]
+    assert saved["runs"] == {"moe": ["moe-seed0"], "dense": ["dense-seed0"]}
+    assert build(saved["config"], CompareConfig) == cfg
+    assert (folder / "table.md").read_text() == markdown(result["table"])
+    assert result["sentences"][0] in (folder / "index.html").read_text().replace("&#39;", "'")
+    assert saved["command"] == "python -m experiments.compare train.steps=6"
+    for kind in ("moe", "dense"):
+        assert checkpoint.latest(folder / f"{kind}-seed0" / "checkpoints", print) is not None
+
+
+def test_resume_reuses_finished_runs(finished, monkeypatch):
+    cfg, result = finished
+    files = {path: path.stat().st_mtime_ns for path in Path(cfg.run).glob("*-seed0/**/*") if path.is_file()}
+    monkeypatch.setattr(Transformer, "initialize", lambda *_: pytest.fail("a finished run was trained again"))
+    again = compare(build(to_dict(cfg) | {"resume": True}, CompareConfig), say=lambda _: None)
+    assert again["numbers"] == result["numbers"]
+    assert again["sentences"] == result["sentences"]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_an_interrupted_comparison_stops_says_how_to_go_on_and_ends_the_same(root, finished, monkeypatch):
+    _, result = finished
+    tree = settings(root, run=str(root / "interrupted"))
+    train, said = command.train, []
+
+    def interrupted(cfg, say):
+        if cfg.model.moe is None:
+            raise SystemExit(130)
+        return train(cfg, say)
+
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        compare(build(tree, CompareConfig), said.append, ["run=interrupted"])
+    assert said[-1].endswith("python -m experiments.compare run=interrupted resume=true")
+    assert not (root / "interrupted" / "compare.json").exists()
+
+    monkeypatch.setattr(command, "train", train)
+    again = compare(build(tree | {"resume": True}, CompareConfig), said.append)
+    assert again["numbers"][0] == result["numbers"][0]
+
+
+def test_each_seed_has_its_pair_and_the_interval_is_over_seeds(root):
+    tree = settings(root, run=str(root / "seeds"), seeds=[3, 5])
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    result = compare(build(tree, CompareConfig), say=lambda _: None)
+    assert result["runs"] == {"moe": ["moe-seed3", "moe-seed5"], "dense": ["dense-seed3", "dense-seed5"]}
+    assert "over 2 seeds)" in result["sentences"][0]
+    moe = result["numbers"][0]["moe"]
+    assert moe[0] != moe[1]
+
+
+def test_an_existing_folder_is_refused_and_left_alone(finished):
+    cfg, _ = finished
+    before = Path(cfg.run, "compare.json").read_bytes()
+    with pytest.raises(BadInput, match="exists: continue it with resume=true"):
+        compare(cfg)
+    assert Path(cfg.run, "compare.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match": "flop"}, "match=flop is not one of active_params, flops, total_params; did you mean flops."),
+        ({"seeds": [1, 1]}, "seeds=\\[1, 1\\] names a seed twice"),
+        ({"seeds": [-1]}, "seeds=\\[-1\\] has a negative one"),
+        ({"seed_s": [1]}, "seed_s is not a setting; did you mean seeds"),
+        ({"model": {"moe": None}}, "model.moe=null leaves nothing to compare"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(root, changes, message):
+    with pytest.raises(BadInput, match=message):
+        compare(build(settings(root, run=str(root / "refused")) | changes, CompareConfig))
+    assert not (root / "refused").exists()
+
+
+def test_a_twin_that_cannot_match_is_refused_before_anything_is_trained(root, monkeypatch):
+    monkeypatch.setattr(presets, "TWIN_TOLERANCE", 1e-6)
+    with pytest.raises(BadInput, match="no dense twin of model=tiny comes within"):
+        compare(build(settings(root, run=str(root / "refused")), CompareConfig), say=lambda _: None)
+    assert not (root / "refused").exists()
+
+
+def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(command, "train", lambda cfg, say: pytest.fail(cfg.run))
+    folders = []
+    for changes in ({}, {"match": "flops"}, {"seeds": [0, 1]}, {"log": {"every": 7}}):
+        tree = settings(root, run="") | changes
+        with pytest.raises(pytest.fail.Exception) as stopped:
+            compare(build(tree, CompareConfig), say=lambda _: None)
+        folders.append(Path(str(stopped.value)).parent)
+    assert len(set(folders)) == 3
+    assert folders[0] == folders[3]
+    assert folders[0].parent == Path("runs")
+
+
+def test_the_table_reads_as_plain_text_and_as_markdown():
+    text = markdown([("a | b", "1", "2", "3"), ("Validation loss", "3.240", "3.320", "−0.080")])
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "a \\| b" in lines[2]
+    assert all(line.replace("\\|", "").count("|") == 5 for line in lines)
+
+
+def test_a_terminal_gets_every_cell_as_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    cells = ("[red]name[/red]", "3.240", "3.320", "−0.080 (−0.085 to −0.074)")
+    command.print_table([cells])
+    out = capsys.readouterr().out
+    assert all(cell in out for cell in cells)
+
+
+def test_the_command_line_refuses_a_misspelt_key_and_names_the_right_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", "mach=flops"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert capsys.readouterr().err == "error: mach is not a setting; did you mean match.\n"
+
+
+def test_the_command_line_prints_the_table_the_verdict_and_where_the_page_is(finished, monkeypatch, capsys):
+    cfg, result = finished
+    given = [f"run={cfg.run}", "resume=true", "tokenizer=byte", "data=text", f"data.path={cfg.data.path}"]
+    given += [f"data.{key}={getattr(cfg.data, key)}" for key in ("val_fraction", "cache")]
+    given += [
+        f"model.{key}={getattr(cfg.model, key)}"
+        for key in ("name", "context", "n_layers", "d_model", "n_heads", "d_ff")
+    ]
+    given += ["model.qk_norm=none", "model.moe.n_experts=4", "model.moe.k=2", "model.moe.d_expert=32", "optim.warmup=2"]
+    given += [f"train.{key}={getattr(cfg.train, key)}" for key in ("steps", "batch_size", "precision", "threads")]
+    given += [f"train.{key}={getattr(cfg.train, key)}" for key in ("eval_every", "eval_tokens")]
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["compare", *given])
+    command.main()
+    out = capsys.readouterr().out
+    assert markdown(result["table"]) in out
+    assert "\n".join(result["sentences"]) in out
+    assert out.endswith(f"page: {cfg.run}/index.html\n")
