@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.attention import Attention, KVCache, rotary
-from moe.config import ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer
 from moe.experts import MLP
 from moe.layer import LayerRouting, MoELayer
 
@@ -135,3 +135,23 @@ def next_token_loss(logits_BSV: Tensor, targets_BS: Tensor, reduction: str = "me
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     loss = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), reduction=reduction)
     return loss.view(targets_BS.shape) if reduction == "none" else loss
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a tied weight once."""
+    state = model.state_dict()
+    if model.cfg.tie_embeddings:
+        del state["head.weight"]
+    return state
+
+
+def load_model(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `model_tensors`. Raises `BadInput` when names or shapes differ."""
+    tensors = dict(tensors)
+    if model.cfg.tie_embeddings:
+        tensors["head.weight"] = tensors["embed.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"the checkpoint does not hold this model's weights: {reason}.") from error

@@ -1,0 +1,143 @@
+"""Let a trained model go on from a prompt.
+
+    python -m experiments.generate run=runs/NAME prompt="To be, or not"
+    python -m experiments.generate run=runs/NAME prompt="def main(" max_new=100 temperature=0      # greedy
+    python -m experiments.generate run=runs/NAME prompt="To be" temperature=0.8 top_k=50 top_p=0.95 seed=1
+    python -m experiments.generate run=runs/NAME prompt="To be" show=next           # what comes next, by which experts
+
+The prompt is taken as the shell hands it over: quote it for the shell, 'like this' or "like this", and for nothing
+else. Commas, colons, brackets, quotes, $ and line breaks in it are text. No prompt: a new document. Ctrl-C ends.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments import cli
+from moe import dispatch, machine
+from moe.config import BadInput
+from moe.generate import LayerChoice, generate, load_run, next_tokens, stream_text, token_bytes
+from moe.tokenizer import Tokenizer
+
+# Control characters would move a terminal's cursor or switch its character set: their pictures are shown instead.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+@dataclass
+class GenerateConfig:
+    """What to say, and how to choose it."""
+
+    run: str = ""  # a run's folder
+    prompt: str = ""
+    which: str = "best"  # best (lowest validation loss) | last | step-N
+    show: str = "text"  # text | next (the most probable next tokens, and the experts)
+    n: int = 10  # show=next: how many tokens
+    max_new: int = 200  # tokens
+    temperature: float = 0.8  # 0: always the most probable token
+    top_k: int = 50  # draw among the k most probable tokens; 0: all
+    top_p: float = 0.95  # draw among the fewest tokens that have this probability together; 1: all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise BadInput("run=... is needed: a run's folder, such as runs/NAME.")
+        if self.show not in ("text", "next"):
+            raise BadInput(f"show={self.show} is not one of text, next.")
+        for key in ("n", "max_new"):
+            if getattr(self, key) < 1:
+                raise BadInput(f"{key}={getattr(self, key)} is out of range: accepted is at least 1.")
+        for key in ("temperature", "top_k"):
+            if not 0 <= getattr(self, key) < float("inf"):  # also refuses nan
+                raise BadInput(f"{key}={getattr(self, key)} is out of range: accepted is at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p={self.top_p} is out of range: accepted is above 0, up to 1.")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed={self.seed} is out of range: accepted is between 0 and 2^63 - 1.")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"prompt={self.prompt!r} is not valid UTF-8.") from None
+
+
+@cli.command("generate", GenerateConfig, verbatim=("prompt", "run"))
+def main(cfg: GenerateConfig) -> None:
+    """Print the prompt and what the model says after it, or the table of next tokens."""
+    device = machine.choose_device("auto")
+    model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which)
+    model, backend = model.to(device), dispatch.choose(run_cfg.dispatch, device)
+    ids = tokenizer.encode(cfg.prompt)
+    if cfg.show == "next":
+        tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)
+        show_next(Console(), tokenizer, tokens, choices)
+        return
+    new = generate(
+        model,
+        ids,
+        cfg.max_new,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        eot=tokenizer.eot,
+        backend=backend,
+    )
+    say(cfg.prompt, stream_text(tokenizer, new))
+
+
+def say(prompt: str, pieces: Iterator[str]) -> None:
+    """Write the prompt and every piece as it comes. Ctrl-C, or a reader that goes away, ends it."""
+    picture = PICTURES if sys.stdout.isatty() else {}
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            print(prompt.translate(picture), end="", flush=True)
+            for piece in pieces:
+                print(piece.translate(picture), end="", flush=True)
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+
+
+def show_next(
+    console: Console, tokenizer: Tokenizer, tokens: list[tuple[int, float]], choices: list[LayerChoice]
+) -> None:
+    """Two tables, tab-separated where `console` is no terminal: next tokens, and each MoE layer's experts for the last
+    token read."""
+    rows = [(repr_token(tokenizer, each), str(each), f"{prob:.4f}") for each, prob in tokens]
+    show(console, ("next token", "id", "probability"), rows)
+    if choices:
+        listed = [(str(layer), ", ".join(f"{e} ({weight:.3f})" for e, weight in experts)) for layer, experts in choices]
+        print(file=console.file)
+        show(console, ("layer", "experts (weight)"), listed)
+
+
+def show(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table for a terminal, tab-separated lines for a pipe."""
+    if not console.is_terminal:
+        for row in (header, *rows):
+            print("\t".join(row), file=console.file)  # rich would turn tabs into spaces
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: a token such as [b] is no markup
+    console.print(table)
+
+
+def repr_token(tokenizer: Tokenizer, token: int) -> str:
+    """A token as Python writes it, so that white space shows; as bytes where it is part of a character."""
+    raw = token_bytes(tokenizer, token)
+    try:
+        return repr(raw.decode())
+    except UnicodeDecodeError:
+        return repr(raw)
+
+
+if __name__ == "__main__":
+    main()
