@@ -1,0 +1,35 @@
+# make demo: train a Mixture-of-Experts model and its dense twin on real text, and say which is better.
+# make test: run the tests. Both create .venv and install on first use; both can be repeated.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test lint clean
+demo: .venv/installed
+	$(PY) -m experiments.compare experiment=demo run=runs/demo resume=true
+
+test: .venv/installed-test
+	$(PY) -m pytest
+
+lint: .venv/installed-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Switchyard needs Python 3.11, 3.12 or 3.13 on the PATH, or PYTHON=/path/to/it." >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	@echo "installing into .venv (a minute or two)"
+	$(PIP) -e .
+	@touch $@
+
+.venv/installed-test: pyproject.toml | .venv/bin/python
+	@echo "installing into .venv (a minute or two)"
+	$(PIP) -e '.[test]'
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv runs build *.egg-info
