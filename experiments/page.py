@@ -28,7 +28,7 @@ def render(pairs: list[Pair], result: dict[str, Any]) -> str:
     load = summary["load"]
     share_LdE = [shares(counts) for counts in load["counts"]]
     layers = [f"layer {layer}" for layer in load["layers"]]
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         result=result,
         summary=summary,
         n_seeds=len(pairs),
@@ -50,7 +50,6 @@ def render(pairs: list[Pair], result: dict[str, Any]) -> str:
         ],
         settings=json.dumps(result["config"], indent=1),
     )
-    return text.lstrip()  # the macros before the document leave blank lines
 
 
 def bin_width(run: Run) -> int:

@@ -92,12 +92,13 @@ def test_steps_and_seconds_to_the_twins_loss_come_from_the_same_point():
     assert seconds == pytest.approx(steps)
 
 
-def test_a_curve_ends_with_the_summary_even_where_the_last_line_has_no_evaluation():
-    run = fake_run()
-    del run.metrics[-1]["val"]
-    steps, _, loss = verdict.validation_curve(run)
-    assert (steps[-1], loss[-1]) == (600, run.summary["val"]["loss"])
-    assert steps == sorted(set(steps))
+def test_a_curve_has_every_evaluation_once_and_ends_with_the_summary():
+    logged, unlogged = fake_run(), fake_run()
+    del unlogged.metrics[-1]["val"]  # of a run that was resumed after its last step
+    for run in (logged, unlogged):
+        steps, _, loss = verdict.validation_curve(run)
+        assert steps == [0, 100, 200, 300, 400, 500, 600]
+        assert loss[-1] == run.summary["val"]["loss"]
 
 
 def test_a_win_of_one_seed_is_said_with_the_interval_over_validation_text():
