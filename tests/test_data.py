@@ -190,6 +190,7 @@ def test_a_changed_source_or_setting_makes_a_new_folder_and_the_worker_count_doe
 
 def test_the_order_in_which_documents_arrive_changes_no_byte(prepare_documents):
     documents = documents_of(60)
+    documents += [replace(each, domain="copy") for each in documents]
     forward, backward = (
         prepare_documents(order, TokenizerConfig("bpe", 300)) for order in (documents, documents[::-1])
     )
@@ -385,6 +386,13 @@ def test_each_epoch_visits_each_window_once_in_an_order_of_its_own(dataset):
         assert Counter(rows) == expected
         orders.append([window[row] for row in rows])
     assert orders[0] != orders[1] != orders[2] != sorted(orders[2])
+
+
+def test_no_more_than_two_epochs_orders_are_kept(dataset):
+    loader = Loader(dataset.split("train"), 8, 64, 0)
+    for step in (0, 100, 200, 300, 50):
+        loader.batch(step)
+    assert len(loader._orders) == 2
 
 
 def test_different_seeds_give_different_orders(dataset):
