@@ -175,7 +175,7 @@ def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, fir
 
 
 def test_the_whole_model_compiles_into_one_graph(make_model, tokens):
-    model = make_model(moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1))
+    model = make_model(n_layers=1, moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

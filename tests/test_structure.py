@@ -1,0 +1,213 @@
+"""The shape of the repository: who imports whom, what stands in which file, and what no file may say."""
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "moe", "experiments")
+SOURCES = sorted(itertools.chain.from_iterable((ROOT / name).rglob("*.py") for name in PACKAGES))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# The modules that make up a model. Each imports, besides the settings, only from the steps above its own here.
+LADDER = (
+    ("config", "attention", "router", "balance", "experts"),
+    ("dispatch",),
+    ("layer",),
+    ("model",),
+    ("presets",),
+)
+TOUCH_KERNELS = {"moe.dispatch", "moe.router", "moe.experts"}
+LONGER = {"model.py": 600, "train.py": 600}  # the two files that are meant to be read in one sitting
+
+
+def _name(path):
+    return str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+
+
+def _tree(path):
+    return ast.parse(path.read_text())
+
+
+def _imports(path):
+    """Every module that a file imports, anywhere in it, by its full name."""
+    found = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+MODULES = {_name(path): path for path in SOURCES}
+EDGES = {
+    name: {other for other in _imports(path) if other in MODULES} - set(PACKAGES) for name, path in MODULES.items()
+}
+
+
+def _packages(path):
+    return {name.split(".")[0] for name in _imports(path)}
+
+
+def test_imports_go_one_way_from_experiments_to_moe_to_kernels():
+    order = {name: level for level, name in enumerate(PACKAGES)}
+    for name, others in EDGES.items():
+        for other in others:
+            assert order[other.split(".")[0]] <= order[name.split(".")[0]], f"{name} imports {other}"
+
+
+def test_no_import_is_part_of_a_cycle():
+    left = {name: set(others) for name, others in EDGES.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a cycle among {sorted(left)}"
+
+
+def test_inside_moe_the_model_is_a_ladder():
+    step = {f"moe.{name}": level for level, names in enumerate(LADDER) for name in names}
+    for name, level in step.items():
+        for other in EDGES[name] - {"moe.config"}:
+            if other.startswith("moe."):
+                assert other in step, f"{name} imports {other}, which is no part of the model"
+                assert step[other] < level, f"{name} imports {other}, which does not come before it"
+
+
+def test_nothing_imports_the_training_loop_but_the_commands():
+    users = {name for name, others in EDGES.items() if "moe.train" in others}
+    assert all(name.startswith("experiments.") for name in users), users
+
+
+def test_the_settings_stand_on_the_standard_library_alone():
+    assert _packages(ROOT / "moe" / "config.py") <= sys.stdlib_module_names
+
+
+def test_only_dispatch_router_and_experts_touch_kernels():
+    users = {name for name, path in MODULES.items() if name.startswith("moe.") and "kernels" in _packages(path)}
+    assert users == TOUCH_KERNELS
+    assert {other for other in EDGES["moe.experts"] if other.startswith("kernels")} == {"kernels.reference"}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if _name(path).startswith("kernels")], ids=_name)
+def test_kernels_import_torch_triton_and_the_standard_library_only(path):
+    assert _packages(path) <= {"torch", "triton", "kernels"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if _name(path).startswith("moe")], ids=_name)
+def test_moe_never_imports_hydra_omegaconf_or_triton(path):
+    assert not _packages(path) & {"hydra", "omegaconf", "triton"}
+
+
+WITHOUT = """
+import importlib, pkgutil, sys
+for name in ("hydra", "omegaconf", "triton"):
+    sys.modules[name] = None  # importing it raises ImportError
+import kernels, moe
+for package in (kernels, moe):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+def test_moe_and_kernels_import_where_triton_hydra_and_omegaconf_are_absent():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    expected = {name for name in MODULES if not name.startswith("experiments") and name not in PACKAGES}
+    assert set(done.stdout.split()) == expected
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_opens_with_a_docstring_and_nothing_else(package):
+    tree = _tree(ROOT / package / "__init__.py")
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+def test_the_map_in_the_moe_docstring_names_every_module():
+    docstring = ast.get_docstring(_tree(ROOT / "moe" / "__init__.py"))
+    modules = {name.removeprefix("moe.") for name in MODULES if name.startswith("moe.")}
+    assert {name for name in modules if not re.search(rf"^{name}\b|  {name}  ", docstring, re.MULTILINE)} == set()
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=_name)
+def test_every_file_opens_with_what_it_is_for(path):
+    assert ast.get_docstring(_tree(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_files_stay_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= LONGER.get(path.name, 450)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_every_public_function_and_class_says_what_it_does(path):
+    public = [
+        node.name
+        for node in _tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+        and not any("dataclass" in ast.unparse(each) for each in node.decorator_list)
+    ]
+    assert not public
+
+
+SIDE_EFFECTS = (ast.Expr, ast.For, ast.While, ast.With, ast.Try, ast.Delete)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_nothing_happens_at_import(path):
+    """Definitions and constants only; the exceptions are torch.library's registrations and a command's last lines."""
+    allowed = re.compile(r"[_\w]+\.register_(autograd|fake)\(|if __name__ == '__main__':")
+    for node in _tree(path).body[1:]:
+        if isinstance(node, (*SIDE_EFFECTS, ast.If)):
+            assert allowed.match(ast.unparse(node)), f"{path.name}:{node.lineno}"
+
+
+def _tracked():
+    """Every file that git keeps or would keep."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    return [path for line in listed.stdout.splitlines() if (path := ROOT / line).is_file()]
+
+
+# Spelt apart, so that this file does not hold what it looks for.
+FORBIDDEN = re.compile(
+    "|".join(
+        [
+            "/" + r"work/",  # where one machine keeps the repository
+            "/" + r"tmp/\w",  # what one run left behind
+            "/" + r"(home|Users)/\w+/",
+            r"https?://(?!huggingface\.co|arxiv\.org|github\.com|pypi\.org)[\w.-]*(pypi|artifact|mirror|registry|nexus)",
+            "index" + r"-url",
+        ]
+    )
+)
+
+
+def test_no_file_names_a_machines_paths_or_a_registrys_host():
+    found = []
+    for path in _tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {hit.group()}" for hit in FORBIDDEN.finditer(text)]
+    assert not found
+
+
+def test_the_packages_that_are_installed_are_the_ones_there_are():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[(.*)\]$", text, re.MULTILINE).group(1)
+    assert sorted(re.findall(r'"(\w+)"', listed)) == sorted(PACKAGES)
+    assert all((ROOT / name / "__init__.py").is_file() for name in PACKAGES)
