@@ -270,7 +270,7 @@ def parse(cls: type[T], tree: Any, path: str = "") -> T:
 def nearest(key: str, valid: list[str], path: str = "") -> str:
     """The tail of a message about a misspelt `key`: the nearest valid one, else all of them."""
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f"did you mean {path}{close[0]}" if close else f"accepted here: {', '.join(sorted(valid))}"
+    return f"did you mean {path}{close[0]}" if close else f"accepted here: {', '.join(sorted(valid)) or 'none'}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

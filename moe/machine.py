@@ -14,9 +14,11 @@ import torch
 
 from moe.config import BadInput, TrainConfig
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
 
 def choose_device(name: str) -> torch.device:
-    """The device of train.device; auto is the first GPU, else the CPU. Raises `BadInput` for a GPU that is not there."""
+    """The device of train.device; auto is the first GPU, else the CPU. Raises `BadInput` for a GPU that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -51,7 +53,7 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
+        if info.exists()
         else []
     )
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
@@ -68,15 +70,25 @@ def reset_peak_memory(device: torch.device) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim:
             trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        if _has_resettable_peak():
+            CLEAR_REFS.write_text("5")  # resets VmHWM
+
+
+def _has_resettable_peak() -> bool:
+    """Whether the system keeps a peak of the resident set that this process may reset: Linux, unless in a sandbox."""
+    try:
+        with open(CLEAR_REFS, "w"):
+            return True
+    except OSError:
+        return False
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: a GPU's peak allocation, or the peak resident set of this process, since the last reset. Where the system
-    keeps no resettable peak (not Linux), the present resident set."""
+    has no peak that can be reset (not Linux, or a sandbox), the present resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
+    if _has_resettable_peak():
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     return psutil.Process().memory_info().rss

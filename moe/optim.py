@@ -21,7 +21,8 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of optimiser step `step` (from 1) of `steps`: a linear warm-up over `warmup` steps, then
-    cosine to `final` · lr (1608.03983), or constant with a linear decay over the last `decay` · steps (wsd, 2404.06395)."""
+    cosine to `final` · lr (1608.03983), or constant with a linear decay to it over the last `decay` · steps (wsd,
+    2404.06395)."""
     if step <= cfg.warmup:
         return cfg.lr * step / cfg.warmup
     match cfg.schedule:

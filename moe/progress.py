@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live bar and a strip of expert load on a terminal, plain lines in a pipe."""
+"""What a person sees of training: a live bar and a strip of expert load on a terminal, plain lines in a pipe."""
 
 import sys
 from types import TracebackType
@@ -84,7 +84,7 @@ class Watch:
                 self.bar.update(self.task, completed=line["step"], note=note)
             strips = [
                 Text(f"layer {each['layer']:>3} ") + load_strip(count)
-                for each, count in zip(line.get("layers", []), counts, strict=True)
+                for each, count in zip(line["layers"] if counts else [], counts, strict=True)
             ]
             self.live.update(Group(self.bar, *strips))
         elif "val" in line or line["step"] % self.every == 0 or line["step"] == self.steps:

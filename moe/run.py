@@ -19,7 +19,7 @@ FREE = ("run", "resume", "log", "data.cache", "data.workers")
 
 
 def default_folder(cfg: Config) -> Path:
-    """runs/<model>-<router or dense>-<data>-<hash of the settings>: equal settings, equal folder."""
+    """runs/<model>-<router or dense>-<data>-seed<seed>-<hash of the settings>: equal settings, equal folder."""
     kind = cfg.router.name if cfg.model.moe else "dense"
     return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-seed{cfg.seed}-{fingerprint(cfg)}"
 
@@ -42,8 +42,10 @@ def read_config(run: Path) -> Config:
     """The config a run was started with. Raises `BadInput` for a folder that is not a run's."""
     path = run / "config.yaml"
     if not path.is_file():
-        beside = sorted(each.parent.name for each in run.parent.glob("*/config.yaml")) if run.parent.is_dir() else []
-        there = f"; the runs in {run.parent} are {', '.join(beside)}" if beside else ""
+        runs: list[str] = []
+        for folder in (run, run.parent):  # a comparison's folder has its runs inside
+            runs = runs or sorted(str(each.parent) for each in folder.glob("*/config.yaml"))
+        there = f"; there are {', '.join(runs)}" if runs else ""
         raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{there}.")
     try:
         tree = yaml.safe_load(path.read_text())
@@ -70,7 +72,7 @@ def create(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 def check_same(old: Config, new: Config) -> None:
     """Refuse to go on with settings other than the run's own: the result would be neither run's."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    for key in before.keys() | after.keys():
+    for key in dict.fromkeys([*after, *before]):
         if any(key == free or key.startswith(f"{free}.") for free in FREE):
             continue
         if before.get(key) != after.get(key):
@@ -78,6 +80,16 @@ def check_same(old: Config, new: Config) -> None:
                 f"{key}={after.get(key)} differs from the run's own {before.get(key)}: leave it out to go on with "
                 f"{new.run}, or choose another run."
             )
+
+
+def check_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
+    """Refuse to go on with a tokenizer other than the run's own, which its checkpoints and its samples depend on."""
+    own = Tokenizer.load(run / "tokenizer").fingerprint
+    if own != tokenizer.fingerprint:
+        raise BadInput(
+            f"run={run} has another tokenizer ({own[:12]}) than the data now gives ({tokenizer.fingerprint[:12]}): go "
+            "on with the data it was started with, or start a new run."
+        )
 
 
 def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

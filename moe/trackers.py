@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, Weights & Biases and trackio, by config; each is an optional extra, imported when asked for."""
+"""Metrics to TensorBoard, Weights & Biases and trackio, by config; each is an extra, imported when asked for."""
 
 import importlib.util
 from pathlib import Path
@@ -34,14 +34,15 @@ def flatten(line: dict[str, Any]) -> dict[str, float]:
 class Trackers:
     """All trackers the config names, behind one `log` and one `close`."""
 
-    def __init__(self, cfg: Config, run: Path) -> None:
+    def __init__(self, cfg: Config, run: Path, step: int) -> None:
+        """`step`: the last one taken; what TensorBoard holds of later ones, an interrupted run's, no longer counts."""
         check(cfg)
         self.board: Any = None
         self.others: list[Any] = []
         if cfg.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"))
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         if cfg.log.wandb:
             import wandb
 

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import random
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from moe import balance, checkpoint, data, dispatch, machine, presets, run, trac
 from moe.config import BadInput, Config, is_moe_layer, to_dict
 from moe.evaluate import Evaluation, evaluate
 from moe.metrics import layer_metrics
-from moe.model import Output, Transformer, next_token_loss
+from moe.model import Output, Transformer, load_model, model_tensors, next_token_loss
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from moe.progress import Watch
 from moe.router import TopKRouter
@@ -78,6 +79,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     cfg = resolve(cfg, folder, dataset, device)
     if started:
         run.check_same(run.read_config(folder), cfg)
+        run.check_tokenizer(folder, dataset.tokenizer)
         if (folder / "summary.json").exists():
             say(f"run: {folder} is finished")
             return json.loads((folder / "summary.json").read_text())
@@ -89,10 +91,10 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router).initialize(cfg.seed).to(device)
     state = State(model, build_optimizer(model, cfg.optim), loader)
-    restore(state, folder, dataset, threads, say)
+    restore(state, folder, threads, say)
     if cfg.train.compile:
         model.compile()
-    tracker = trackers.Trackers(cfg, folder)
+    tracker = trackers.Trackers(cfg, folder, state.step)
     size = presets.size(cfg.model)
     say(
         f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
@@ -103,7 +105,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     if final is None:
         say(
             f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
-            f"Go on with: python -m experiments.train run={folder} resume=true"
+            f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
         )
         raise SystemExit(128 + stop.number)
     summary = summarize(state, cfg, dataset, final, device, threads)
@@ -131,15 +133,20 @@ def run_steps(
     state: State, cfg: Config, folder: Path, dataset: Dataset, tracker: trackers.Trackers, stop: "Stop"
 ) -> Evaluation | None:
     """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved)."""
-    root = folder / "checkpoints"
+    root, last = folder / "checkpoints", None
+    waiting = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
     lines, counts = run.Lines(folder / "metrics.jsonl"), run.Lines(folder / "routing" / "counts.jsonl")
-    last: Evaluation | None = None
 
     def validate() -> Evaluation | None:
         return evaluate(
-            state.model, dataset, n_tokens=cfg.train.eval_tokens, batch_size=cfg.train.batch_size // cfg.train.accumulate,
-            backend=cfg.dispatch, autocast=partial(autocast, cfg), stop=lambda: bool(stop.number),
-        )  # fmt: skip
+            state.model,
+            dataset,
+            n_tokens=cfg.train.eval_tokens,
+            batch_size=cfg.train.batch_size // cfg.train.accumulate,
+            backend=cfg.dispatch,
+            autocast=partial(autocast, cfg),
+            stop=lambda: bool(stop.number),
+        )
 
     name = folder.name if len(folder.name) <= 24 else f"{folder.name[:23]}…"
     with closing(lines), closing(counts), Watch(name, cfg.train.steps, state.step, cfg.log.every) as watch:
@@ -154,27 +161,45 @@ def run_steps(
             if stop.number:
                 watch.say(f"checkpoint: {path}")
 
-        if state.step == 0 and (first := validate()):
-            record({"step": 0, "seconds": 0.0, "val": first.val}, [])
+        if waiting:
+            last = validate()
+            record(waiting | ({"val": last.val} if last else {}), [])
         with closing(state.loader.iterate(state.step)) as batches:
             for batch in batches if state.step < cfg.train.steps and not stop.number else ():
                 line, gradients = take_step(state, batch, cfg, root)
-                at_end = state.step == cfg.train.steps
-                if at_end or (cfg.train.eval_every and state.step % cfg.train.eval_every == 0):
+                if evaluates(state.step, cfg):
                     last = validate()
                     line |= {"val": last.val} if last else {}
                 record(line, gradients.counts)
                 if gradients.counts and state.step % cfg.log.every == 0:
                     counts.write({"step": state.step, "counts": [each.tolist() for each in gradients.counts]})
-                if at_end or stop.number or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+                ending = state.step == cfg.train.steps or bool(stop.number)  # read once: what ends here is saved here
+                if ending or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
                     save(line["val"]["loss"] if "val" in line else None)
-                if at_end or stop.number:
+                if ending:
                     break
         if stop.number:
             if state.step == 0:
                 save(None)
             return None
         return last or validate()  # a run killed between its last checkpoint and its summary
+
+
+def evaluates(step: int, cfg: Config) -> bool:
+    """Whether the metrics line of `step` has a validation: the first, the last, and every `train.eval_every`."""
+    return step in (0, cfg.train.steps) or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
+
+
+def take_back_unevaluated(state: State, cfg: Config, path: Path) -> dict[str, Any] | None:
+    """The metrics line of this moment if it should have a validation and has none (the run begins, or a signal cut the
+    evaluation short), taken out of the file at `path`; else None."""
+    written = run.read_lines(path)
+    at_step = bool(written) and written[-1]["step"] == state.step
+    line = written[-1] if at_step else {"step": state.step, "seconds": state.seconds}
+    if "val" in line or not evaluates(state.step, cfg):
+        return None
+    run.keep_until(path, state.step - 1)
+    return line
 
 
 def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
@@ -195,7 +220,7 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
     else:
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
-            raise BadInput(explain_non_finite(state, batch, cfg, root))
+            raise BadInput(explain_non_finite(state, batch, loss, cfg, root))
     state.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
     state.step, state.seconds = step, state.seconds + seconds
@@ -261,20 +286,21 @@ def selection_biases(model: Transformer) -> list[Tensor]:
     return [each.bias_E for each in model.modules() if isinstance(each, TopKRouter) and each.bias_E is not None]
 
 
-def explain_non_finite(state: State, batch: data.Batch, cfg: Config, root: Path) -> str:
+def explain_non_finite(state: State, batch: data.Batch, loss: float, cfg: Config, root: Path) -> str:
     """One sentence: the step, the place where a non-finite number first appears, the last good checkpoint."""
+    place = first_non_finite(state.model, batch, loss, cfg)
     good = checkpoint.latest(root, lambda _: None)
     keep = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return (
-        f"step {state.step + 1}: {first_non_finite(state.model, batch, cfg)} is not finite; no parameter was changed by "
-        f"it and {keep}: lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set "
-        "train.non_finite=skip to leave such steps out."
+        f"step {state.step + 1}: {place} is not finite; no parameter was changed by it and {keep}: "
+        f"lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set train.non_finite=skip to leave "
+        "such steps out."
     )
 
 
-def first_non_finite(model: Transformer, batch: data.Batch, cfg: Config) -> str:
-    """Where a non-finite number first appears: a parameter, else a module's output in the forward pass, else (backward
-    runs from the last layer) the last parameter in order whose gradient is not finite."""
+def first_non_finite(model: Transformer, batch: data.Batch, loss: float, cfg: Config) -> str:
+    """Where a non-finite number first appears: a parameter, else a module's output in the forward pass, else the loss,
+    else (backward runs from the last layer) the last parameter in order whose gradient is not finite."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f"the parameter {name}"
@@ -289,15 +315,18 @@ def first_non_finite(model: Transformer, batch: data.Batch, cfg: Config) -> str:
     try:
         device = next(model.parameters()).device
         for tokens_BS in batch.tokens_BS.chunk(cfg.train.accumulate):
-            with torch.no_grad(), autocast(cfg):
+            # A compiled model would run past the hooks.
+            with torch.no_grad(), autocast(cfg), torch.compiler.set_stance("force_eager"):
                 model(tokens_BS.to(device), backend=cfg.dispatch)
     finally:
         for handle in handles:
             handle.remove()
     if found:
         return found[0]
+    if not math.isfinite(loss):
+        return "the loss"
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"the gradient of {bad[-1]}" if bad else "the loss"
+    return f"the gradient of {bad[-1]}" if bad else "the gradients' norm"
 
 
 def save_checkpoint(
@@ -329,37 +358,12 @@ def save_checkpoint(
     return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
 
 
-def model_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, a tied weight once."""
-    state = model.state_dict()
-    if model.cfg.tie_embeddings:
-        del state["head.weight"]
-    return state
-
-
-def load_model(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `model_tensors`. Raises `BadInput` when names or shapes differ."""
-    tensors = dict(tensors)
-    if model.cfg.tie_embeddings:
-        tensors["head.weight"] = tensors["embed.weight"]
-    try:
-        model.load_state_dict(tensors)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"the checkpoint does not hold this model's weights: {reason}.") from error
-
-
-def restore(state: State, folder: Path, dataset: Dataset, threads: int, say: Callable[[str], None]) -> None:
+def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]) -> None:
     """Put the newest good checkpoint of the run back, if there is one, and drop the log lines after it."""
     path = checkpoint.latest(folder / "checkpoints", say)
     if path is not None:
         snapshot = checkpoint.load(path)
         meta = snapshot.meta
-        if meta["tokenizer"] != dataset.tokenizer.fingerprint:
-            raise BadInput(
-                f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}) than the data's "
-                f"({dataset.tokenizer.fingerprint[:12]}): go on with the data it was started with."
-            )
         state.loader.check_state(meta["loader"])
         load_model(state.model, snapshot.model)
         restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
