@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser  # what hydra.main itself reads the command line with
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -37,15 +39,17 @@ C = TypeVar("C")
 def command(
     name: str, schema: type[C], verbatim: tuple[str, ...] = ()
 ) -> Callable[[Callable[[C], None]], Callable[[], None]]:
-    """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from `schema`'s defaults
-    (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters it has."""
+    """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
+    `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
+    it has."""
 
     def decorate(main: Callable[[C], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(each, verbatim) for each in sys.argv[1:]]
-            refuse(check_overrides, name, schema, [each for each in sys.argv[1:] if not each.startswith("-")])
+            arguments = get_args_parser().parse_args()
+            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun)
             hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
 
         def job(tree: DictConfig) -> None:
@@ -57,8 +61,11 @@ def command(
 
 
 def typed(tree: DictConfig, schema: type[C]) -> C:
-    """The validated dataclass of a composed tree."""
-    plain: Any = OmegaConf.to_container(tree, resolve=True)
+    """The validated dataclass of a composed tree. Raises `BadInput`."""
+    try:
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise BadInput(sentence(error)) from None
     return build(plain, schema) if issubclass(schema, Config) else parse(schema, plain)
 
 
@@ -83,47 +90,58 @@ def literal(argument: str, verbatim: tuple[str, ...]) -> str:
     return f"{key}='{value}'"
 
 
-def check_overrides(name: str, schema: type, overrides: list[str]) -> None:
-    """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice. Raises `BadInput`."""
+def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool) -> None:
+    """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice; `sweeps`: whether an
+    override may have several values, each of which is checked. Raises `BadInput`."""
     groups = {path.name: sorted(each.stem for each in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise BadInput(f"cannot read the command line: {first_line(error)}") from None
-    single = []
-    for override in parsed:
-        key = override.key_or_group
-        if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
-            single.append(override.input_line or "")
-            continue
-        if key in groups:
-            choices = values(override)
-            for choice in choices:
-                if isinstance(choice, str) and choice not in groups[key] and choice != "null":
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        try:
+            parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+            options = [singles(override) for override in parsed]
+        except HydraException as error:
+            raise BadInput(f"cannot read the command line: {first_line(error)}.") from None
+        for override, lines in zip(parsed, options, strict=True):
+            key = override.key_or_group
+            if override.is_hydra_override():
+                continue
+            if override.is_sweep_override() and not sweeps:
+                raise BadInput(
+                    f"{override.input_line} has several values: add --multirun to take each in turn, or write a list "
+                    f"as {key}=[a,b]."
+                )
+            if not lines:
+                raise BadInput(f"{override.input_line} matches nothing; accepted here: {', '.join(groups[key])}.")
+            if key not in groups:
+                check_key(schema, key)
+            for choice in (each.partition("=")[2] for each in lines if key in groups):
+                if choice not in (*groups[key], "null"):
                     raise BadInput(f"{key}={choice} does not exist; {nearest(choice, groups[key])}.")
-        else:
-            check_key(schema, key)
-        single.append(first_choice(override))
+        first = [lines[0] for lines in options]
+        check_composition(name, first)
+        for i, lines in enumerate(options):
+            for line in lines[1:]:
+                check_composition(name, [*first[:i], line, *first[i + 1 :]])
+
+
+def singles(override: Override) -> list[str]:
+    """The override as one line for each value that it sweeps over; as it is if it has one."""
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def check_composition(name: str, overrides: list[str]) -> None:
+    """Refuse overrides, each of one value, that Hydra cannot compose. Raises `BadInput`."""
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base=None):
-            hydra.compose(name, overrides=single)
+        hydra.compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        where = getattr(cause, "full_key", None)
-        raise BadInput(f"{where}: {first_line(cause)}." if where else f"{first_line(error)}.") from None
-
-
-def values(override: Override) -> list[Any]:
-    """The values an override sweeps over, or its one value."""
-    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-def first_choice(override: Override) -> str:
-    """The override as a single one: a sweep's first value."""
-    line = override.input_line or ""
-    if not override.is_sweep_override():
-        return line
-    return f"{line.split('=', 1)[0]}={next(iter(override.sweep_string_iterator()))}"
+        raise BadInput(sentence(cause)) from None
+    except (AssertionError, AttributeError):  # OmegaConf's, for settings of a group that is null
+        raise BadInput(
+            "model.moe is null here, and its settings cannot be given one by one: leave them out, choose a model with "
+            "experts, or give model.moe in a file of conf/experiment."
+        ) from None
 
 
 def check_key(schema: type, key: str) -> None:
@@ -137,6 +155,12 @@ def check_key(schema: type, key: str) -> None:
         if part not in valid:
             raise BadInput(f"{path}{part} is not a setting; {nearest(part, valid, path)}.")
         hint, path = typing.get_type_hints(hint)[part], f"{path}{part}."
+
+
+def sentence(error: BaseException) -> str:
+    """What Hydra or OmegaConf has to say, with the key it says it of."""
+    where = getattr(error, "full_key", None)
+    return f"{where}: {first_line(error)}." if where else f"{first_line(error)}."
 
 
 def first_line(error: BaseException) -> str:
