@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from experiments import cli
+from experiments import cli, tables
 from moe import dispatch, machine, presets
 from moe.config import BadInput, ModelConfig, MoEConfig, OptimConfig, RouterConfig, TrainConfig, head_dim
 from moe.model import Transformer, next_token_loss
@@ -90,7 +88,8 @@ def train_step(cfg: BenchConfig) -> None:
     device = machine.choose_device(cfg.device)
     threads = machine.set_threads(TrainConfig(threads=cfg.threads))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.context + 1), generator=generator).to(device)
+    shape = (cfg.batch_size, cfg.model.context + 1)
+    tokens = torch.randint(cfg.model.vocab_size, shape, generator=generator).to(device)
     twin = presets.dense_twin(cfg.model, "active_params")
     contestants = [ours("switchyard MoE", cfg, cfg.model, tokens), ours("switchyard dense twin", cfg, twin, tokens)]
     if "transformers" in cfg.peers:
@@ -219,13 +218,17 @@ def vars_of(cfg: ModelConfig) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The rows as a table."""
-    table = Table("precision", "model", "parameters", "tokens/s", "switchyard MoE is")
-    for row in rows:
-        table.add_row(
-            row["precision"], row["model"], f"{row['parameters']:,}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['moe_speed_over_this']:.2f}x",
-        )  # fmt: skip
-    Console().print(table)
+    headings = ("model", "precision", "parameters", "tokens/s", "switchyard MoE is")
+    tables.print_table(
+        headings,
+        [
+            (
+                row["model"], row["precision"], f"{row['parameters']:,}", f"{row['tokens_per_s']:,.0f}",
+                f"{row['moe_speed_over_this']:.2f}x",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,11 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from experiments import cli, page, verdict
+from experiments import cli, page, tables, verdict
 from moe import config, data, presets
 from moe.config import BadInput, Config
 from moe.run import read_lines, write_atomically
@@ -54,7 +50,7 @@ def main(cfg: CompareConfig) -> None:
     """Compare, then print the table and the verdict."""
     result = compare(cfg, overrides=sys.argv[1:])
     print()
-    print_table(result["table"])
+    tables.print_table(HEADINGS, result["table"])
     for sentence in result["sentences"]:
         print(sentence)
     print(f"page: {Path(result['folder'], 'index.html')}")
@@ -90,7 +86,7 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
         pairs.append(verdict.Pair(*runs))
 
     result = describe(cfg, folder, pairs, command_line(overrides))
-    write_atomically(folder / "table.md", markdown(result["table"]))
+    write_atomically(folder / "table.md", tables.markdown(HEADINGS, result["table"]))
     write_atomically(folder / "index.html", page.render(pairs, result))
     write_atomically(folder / "compare.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
@@ -129,32 +125,6 @@ def describe(cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], comman
         "dirty": summary["dirty"],
         "config": config.to_dict(cfg),
     }
-
-
-def markdown(table: list[tuple[str, ...]]) -> str:
-    """The table as Markdown, aligned so that it reads well as plain text too."""
-    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in [HEADINGS, *table]]
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ("-" * width[0], *("-" * (each - 1) + ":" for each in width[1:])))
-    lines = []
-    for label, *values in rows:
-        aligned = [f"{value:>{each}}" for value, each in zip(values, width[1:], strict=True)]
-        lines.append(f"| {' | '.join([f'{label:<{width[0]}}', *aligned])} |\n")
-    return "".join(lines)
-
-
-def print_table(table: list[tuple[str, ...]]) -> None:
-    """On a terminal a rich table; in a pipe or file the same as table.md."""
-    console = Console()
-    if not console.is_terminal:
-        print(markdown(table))
-        return
-    pretty = Table()
-    for i, heading in enumerate(HEADINGS):
-        pretty.add_column(heading, justify="right" if i else "left")
-    for row in table:
-        pretty.add_row(*map(Text, row))
-    console.print(pretty)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from experiments import compare as command
-from experiments.compare import CompareConfig, compare, markdown
+from experiments.compare import HEADINGS, CompareConfig, compare
+from experiments.tables import markdown
 from moe import checkpoint, data, presets
 from moe.config import BadInput, Config, build, to_dict
 from moe.model import Transformer
@@ -116,7 +117,7 @@ def test_what_is_saved_is_what_is_returned(finished):
     assert [tuple(row) for row in saved["table"]] == result["table"]
     assert saved["runs"] == {"moe": ["moe-seed0"], "dense": ["dense-seed0"]}
     assert build(saved["config"], CompareConfig) == cfg
-    assert (folder / "table.md").read_text() == markdown(result["table"])
+    assert (folder / "table.md").read_text() == markdown(HEADINGS, result["table"])
     assert result["sentences"][0] in (folder / "index.html").read_text().replace("&#39;", "'")
     assert saved["command"] == "python -m experiments.compare train.steps=6"
     for kind in ("moe", "dense"):
@@ -209,23 +210,6 @@ def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
     assert folders[0].parent == Path("runs")
 
 
-def test_the_table_reads_as_plain_text_and_as_markdown():
-    text = markdown([("a | b", "1", "2", "3"), ("Validation loss", "3.240", "3.320", "−0.080")])
-    lines = text.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert "a \\| b" in lines[2]
-    assert all(line.replace("\\|", "").count("|") == 5 for line in lines)
-
-
-def test_a_terminal_gets_every_cell_as_it_is(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    cells = ("[red]name[/red]", "3.240", "3.320", "−0.080 (−0.085 to −0.074)")
-    command.print_table([cells])
-    out = capsys.readouterr().out
-    assert all(cell in out for cell in cells)
-
-
 def test_the_command_line_refuses_a_misspelt_key_and_names_the_right_one(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare", "mach=flops"])
     with pytest.raises(SystemExit, match="2"):
@@ -248,6 +232,6 @@ def test_the_command_line_prints_the_table_the_verdict_and_where_the_page_is(fin
     monkeypatch.setattr(sys, "argv", ["compare", *given])
     command.main()
     out = capsys.readouterr().out
-    assert markdown(result["table"]) in out
+    assert markdown(HEADINGS, result["table"]) in out
     assert "\n".join(result["sentences"]) in out
     assert out.endswith(f"page: {cfg.run}/index.html\n")

@@ -1,0 +1,50 @@
+"""What every preset of conf/model costs: parameters, active parameters, FLOPs per token. No weight is allocated.
+
+python -m experiments.presets
+python -m experiments.presets names=[gpt2,olmoe-1b-7b] context=1024
+"""
+
+from dataclasses import dataclass, field
+
+import yaml
+
+from experiments import cli, tables
+from moe.config import BadInput, ModelConfig, nearest, parse
+from moe.presets import flops, size
+
+
+@dataclass
+class PresetsConfig:
+    """Which presets, and at which sequence length."""
+
+    names: list[str] = field(default_factory=list)  # empty: all
+    context: int = 0  # 0: each preset's own
+    vocab_size: int = 4096  # for presets that take their tokenizer's
+
+
+@cli.command("presets", PresetsConfig)
+def main(cfg: PresetsConfig) -> None:
+    """Print a row per preset."""
+    there = sorted(path.stem for path in (cli.CONF / "model").glob("*.yaml"))
+    rows = []
+    for name in cfg.names or there:
+        if name not in there:
+            raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, there)}.")
+        model = read_preset(name, cfg.vocab_size)
+        forward, training = flops(model, cfg.context)
+        total, active = size(model)
+        cells = (total, active, cfg.context or model.context, forward, training)
+        rows.append((name, *(f"{cell:,}" for cell in cells)))
+    headings = ("model", "parameters", "active", "context", "FLOPs per token, forward", "training")
+    tables.print_table(headings, rows)
+
+
+def read_preset(name: str, vocab_size: int) -> ModelConfig:
+    """conf/model/<name>.yaml, with `vocab_size` where it leaves that to the tokenizer."""
+    model = parse(ModelConfig, yaml.safe_load((cli.CONF / "model" / f"{name}.yaml").read_text()), "model.")
+    model.vocab_size = model.vocab_size or vocab_size
+    return model
+
+
+if __name__ == "__main__":
+    main()
