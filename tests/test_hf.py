@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
     "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
     "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
     "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
     "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
 }
@@ -183,9 +184,7 @@ def test_a_folder_of_the_bare_gpt2_with_its_mask_buffers_loads(tmp_path: Path) -
 
 def test_the_balancing_loss_of_one_layer_times_k_is_that_of_transformers(tmp_path: Path) -> None:
     """Theirs counts a token's K choices where ours takes their share; over several layers theirs pools the tokens."""
-    settings = QWEN3_MOE | {"num_hidden_layers": 1}
-    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("qwen3_moe", **settings))
-    torch.nn.init.normal_(hf.model.layers[0].mlp.gate.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    hf = theirs("qwen3_moe-one-layer")
     hf.save_pretrained(tmp_path)
     expected = hf(TOKENS_BS, output_router_logits=True).aux_loss
     (routing,) = load(tmp_path)(TOKENS_BS).routing
@@ -279,9 +278,9 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     [
         ("[]", "weight_map"),
         ('{"weight_map": 3}', "weight_map"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "../model.safetensors"),
-        ('{"weight_map": {"a": "weights.bin"}}', "weights.bin"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "'../model.safetensors' is not the name"),
+        ('{"weight_map": {"a": "weights.bin"}}', "'weights.bin' is not the name"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors, and that file is not there"),
         ('{"weight_map": {}}', "missing"),
     ],
 )
