@@ -173,11 +173,11 @@ def run_steps(
                 record(line, gradients.counts)
                 if gradients.counts and state.step % cfg.log.every == 0:
                     counts.write({"step": state.step, "counts": [each.tolist() for each in gradients.counts]})
-                ending = state.step == cfg.train.steps or bool(stop.number)  # read once: what ends here is saved here
-                if ending or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+                at_end = state.step == cfg.train.steps
+                if at_end or stop.number or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
                     save(line["val"]["loss"] if "val" in line else None)
-                if ending:
-                    break
+                    if at_end or stop.number:  # within: a signal since the line above must not end an unsaved step
+                        break
         if stop.number:
             if state.step == 0:
                 save(None)
@@ -293,8 +293,8 @@ def explain_non_finite(state: State, batch: data.Batch, loss: float, cfg: Config
     keep = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return (
         f"step {state.step + 1}: {place} is not finite; no parameter was changed by it and {keep}: "
-        f"lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set train.non_finite=skip to leave "
-        "such steps out."
+        f"lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set train.non_finite=skip to "
+        "leave such steps out."
     )
 
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import random
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -167,10 +170,23 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
-    """A process of its own that trains, reports over `pipe` when it is in `phase`, and goes on when it is told to."""
-    import sys
+def start(cfg: Config, phase: str, log: Path) -> tuple[BaseProcess, Connection]:
+    """A process that trains `cfg`, has reached `phase` and waits there, and a pipe: a word over it lets it go on."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all
+    context.set_forkserver_preload(["moe.train"])
+    here, there = context.Pipe()
+    process = context.Process(target=child, args=(cfg, phase, log, there))
+    process.start()
+    there.close()
+    try:
+        assert here.recv() == phase
+    except EOFError:
+        pytest.fail(log.read_text() if log.exists() else "the process did not start")
+    return process, here
 
+
+def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
+    """What that process does."""
     sys.stdout = sys.stderr = log.open("w", buffering=1)
     monkeypatch = pytest.MonkeyPatch()
     noisy(monkeypatch)

@@ -358,6 +358,13 @@ def test_a_truncated_empty_missing_or_replaced_file_is_named(path, file):
     assert_refused(path, path / file)
 
 
+def test_a_truncated_file_says_how_long_it_is_and_should_be(path):
+    os.truncate(path / "model.safetensors", 100)
+    whole = json.loads((path / "manifest.json").read_text())["files"]["model.safetensors"]["size"]
+    with pytest.raises(BadInput, match=rf"model\.safetensors: 100 bytes, but the manifest says {whole}"):
+        checkpoint.verify(path)
+
+
 @pytest.mark.parametrize("file", ALL_FILES)
 def test_a_file_of_another_checkpoint_is_not_accepted(tmp_path, file):
     """Same names, shapes and size, so only the checksums can tell."""

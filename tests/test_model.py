@@ -34,6 +34,12 @@ def test_initialisation_is_a_function_of_the_seed_and_each_name(model_config):
             torch.testing.assert_close(unscaled, unscaled.flatten()[0].expand_as(p), rtol=1e-5, atol=0)
 
 
+def test_no_two_tensors_start_alike(model_config):
+    drawn = [p.flatten()[:20] for _, p in _model(model_config()).named_parameters() if p.dim() > 1]
+    for i, first in enumerate(drawn):
+        assert not any(torch.allclose(first / first.norm(), other / other.norm()) for other in drawn[i + 1 :])
+
+
 def test_initialisation_ignores_and_leaves_the_global_generator(model_config):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -10,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
-from runs import STEPS, Killed, fate, noisy, settings, tensors_digest, train, train_until
+from runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
 import moe.train
 from moe import checkpoint, data
@@ -101,13 +99,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_writes_th
 
 def test_a_process_killed_by_the_system_resumes_bitwise(whole, corpus, tmp_path):
     killed = settings(corpus, tmp_path / "killed")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs"])
-    here, there = context.Pipe()
-    process = context.Process(target=runs.child, args=(killed, "between steps", tmp_path / "log", there))
-    process.start()
-    there.close()
-    assert here.recv() == "between steps", (tmp_path / "log").read_text()
+    process, _ = start(killed, "between steps", tmp_path / "log")
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
