@@ -116,6 +116,7 @@ def test_a_saved_folder_loads_in_transformers_and_computes_the_same(variant: str
     save(model, router, tmp_path / "out")
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
+    assert hf.config.eos_token_id is hf.config.pad_token_id is None  # no default of theirs ends or masks our texts
     assert type(hf).__name__ == config_to_hf(model.cfg, router)["architectures"][0]
     assert sum(p.numel() for p in hf.parameters()) == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
