@@ -320,6 +320,8 @@ def validate(cfg: Config) -> None:
     for name in cfg.data.domains:
         if cfg.data.name == "blend" and name not in BLEND_DOMAINS:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")
+    if cfg.data.name == "blend" and cfg.data.path:
+        raise BadInput(f"data.path={cfg.data.path} means nothing to data=blend: choose data=text or data=huggingface.")
     if cfg.data.name != "blend" and not cfg.data.path:
         raise BadInput(f"data.name={cfg.data.name} needs data.path: a file, a folder or a glob (or a dataset's name).")
     clean = cfg.data.clean
