@@ -1,0 +1,155 @@
+"""Claims about validation, against sums done by hand from the shard's files, in float64, one window at a time."""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from runs import settings, silent
+
+from moe import data
+from moe.evaluate import evaluate
+from moe.model import Transformer
+
+CONTEXT, K = 32, 2
+ALL = 10**9  # more tokens than there are
+
+
+@pytest.fixture(scope="module")
+def dataset(corpus):
+    cfg = settings(corpus, "")
+    return data.prepare(cfg.data, cfg.tokenizer, silent)
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    """With weights so large that predictions, and the choice of experts, are far from uniform."""
+    cfg = settings(corpus, "", {"model.vocab_size": 257, "model.init_std": 0.3})
+    return Transformer(cfg.model, cfg.router).initialize(3)
+
+
+def measure(model, dataset, n_tokens=1024, batch_size=3, **keywords):
+    return evaluate(
+        model, dataset, n_tokens=n_tokens, batch_size=batch_size, backend="torch", autocast=nullcontext, **keywords
+    )
+
+
+def by_hand(model, dataset, n_windows):
+    """(domain, nats, bytes, (L, K) experts) of every target token of the windows, in order."""
+    tokens = np.fromfile(dataset.folder / "val-00000.bin", "<u2").astype(np.int64)
+    table = np.load(dataset.folder / "val-00000.documents.npy")
+    total = (len(tokens) - 1) // CONTEXT
+    chosen = [i * total // n_windows for i in range(n_windows)]
+    twin = Transformer(model.cfg, model.blocks[0].mlp.router.cfg).double()
+    twin.load_state_dict(model.state_dict())
+    found = []
+    for window in chosen:
+        piece = torch.from_numpy(tokens[window * CONTEXT : window * CONTEXT + CONTEXT + 1])
+        with torch.no_grad():
+            output = twin(piece[None, :-1], backend="reference")
+        for t in range(CONTEXT):
+            logits = [float(v) for v in output.logits_BSV[0, t]]
+            target = int(piece[t + 1])
+            top = max(logits)
+            nats = top + math.log(math.fsum(math.exp(v - top) for v in logits)) - logits[target]
+            position = window * CONTEXT + t + 1
+            document = max(i for i, start in enumerate(table[:, 0]) if start <= position)
+            size = 0 if target == dataset.tokenizer.eot else len(dataset.tokenizer.decode_bytes([target]))
+            experts = [each.expert[t].tolist() for each in output.routing]
+            found.append((dataset.domains[table[document, 1]], nats, size, experts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(model, dataset):
+    return measure(model, dataset), by_hand(model, dataset, 1024 // CONTEXT)
+
+
+def test_loss_and_bits_per_byte_of_each_domain_are_those_summed_by_hand(both):
+    result, tokens = both
+    assert len(result.val["domains"]) == 3
+    for name, scores in result.val["domains"].items():
+        own = [(nats, size) for domain, nats, size, _ in tokens if domain == name]
+        nats = math.fsum(each for each, _ in own)
+        assert scores["tokens"] == len(own)
+        assert scores["loss"] == pytest.approx(nats / len(own), rel=1e-5)
+        assert scores["bpb"] == pytest.approx(nats / math.log(2) / sum(size for _, size in own), rel=1e-5)
+
+
+def test_the_total_is_the_token_weighted_mean_of_the_domains(both):
+    result, tokens = both
+    domains = result.val["domains"].values()
+    n = sum(each["tokens"] for each in domains)
+    assert n == 1024
+    assert result.val["loss"] == pytest.approx(sum(each["loss"] * each["tokens"] for each in domains) / n, rel=1e-12)
+    size = sum(size for _, _, size, _ in tokens)
+    assert result.val["bpb"] == pytest.approx(result.val["loss"] * n / math.log(2) / size, rel=1e-12)
+
+
+def test_windows_are_means_of_their_tokens_and_their_mean_is_the_total(both):
+    result, tokens = both
+    means = [math.fsum(t[1] for t in tokens[i : i + CONTEXT]) / CONTEXT for i in range(0, len(tokens), CONTEXT)]
+    assert result.windows == pytest.approx(means, rel=1e-5)
+    assert np.mean(result.windows) == pytest.approx(result.val["loss"], rel=1e-6)
+
+
+def test_load_counts_the_experts_of_each_domains_tokens(both, dataset):
+    result, tokens = both
+    assert result.load["layers"] == [0, 1]
+    assert result.load["domains"] == dataset.domains
+    for layer in range(2):
+        for i, name in enumerate(dataset.domains):
+            expected = [0] * 4
+            for domain, _, _, experts in tokens:
+                for expert in experts[layer] if domain == name else ():
+                    expected[expert] += 1
+            assert result.load["counts"][layer][i] == expected
+            assert sum(expected) == K * result.val["domains"][name]["tokens"]
+
+
+def test_evaluation_is_deterministic(model, dataset):
+    first = measure(model, dataset)
+    for _ in range(2):
+        assert measure(model, dataset) == first
+
+
+def test_the_batch_size_does_not_matter(model, dataset):
+    whole = measure(model, dataset, batch_size=100)
+    for batch_size in (1, 7):
+        other = measure(model, dataset, batch_size=batch_size)
+        assert other.windows == pytest.approx(whole.windows, rel=1e-5)
+        assert other.load == whole.load
+
+
+def test_evaluation_changes_neither_model_nor_generators(model, dataset):
+    before = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    measure(model, dataset)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_asking_for_more_tokens_than_there_are_takes_every_window_once(model, dataset):
+    tokens = (dataset.folder / "val-00000.bin").stat().st_size // 2
+    assert len(measure(model, dataset, n_tokens=ALL, batch_size=64).windows) == (tokens - 1) // CONTEXT
+
+
+def test_a_stop_gives_up_between_batches(model, dataset):
+    asked = []
+    assert measure(model, dataset, stop=lambda: bool(asked) or asked.append(1)) is None
+    assert asked == [1]
+
+
+def test_a_domain_without_a_validation_token_is_left_out(model, dataset):
+    result = measure(model, dataset, n_tokens=CONTEXT)
+    assert len(result.windows) == 1
+    assert 1 <= len(result.val["domains"]) < 3
+    assert [sum(row) > 0 for row in result.load["counts"][0]] == [
+        name in result.val["domains"] for name in dataset.domains
+    ]
+
+
+def test_a_dense_model_has_no_load(corpus, dataset):
+    cfg = settings(corpus, "", {"model.vocab_size": 257, "model.moe": None})
+    assert measure(Transformer(cfg.model, cfg.router).initialize(0), dataset).load is None
