@@ -93,22 +93,22 @@ def save(
         _remove_stale(root)
         if shutil.disk_usage(root).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.mkdir(temporary)
-        _write(temporary, tensors, meta, snapshot.step, score)
-        if damage:
-            warn(f"{damage} It is moved to {_move_aside(final)}, and step {snapshot.step} is saved anew.")
-        os.rename(temporary, final)
+        try:
+            os.mkdir(temporary)
+            _write(temporary, tensors, meta, snapshot.step, score)
+            if damage:
+                warn(f"{damage} It is moved to {_move_aside(final)}, and step {snapshot.step} is saved anew.")
+            os.rename(temporary, final)
+        finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
+            shutil.rmtree(temporary, ignore_errors=True)
         _sync(root)
         _sync(root.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(
             f"{final}: the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {needed:,} bytes "
             f"and {_free(root)} are free; earlier checkpoints are untouched."
         ) from error
-    finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
-        shutil.rmtree(temporary, ignore_errors=True)
     _prune(root, final, keep, warn)
     return final
 

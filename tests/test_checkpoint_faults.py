@@ -383,6 +383,16 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_accepted(path):
     assert_refused(other, other / "manifest.json")
 
 
+def test_a_read_error_at_any_point_of_a_load_is_one_sentence(path):
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for n in range(5):  # each of the Python side's openings: manifest, four files
+        with pytest.raises(BadInput) as caught:
+            profiled(at_operation(n, fail), partial(checkpoint.load, path))
+        assert_one_sentence(caught.value, path, os.strerror(errno.EIO))
+
+
 def test_an_unexpected_file_is_named(path):
     (path / "optimizer.pt").write_bytes(b"")
     assert_refused(path, path / "optimizer.pt")
