@@ -2,11 +2,12 @@
 
 import json
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 import moe.train
 from moe import checkpoint, data
@@ -15,6 +16,7 @@ from moe.data import Batch
 from moe.model import Transformer
 from moe.run import read_lines
 from moe.train import compute_gradients, seed_everything
+from runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 DENSE = {"model.moe": None}
 
@@ -265,10 +267,6 @@ def test_the_selection_bias_moves_against_the_load(corpus, tmp_path):
 
 
 def test_every_global_generator_is_seeded():
-    import random
-
-    import numpy as np
-
     drawn = []
     for seed in (3, 3, 4):
         seed_everything(seed)

@@ -1,0 +1,271 @@
+"""Claims about the command line: it composes what was asked for, or says in one sentence why not."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import experiments.train
+from experiments import cli
+from moe.config import Config
+from moe.run import read_config, read_lines
+from runs import STEPS, fate, overrides, settings, train, train_until
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """(arguments) -> (exit status, stdout, stderr, the configs that reached training) of `experiments.train`."""
+
+    def run(*arguments: str, really: bool = False):
+        out, err = io.StringIO(), io.StringIO()
+        configs: list[Config] = []
+        monkeypatch.setattr(experiments.train, "train", lambda cfg: train(cfg) if really else configs.append(cfg))
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        GlobalHydra.instance().clear()
+        status = 0
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                experiments.train.main()
+            except SystemExit as end:
+                status = end.code
+        return status, out.getvalue(), err.getvalue(), configs
+
+    return run
+
+
+def words(corpus, run, changes=None) -> list[str]:
+    """`runs.overrides` as a command line."""
+    groups = {"data.name": "data=text", "tokenizer.name": "tokenizer=byte"}
+    pairs = {key: value for key, value in overrides(corpus, run, changes).items() if key not in groups}
+    return [*groups.values(), *(f"{key}={value}" for key, value in pairs.items())]
+
+
+REFUSED = {
+    # misspelt names
+    "modle=cpu-nano": "modle is not a setting; did you mean model.",
+    "model.n_layer=2": "model.n_layer is not a setting; did you mean model.n_layers.",
+    "optim.lrr=1": "optim.lrr is not a setting; did you mean optim.lr.",
+    "train.batchsize=4": "train.batchsize is not a setting; did you mean train.batch_size.",
+    "model.moe.experts=4": "model.moe.experts is not a setting; did you mean model.moe.n_experts.",
+    "data.clean.htm=false": "data.clean.htm is not a setting; did you mean data.clean.html.",
+    "+foo=1": "foo is not a setting; accepted here: balance, ",
+    "optim.lr.x=1": "optim.lr.x is not a setting; ",
+    # misspelt choices
+    "model=cpu-nanno": "model=cpu-nanno does not exist; did you mean cpu-nano.",
+    "router=sofmax": "router=sofmax does not exist; did you mean softmax.",
+    "tokenizer=bite": "tokenizer=bite does not exist; did you mean byte.",
+    "data=wikipedia": "data=wikipedia does not exist; accepted here: blend, ",
+    "router.name=softmx": "router.name=softmx is not one of softmax, sigmoid; did you mean softmax.",
+    "train.precision=fp64": "train.precision=fp64 is not one of auto, bf16, fp32",
+    # wrong types
+    "seed=abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
+    "seed=1.5": "seed: Value '1.5' of type 'float' could not be converted to Integer.",
+    "train.steps=[1,2]": "train.steps: Value '[1, 2]' of type 'list' could not be converted to Integer.",
+    "optim.lr=fast": "optim.lr: Value 'fast' of type 'str' could not be converted to Float.",
+    "optim.betas=[a,b]": "optim.betas[0]: Value 'a' of type 'str' could not be converted to Float.",
+    "resume=perhaps": "resume: Value 'perhaps' is not a valid bool (type str).",
+    "seed=": "seed: Value '' of type 'str' could not be converted to Integer.",
+    "seed=null": "seed: ",
+    "model.moe=4": "model.moe: ",
+    # impossible values and pairs
+    "model.moe.k=99": "model.moe.k=99 exceeds model.moe.n_experts=16",
+    "model.d_model=30": "model.d_model=30 is not divisible by model.n_heads=4",
+    "optim.lr=nan": "optim.lr=nan is out of range",
+    "seed=-1": "seed=-1 is out of range",
+    "train.accumulate=3": "train.accumulate=3 must divide train.batch_size=8 evenly",
+    "balance=bias": "balance.bias_rate=0.001 needs a selection bias",
+    "data=text": "data.name=text needs data.path",
+    "model.moe=null model.moe.k=2": "model.moe is null here",
+    "model=gpt2 model.moe.k=2": "model.moe is null here",
+    "model=gpt2 model.moe={k:2}": "model.moe is null here",
+    # sweeps
+    "seed=0,1": "seed=0,1 has several values: add --multirun",
+    "router=softmax,sigmoid": "router=softmax,sigmoid has several values: add --multirun",
+    "-m seed=0,abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
+    "-m router=softmax,sigmiod": "router=sigmiod does not exist; did you mean sigmoid.",
+    "-m router=glob(x*)": "router=glob(x*) matches nothing; accepted here: sigmoid, ",
+    "-m seed=interval(0,1)": "cannot read the command line: ",
+    "--multirun seed=0,1 optim.lrr=1": "optim.lrr is not a setting",
+    # what cannot be read
+    "{a": "cannot read the command line: ",
+    "optim.betas=[0.9": "cannot read the command line: ",
+    "seed": "cannot read the command line: ",
+    "seed=${nothing}": "seed: Interpolation key 'nothing' not found.",
+    "run=${oc.env:NO_SUCH_VARIABLE}": "run: KeyError raised while resolving interpolation",
+    "~optim.lr": "optim.lr: OptimConfig (DictConfig) does not support deletion.",
+    "hydra.nothing=1": "hydra.nothing: Key 'nothing' not in 'HydraConf'.",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_bad_input_is_one_sentence_on_stderr_and_status_2(line, command):
+    status, out, err, configs = command(*line.split())
+    assert status == cli.REFUSED == 2
+    assert err.startswith(f"error: {REFUSED[line]}"), err
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert err.rstrip("\n")[-1] in ".)", err
+    assert out == ""
+    assert configs == []
+
+
+def test_an_unknown_option_is_refused_with_the_usage(command):
+    status, _, err, configs = command("--nonsense")
+    assert status == 2
+    assert "unrecognized arguments: --nonsense" in err
+    assert configs == []
+
+
+def test_an_option_with_a_value_is_not_taken_for_a_setting(command):
+    status, out, err, configs = command("--cfg", "job", "seed=7")
+    assert (status, err, configs) == (0, "", [])
+    assert out.startswith("seed: 7\n")
+
+
+def test_settings_and_groups_reach_training(command):
+    status, _, err, (cfg,) = command("model=cpu-nano", "router=sigmoid-bias", "balance=bias", "seed=3", "optim.lr=1e-4")
+    assert (status, err) == (0, "")
+    assert (cfg.model.name, cfg.model.d_model, cfg.model.moe.n_experts) == ("cpu-nano", 64, 8)
+    assert (cfg.router.name, cfg.router.selection_bias, cfg.balance.bias_rate) == ("sigmoid", True, 0.001)
+    assert (cfg.seed, cfg.optim.lr) == (3, 1e-4)
+
+
+def test_without_arguments_the_defaults_are_valid(command):
+    status, _, _, (cfg,) = command()
+    assert status == 0
+    assert (cfg.data.name, cfg.model.name, cfg.tokenizer.name) == ("blend", "cpu-small", "bpe")
+
+
+def test_a_dense_model_is_asked_for_with_null(command):
+    _, _, _, (cfg,) = command("model.moe=null")
+    assert cfg.model.moe is None
+
+
+def test_a_multirun_trains_every_combination(command):
+    status, _, err, configs = command("-m", "seed=0,1", "router=softmax,sigmoid", "run=runs/${router.name}-${seed}")
+    assert (status, err) == (0, "")
+    assert [(cfg.seed, cfg.router.name) for cfg in configs] == [
+        (0, "softmax"), (0, "sigmoid"), (1, "softmax"), (1, "sigmoid"),
+    ]  # fmt: skip
+    assert [cfg.run for cfg in configs] == [f"runs/{cfg.router.name}-{cfg.seed}" for cfg in configs]
+
+
+def test_a_sweep_over_all_choices_of_a_group(command):
+    _, _, _, configs = command("-m", "router=glob(s*max*)")
+    assert [cfg.router.renormalize for cfg in configs] == [True, False]
+
+
+def test_a_list_is_no_sweep(command):
+    _, _, _, (cfg,) = command("optim.betas=[0.8,0.9]")
+    assert cfg.optim.betas == [0.8, 0.9]
+
+
+def test_a_command_trains_and_writes_nothing_but_its_run(command, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err, _ = command(*words(corpus, "some/run"), really=True)
+    assert (status, err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+    assert json.loads((tmp_path / "some" / "run" / "summary.json").read_text())["steps"] == STEPS
+    own = read_config(tmp_path / "some" / "run")
+    assert own.model.moe.d_expert == 16
+
+
+def test_a_multirun_leaves_a_run_for_each(command, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = words(corpus, "sweep/${seed}", {"train.steps": 2})
+    status, _, err, _ = command("-m", *arguments, "seed=4,5", really=True)
+    assert (status, err) == (0, "")
+    found = {path.name: json.loads((path / "summary.json").read_text()) for path in (tmp_path / "sweep").iterdir()}
+    assert {name: summary["seed"] for name, summary in found.items()} == {"4": 4, "5": 5}
+    assert found["4"]["val"] != found["5"]["val"]
+
+
+# Going on
+
+
+@pytest.fixture
+def interrupted(corpus, tmp_path):
+    """A folder of a run that was killed, with settings that are no defaults."""
+    cfg = settings(corpus, tmp_path / "run", {"log.tensorboard": True, "optim.lr": 3e-3})
+    train_until(cfg, 5)
+    return tmp_path / "run"
+
+
+def test_resuming_needs_no_setting_but_the_folder(command, interrupted, corpus, tmp_path):
+    train(settings(corpus, tmp_path / "whole", {"optim.lr": 3e-3}))
+    status, _, err, _ = command(f"run={interrupted}", "resume=true", really=True)
+    assert (status, err) == (0, "")
+    assert fate(interrupted) == fate(tmp_path / "whole")
+
+
+def test_what_is_not_given_on_resuming_is_the_runs_own(command, interrupted, corpus):
+    """Also where its data is kept and how it is watched: those may be given anew, and then are."""
+    own = read_config(interrupted)
+    _, _, _, (cfg,) = command(f"run={interrupted}", "resume=true")
+    own.resume = True
+    assert cfg == own
+    _, _, _, (cfg,) = command(f"run={interrupted}", "resume=true", "log.every=7", "data.workers=1", "data.cache=there")
+    own.log.every, own.data.workers, own.data.cache = 7, 1, "there"
+    assert cfg == own
+    assert own.log.tensorboard
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["optim.lr=1"], "optim.lr=1.0 differs from the run's own 0.003"),
+        (["model=cpu-nano"], "model.name=cpu-nano differs from the run's own cpu-small"),
+        (["model.moe=null"], "model.moe.n_experts=None differs from the run's own 4"),
+        (["log.every=3", "seed=1"], "seed=1 differs from the run's own 0"),
+    ],
+)
+def test_a_setting_changed_on_resuming_is_named(given, named, command, interrupted):
+    lines = read_lines(interrupted / "metrics.jsonl")
+    status, _, err, _ = command(f"run={interrupted}", "resume=true", *given, really=True)
+    assert status == 2
+    assert err.startswith(f"error: {named}: leave it out to go on with {interrupted}")
+    assert read_lines(interrupted / "metrics.jsonl") == lines
+
+
+def test_repeating_the_whole_command_goes_on(command, corpus, tmp_path):
+    arguments = words(corpus, tmp_path / "run")
+    train_until(settings(corpus, tmp_path / "run"), 5)
+    status, _, err, _ = command(*arguments, really=True)
+    assert status == 2
+    assert "add resume=true" in err
+    status, _, err, _ = command(*arguments, "resume=true", really=True)
+    assert (status, err) == (0, "")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "plain",
+        "two words",
+        "a=b",
+        "a,b",
+        "it's",
+        "'",
+        "''",
+        "back\\slash",
+        "\\",
+        "\\\\",
+        "${x}",
+        "\\${x}",
+        "[1",
+        "{",
+        "é",
+    ],
+)
+def test_a_verbatim_value_arrives_as_it_was_typed(value):
+    line = cli.literal(f"prompt={value}", ("prompt",))
+    (parsed,) = OverridesParser.create().parse_overrides([line])
+    tree = OmegaConf.create({"prompt": parsed.value()})
+    assert OmegaConf.to_container(tree, resolve=True) == {"prompt": value}
+    assert cli.literal(f"other={value}", ("prompt",)) == f"other={value}"

@@ -1,0 +1,95 @@
+"""Claims about conf/: every file composes into valid settings, and names nothing that does not exist."""
+
+import dataclasses
+import itertools
+import typing
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments.cli import CONF, typed
+from moe.config import CHOICES, Config, ModelConfig, build, parse, to_dict
+
+GROUPS = ("model", "router", "balance", "tokenizer", "data", "optim")
+CHOICE_FILES = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+# What a choice cannot do without.
+NEEDS = {
+    "balance/bias": ["router=sigmoid-bias"],
+    "data/text": ["data.path=texts"],
+    "data/huggingface": ["data.path=some/dataset"],
+}
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.fixture(scope="module")
+def compose():
+    """(overrides) -> the validated settings of `experiments.train`."""
+    ConfigStore.instance().store(name="schema_train", node=Config)
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        yield lambda *overrides: typed(hydra.compose("train", overrides=list(overrides)), Config)
+
+
+def test_the_folders_are_the_dataclass_fields_that_are_groups():
+    """One name for a thing: folder, field, and what is typed on a command line."""
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"experiment"}
+    hints = typing.get_type_hints(Config)
+    assert folders == set(GROUPS)
+    assert all(dataclasses.is_dataclass(hints[name]) for name in folders)
+
+
+@pytest.mark.parametrize("path", CHOICE_FILES, ids=name_of)
+def test_a_choice_holds_only_valid_settings_of_its_group(path):
+    tree = yaml.safe_load(path.read_text())
+    hint = typing.get_type_hints(Config)[path.parent.name]
+    parsed = to_dict(parse(hint, tree, f"{path.parent.name}."))
+    for key, value in tree.items():
+        assert parsed[key] == value or isinstance(value, dict)
+
+
+@pytest.mark.parametrize("path", CHOICE_FILES, ids=name_of)
+def test_a_choice_composes_and_takes_effect(path, compose):
+    cfg = compose(f"{path.parent.name}={path.stem}", *NEEDS.get(name_of(path), []))
+    group = to_dict(cfg)[path.parent.name]
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if isinstance(value, dict):
+            assert value.items() <= group[key].items()
+        else:
+            assert group[key] == value
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=name_of)
+def test_a_model_is_named_as_its_file_and_leaves_nothing_to_an_earlier_choice(path, compose):
+    """Else a model chosen over the default one would keep some of it."""
+    cfg = compose(f"model={path.stem}")
+    assert cfg.model.name == path.stem
+    assert cfg.model == parse(ModelConfig, yaml.safe_load(path.read_text()))
+
+
+def test_every_experiment_composes_and_changes_something(compose):
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        assert compose(f"experiment={path.stem}") != compose(), path
+
+
+def test_every_choice_of_a_name_has_a_file():
+    for key in ("router.name", "tokenizer.name", "data.name", "optim.schedule"):
+        group = key.split(".")[0]
+        named = {yaml.safe_load(path.read_text()).get(key.split(".")[1]) for path in (CONF / group).glob("*.yaml")}
+        assert set(CHOICES[key]) - named <= {"constant"}, key
+
+
+def test_routers_and_balances_combine(compose):
+    for router, balance in itertools.product(("softmax", "sigmoid-bias"), ("none", "aux")):
+        assert compose(f"router={router}", f"balance={balance}").router.name == router.split("-")[0]
+
+
+def test_the_defaults_are_those_of_the_dataclasses(compose):
+    """The YAML repeats a default, it has no other: the library and the command line train the same model."""
+    assert compose() == build({"model": {"qk_norm": "head", "moe": {}}})
