@@ -28,16 +28,15 @@ def _forward(
     offset_E1: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    offset = offset_E1.tolist()
-    x_ND = x_TD[token_N[order_N]]
+    spans = _spans(offset_E1)
+    x_ND = x_TD.index_select(0, token_N[order_N])
     z_NF = x_TD.new_empty(len(order_N), w_up_EFD.shape[1])
-    y_ND = torch.empty_like(x_ND)
-    for e, (lo, hi) in enumerate(pairwise(offset)):
-        if lo < hi:
-            torch.mm(x_ND[lo:hi], w_up_EFD[e].T, out=z_NF[lo:hi])
-            torch.mm(reference.activate(z_NF[lo:hi], activation), w_down_EDF[e].T, out=y_ND[lo:hi])
-    y_ND[offset[-1] :] = 0  # rows with no expert
-    z_NF[offset[-1] :] = 0
+    for e, lo, hi in spans:
+        torch.mm(x_ND[lo:hi], w_up_EFD[e].T, out=z_NF[lo:hi])
+    z_NF[offset_E1[-1] :] = 0  # rows with no expert
+    h_NF, y_ND = reference.activate(z_NF, activation), torch.zeros_like(x_ND)
+    for e, lo, hi in spans:
+        torch.mm(h_NF[lo:hi], w_down_EDF[e].T, out=y_ND[lo:hi])
     return _combine(y_ND, slot_N, token_N, weight_N, len(x_TD)), z_NF
 
 
@@ -60,31 +59,35 @@ def _backward(
     offset_E1: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    offset = offset_E1.tolist()
+    spans, n_experts = _spans(offset_E1), len(w_up_EFD)
     source_N = token_N[order_N]
-    x_ND, dout_ND = x_TD[source_N], dout_TD[source_N]
-    w_N1 = weight_N[order_N, None].to(x_TD.dtype)
-    dx_ND = torch.empty_like(x_ND)
+    x_ND, dout_ND = x_TD.index_select(0, source_N), dout_TD.index_select(0, source_N)
     dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
-    dweight_N = torch.zeros_like(weight_N)  # in slot order until the end
-    for e, (lo, hi) in enumerate(pairwise(offset)):
-        if lo == hi:
-            dw_up_EFD[e] = 0
-            dw_down_EDF[e] = 0
-            continue
-        dh, w = dout_ND[lo:hi] @ w_down_EDF[e], w_N1[lo:hi]
-        h, dz = _activate_backward(z_NF[lo:hi], dh * w, activation)
-        dweight_N[lo:hi] = torch.linalg.vecdot(dh.to(weight_N.dtype), h.to(weight_N.dtype))
-        torch.mm(dout_ND[lo:hi].T, h * w, out=dw_down_EDF[e])
-        torch.mm(dz.T, x_ND[lo:hi], out=dw_up_EFD[e])
-        torch.mm(dz, w_up_EFD[e], out=dx_ND[lo:hi])
-    dx_ND[offset[-1] :] = 0
-    return _combine(dx_ND, slot_N, token_N, None, len(x_TD)), dw_up_EFD, dw_down_EDF, dweight_N[slot_N]
+    for e in set(range(n_experts)) - {e for e, _, _ in spans}:
+        dw_up_EFD[e], dw_down_EDF[e] = 0, 0
+    dh_NF = torch.zeros_like(z_NF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
+    for e, lo, hi in spans:
+        torch.mm(dout_ND[lo:hi], w_down_EDF[e], out=dh_NF[lo:hi])
+    weight_N1 = weight_N.index_select(0, order_N)[:, None].to(x_TD.dtype)
+    h_NF, dz_NF = _activate_backward(z_NF, dh_NF * weight_N1, activation)
+    dweight_N = torch.linalg.vecdot(dh_NF.to(weight_N.dtype), h_NF.to(weight_N.dtype)).index_select(0, slot_N)
+    h_NF = h_NF * weight_N1
+    dx_ND = torch.zeros_like(x_ND)
+    for e, lo, hi in spans:
+        torch.mm(dout_ND[lo:hi].T, h_NF[lo:hi], out=dw_down_EDF[e])
+        torch.mm(dz_NF[lo:hi].T, x_ND[lo:hi], out=dw_up_EFD[e])
+        torch.mm(dz_NF[lo:hi], w_up_EFD[e], out=dx_ND[lo:hi])
+    return _combine(dx_ND, slot_N, token_N, None, len(x_TD)), dw_up_EFD, dw_down_EDF, dweight_N
 
 
 @_backward.register_fake
 def _(dout_TD, x_TD, z_NF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
+
+
+def _spans(offset_E1: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first slot, last slot + 1) of every expert with rows."""
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 
 def _combine(y_ND: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
