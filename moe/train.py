@@ -315,7 +315,7 @@ def first_non_finite(model: Transformer, batch: data.Batch, loss: float, cfg: Co
     try:
         device = next(model.parameters()).device
         for tokens_BS in batch.tokens_BS.chunk(cfg.train.accumulate):
-            # A compiled model would run past the hooks.
+            # Not compiled: for the hooks the model would be compiled anew.
             with torch.no_grad(), autocast(cfg), torch.compiler.set_stance("force_eager"):
                 model(tokens_BS.to(device), backend=cfg.dispatch)
     finally:

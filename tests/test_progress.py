@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import settings, train
 
 from moe.progress import STRIP, STRIP_WIDTH, Watch, load_strip, plain_line
+from runs import settings, train
 
 VAL = {"loss": 2.5, "bpb": 1.25, "domains": {}}
 LINE = {
@@ -103,6 +103,11 @@ def test_a_whole_run_can_be_watched_on_a_terminal(corpus, tmp_path):
     assert "7/7" in shown
     assert "layer   0 " in shown
     assert "layer   1 " in shown
+
+
+def test_a_dead_expert_is_red_and_twice_the_fair_load_yellow():
+    strip = load_strip(torch.tensor([0, 10, 19, 20, 1]))  # fair is 10
+    assert [str(span.style) for span in strip.spans] == ["bold red", "green", "green", "yellow", "green"]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=300))

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from runs import STEPS, fate, noisy, settings, start, train
 
 import experiments.train
 from moe import checkpoint
 from moe.run import read_lines
 from moe.train import catch_signals
+from runs import STEPS, fate, noisy, settings, start, train
 
 # Phase -> the step that is saved: a step and a save are finished, an evaluation is given up and made up for later.
 PHASES = {"first evaluation": 0, "step": 5, "evaluation": 4, "save": 3, "last evaluation": STEPS}
@@ -75,6 +75,8 @@ def test_a_signal_saves_and_the_printed_command_leads_to_the_uninterrupted_resul
     saved = checkpoint.latest(run / "checkpoints", pytest.fail)
     assert saved.name == f"step-{PHASES[phase]:08d}"
     assert not (run / "summary.json").exists()
+    if "evaluation" in phase:
+        assert "val" not in read_lines(run / "metrics.jsonl")[-1], "the evaluation was finished first"
     last = log.splitlines()[-1]
     assert last.startswith(f"Stopped after step {PHASES[phase]} of {STEPS}, saved in {run}.")
 

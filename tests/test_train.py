@@ -99,6 +99,22 @@ def test_clipping_scales_the_gradient_to_the_limit_and_leaves_a_small_one(corpus
         assert model.norm.weight.grad.norm().item() == pytest.approx(norm_after)
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+def test_the_update_gets_the_clipped_gradient_and_the_log_the_norm_before(limit, corpus, tmp_path, monkeypatch):
+    norms = []
+
+    def spy(optimizer, *arguments):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(optimizer, *arguments)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    logged = [line["grad_norm"] for line in lines_of(corpus, tmp_path / "run", {"optim.clip": limit})[1:]]
+    assert max(logged) > 0.3
+    assert norms == pytest.approx([min(norm, limit) if limit else norm for norm in logged], rel=1e-5)
+
+
 def test_activation_checkpointing_changes_no_bit(finished, corpus, tmp_path):
     folder, _, _ = finished
     train(settings(corpus, tmp_path / "run", {"train.checkpoint_activations": True}))
