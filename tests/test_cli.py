@@ -18,8 +18,9 @@ from runs import STEPS, fate, overrides, settings, train, train_until
 
 
 @pytest.fixture
-def command(monkeypatch):
+def command(monkeypatch, tmp_path):
     """(arguments) -> (exit status, stdout, stderr, the configs that reached training) of `experiments.train`."""
+    monkeypatch.chdir(tmp_path)  # Hydra notes a sweep in runs/multirun.yaml
 
     def run(*arguments: str, really: bool = False):
         out, err = io.StringIO(), io.StringIO()
@@ -165,8 +166,7 @@ def test_a_list_is_no_sweep(command):
     assert cfg.optim.betas == [0.8, 0.9]
 
 
-def test_a_command_trains_and_writes_nothing_but_its_run(command, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_command_trains_and_writes_nothing_but_its_run(command, corpus, tmp_path):
     status, _, err, _ = command(*words(corpus, "some/run"), really=True)
     assert (status, err) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
@@ -175,8 +175,7 @@ def test_a_command_trains_and_writes_nothing_but_its_run(command, corpus, tmp_pa
     assert own.model.moe.d_expert == 16
 
 
-def test_a_multirun_leaves_a_run_for_each(command, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_multirun_leaves_a_run_for_each(command, corpus, tmp_path):
     arguments = words(corpus, "sweep/${seed}", {"train.steps": 2})
     status, _, err, _ = command("-m", *arguments, "seed=4,5", really=True)
     assert (status, err) == (0, "")
