@@ -9,12 +9,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from small_runs import STEPS, fate, overrides, settings, train, train_until
 
 import experiments.train
 from experiments import cli
 from moe.config import Config
 from moe.run import read_config, read_lines
-from runs import STEPS, fate, overrides, settings, train, train_until
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def command(monkeypatch, tmp_path):
 
 
 def words(corpus, run, changes=None) -> list[str]:
-    """`runs.overrides` as a command line."""
+    """`small_runs.overrides` as a command line."""
     groups = {"data.name": "data=text", "tokenizer.name": "tokenizer=byte"}
     pairs = {key: value for key, value in overrides(corpus, run, changes).items() if key not in groups}
     return [*groups.values(), *(f"{key}={value}" for key, value in pairs.items())]

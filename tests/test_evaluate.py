@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from small_runs import settings, silent
 
 from moe import data
 from moe.evaluate import evaluate
 from moe.model import Transformer
-from runs import settings, silent
 
 CONTEXT, K, V = 32, 2, 290
 ALL = 10**9  # more tokens than there are

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
+from small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
 import moe.train
 from moe import checkpoint, data

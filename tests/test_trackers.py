@@ -6,7 +6,7 @@ import sys
 import types
 
 import pytest
-from runs import STEPS, settings, train, train_until
+from small_runs import STEPS, settings, train, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe.config import BadInput

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 import moe.train
 from moe import checkpoint, data
@@ -16,7 +17,6 @@ from moe.data import Batch
 from moe.model import Transformer
 from moe.run import read_lines
 from moe.train import compute_gradients, seed_everything
-from runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 DENSE = {"model.moe": None}
 
