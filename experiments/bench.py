@@ -87,6 +87,7 @@ def train_step(cfg: BenchConfig) -> None:
     """Tokens per second of whole training steps: ours, our dense twin's, and each peer's on the same shapes."""
     device = machine.choose_device(cfg.device)
     threads = machine.set_threads(TrainConfig(threads=cfg.threads))
+    machine.keep_freed_memory()  # for every contestant alike
     generator = torch.Generator().manual_seed(0)
     shape = (cfg.batch_size, cfg.model.context + 1)
     tokens = torch.randint(cfg.model.vocab_size, shape, generator=generator).to(device)

@@ -1,10 +1,10 @@
 """The experts on ordinary matmuls, one per expert: the fast path wherever there is no GPU.
 
-One autograd function. Forward gathers the rows into expert order, multiplies expert by expert, and combines; it keeps
-x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient into its
-own place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert). Registered
-with torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in
-`reference.experts`.
+One autograd function. Forward gathers the rows into slots in expert order, multiplies expert by expert, and combines; it
+keeps x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient
+into its own place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert).
+Registered with torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in
+`reference.experts`; S counts slots.
 """
 
 from itertools import pairwise
@@ -23,66 +23,90 @@ def _forward(
     w_down_EDF: Tensor,
     weight_N: Tensor,
     token_N: Tensor,
-    order_N: Tensor,
     slot_N: Tensor,
     offset_E1: Tensor,
+    n_slots: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     spans = _spans(offset_E1)
-    x_ND = x_TD.index_select(0, token_N[order_N])
-    z_NF = x_TD.new_empty(len(order_N), w_up_EFD.shape[1])
+    x_SD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
+    z_SF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
     for e, lo, hi in spans:
-        torch.mm(x_ND[lo:hi], w_up_EFD[e].T, out=z_NF[lo:hi])
-    z_NF[offset_E1[-1] :] = 0  # rows with no expert
-    h_NF, y_ND = reference.activate(z_NF, activation), torch.zeros_like(x_ND)
+        torch.mm(x_SD[lo:hi], w_up_EFD[e].T, out=z_SF[lo:hi])
+    z_SF[offset_E1[-1] :] = 0
+    h_SF, y_SD = reference.activate(z_SF, activation), torch.empty_like(x_SD)
     for e, lo, hi in spans:
-        torch.mm(h_NF[lo:hi], w_down_EDF[e].T, out=y_ND[lo:hi])
-    return _combine(y_ND, slot_N, token_N, weight_N, len(x_TD)), z_NF
+        torch.mm(h_SF[lo:hi], w_down_EDF[e].T, out=y_SD[lo:hi])
+    y_SD[offset_E1[-1] :] = 0
+    return _combine(y_SD, slot_N, token_N, weight_N, len(x_TD)), z_SF
 
 
 @_forward.register_fake
-def _(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), x_TD.new_empty(order_N.shape[0], w_up_EFD.shape[1])
+def _(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), x_TD.new_empty(n_slots, w_up_EFD.shape[1])
 
 
 @torch.library.custom_op("switchyard::grouped_experts_backward", mutates_args=())
 def _backward(
     dout_TD: Tensor,
     x_TD: Tensor,
-    z_NF: Tensor,
+    z_SF: Tensor,
     w_up_EFD: Tensor,
     w_down_EDF: Tensor,
     weight_N: Tensor,
     token_N: Tensor,
-    order_N: Tensor,
     slot_N: Tensor,
     offset_E1: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spans, n_experts = _spans(offset_E1), len(w_up_EFD)
-    source_N = token_N[order_N]
-    x_ND, dout_ND = x_TD.index_select(0, source_N), dout_TD.index_select(0, source_N)
+    spans = _spans(offset_E1)
+    token_S = _to_slots(token_N, slot_N, len(z_SF))
+    # Empty slots read token 0 and weigh nothing: whatever they compute, they add zero to every gradient.
+    weight_S1 = _to_slots(weight_N, slot_N, len(z_SF))[:, None].to(x_TD.dtype)
+    x_SD, dout_SD = x_TD.index_select(0, token_S), dout_TD.index_select(0, token_S)
+    dh_SF = torch.zeros_like(z_SF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
+    for e, lo, hi in spans:
+        torch.mm(dout_SD[lo:hi], w_down_EDF[e], out=dh_SF[lo:hi])
+    h_SF, dz_SF = _activate_backward(z_SF, dh_SF * weight_S1, activation)
+    dweight_S = torch.linalg.vecdot(dh_SF.to(weight_N.dtype), h_SF.to(weight_N.dtype))
+    h_SF = h_SF * weight_S1
+    dx_SD = torch.empty_like(x_SD)
     dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
-    for e in set(range(n_experts)) - {e for e, _, _ in spans}:
+    for e in set(range(len(w_up_EFD))) - {e for e, _, _ in spans}:
         dw_up_EFD[e], dw_down_EDF[e] = 0, 0
-    dh_NF = torch.zeros_like(z_NF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
     for e, lo, hi in spans:
-        torch.mm(dout_ND[lo:hi], w_down_EDF[e], out=dh_NF[lo:hi])
-    weight_N1 = weight_N.index_select(0, order_N)[:, None].to(x_TD.dtype)
-    h_NF, dz_NF = _activate_backward(z_NF, dh_NF * weight_N1, activation)
-    dweight_N = torch.linalg.vecdot(dh_NF.to(weight_N.dtype), h_NF.to(weight_N.dtype)).index_select(0, slot_N)
-    h_NF = h_NF * weight_N1
-    dx_ND = torch.zeros_like(x_ND)
-    for e, lo, hi in spans:
-        torch.mm(dout_ND[lo:hi].T, h_NF[lo:hi], out=dw_down_EDF[e])
-        torch.mm(dz_NF[lo:hi].T, x_ND[lo:hi], out=dw_up_EFD[e])
-        torch.mm(dz_NF[lo:hi], w_up_EFD[e], out=dx_ND[lo:hi])
-    return _combine(dx_ND, slot_N, token_N, None, len(x_TD)), dw_up_EFD, dw_down_EDF, dweight_N
+        torch.mm(dout_SD[lo:hi].T, h_SF[lo:hi], out=dw_down_EDF[e])
+        torch.mm(dz_SF[lo:hi].T, x_SD[lo:hi], out=dw_up_EFD[e])
+        torch.mm(dz_SF[lo:hi], w_up_EFD[e], out=dx_SD[lo:hi])
+    dx_SD[offset_E1[-1] :] = 0
+    dx_TD = _combine(dx_SD, slot_N, token_N, None, len(x_TD))
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_S.index_select(0, slot_N)
 
 
 @_backward.register_fake
-def _(dout_TD, x_TD, z_NF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
+def _(dout_TD, x_TD, z_SF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
+
+
+def slots(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:
+    """A slot for every routed row: (N,) -> slot (N,), offset (E + 1,), how many slots to allocate.
+
+    `reference.plan` with every expert's first slot at a multiple of a power of two, at most 32 and an eighth of an
+    expert's mean rows: a CPU's matmul library compiles a kernel per shape, and loads differ at every step. Slots between
+    an expert's last row and the next expert's first are empty."""
+    align = 1
+    while align < 32 and 16 * align * n_experts <= len(expert_N):
+        align *= 2
+    _, slot_N, offset_E1 = reference.plan(expert_N, n_experts)
+    count_E = offset_E1.diff()
+    aligned_E1 = F.pad(((count_E + align - 1) // align * align).cumsum(0), (1, 0))
+    key_N = torch.where(expert_N < 0, n_experts, expert_N)
+    return slot_N + (aligned_E1 - offset_E1)[key_N], aligned_E1, len(expert_N) + n_experts * (align - 1)
+
+
+def _to_slots(value_N: Tensor, slot_N: Tensor, n_slots: int) -> Tensor:
+    """Every row's value in its slot, 0 in the others."""
+    return value_N.new_zeros(n_slots).index_copy_(0, slot_N, value_N)
 
 
 def _spans(offset_E1: Tensor) -> list[tuple[int, int, int]]:
@@ -90,11 +114,11 @@ def _spans(offset_E1: Tensor) -> list[tuple[int, int, int]]:
     return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 
-def _combine(y_ND: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
+def _combine(y_SD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
     """Each token's sum of its rows' slots, weighted or not, in float32 at least; rows come in token order."""
     start_T = torch.searchsorted(token_N, torch.arange(n_tokens, device=token_N.device))
-    weight = None if weight_N is None else weight_N.to(y_ND.dtype)
-    return F.embedding_bag(slot_N, y_ND, start_T, mode="sum", per_sample_weights=weight)
+    weight = None if weight_N is None else weight_N.to(y_SD.dtype)
+    return F.embedding_bag(slot_N, y_SD, start_T, mode="sum", per_sample_weights=weight)
 
 
 def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -116,13 +140,13 @@ def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, 
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, ctx.activation = inputs
-    ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1)
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation = inputs
+    ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or an (N, F) tensor of zeros would be made for z
+    ctx.set_materialize_grads(False)  # or an (S, F) tensor of zeros would be made for z
 
 
-def _autograd_backward(ctx, dout_TD, dz_NF):  # type: ignore[no-untyped-def]
+def _autograd_backward(ctx, dout_TD, dz_SF):  # type: ignore[no-untyped-def]
     if dout_TD is None:
         return (None,) * 9
     dx, dw_up, dw_down, dweight = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation)
@@ -148,6 +172,5 @@ def experts(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
-    order_N, slot_N, offset_E1 = reference.plan(expert_N, len(w_up_EFD))
-    out_TD, _ = _forward(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, order_N, slot_N, offset_E1, activation)
+    out_TD, _ = _forward(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, *slots(expert_N, len(w_up_EFD)), activation)
     return out_TD

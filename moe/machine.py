@@ -46,6 +46,15 @@ def set_threads(cfg: TrainConfig) -> int:
     return torch.get_num_threads()
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of returning it: a step frees and asks again for the same buffers, and every
+    page that comes back from the system costs a fault. No effect where the C library has no `mallopt`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own for a buffer below 1 GiB
+
+
 def device_name(device: torch.device) -> str:
     """What a person calls it: the GPU's name, or the processor's and how many cores this process may use."""
     if device.type == "cuda":

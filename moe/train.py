@@ -74,6 +74,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
         raise BadInput(f"run={folder} exists: add resume=true to go on with it, or choose another run.")
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
+    machine.keep_freed_memory()
     cfg.dispatch = dispatch.choose(cfg.dispatch, device)
     dataset = data.prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)

@@ -29,10 +29,10 @@ def _arguments(token, expert, n_tokens=6, n_experts=5, d=4, f=3, activation="swi
 def _ops(arguments):
     """The arguments of the forward op and of the backward op."""
     x, up, down, token, expert, weight, activation = arguments.values()
-    routing = (token, *reference.plan(expert, len(up)))
-    forward = (x, up, down, weight, *routing, activation)
+    slot, offset, n_slots = grouped.slots(expert, len(up))
+    forward = (x, up, down, weight, token, slot, offset, n_slots, activation)
     z = grouped._forward(*forward)[1]
-    backward = (torch.randn_like(x), x, z, up, down, weight, *routing, activation)
+    backward = (torch.randn_like(x), x, z, up, down, weight, token, slot, offset, activation)
     return forward, tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in backward)
 
 
@@ -42,10 +42,11 @@ ROWS = ([0, 0, 1, 3, 3, 3, 5], [2, 0, -1, 2, 2, 4, 0])  # token 2 and 4, experts
 @settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 4)), max_size=24),
+    st.sampled_from((1, 2, 5, 20)),  # many rows leave empty slots between experts
     st.sampled_from(ACTIVATIONS),
 )
-def test_output_and_gradients_are_the_references_for_any_rows(rows, activation):
-    rows = sorted(rows, key=lambda row: row[0])
+def test_output_and_gradients_are_the_references_for_any_rows(rows, times, activation):
+    rows = sorted(rows * times, key=lambda row: row[0])
     arguments = _arguments([t for t, _ in rows], [e for _, e in rows], activation=activation)
     inputs = [arguments[name] for name in DIFFERENTIABLE]
     expected, got = (f.experts(*arguments.values()) for f in (reference, grouped))
@@ -55,6 +56,24 @@ def test_output_and_gradients_are_the_references_for_any_rows(rows, activation):
     theirs = torch.autograd.grad(expected, inputs, dout, allow_unused=True, materialize_grads=True) if rows else mine
     for name, a, b in zip(DIFFERENTIABLE, mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(-1, 4), max_size=40), st.sampled_from((1, 3, 10, 60)))
+def test_slots_keep_the_plans_order_and_start_experts_at_multiples(expert, times):
+    expert_N = torch.tensor(expert * times, dtype=torch.int64)
+    slot_N, offset_E1, n_slots = grouped.slots(expert_N, 5)
+    mean = len(expert_N) / 5
+    align = max(power for power in (1, 2, 4, 8, 16, 32) if power == 1 or power * 8 <= mean)
+    count = [(expert_N == e).sum().item() for e in range(5)]
+    start = 0
+    for e in range(5):
+        assert offset_E1[e] == start
+        assert slot_N[expert_N == e].tolist() == list(range(start, start + count[e]))
+        start += -(-count[e] // align) * align
+    assert offset_E1[5] == start
+    assert slot_N[expert_N < 0].tolist() == list(range(start, start + len(expert_N) - sum(count)))
+    assert all(each < n_slots for each in slot_N.tolist())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -84,7 +103,7 @@ def test_saved_for_backward_are_x_z_the_weights_and_the_routing_only():
     n = len(token)
     floats = sorted(tuple(each.shape) for each in saved if each.is_floating_point())
     assert floats == sorted([(6, 16), (n, 6), (5, 6, 16), (5, 16, 3), (n,)])
-    assert sorted(tuple(each.shape) for each in saved if not each.is_floating_point()) == [(6,), (n,), (n,), (n,)]
+    assert sorted(tuple(each.shape) for each in saved if not each.is_floating_point()) == [(6,), (n,), (n,)]
     shared = {each.data_ptr() for each in saved}
     assert all(arguments[name].data_ptr() in shared for name in ("x", "w_up", "w_down", "weight"))  # no copies
 
