@@ -1,7 +1,7 @@
 """The experts on ordinary matmuls, one per expert: the fast path wherever there is no GPU.
 
-One autograd function. Forward gathers the rows into slots in expert order, multiplies expert by expert, and combines; it
-keeps x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient
+One autograd function. Forward gathers the rows into slots in expert order, multiplies expert by expert, and combines;
+it keeps x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient
 into its own place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert).
 Registered with torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in
 `reference.experts`; S counts slots.
@@ -92,8 +92,8 @@ def slots(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:
     """A slot for every routed row: (N,) -> slot (N,), offset (E + 1,), how many slots to allocate.
 
     `reference.plan` with every expert's first slot at a multiple of a power of two, at most 32 and an eighth of an
-    expert's mean rows: a CPU's matmul library compiles a kernel per shape, and loads differ at every step. Slots between
-    an expert's last row and the next expert's first are empty."""
+    expert's mean rows: a CPU's matmul library compiles a kernel per shape, and loads differ at every step. Slots
+    between an expert's last row and the next expert's first are empty."""
     align = 1
     while align < 32 and 16 * align * n_experts <= len(expert_N):
         align *= 2

@@ -8,7 +8,7 @@ from moe.config import ModelConfig, MoEConfig
 
 
 class MLP(nn.Module):
-    """down(act(up(x))): (..., D) -> (..., D). For swiglu, `up` holds the gate's rows first, then the up projection's."""
+    """down(act(up(x))): (..., D) -> (..., D). For swiglu, `up` holds the gate's rows, then the up projection's."""
 
     def __init__(self, cfg: ModelConfig, width: int) -> None:
         super().__init__()
