@@ -4,13 +4,15 @@
     python -m experiments.bench suite=train_step peers=[transformers]     # and against transformers' models
     python -m experiments.bench suite=train_step model.n_experts=64 rounds=2
 
-Prints a table and appends a JSON line per row, with device, versions and commit, to `out`. Contestants take turns,
+Prints a table and writes a JSON line per row, with device, versions and commit, to `out`. Contestants take turns,
 `rounds` times, so that a slow spell of the machine falls on all of them; a row's number is the median of its steps.
 """
 
 import importlib.util
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,9 +26,11 @@ from moe import dispatch, machine, presets
 from moe.config import BadInput, ModelConfig, MoEConfig, OptimConfig, RouterConfig, TrainConfig, head_dim
 from moe.model import Transformer, next_token_loss
 from moe.optim import build_optimizer
+from moe.run import write_atomically
 
 SUITES = ("train_step",)
 PEERS = ("transformers",)
+HEADINGS = ("model", "precision", "parameters", "tokens/s", "the Switchyard MoE is")
 
 
 def bench_model() -> ModelConfig:
@@ -67,7 +71,7 @@ class Contestant:
 
 @cli.command("bench", BenchConfig)
 def main(cfg: BenchConfig) -> None:
-    """Run a suite, print its table, append its rows."""
+    """Run a suite, print its table, write its rows."""
     if cfg.suite not in SUITES:
         raise BadInput(f"suite={cfg.suite} is not one of {', '.join(SUITES)}.")
     for peer in cfg.peers:
@@ -115,14 +119,17 @@ def train_step(cfg: BenchConfig) -> None:
             / statistics.median(reference.seconds[precision]),
             "steps": len(each.seconds[precision]),
             "shape": {"batch": cfg.batch_size, "context": cfg.model.context, **vars_of(cfg.model)},
+            "command": shlex.join(["python", "-m", "experiments.bench", *sys.argv[1:]]),
             **where,
             **machine.git_state(),
         }
         for precision in cfg.precisions
         for each in contestants
     ]
-    show(rows)
-    append(Path(cfg.out), rows)
+    tables.print_table(HEADINGS, map(cells, rows))
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def ours(name: str, cfg: BenchConfig, model_cfg: ModelConfig, tokens: torch.Tensor) -> Contestant:
@@ -217,26 +224,10 @@ def vars_of(cfg: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table."""
-    headings = ("model", "precision", "parameters", "tokens/s", "switchyard MoE is")
-    tables.print_table(
-        headings,
-        [
-            (
-                row["model"], row["precision"], f"{row['parameters']:,}", f"{row['tokens_per_s']:,.0f}",
-                f"{row['moe_speed_over_this']:.2f}x",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a .jsonl file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """What the table says of a row."""
+    speed = f"{row['moe_speed_over_this']:.2f}×"
+    return row["model"], row["precision"], f"{row['parameters']:,}", f"{row['tokens_per_s']:,.0f}", speed
 
 
 if __name__ == "__main__":
