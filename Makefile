@@ -1,6 +1,6 @@
 # make demo: train a Mixture-of-Experts model and its dense twin on real text, and say which is better.
 # make test: run the tests. Both create .venv and install on first use; both can be repeated.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -77,6 +78,9 @@ def refuse(function: Callable[..., Any], *arguments: Any) -> None:
         sys.stdout.flush()
         print(f"error: {bad}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
+    except KeyboardInterrupt:  # before there is anything to save: training and generating answer it themselves
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def literal(argument: str, verbatim: tuple[str, ...]) -> str:

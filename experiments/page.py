@@ -60,7 +60,7 @@ def bin_width(run: Run) -> int:
 def training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
     """Means of `axis` ("step" or "seconds") and of the language-model loss (nats per token) over `bin_width` steps.
     Steps without a finite loss (skipped ones) are left out."""
-    lines = [line for line in run.metrics if math.isfinite(line.get("lm_loss", math.nan))]
+    lines = [line for line in run.metrics if line.get("lm_loss") is not None]
     width = bin_width(run)
     groups = [lines[i : i + width] for i in range(0, len(lines), width)]
     mean = lambda key: [float(np.mean([line[key] for line in group])) for group in groups]

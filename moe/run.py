@@ -4,6 +4,7 @@ Every file is written under a temporary name and renamed, or appended line by li
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -127,9 +128,11 @@ class Lines:
         self.path, self.file = path, open(path, "a")  # noqa: SIM115 — closed by `close`
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line. Raises `BadInput` when the disk is full."""
+        """Append one line; JSON has no NaN, so a number that is not finite is null. Raises `BadInput` when the disk is
+        full."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error

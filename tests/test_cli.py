@@ -115,6 +115,18 @@ def test_bad_input_is_one_sentence_on_stderr_and_status_2(line, command):
     assert configs == []
 
 
+def test_ctrl_c_before_training_is_one_word_and_status_130(monkeypatch, tmp_path, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments.train, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit, match="130"):
+        experiments.train.main()
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_an_unknown_option_is_refused_with_the_usage(command):
     status, _, err, configs = command("--nonsense")
     assert status == 2

@@ -169,6 +169,9 @@ def test_a_skipped_step_is_counted_and_not_taken(place, poison, corpus, tmp_path
     assert summary["steps"] == STEPS
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped"] for line in lines[1:]] == [0, 1, 1, 1, 2, 2, 2]
+    null = [None in (line["loss"], line["grad_norm"]) for line in lines[1:]]
+    assert null == [False, True, False, False, True, False, False]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()  # strict JSON readers refuse it
     snapshot = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", silent))
     taken = {value.item() for key, value in snapshot.optimizer.items() if key.startswith("step/")}
     assert taken == {STEPS - 2}

@@ -1,7 +1,6 @@
 """Claims about experiments/page.py and its template."""
 
 import html.parser
-import math
 import re
 from pathlib import Path
 
@@ -137,7 +136,7 @@ def test_a_higher_loss_is_drawn_higher_and_a_later_step_further_right():
 
 def test_a_training_curve_leaves_out_steps_without_a_finite_loss():
     moe, _ = fake_pair(steps=20, eval_every=10)
-    moe.metrics[5]["lm_loss"] = math.nan
+    moe.metrics[5]["lm_loss"] = None
     steps, loss = page.training_curve(moe, "step")
     assert steps == [1, 2, 3, 4, *range(6, 21)]
     assert np.isfinite(loss).all()
