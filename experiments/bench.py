@@ -91,6 +91,8 @@ def train_step(cfg: BenchConfig) -> None:
     """Tokens per second of whole training steps: ours, our dense twin's, and each peer's on the same shapes."""
     device = machine.choose_device(cfg.device)
     threads = machine.set_threads(TrainConfig(threads=cfg.threads))
+    where = {"device": machine.device_name(device), "threads": threads, "versions": machine.versions()}
+    where |= machine.git_state()
     machine.keep_freed_memory()  # for every contestant alike
     generator = torch.Generator().manual_seed(0)
     shape = (cfg.batch_size, cfg.model.context + 1)
@@ -107,7 +109,6 @@ def train_step(cfg: BenchConfig) -> None:
         print(f"round {round_ + 1}/{cfg.rounds}", flush=True)
     n_tokens = cfg.batch_size * cfg.model.context
     reference = contestants[0]
-    where = {"device": machine.device_name(device), "threads": threads, "versions": machine.versions()}
     rows = [
         {
             "suite": cfg.suite,
@@ -121,7 +122,6 @@ def train_step(cfg: BenchConfig) -> None:
             "shape": {"batch": cfg.batch_size, "context": cfg.model.context, **vars_of(cfg.model)},
             "command": shlex.join(["python", "-m", "experiments.bench", *sys.argv[1:]]),
             **where,
-            **machine.git_state(),
         }
         for precision in cfg.precisions
         for each in contestants

@@ -12,15 +12,11 @@ else. Commas, colons, brackets, quotes, $ and line breaks in it are text. No pro
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from experiments import cli
+from experiments import cli, tables
 from moe import dispatch, machine
 from moe.config import BadInput
 from moe.generate import LayerChoice, generate, load_run, next_tokens, stream_text, token_bytes
@@ -76,7 +72,7 @@ def main(cfg: GenerateConfig) -> None:
     ids = tokenizer.encode(cfg.prompt)
     if cfg.show == "next":
         tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)
-        show_next(Console(), tokenizer, tokens, choices)
+        show_next(tokenizer, tokens, choices)
         return
     new = generate(
         model,
@@ -105,29 +101,14 @@ def say(prompt: str, pieces: Iterator[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
 
 
-def show_next(
-    console: Console, tokenizer: Tokenizer, tokens: list[tuple[int, float]], choices: list[LayerChoice]
-) -> None:
-    """Two tables, tab-separated where `console` is no terminal: next tokens, and each MoE layer's experts for the last
-    token read."""
+def show_next(tokenizer: Tokenizer, tokens: list[tuple[int, float]], choices: list[LayerChoice]) -> None:
+    """Two tables: next tokens, and each MoE layer's experts for the last token read."""
     rows = [(repr_token(tokenizer, each), str(each), f"{prob:.4f}") for each, prob in tokens]
-    show(console, ("next token", "id", "probability"), rows)
+    tables.print_table(("next token", "id", "probability"), rows)
     if choices:
         listed = [(str(layer), ", ".join(f"{e} ({weight:.3f})" for e, weight in experts)) for layer, experts in choices]
-        print(file=console.file)
-        show(console, ("layer", "experts (weight)"), listed)
-
-
-def show(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table for a terminal, tab-separated lines for a pipe."""
-    if not console.is_terminal:
-        for row in (header, *rows):
-            print("\t".join(row), file=console.file)  # rich would turn tabs into spaces
-        return
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*map(Text, row))  # as text: a token such as [b] is no markup
-    console.print(table)
+        print()
+        tables.print_table(("layer", "experts (weight)"), listed)
 
 
 def repr_token(tokenizer: Tokenizer, token: int) -> str:

@@ -45,7 +45,7 @@ def read(name: str) -> dict[str, Any]:
 def comparison(result: dict[str, Any]) -> str:
     """A comparison's verdict and its table, with the command that made it."""
     table = markdown(compare.HEADINGS, result["table"])
-    source = f"`{result['command']}`, commit {result['commit'][:10]}"
+    source = f"`{result['command']}`, {commit(result)}"
     return f"> {' '.join(result['sentences'])}\n\n{table}\n{source}\n"
 
 
@@ -53,9 +53,14 @@ def benchmark(rows: list[dict[str, Any]]) -> str:
     """The benchmark's table, with where it was run."""
     first = rows[0]
     shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
-    where = f"{first['device']}, torch {first['versions']['torch']}, commit {first['commit'][:10]}"
+    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     source = f"`{first['command']}`, {shape}; {where}"
     return f"{markdown(bench.HEADINGS, map(bench.cells, rows))}\n{source}\n"
+
+
+def commit(result: dict[str, Any]) -> str:
+    """Which code a result came from."""
+    return f"commit {result['commit'][:10]}{' with uncommitted changes' if result['dirty'] else ''}"
 
 
 if __name__ == "__main__":

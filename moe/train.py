@@ -67,6 +67,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     Raises `BadInput` for anything a person can correct; `SystemExit` with 128 + the signal's number after SIGINT or
     SIGTERM, once the step is saved."""
     cfg = copy.deepcopy(cfg)
+    code = machine.git_state()  # now: by the end the files may be others than those imported
     trackers.check(cfg)
     folder = Path(cfg.run) if cfg.run else run.default_folder(cfg)
     started = folder.exists()
@@ -109,7 +110,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
             f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
         )
         raise SystemExit(128 + stop.number)
-    summary = summarize(state, cfg, dataset, final, device, threads)
+    summary = summarize(state, cfg, dataset, final, device, threads) | code
     run.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
     say(f"run: {folder} is finished  val loss {final.val['loss']:.4f}  bits per byte {final.val['bpb']:.4f}")
     return summary
@@ -404,7 +405,6 @@ def summarize(
         "device": machine.device_name(device),
         "threads": threads,
         "versions": machine.versions(),
-        **machine.git_state(),
         "skipped": state.skipped,
     }
 

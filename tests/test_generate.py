@@ -1,6 +1,5 @@
 """Claims about moe/generate.py and experiments/generate.py."""
 
-import io
 import math
 import os
 import shutil
@@ -17,11 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rich.console import Console
 from safetensors.torch import load_file
 
 from experiments import cli
 from experiments.generate import GenerateConfig, main, repr_token, say, show_next
+from experiments.tables import markdown
 from moe import checkpoint
 from moe.attention import KVCache
 from moe.config import BadInput, Config, ModelConfig, MoEConfig, RouterConfig, TokenizerConfig, to_dict
@@ -410,11 +409,10 @@ def test_show_next_prints_tokens_and_the_experts_of_every_moe_layer(monkeypatch,
     command(monkeypatch, f"run={made_run}", f"prompt={prompt}", "show=next", "n=3")
     model, tokenizer, _ = load_run(made_run)
     tokens, choices = next_tokens(model, list(prompt.encode()) or [tokenizer.eot], 3)
-    expected = ["next token\tid\tprobability"]
-    expected += [f"{repr_token(tokenizer, each)}\t{each}\t{prob:.4f}" for each, prob in tokens]
-    expected += ["", "layer\texperts (weight)"]
-    expected += [f"{layer}\t{', '.join(f'{e} ({w:.3f})' for e, w in experts)}" for layer, experts in choices]
-    assert capsys.readouterr().out.splitlines() == expected
+    rows = [(repr_token(tokenizer, each), str(each), f"{prob:.4f}") for each, prob in tokens]
+    chosen = [(str(layer), ", ".join(f"{e} ({w:.3f})" for e, w in experts)) for layer, experts in choices]
+    expected = markdown(("next token", "id", "probability"), rows) + "\n"
+    assert capsys.readouterr().out == expected + markdown(("layer", "experts (weight)"), chosen)
 
 
 @pytest.mark.parametrize(
@@ -471,10 +469,10 @@ def test_a_terminal_is_shown_pictures_of_control_characters_and_a_file_gets_the_
     assert capsys.readouterr().out == "␛[2Ja␎\n\ufffd\n"
 
 
-def test_tokens_on_a_terminal_show_white_space_and_are_no_markup():
-    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
-    show_next(terminal, BYTES, [(10, 0.5), (0xE6, 0.25), (ord("["), 0.1)], [LayerChoice(1, [(3, 0.75), (0, 0.25)])])
-    shown = terminal.file.getvalue()
+def test_tokens_on_a_terminal_show_white_space_and_are_no_markup(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show_next(BYTES, [(10, 0.5), (0xE6, 0.25), (ord("["), 0.1)], [LayerChoice(1, [(3, 0.75), (0, 0.25)])])
+    shown = capsys.readouterr().out
     assert r"'\n'" in shown
     assert r"b'\xe6'" in shown
     assert "'['" in shown
