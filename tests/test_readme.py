@@ -33,7 +33,7 @@ SMALLER = {
     "bench": BENCH,
     "generate": "max_new=3",
     "presets": "",
-    "tokenize": "",
+    "tokenize": "vocab_size=300",
 }
 
 
