@@ -39,14 +39,14 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands run: a small text in place of the blend, and the README that one of them reads."""
+    """Where the commands run: a small text in place of the blend and of the folder that one of them reads."""
     folder = tmp_path_factory.mktemp("readme")
     paragraphs = [each for each in TEXT.split("\n\n") if len(each) > 150]
     for i, paragraph in enumerate(paragraphs * 3):
         domain = folder / "texts" / ("even", "odd")[i % 2]
         domain.mkdir(parents=True, exist_ok=True)
         (domain / f"{i}.txt").write_text(f"{i} {paragraph}")
-    (folder / "README.md").write_text("\n".join(paragraphs) * 20)
+    (folder / ".venv").symlink_to(folder / "texts")
     return folder
 
 
