@@ -6,6 +6,7 @@ and what would be accepted. Nothing else in the library re-checks a setting. No 
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -190,6 +191,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("auto", "bf16", "fp32"),
     "train.non_finite": ("stop", "skip"),
 }
+# Where a run is kept, how it is watched and how fast it reads: no part of its result, and free to change on resuming.
+FREE = ("run", "resume", "log", "data.cache", "data.workers")
 BLEND_DOMAINS = ("drama", "verse", "code", "docs", "math")
 
 # Inclusive lower and upper bounds of numbers.
@@ -362,7 +365,7 @@ def _validate_model(model: ModelConfig) -> None:
             f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: "
             "a token cannot choose more experts than exist."
         )
-    if not any(is_moe_layer(model, layer) for layer in range(model.n_layers)):
+    if not moe_layers(model):
         raise BadInput(
             f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "
             f"among model.n_layers={model.n_layers}; for a dense model set model.moe=null."
@@ -378,6 +381,11 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """Whether layer `layer` (from 0) has routed experts."""
     moe = model.moe
     return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+
+
+def moe_layers(model: ModelConfig) -> list[int]:
+    """The layers (from 0) that have routed experts."""
+    return [layer for layer in range(model.n_layers) if is_moe_layer(model, layer)]
 
 
 def lookup(cfg: Any, path: str) -> Any:
@@ -397,8 +405,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def fingerprint(cfg: Config) -> str:
     """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched)."""
     tree = to_dict(cfg)
-    for key in ("run", "resume", "log"):
-        tree.pop(key)
-    tree["data"].pop("cache")
-    tree["data"].pop("workers")
+    for key in FREE:
+        *groups, name = key.split(".")
+        functools.reduce(dict.__getitem__, groups, tree).pop(name)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]

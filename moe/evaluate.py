@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config import is_moe_layer
+from moe.config import moe_layers
 from moe.data import validation_starts
 from moe.model import Transformer, next_token_loss
 from moe.router import rows
@@ -78,7 +78,10 @@ def evaluate(
     }
     load = None
     if loads:
-        layers = [layer for layer in range(model.cfg.n_layers) if is_moe_layer(model.cfg, layer)]
-        load = {"layers": layers, "domains": dataset.domains, "counts": [each.tolist() for each in loads]}
+        load = {
+            "layers": moe_layers(model.cfg),
+            "domains": dataset.domains,
+            "counts": [each.tolist() for each in loads],
+        }
     val = score(nats.sum().item(), tokens.sum().item(), size.sum().item()) | {"domains": domains}
     return Evaluation(val, torch.cat(windows).tolist(), load)

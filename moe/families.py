@@ -19,8 +19,8 @@ from moe.config import (
     MoEConfig,
     RouterConfig,
     head_dim,
-    is_moe_layer,
     lookup,
+    moe_layers,
     parse,
     validate,
 )
@@ -289,7 +289,7 @@ def _set_first_dense(cfg: ModelConfig, moe: MoEConfig, dense: Any) -> None:
     if isinstance(dense, list) and all(type(layer) is int for layer in dense):
         routed = [i for i in range(cfg.n_layers) if i not in dense and (i + 1) % moe.every == 0]
         moe.first_dense = min(routed, default=0)
-        if routed == [i for i in range(cfg.n_layers) if is_moe_layer(cfg, i)]:
+        if routed == moe_layers(cfg):
             return
     raise BadInput(
         f"mlp_only_layers={dense!r} is not supported: accepted are leading layers, like [0, 1], and not all."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe import checkpoint
 from moe.attention import KVCache
-from moe.config import BadInput, Config, is_moe_layer
+from moe.config import BadInput, Config, moe_layers
 from moe.layer import LayerRouting
 from moe.model import Transformer, load_model
 from moe.router import rows
@@ -121,7 +121,7 @@ def next_tokens(
     logits_BSV, routing = model(tokens_BS, backend=backend)
     prob_V = next_token_distribution(logits_BSV[:, -1], temperature=1.0, top_k=0, top_p=1.0)[0]
     top = prob_V.topk(min(n, len(prob_V)))
-    layers = [layer for layer in range(model.cfg.n_layers) if is_moe_layer(model.cfg, layer)]
+    layers = moe_layers(model.cfg)
     choices = [
         LayerChoice(layer, _experts(each, tokens_BS.shape[1] - 1)) for layer, each in zip(layers, routing, strict=True)
     ]

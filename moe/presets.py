@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer, moe_layers
 from moe.experts import up_width
 from moe.model import Transformer
 
@@ -34,7 +34,7 @@ def size(cfg: ModelConfig) -> Size:
     if cfg.moe is None:
         return Size(total, total)
     expert = (up_width(cfg, cfg.moe.d_expert) + cfg.moe.d_expert) * cfg.d_model
-    return Size(total, total - n_moe_layers(cfg) * (cfg.moe.n_experts - cfg.moe.k) * expert)
+    return Size(total, total - len(moe_layers(cfg)) * (cfg.moe.n_experts - cfg.moe.k) * expert)
 
 
 def flops(cfg: ModelConfig, context: int = 0) -> Flops:
@@ -54,11 +54,6 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
         else:
             total += 2 * mlp(cfg.d_ff)
     return Flops(total, 3 * total)
-
-
-def n_moe_layers(cfg: ModelConfig) -> int:
-    """How many layers have routed experts."""
-    return sum(is_moe_layer(cfg, layer) for layer in range(cfg.n_layers))
 
 
 def dense_twin(cfg: ModelConfig, match: str) -> ModelConfig:

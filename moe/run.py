@@ -12,11 +12,8 @@ from typing import Any
 
 import yaml
 
-from moe.config import BadInput, Config, build, fingerprint, to_dict
+from moe.config import FREE, BadInput, Config, build, fingerprint, to_dict
 from moe.tokenizer import Tokenizer
-
-# Where a run is kept, how it is watched and how fast it reads: free to change when a run goes on.
-FREE = ("run", "resume", "log", "data.cache", "data.workers")
 
 
 def default_folder(cfg: Config) -> Path:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
-from moe.config import BadInput, Config, is_moe_layer, to_dict
+from moe.config import BadInput, Config, moe_layers, to_dict
 from moe.evaluate import Evaluation, evaluate
 from moe.metrics import layer_metrics
 from moe.model import Output, Transformer, load_model, model_tensors, next_token_loss
@@ -226,7 +226,7 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
     state.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
     state.step, state.seconds = step, state.seconds + seconds
-    layers = [layer for layer in range(cfg.model.n_layers) if is_moe_layer(cfg.model, layer)]
+    layers = moe_layers(cfg.model)
     return {
         "step": step,
         "loss": loss,

@@ -5,7 +5,7 @@ import itertools
 import hypothesis
 import pytest
 import torch
-from small_runs import corpus  # noqa: F401 — a fixture for every test of training runs
+from small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 from moe.config import CHOICES, ModelConfig, MoEConfig, RouterConfig
 from moe.layer import MoELayer

@@ -231,3 +231,13 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
     monkeypatch.setattr(moe.train, "evaluate", evaluating)
     monkeypatch.setattr(checkpoint, "_write", writing)
     train(cfg, print)
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run, to compare interrupted ones with; not to be written to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        noisy(patch)
+        train(settings(corpus, folder))
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from moe import machine
 from moe.config import BadInput, TrainConfig
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 MB = 10**6
 
 
@@ -119,3 +121,29 @@ def test_outside_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
 def test_no_path_of_the_system_is_needed_to_name_the_processor(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     assert machine.device_name(CPU)
+
+
+ALLOCATE_AND_FREE = """
+import resource, torch
+from moe import machine
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.empty(2**24).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+machine.keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATE_AND_FREE], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 8 * 2**26 / 2**22  # eight buffers of 64 MiB came back page by page (or by huge pages of 2 MiB)
+    assert after < before / 10

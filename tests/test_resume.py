@@ -33,16 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The folder of an uninterrupted run with the settings that these tests share."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        noisy(patch)
-        train(settings(corpus, folder))
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def every_generator_is_used(monkeypatch):
     noisy(monkeypatch)

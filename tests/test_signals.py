@@ -21,16 +21,6 @@ from moe.train import catch_signals
 PHASES = {"first evaluation": 0, "step": 5, "evaluation": 4, "save": 3, "last evaluation": STEPS}
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The folder of the run that no signal reached."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        noisy(patch)
-        train(settings(corpus, folder))
-    return folder
-
-
 @pytest.fixture
 def started(corpus, tmp_path) -> Iterator[Callable[[str], tuple[Any, Any]]]:
     """(phase) -> (process, pipe) of a run in a folder whose name has a space, which has reached the phase and waits."""
