@@ -68,7 +68,7 @@ def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     device = machine.choose_device("auto")
     model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which)
-    model, backend = model.to(device), dispatch.choose(run_cfg.dispatch, device)
+    model, backend = model.to(device), dispatch.choose("auto", device)[0]  # where it was trained need not be here
     ids = tokenizer.encode(cfg.prompt)
     if cfg.show == "next":
         tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)

@@ -1,1 +1,13 @@
-"""What an MoE layer computes, on plain tensors and ints."""
+"""What an MoE layer computes, on plain tensors and ints.
+
+reference     every op in plain torch, any dtype up to float64: the definition of correct
+grouped       the experts on ordinary matmuls: dispatch=torch
+experts       the experts on the Triton kernels below, as one autograd function: dispatch=triton
+  gate          logits to the chosen experts, and what the balancing losses read
+  plan          routed rows sorted by expert, and a schedule of tiles
+  ragged_mm     each expert's rows times its matrix, gather and activation fused in
+  ragged_wgrad  weight gradients
+  combine       a token's rows, summed
+tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here
+aot           every kernel compiled for GPUs that are not here: registers, spills, shared memory, instructions (aot.txt)
+"""

@@ -9,25 +9,52 @@ from torch import Tensor
 
 
 def gate(
-    logits_TE: Tensor, k: int, score: str, bias_E: Tensor | None, renormalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The K experts of every token and their weights: (T, E) -> expert (T, K) int64, weight (T, K), score (T, E).
+    logits_TE: Tensor,
+    k: int,
+    score: str,
+    bias_E: Tensor | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    k_groups: int = 1,
+    group_top: int = 2,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The K experts of every token and their weights, and what the balancing losses read:
+    (T, E) -> expert (T, K) int64, weight (T, K), log-sum-exp of the logits (T,), probabilities summed over tokens (E,).
 
-    score: "softmax" (over the experts) or "sigmoid" (each expert on its own). `bias_E` takes part in the choice and not
-    in the weight (loss-free balancing, Wang et al. 2408.15664). With `renormalize` a token's weights sum to `scale`.
-    Ties go to the lower expert index. A row with a NaN or an infinite logit has undefined experts: check before."""
-    if score == "softmax":
-        score_TE = logits_TE.softmax(-1)
-    elif score == "sigmoid":
-        score_TE = logits_TE.sigmoid()
-    else:
-        raise ValueError(f"score={score!r} is not one of softmax, sigmoid")
-    choice_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
-    expert_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    score: "softmax" (over the experts) or "sigmoid" (each expert on its own); a token's probabilities are its scores
+    divided by their sum. `bias_E` takes part in the choice and not in the weight (loss-free balancing, Wang et al.
+    2408.15664). With `renormalize` a token's weights sum to `scale`. With groups > 1 a token chooses within its
+    `k_groups` best of that many equal groups of neighbouring experts, a group scored by the sum of its `group_top` best
+    experts (DeepSeek-V3, 2412.19437: 2; DeepSeek-V2, 2405.04434: 1). Ties go to the lower expert index. A row with a
+    NaN has undefined experts: check before."""
+    score_TE = scores(logits_TE, score)
+    # Without a bias the logits order the experts as the scores do, and still tell apart scores that round to the same.
+    rank_TE = score_TE.detach() + bias_E if bias_E is not None else logits_TE.detach()
+    order_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
+    if groups > 1:
+        value_TE = rank_TE if bias_E is not None else score_TE.detach()
+        best = value_TE.unflatten(-1, (groups, -1)).sort(dim=-1, descending=True).values[..., :group_top].sum(-1)
+        chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, :k_groups]
+        outside = torch.ones_like(best, dtype=torch.uint8).scatter(-1, chosen, 0)
+        outside_TE = outside.repeat_interleave(logits_TE.shape[1] // groups, -1).gather(-1, order_TE)
+        order_TE = order_TE.gather(-1, outside_TE.sort(dim=-1, stable=True).indices)
+    expert_TK = order_TE[:, :k]
     weight_TK = score_TE.gather(-1, expert_TK)
+    tiny = torch.finfo(logits_TE.dtype).tiny
     if renormalize:
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
-    return expert_TK, weight_TK * scale, score_TE
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(tiny)
+    prob_TE = score_TE if score == "softmax" else score_TE / score_TE.sum(-1, keepdim=True).clamp_min(tiny)
+    return expert_TK, weight_TK * scale, logits_TE.logsumexp(-1), prob_TE.sum(0)
+
+
+def scores(logits_TE: Tensor, score: str) -> Tensor:
+    """(T, E) -> (T, E): softmax over the experts, or each expert's sigmoid."""
+    if score == "softmax":
+        return logits_TE.softmax(-1)
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    raise ValueError(f"score={score!r} is not one of softmax, sigmoid")
 
 
 def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +68,13 @@ def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     offset_E1 = torch.searchsorted(key_N[order_N], torch.arange(n_experts + 1, device=order_N.device))
     return order_N, slot_N, offset_E1
+
+
+def count(expert_N: Tensor, n_experts: int) -> Tensor:
+    """Routed rows of every expert: (N,) -> (E,) int64; -1 is no expert."""
+    bucket_N = torch.where(expert_N < 0, n_experts, expert_N)  # one more for the rows with no expert
+    count_E1 = torch.zeros(n_experts + 1, dtype=torch.int64, device=expert_N.device)
+    return count_E1.scatter_add(0, bucket_N, torch.ones_like(bucket_N))[:-1]
 
 
 def activate(z_NF: Tensor, activation: str) -> Tensor:

@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 
-def load_balancing_loss(prob_TE: Tensor, count_E: Tensor) -> Tensor:
-    """E · sum_i f_i P_i over the tokens given; 1 when uniform (Switch, 2101.03961, eq. 4, generalised to K choices).
+def load_balancing_loss(prob_E: Tensor, count_E: Tensor, n_tokens: int) -> Tensor:
+    """E · sum_i f_i P_i; 1 when uniform (Switch, 2101.03961, eq. 4, generalised to K choices).
 
-    prob_TE: scores summing to 1 per token; P_i their mean. count_E: routed rows per expert; f_i = c_i / sum c, no
-    gradient. A batch with no routed row gives 0."""
-    share_E = count_E.to(prob_TE.dtype) / count_E.sum().clamp_min(1)
-    return count_E.numel() * (share_E * prob_TE.sum(0) / max(1, len(prob_TE))).sum()
+    prob_E: probabilities (1 per token) summed over the tokens; P_i is their mean. count_E: routed rows per expert;
+    f_i = c_i / sum c, no gradient. A batch with no routed row gives 0."""
+    share_E = count_E.to(prob_E.dtype) / count_E.sum().clamp_min(1)
+    return count_E.numel() * (share_E * prob_E / max(1, n_tokens)).sum()
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
+def z_loss(lse_T: Tensor) -> Tensor:
     """mean_t (logsumexp_e z_te)²: keeps router logits small (ST-MoE, 2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().sum() / max(1, len(logits_TE))
+    return lse_T.square().sum() / max(1, len(lse_T))
 
 
 @torch.no_grad()

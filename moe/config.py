@@ -67,6 +67,9 @@ class RouterConfig:
     renormalize: bool = True  # weights of a token's K experts sum to 1 (times scale)
     selection_bias: bool = False  # a bias per expert that takes part in the choice only (loss-free balancing)
     scale: float = 1.0  # factor on every weight (DeepSeek-V3's routed scaling factor)
+    groups: int = 1  # equal groups of neighbouring experts; a token chooses within its k_groups best of them
+    k_groups: int = 1
+    group_top: int = 2  # how many of its best experts' scores make a group's score (DeepSeek-V3: 2, DeepSeek-V2: 1)
 
 
 @dataclass
@@ -216,6 +219,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.moe.every": (1, 100_000),
     "model.moe.first_dense": (0, 100_000),
     "router.scale": (1e-9, math.inf),
+    "router.groups": (1, 2**31 - 1),
+    "router.k_groups": (1, 2**31 - 1),
+    "router.group_top": (1, 2**31 - 1),
     "balance.aux": (0, math.inf),
     "balance.z": (0, math.inf),
     "balance.bias_rate": (0, math.inf),
@@ -315,6 +321,7 @@ def validate(cfg: Config) -> None:
             accepted = f"a finite number of at least {low:g}" if high >= 2**31 - 1 else f"between {low:g} and {high:g}"
             raise BadInput(f"{path}={value} is out of range: accepted is {accepted}.")
     _validate_model(cfg.model)
+    _validate_groups(cfg.router, cfg.model.moe)
     if cfg.balance.bias_rate > 0 and not cfg.router.selection_bias:
         raise BadInput(
             f"balance.bias_rate={cfg.balance.bias_rate} needs a selection bias to update: "
@@ -370,6 +377,23 @@ def _validate_model(model: ModelConfig) -> None:
             f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "
             f"among model.n_layers={model.n_layers}; for a dense model set model.moe=null."
         )
+
+
+def _validate_groups(router: RouterConfig, moe: MoEConfig | None) -> None:
+    if router.k_groups > router.groups:
+        raise BadInput(f"router.k_groups={router.k_groups} exceeds router.groups={router.groups}.")
+    if moe is None or router.groups == 1:
+        return
+    if moe.n_experts % router.groups:
+        raise BadInput(f"router.groups={router.groups} must divide model.moe.n_experts={moe.n_experts} evenly.")
+    size = moe.n_experts // router.groups
+    if moe.k > router.k_groups * size:
+        raise BadInput(
+            f"model.moe.k={moe.k} exceeds the {router.k_groups * size} experts in router.k_groups={router.k_groups} "
+            f"groups of {size}."
+        )
+    if router.group_top > size:
+        raise BadInput(f"router.group_top={router.group_top} exceeds the {size} experts of a group.")
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -2,32 +2,50 @@
 
 reference   obvious, float64-capable, slow: the definition of correct
 torch       one matmul per expert in one autograd function: the fast path wherever there is no GPU
-triton      fused kernels for a GPU; none are built yet, so naming it is refused
+triton      fused kernels for a GPU (or, under TRITON_INTERPRET=1, Triton's interpreter: slow, for tests)
 """
 
 import torch
 from torch import Tensor
 
-from kernels import grouped, reference
+from kernels import grouped, reference, tuning
 from moe.config import BadInput
 from moe.experts import Experts
 from moe.router import Routing
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The backend that dispatch=`name` means on `device`. Raises `BadInput` for one that cannot work there."""
+def choose(name: str, device: torch.device) -> tuple[str, str]:
+    """The backend that dispatch=`name` means on `device`, and why. Raises `BadInput` for one that cannot work there."""
+    if name not in ("auto", "triton"):
+        return name, "as asked"
+    obstacle = tuning.obstacle(device)
+    if name == "triton" and obstacle:
+        raise BadInput(f"dispatch=triton cannot run here: {obstacle}. dispatch=torch can.")
     if name == "triton":
-        raise BadInput("dispatch=triton is not available: its kernels are not written yet; use dispatch=torch.")
-    return "torch" if name == "auto" else name
+        return name, "as asked"
+    if device.type == "cuda" and not obstacle:
+        return "triton", f"the device is a GPU with {tuning.architecture(device)} tiles"
+    return "torch", obstacle or "the device is no GPU"
 
 
-def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> Tensor:
-    """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D)."""
+def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+    """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D), and how many
+    rows each expert got, (E,) int64."""
+    w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
+    if backend == "triton":
+        from kernels import experts as fused  # here, because Triton is not everywhere
+
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return fused.experts(
+            x_TD, w_up_EFD, w_down_EDF, routing.token_N, routing.expert, routing.weight, activation, tf32
+        )
     token_N, expert_N, weight_N = routing.rows()
-    arguments = (x_TD, experts.w_up_EFD, experts.w_down_EDF, token_N, expert_N, weight_N, experts.activation)
+    arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation)
     match backend:
         case "reference":
-            return reference.experts(*arguments)
+            y_TD = reference.experts(*arguments)
         case "torch":
-            return grouped.experts(*arguments)
-    raise ValueError(f"backend={backend!r} is not one of reference, torch")
+            y_TD = grouped.experts(*arguments)
+        case _:
+            raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
+    return y_TD, reference.count(expert_N, len(w_up_EFD))

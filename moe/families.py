@@ -145,7 +145,7 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
     required: dict[str, Any] = {}
     if family.moe:
         required = {"model.moe.n_shared": 0, "router.name": "softmax", "router.selection_bias": False}
-        required["router.scale"] = 1.0
+        required |= {"router.scale": 1.0, "router.groups": 1}
         if name == "mixtral":
             required["router.renormalize"] = True
         if "every" not in family.moe:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -29,7 +28,6 @@ class MoELayer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig, router: RouterConfig) -> None:
         super().__init__()
-        self.n_experts = moe.n_experts
         self.router = build_router(router, cfg.d_model, moe)
         self.experts = Experts(cfg, moe)
         # n shared experts of width F, summed, are one MLP of width n·F.
@@ -37,20 +35,16 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, backend: str) -> tuple[Tensor, LayerRouting]:
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        routing = self.router(x_TD)
-        y_BSD = dispatch.apply(self.experts, x_TD, routing, backend).view(x_BSD.shape)
+        routing = self.router(x_TD, backend)
+        y_TD, count_E = dispatch.apply(self.experts, x_TD, routing, backend)
+        y_BSD = y_TD.view(x_BSD.shape)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        # One bucket more for the rows with no expert.
-        slot_N = torch.where(routing.expert < 0, self.n_experts, routing.expert).flatten()
-        count_E1 = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=x_TD.device)
-        count_E1 = count_E1.scatter_add(0, slot_N, torch.ones_like(slot_N))
-        count_E, dropped = count_E1[:-1], count_E1[-1]
         return y_BSD, LayerRouting(
-            aux=balance.load_balancing_loss(routing.prob_TE, count_E),
-            z=balance.z_loss(routing.logits_TE),
+            aux=balance.load_balancing_loss(routing.prob_E, count_E, len(x_TD)),
+            z=balance.z_loss(routing.lse_T),
             count_E=count_E,
-            dropped=dropped,
+            dropped=routing.expert.numel() - count_E.sum(),
             expert=routing.expert,
             weight=routing.weight.detach(),
             token_N=routing.token_N,

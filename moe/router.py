@@ -1,7 +1,7 @@
 """Routers: who goes where and with what weight, and nothing else.
 
-Every router is `router(x_TD) -> Routing`. Logits, scores and weights are float32 (float64 for float64 input) whatever
-the autocast dtype: in bf16 two experts' scores tie too often.
+Every router is `router(x_TD, backend) -> Routing`. Logits, scores and weights are float32 (float64 for float64 input)
+whatever the autocast dtype: in bf16 two experts' scores tie too often.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,8 @@ class Routing(NamedTuple):
     weight: Tensor  # same shape, float
     token_N: Tensor | None  # (N,) int64, ascending
     logits_TE: Tensor
-    prob_TE: Tensor  # scores, summing to 1 for every token: what balancing losses and metrics read
+    lse_T: Tensor  # log-sum-exp of a token's logits
+    prob_E: Tensor  # probabilities (scores that sum to 1 for every token), summed over the tokens
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token_N, expert_N, weight_N), whatever the family."""
@@ -46,7 +47,8 @@ class TopKRouter(nn.Module):
 
     p = softmax(x W^T) (Shazeer 2017, 1701.06538) or sigmoid(x W^T) (DeepSeek-V3, 2412.19437); the K largest of p + b
     are chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the chosen, divided by
-    their sum when `renormalize`, times `scale`."""
+    their sum when `renormalize`, times `scale`. With groups > 1 a token first chooses its k_groups best groups of
+    experts (DeepSeek-V2, 2405.04434; V3)."""
 
     bias_E: Tensor | None
 
@@ -56,16 +58,20 @@ class TopKRouter(nn.Module):
         self.w_ED = nn.Parameter(torch.empty(moe.n_experts, d_model))
         self.register_buffer("bias_E", torch.zeros(moe.n_experts) if cfg.selection_bias else None)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, backend: str) -> Routing:
+        cfg, gate = self.cfg, reference.gate
+        if backend == "triton":
+            from kernels import gate as fused  # here, because Triton is not everywhere
+
+            gate = fused.gate
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(dtype), self.w_ED.to(dtype))
-            expert_TK, weight_TK, score_TE = reference.gate(
-                logits_TE, self.k, self.cfg.name, self.bias_E, self.cfg.renormalize, self.cfg.scale
-            )
-            total_T1 = score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-            prob_TE = score_TE if self.cfg.name == "softmax" else score_TE / total_T1
-        return Routing(expert_TK, weight_TK, None, logits_TE, prob_TE)
+            expert_TK, weight_TK, lse_T, prob_E = gate(
+                logits_TE, self.k, cfg.name, self.bias_E, cfg.renormalize, cfg.scale,
+                cfg.groups, cfg.k_groups, cfg.group_top,
+            )  # fmt: skip
+        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E)
 
 
 def build_router(cfg: RouterConfig, d_model: int, moe: MoEConfig) -> nn.Module:

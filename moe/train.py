@@ -76,7 +76,10 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
-    cfg.dispatch = dispatch.choose(cfg.dispatch, device)
+    backend, why = dispatch.choose(cfg.dispatch, device)
+    if cfg.dispatch == "auto" and cfg.model.moe:
+        say(f"dispatch: {backend}, because {why}")
+    cfg.dispatch = backend
     dataset = data.prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
     if started:

@@ -103,6 +103,19 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "odd rotary": ({"model.head_dim": 7}, "model.position=rope needs an even head dimension, and here it is 7"),
     "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
     "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),
+    "more groups kept than there are": ({"router.k_groups": 2}, "router.k_groups=2 exceeds router.groups=1"),
+    "groups that do not divide": (
+        {"router.groups": 3, "model.moe.n_experts": 8},
+        "router.groups=3 must divide model.moe.n_experts=8",
+    ),
+    "K > the experts of the groups": (
+        {"router.groups": 4, "router.k_groups": 1, "model.moe.n_experts": 8, "model.moe.k": 3},
+        "model.moe.k=3 exceeds the 2 experts in router.k_groups=1 groups of 2",
+    ),
+    "a group's best of more than it has": (
+        {"router.groups": 4, "router.k_groups": 4, "router.group_top": 3, "model.moe.n_experts": 8},
+        "router.group_top=3 exceeds the 2 experts of a group",
+    ),
     "bias without bias": ({"balance.bias_rate": 0.001}, "balance.bias_rate=0.001 needs a selection bias"),
     "domain": (
         {"data.domains": ["drama", "poetry"]},

@@ -48,7 +48,7 @@ PLACES: dict[str, tuple[Callable, str]] = {
     "a parameter": (partial(poison_parameter, "blocks.1.attn.o.weight"), "the parameter blocks.1.attn.o.weight"),
     "an embedding": (partial(poison_parameter, "embed.weight"), "the parameter embed.weight"),
     "an activation": (partial(poison_output, "blocks.0.attn"), "the output of blocks.0.attn"),
-    "router logits": (partial(poison_router, "logits_TE"), "the output of blocks.1.mlp.router"),
+    "router logits": (partial(poison_router, "lse_T"), "the output of blocks.1.mlp.router"),
     "router weights": (partial(poison_router, "weight"), "the output of blocks.1.mlp.router"),
     "the loss": (poison_loss, "the loss"),
     "a gradient": (partial(poison_gradient, "blocks.0.mlp.experts.w_up_EFD"), "blocks.0.mlp.experts.w_up_EFD"),

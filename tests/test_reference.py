@@ -37,7 +37,7 @@ def test_gate_is_the_formula_and_ties_go_to_the_lower_expert(data):
     logits = data.draw(st.lists(row, min_size=1, max_size=4))
     score, renormalize = data.draw(st.sampled_from(["softmax", "sigmoid"])), data.draw(st.booleans())
     bias = data.draw(st.none() | row)
-    expert, weight, scores = reference.gate(
+    expert, weight, lse, prob = reference.gate(
         torch.tensor(logits, dtype=torch.float64),
         k,
         score,
@@ -45,11 +45,14 @@ def test_gate_is_the_formula_and_ties_go_to_the_lower_expert(data):
         renormalize,
         2.5,
     )
+    want_prob = np.zeros(n_experts)
     for t, each in enumerate(logits):
         want_expert, want_weight, want_scores = _gate(each, k, score, bias, renormalize, 2.5)
         assert expert[t].tolist() == want_expert
         np.testing.assert_allclose(weight[t], want_weight, rtol=1e-13)
-        np.testing.assert_allclose(scores[t], want_scores, rtol=1e-13)
+        np.testing.assert_allclose(lse[t], math.log(sum(map(math.exp, each))), rtol=1e-12, atol=1e-14)
+        want_prob += np.array(want_scores) / sum(want_scores)
+    np.testing.assert_allclose(prob, want_prob, rtol=1e-12)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

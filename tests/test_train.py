@@ -332,3 +332,24 @@ def test_a_loader_is_closed_when_a_step_fails(corpus, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train(settings(corpus, tmp_path / "run"))
     assert closed == [0]
+
+
+def test_every_backend_trains_the_same_model(corpus, tmp_path):
+    changes = {"train.steps": 2, "train.eval_every": 2, "optim.warmup": 0, "log.every": 1}
+    changes |= {"model.context": 8, "train.batch_size": 2, "train.eval_tokens": 16}  # interpreted, triton is slow
+    losses = {}
+    for backend in ("reference", "torch", "triton"):
+        train(settings(corpus, tmp_path / backend, changes | {"dispatch": backend}))
+        losses[backend] = [line["loss"] for line in read_lines(tmp_path / backend / "metrics.jsonl") if "loss" in line]
+    assert losses["reference"][0] != losses["reference"][-1]
+    for backend in ("torch", "triton"):
+        np.testing.assert_allclose(losses[backend], losses["reference"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dispatch", "moe", "said"), [("auto", {}, 1), ("torch", {}, 0), ("auto", None, 0)])
+def test_auto_says_once_which_backend_it_took_and_why(corpus, tmp_path, dispatch, moe, said):
+    lines = []
+    changes = {"train.steps": 2, "optim.warmup": 0, "dispatch": dispatch} | ({"model.moe": None} if moe is None else {})
+    train(settings(corpus, tmp_path / "run", changes), lines.append)
+    found = [line for line in lines if line.startswith("dispatch: torch, because ")]
+    assert len(found) == said

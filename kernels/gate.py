@@ -1,0 +1,263 @@
+"""Router logits to the chosen experts: scores, top-k and what the balancing losses read, in one pass each way.
+
+A program holds a block of tokens' rows of logits in registers, all experts wide: softmax or sigmoid, the selection
+bias, group-limited choice, K rounds of argmax on integer keys (any K, every id in range and distinct whatever the
+logits), weights, log-sum-exp, and the block's column sums of probabilities. Backward recomputes the scores and writes d(logits)
+from all three gradients at once. Meaning as in `reference.gate`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CELLS = 4096  # logits that one program holds
+
+
+@triton.jit
+def _load(logits, t, n_tokens, E: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
+    """Logits of tokens t laid out as WIDE groups of EACH experts, both padded to powers of two; -> also expert ids and
+    which columns are experts."""
+    column = tl.arange(0, WIDE * EACH)
+    PER_GROUP: tl.constexpr = E // GROUPS
+    e = column // EACH * PER_GROUP + column % EACH
+    real = (column // EACH < GROUPS) & (column % EACH < PER_GROUP)
+    at = t.to(tl.int64)[:, None] * E + e[None, :]
+    value = tl.load(logits + at, mask=(t < n_tokens)[:, None] & real[None, :], other=0.0)
+    return value, tl.where(real, e, E), real
+
+
+@triton.jit
+def _score(value, real, SCORE: tl.constexpr, TINY: tl.constexpr):
+    """(score, probability, log-sum-exp, softmax): scores as chosen by, probabilities that sum to 1 per token."""
+    low = tl.where(real[None, :], value, float("-inf"))
+    top = tl.max(low, 1)
+    power = tl.exp(low - top[:, None])
+    total = tl.sum(power, 1)
+    softmax = power / total[:, None]
+    lse = top + tl.log(total)
+    if SCORE == "softmax":
+        score = softmax
+        prob = softmax
+    else:
+        tl.static_assert(SCORE == "sigmoid")
+        score = tl.where(real[None, :], 1 / (1 + tl.exp(-value)), 0.0)
+        prob = score / tl.maximum(tl.sum(score, 1), TINY)[:, None]
+    return score, prob, lse, softmax
+
+
+@triton.jit
+def _key(value, free):
+    """Integers in the order of the floats, the smallest integer where not free. No two zeros; one NaN, the largest (the
+    one of all ones would be the smallest integer)."""
+    value = tl.where(value == 0, 0.0, tl.where(value == value, value, float("nan")))
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+        return tl.where(free, key, -0x7FFFFFFFFFFFFFFF - 1)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        return tl.where(free, key, -0x7FFFFFFF - 1)
+
+
+@triton.jit
+def _within_best_groups(
+    choice, real, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr
+):
+    """Which columns lie in a token's K_GROUPS best groups, a group scored by the sum of its GROUP_TOP best experts."""
+    ROWS: tl.constexpr = choice.shape[0]
+    left = tl.where(real[None, :], choice, float("-inf")).reshape(ROWS, WIDE, EACH)
+    expert = tl.arange(0, EACH)[None, None, :]
+    value = tl.zeros((ROWS, WIDE), dtype=choice.dtype)
+    for _ in tl.static_range(GROUP_TOP):
+        best, index = tl.max(left, 2, return_indices=True)
+        value += best
+        left = tl.where(expert == index[:, :, None], float("-inf"), left)
+    exists = tl.max(real.to(tl.int32).reshape(WIDE, EACH), 1) > 0
+    group = tl.arange(0, WIDE)[None, :]
+    kept = tl.zeros((ROWS, WIDE), dtype=tl.int32)
+    for _ in tl.static_range(K_GROUPS):
+        _, index = tl.max(_key(value, exists[None, :] & (kept == 0)), 1, return_indices=True)
+        kept = tl.where(group == index[:, None], 1, kept)
+    return tl.broadcast_to(kept[:, :, None], ROWS, WIDE, EACH).reshape(ROWS, WIDE * EACH) > 0
+
+
+@triton.jit
+def _gate(
+    logits, bias, expert, weight, lse_out, prob_out, n_tokens,
+    E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, SCALE: tl.constexpr,
+    GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """Forward for ROWS tokens. SCALE is a constant because a float argument is a float32, whatever the logits."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = t < n_tokens
+    value, e, real = _load(logits, t, n_tokens, E, GROUPS, WIDE, EACH)
+    score, prob, lse, _ = _score(value, real, SCORE, TINY)
+    tl.store(lse_out + t, lse, mask=live)
+    column_sum = tl.sum(tl.where(live[:, None], prob, 0.0), 0)
+    tl.store(prob_out + tl.program_id(0) * E + e, column_sum, mask=real)
+
+    choice = value if bias is None else score + tl.load(bias + e, mask=real, other=0.0)[None, :]
+    free = tl.broadcast_to(real[None, :], ROWS, WIDE * EACH)
+    if GROUPS > 1:
+        ranked = score if bias is None else choice  # groups compare sums of scores
+        free = free & _within_best_groups(ranked, real, K_GROUPS, GROUP_TOP, WIDE, EACH)
+    key = _key(choice, free)
+    taken = tl.zeros((ROWS, WIDE * EACH), dtype=tl.int32)
+    column = tl.arange(0, WIDE * EACH)[None, :]
+    total = tl.zeros((ROWS,), dtype=score.dtype)
+    for j in tl.static_range(K):
+        _, index = tl.max(key, 1, return_indices=True)
+        here = column == index[:, None]
+        tl.store(expert + t * K + j, tl.sum(tl.where(here, e[None, :], 0), 1).to(tl.int64), mask=live)
+        total += tl.sum(tl.where(here, score, 0.0), 1)
+        taken = tl.where(here, j + 1, taken)
+        key = _key(choice, free & (taken == 0))
+    factor = SCALE / tl.maximum(total, TINY) if RENORMALIZE else SCALE + total * 0
+    for j in tl.static_range(K):
+        chosen = tl.sum(tl.where(taken == j + 1, score, 0.0), 1)
+        tl.store(weight + t * K + j, chosen * factor, mask=live)
+
+
+@triton.jit
+def _gate_backward(
+    logits, expert, dweight, dlse, dprob, out, n_tokens,
+    E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, SCALE: tl.constexpr,
+    EACH: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """d(logits) of ROWS tokens from the gradients of weights, log-sum-exp and column sums of probabilities."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = t < n_tokens
+    value, e, real = _load(logits, t, n_tokens, E, 1, 1, EACH)
+    score, prob, _, softmax = _score(value, real, SCORE, TINY)
+    dchosen = tl.zeros((ROWS, EACH), dtype=score.dtype)
+    chosen = tl.zeros((ROWS, EACH), dtype=tl.int32)
+    for j in tl.static_range(K):
+        here = e[None, :] == tl.load(expert + t * K + j, mask=live, other=0)[:, None]
+        dchosen += tl.where(here, tl.load(dweight + t * K + j, mask=live, other=0.0)[:, None], 0.0)
+        chosen += here.to(tl.int32)
+    dscore = dchosen * SCALE
+    if RENORMALIZE:
+        total = tl.sum(tl.where(chosen > 0, score, 0.0), 1)[:, None]
+        inner = tl.sum(dscore * score, 1)[:, None] / tl.maximum(total, TINY)
+        inner = tl.where(total > TINY, inner, 0.0)  # below, the divisor is a constant
+        dscore = tl.where(chosen > 0, dscore - inner, 0.0) / tl.maximum(total, TINY)
+    dp = tl.load(dprob + e, mask=real, other=0.0)[None, :]
+    if SCORE == "softmax":
+        dscore += dp
+        dlogits = score * (dscore - tl.sum(dscore * score, 1)[:, None])
+    else:
+        sum_score = tl.sum(score, 1)[:, None]
+        inner = tl.where(sum_score > TINY, tl.sum(dp * prob, 1)[:, None], 0.0)
+        dscore += (dp - inner) / tl.maximum(sum_score, TINY)
+        dlogits = dscore * score * (1 - score)
+    dlogits += tl.load(dlse + t, mask=live, other=0.0)[:, None] * softmax
+    tl.store(out + t.to(tl.int64)[:, None] * E + e[None, :], dlogits, mask=live[:, None] & real[None, :])
+
+
+def _shape(n_experts: int, groups: int) -> tuple[int, int, int]:
+    """Groups, experts of a group, and tokens of a program, in powers of two."""
+    wide, each = triton.next_power_of_2(groups), triton.next_power_of_2(n_experts // groups)
+    return wide, each, max(1, min(32, CELLS // (wide * each)))
+
+
+@torch.library.custom_op("switchyard::gate", mutates_args=())
+def _forward(
+    logits_TE: Tensor, k: int, score: str, bias_E: Tensor | None, renormalize: bool, scale: float, groups: int,
+    k_groups: int, group_top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n_tokens, n_experts = logits_TE.shape
+    wide, each, rows = _shape(n_experts, groups)
+    expert = torch.empty(n_tokens, k, dtype=torch.int64, device=logits_TE.device)
+    weight, lse = logits_TE.new_empty(n_tokens, k), logits_TE.new_empty(n_tokens)
+    blocks = triton.cdiv(n_tokens, rows)
+    prob = logits_TE.new_empty(blocks, n_experts)
+    if n_tokens:
+        _gate[(blocks,)](
+            logits_TE, bias_E, expert, weight, lse, prob, n_tokens, E=n_experts, K=k, SCORE=score,
+            RENORMALIZE=renormalize, SCALE=scale, GROUPS=groups, K_GROUPS=k_groups,
+            GROUP_TOP=min(group_top, n_experts // groups), WIDE=wide, EACH=each, ROWS=rows,
+            TINY=torch.finfo(logits_TE.dtype).tiny,
+        )  # fmt: skip
+    return expert, weight, lse, prob.sum(0)
+
+
+@_forward.register_fake
+def _(logits_TE, k, score, bias_E, renormalize, scale, groups, k_groups, group_top):  # type: ignore[no-untyped-def]
+    n_tokens, n_experts = logits_TE.shape
+    expert = torch.empty(n_tokens, k, dtype=torch.int64, device=logits_TE.device)
+    new = logits_TE.new_empty
+    return expert, new(n_tokens, k), new(n_tokens), new(n_experts)
+
+
+@torch.library.custom_op("switchyard::gate_backward", mutates_args=())
+def _backward(
+    logits_TE: Tensor, expert_TK: Tensor, dweight_TK: Tensor, dlse_T: Tensor, dprob_E: Tensor, score: str,
+    renormalize: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    n_tokens, n_experts = logits_TE.shape
+    _, each, rows = _shape(n_experts, 1)
+    out = torch.empty_like(logits_TE)
+    if n_tokens:
+        _gate_backward[(triton.cdiv(n_tokens, rows),)](
+            logits_TE, expert_TK, dweight_TK, dlse_T, dprob_E, out, n_tokens, E=n_experts,
+            K=expert_TK.shape[1], SCORE=score, RENORMALIZE=renormalize, SCALE=scale, EACH=each, ROWS=rows,
+            TINY=torch.finfo(logits_TE.dtype).tiny,
+        )  # fmt: skip
+    return out
+
+
+@_backward.register_fake
+def _(logits_TE, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits_TE)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, _, ctx.score, _, ctx.renormalize, ctx.scale, *_ = inputs
+    ctx.save_for_backward(logits, output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _autograd_backward(ctx, _, dweight_TK, dlse_T, dprob_E):  # type: ignore[no-untyped-def]
+    logits_TE, expert_TK = ctx.saved_tensors
+    shapes = (expert_TK.shape, logits_TE.shape[:1], logits_TE.shape[1:])
+    gradients = [
+        logits_TE.new_zeros(shape) if each is None else each.contiguous()
+        for each, shape in zip((dweight_TK, dlse_T, dprob_E), shapes, strict=True)
+    ]
+    dlogits = _backward(logits_TE, expert_TK, *gradients, ctx.score, ctx.renormalize, ctx.scale)
+    return dlogits, *[None] * 8
+
+
+def refuse_second_derivative(ctx, *gradients):  # type: ignore[no-untyped-def]
+    """The backward of a backward."""
+    raise NotImplementedError("dispatch=triton has no second derivative; dispatch=reference does.")
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_backward.register_autograd(refuse_second_derivative)
+
+
+def gate(
+    logits_TE: Tensor,
+    k: int,
+    score: str,
+    bias_E: Tensor | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    k_groups: int = 1,
+    group_top: int = 2,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.gate` on a GPU: (T, E) float32 or float64 -> expert (T, K) int64, weight (T, K), log-sum-exp (T,) and
+    the probabilities' sum over tokens (E,). Raises `ValueError` for other dtypes and a choice that cannot be made."""
+    if logits_TE.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"router logits are {logits_TE.dtype}; dispatch=triton takes float32 or float64.")
+    n_experts = logits_TE.shape[1]
+    if n_experts % groups or not 0 < k <= k_groups * (n_experts // groups):
+        raise ValueError(f"k={k} cannot be chosen in {k_groups} of {groups} equal groups of {n_experts} experts.")
+    bias = None if bias_E is None else bias_E.to(logits_TE.dtype).contiguous()
+    arguments = (k, score, bias, renormalize, scale, groups, k_groups, group_top)
+    return _forward(logits_TE.contiguous(), *arguments)

@@ -1,0 +1,149 @@
+"""Which row goes where: routed rows sorted by expert, stably, and a schedule of tiles, without a word to the host.
+
+Three kernels. `_count`: rows per expert in every block of rows. `_scan`: one program adds the blocks up into offsets.
+`_place`: a block ranks its rows within their experts and writes both maps; programs beyond the blocks write the
+schedule, whose size the host bounds by ceil(N / block_m) + E, so that it never waits to learn it. No atomics: the plan
+is the same on every run. A row with expert -1 takes part in nothing and lies behind the last expert's.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 512  # rows that one program places, at most
+SCHEDULE = 128  # tiles that one program schedules
+CELLS = 8192  # counts that the scan holds at a time
+
+
+class Plan(NamedTuple):
+    """Where N routed rows lie once sorted by expert, all int32 on the device. Slot s holds row row_N[s]."""
+
+    slot_N: Tensor  # of every row
+    row_N: Tensor  # of every slot
+    token_N: Tensor  # of every slot
+    offset_E1: Tensor  # expert e owns slots offset[e] to offset[e + 1]
+    tile_expert_M: Tensor  # of every tile: its expert and its first slot; only the first `tile_count` are written
+    tile_slot_M: Tensor
+    tile_count: Tensor  # (1,)
+
+
+@triton.jit
+def _key(expert, i, n_rows, E: tl.constexpr):
+    """The expert of rows i; E for no expert, for a row that is not there, and for an id that no expert has."""
+    e = tl.load(expert + i, mask=i < n_rows, other=-1)
+    tl.device_assert(e < E, "an expert id is not below n_experts")
+    return tl.where((e < 0) | (e >= E), E, e).to(tl.int32)
+
+
+@triton.jit
+def _count(expert, count, n_rows, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """count[b, e]: block b's rows of expert e."""
+    block = tl.program_id(0)
+    key = _key(expert, block * BLOCK + tl.arange(0, BLOCK), n_rows, E)
+    tl.store(count + block * WIDTH + tl.arange(0, WIDTH), tl.histogram(key, WIDTH))
+
+
+@triton.jit
+def _scan(
+    count, base, offset, tile_count, n_blocks,
+    E: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """base[b, e]: rows of expert e in the blocks before b. offset: where each expert's slots begin."""
+    e = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), dtype=tl.int32)
+    for first in range(0, n_blocks, CHUNK):
+        b = first + tl.arange(0, CHUNK)
+        at = b[:, None] * WIDTH + e[None, :]
+        rows = tl.load(count + at, mask=b[:, None] < n_blocks, other=0)
+        tl.store(base + at, total[None, :] + tl.cumsum(rows, 0) - rows, mask=b[:, None] < n_blocks)
+        total += tl.sum(rows, 0)
+    tl.store(offset + e, tl.cumsum(total, 0) - total, mask=e <= E)
+    tl.store(tile_count, tl.sum(tl.where(e < E, (total + BLOCK_M - 1) // BLOCK_M, 0)))
+
+
+@triton.jit
+def _place(
+    expert, token, base, offset, slot_of, row_of, token_of, tile_expert, tile_slot, n_rows, n_tiles, n_blocks,
+    K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The first n_blocks programs place the rows, the others write the schedule."""
+    block = tl.program_id(0)
+    if block < n_blocks:
+        _place_rows(
+            block, expert, token, base, offset, slot_of, row_of, token_of, n_rows, K, E, WIDTH, BLOCK, CHUNK
+        )  # fmt: skip
+    else:
+        tile = (block - n_blocks) * SCHEDULE + tl.arange(0, SCHEDULE)
+        _schedule(tile, offset, tile_expert, tile_slot, n_tiles, E, WIDTH, BLOCK_M)
+
+
+@triton.jit
+def _place_rows(
+    block, expert, token, base, offset, slot_of, row_of, token_of, n_rows,
+    K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Both maps, and the token of every slot: row // K, or as given when K = 0."""
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    e = _key(expert, row, n_rows, E)
+    rank = tl.zeros((BLOCK,), dtype=tl.int32)  # rows of the same expert before this one in the block
+    for first in range(0, BLOCK, CHUNK):
+        other = block * BLOCK + first + tl.arange(0, CHUNK)
+        same = e[:, None] == _key(expert, other, n_rows, E)[None, :]
+        rank += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), 1)
+    live = row < n_rows
+    slot = tl.load(offset + e) + tl.load(base + block * WIDTH + e) + rank
+    tl.store(slot_of + row, slot, mask=live)
+    tl.store(row_of + slot, row, mask=live)
+    source = row // K if K > 0 else tl.load(token + row, mask=live, other=0).to(tl.int32)
+    tl.store(token_of + slot, source, mask=live)
+
+
+@triton.jit
+def _schedule(
+    tile, offset, tile_expert, tile_slot, n_tiles, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Expert and first slot of these tiles."""
+    e = tl.arange(0, WIDTH)
+    lo = tl.load(offset + e, mask=e < E, other=0)
+    hi = tl.load(offset + e + 1, mask=e < E, other=0)
+    tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
+    end = tl.cumsum(tiles, 0)
+    mine = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)  # how many experts end at or before this tile
+    live = (mine < E) & (tile < n_tiles)
+    chosen = e[None, :] == mine[:, None]
+    first = tl.sum(tl.where(chosen, (lo - (end - tiles) * BLOCK_M)[None, :], 0), 1)
+    tl.store(tile_expert + tile, mine, mask=live)
+    tl.store(tile_slot + tile, first + tile * BLOCK_M, mask=live)
+
+
+def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -> Plan:
+    """Sort routed rows by expert: expert (T, K), or (N,) with token_N (N,) int64 -> the plan for tiles of block_m rows.
+
+    -1 is no expert. An id of E or more is an error that a debug build (TRITON_DEBUG=1) stops at, on the device; without
+    it such a row is treated as having no expert."""
+    n_rows, k = expert.numel(), 0 if token_N is not None else expert.shape[-1]
+    empty = functools.partial(torch.empty, dtype=torch.int32, device=expert.device)
+    n_blocks, n_tiles = triton.cdiv(n_rows, BLOCK), triton.cdiv(n_rows, block_m) + n_experts
+    width = triton.next_power_of_2(n_experts + 1)
+    out = Plan(
+        empty(n_rows), empty(n_rows), empty(n_rows), empty(n_experts + 1), empty(n_tiles), empty(n_tiles), empty(1)
+    )  # fmt: skip
+    count, base = empty(2, n_blocks, width)
+    block = min(BLOCK, max(16, triton.next_power_of_2(n_rows)))
+    common = dict(E=n_experts, WIDTH=width)
+    if n_blocks:
+        _count[(n_blocks,)](expert, count, n_rows, **common, BLOCK=block)
+    chunk = min(64, max(1, CELLS // width), triton.next_power_of_2(max(1, n_blocks)))
+    _scan[(1,)](
+        count, base, out.offset_E1, out.tile_count, n_blocks, **common, CHUNK=chunk, BLOCK_M=block_m, num_warps=8
+    )
+    _place[(n_blocks + triton.cdiv(n_tiles, SCHEDULE),)](
+        expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_M, out.tile_slot_M,
+        n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(32, block), SCHEDULE=SCHEDULE, BLOCK_M=block_m,
+    )  # fmt: skip
+    return out

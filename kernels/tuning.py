@@ -1,0 +1,119 @@
+"""Tile shapes of the matmul kernels, per GPU, element type and load: data in tuning.jsonl, looked up here.
+
+    python -m experiments.bench suite=tune      # on a GPU: times candidates, writes rows in this file's form
+
+Nothing is tuned while a model trains: the same shapes get the same tiles on every run.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("tuning.jsonl")
+VERSIONS = ((3, 6), (3, 7))  # of Triton, that the kernels are tested with
+USES = ("up", "down", "dh", "dx", "wgrad")
+TYPES = ("16bit", "tf32", "fp32")
+LOADS = ("few", "many")  # rows per expert: fewer than FEW on average, or more
+FEW = 64
+# GPUs that take another's tiles: the same matrix instructions, and at least as much shared memory.
+SAME = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
+SAME |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
+
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work. For `wgrad`, m and n are the gradient's rows and columns, k runs over routed rows."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int  # tiles of rows that share columns while these are in cache
+    parts: int  # slices in which a finished tile is written: more need fewer registers
+    num_warps: int
+    num_stages: int  # tiles of k in flight
+    tma: bool  # weights and contiguous rows through the tensor memory accelerator (Hopper and later)
+    per_sm: int  # programs per multiprocessor that walk over all tiles; 0: one program per tile
+
+
+@contextmanager
+def target(name: str) -> Iterator[None]:
+    """Look tiles up for this GPU, whatever the machine."""
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """The device's name in the table: sm_90, gfx942, ..., or interpreter for a CPU."""
+    if name := _target.get():
+        return name
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return SAME.get(name, name)
+
+
+def tile(use: str, device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int) -> Tile:
+    """The tile for one use of a kernel. Raises `ValueError` for a GPU that the table does not know."""
+    kind = "16bit" if dtype.itemsize == 2 else "tf32" if tf32 and dtype == torch.float32 else "fp32"
+    load = "few" if n_rows < FEW * n_experts else "many"
+    name = architecture(device)
+    found = table().get((name, kind, load, use))
+    if found is None:
+        known = ", ".join(sorted({key[0] for key in table()} | set(SAME)))
+        raise ValueError(f"dispatch=triton has no tiles for {name}; it has them for {known}. Use dispatch=torch.")
+    return found
+
+
+def block_m(device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int) -> int:
+    """Rows of a tile of the schedule: the same for every use but wgrad."""
+    return tile("up", device, dtype, tf32, n_rows, n_experts).block_m
+
+
+@functools.cache
+def table() -> dict[tuple[str, str, str, str], Tile]:
+    """(architecture, type, load, use) -> tile."""
+    rows = [json.loads(line) for line in TABLE.read_text().splitlines()]
+    return {(row["arch"], row["type"], row["load"], row["use"]): Tile(**row["tile"]) for row in rows}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; without a GPU, 1, so that the interpreter walks over tiles as a persistent kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def programs(device: torch.device, tile: Tile) -> int:
+    """How many programs to start at most."""
+    return tile.per_sm * multiprocessors(device) if tile.per_sm else 2**31 - 1
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, or None. Imports no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) not in VERSIONS:
+        tested = ", ".join(f"{major}.{minor}" for major, minor in VERSIONS)
+        return f"Triton {version} is installed, and the kernels are tested with {tested}"
+    if device.type != "cuda":
+        interpreting = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+        if device.type == "cpu" and interpreting:
+            return None
+        return f"its kernels need a GPU and the device is {device.type} (TRITON_INTERPRET=1 would interpret them)"
+    name = architecture(device)
+    known = sorted({key[0] for key in table()} - {"interpreter"})
+    return None if name in known else f"the GPU is {name}, and the kernels are built for {', '.join(known)}"
