@@ -25,7 +25,8 @@ def _plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Tiles are looked up in here: torch.compile cannot trace the look-up.
     block_m = tuning.block_m(expert.device, dtype, tf32, expert.numel(), n_experts)
-    return tuple(plan(expert, token_N, n_experts, block_m))  # type: ignore[return-value]
+    with torch.cuda.device_of(expert):  # Triton launches on the current device
+        return tuple(plan(expert, token_N, n_experts, block_m))  # type: ignore[return-value]
 
 
 @_plan.register_fake
@@ -43,9 +44,10 @@ def _forward(
     start_T1: Tensor | None, activation: str, tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    z, h = up(x_TD, w_up_EFD, where, activation, tile("up"), tf32)
-    y_ND = down(h, w_down_EDF, where, tile("down"), tf32)
-    return combine(y_ND, where.slot_N, weight_N, start_T1, where.offset_E1, len(x_TD)), z
+    with torch.cuda.device_of(x_TD):
+        z, h = up(x_TD, w_up_EFD, where, activation, tile("up"), tf32)
+        y_ND = down(h, w_down_EDF, where, tile("down"), tf32)
+        return combine(y_ND, where.slot_N, weight_N, start_T1, where.offset_E1, len(x_TD)), z
 
 
 @_forward.register_fake
@@ -59,12 +61,13 @@ def _backward(
     routing: list[Tensor], start_T1: Tensor | None, activation: str, tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    dz, h, dweight_N = dh(dout_TD, w_down_EDF, z, weight_N, where, activation, tile("dh"), tf32)
-    dw_down_EDF = ragged_wgrad(dout_TD, h, where, True, len(w_up_EFD), tile("wgrad"), tf32)
-    del h
-    dw_up_EFD = ragged_wgrad(dz, x_TD, where, False, len(w_up_EFD), tile("wgrad"), tf32)
-    dx_ND = dx(dz, w_up_EFD, where, tile("dx"), tf32)
-    dx_TD = combine(dx_ND, where.slot_N, None, start_T1, where.offset_E1, len(x_TD))
+    with torch.cuda.device_of(x_TD):
+        dz, h, dweight_N = dh(dout_TD, w_down_EDF, z, weight_N, where, activation, tile("dh"), tf32)
+        dw_down_EDF = ragged_wgrad(dout_TD, h, where, True, len(w_up_EFD), tile("wgrad"), tf32)
+        del h
+        dw_up_EFD = ragged_wgrad(dz, x_TD, where, False, len(w_up_EFD), tile("wgrad"), tf32)
+        dx_ND = dx(dz, w_up_EFD, where, tile("dx"), tf32)
+        dx_TD = combine(dx_ND, where.slot_N, None, start_T1, where.offset_E1, len(x_TD))
     return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N.view(weight_N.shape)
 
 
@@ -121,10 +124,11 @@ def experts(
         x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
     _check(x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, activation)
     n_tokens, n_experts = len(x_TD), len(w_up_EFD)
-    routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32)
     start_T1 = None
     if token_N is not None:
+        token_N = token_N.contiguous()
         start_T1 = torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=x_TD.device))
+    routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32)
     operands = (x_TD.contiguous(), w_up_EFD.contiguous(), w_down_EDF.contiguous(), weight.contiguous())
     out_TD, _ = _forward(*operands, list(routing), start_T1, activation, tf32)
     return out_TD, Plan(*routing).offset_E1.diff().long()
@@ -135,7 +139,7 @@ def _check(
     activation: str,
 ) -> None:  # fmt: skip
     """One sentence for what the kernels do not take."""
-    (e, width, d), f = w_up_EFD.shape, w_down_EDF.shape[-1]
+    e, d, f = len(w_up_EFD), x_TD.shape[-1], w_down_EDF.shape[-1]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}.")
     if x_TD.dtype not in DTYPES or not x_TD.dtype == w_up_EFD.dtype == w_down_EDF.dtype:
@@ -143,11 +147,12 @@ def _check(
             f"dispatch=triton takes x and both weights in one of bfloat16, float16, float32, float64; they are "
             f"{x_TD.dtype}, {w_up_EFD.dtype}, {w_down_EDF.dtype}. dispatch=reference takes any."
         )
-    devices = {each.device for each in (x_TD, w_up_EFD, w_down_EDF, expert, weight)}
+    operands = (x_TD, w_up_EFD, w_down_EDF, expert, weight, token_N)
+    devices = {each.device for each in operands if each is not None}
     if len(devices) > 1:
         raise ValueError(f"dispatch=triton takes operands on one device; they are on {sorted(map(str, devices))}.")
     gate = 2 if activation == "swiglu" else 1
-    if x_TD.dim() != 2 or x_TD.shape[1] != d or w_down_EDF.shape != (e, d, f) or width != gate * f:
+    if x_TD.dim() != 2 or w_up_EFD.shape != (e, gate * f, d) or w_down_EDF.shape != (e, d, f):
         raise ValueError(
             f"dispatch=triton takes x (T, D), w_up (E, {gate}F, D), w_down (E, D, F); they are {tuple(x_TD.shape)}, "
             f"{tuple(w_up_EFD.shape)}, {tuple(w_down_EDF.shape)}."

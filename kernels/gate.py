@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CELLS = 4096  # logits that one program holds
+CELLS = 2048  # logits that one program holds: 8 to a thread, or the rounds of argmax spill
+WARPS = 8
 
 
 @triton.jit
@@ -174,12 +175,14 @@ def _forward(
     weight, lse = logits_TE.new_empty(n_tokens, k), logits_TE.new_empty(n_tokens)
     blocks = triton.cdiv(n_tokens, rows)
     prob = logits_TE.new_empty(blocks, n_experts)
-    if n_tokens:
+    if not n_tokens:
+        return expert, weight, lse, prob.sum(0)
+    with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
         _gate[(blocks,)](
             logits_TE, bias_E, expert, weight, lse, prob, n_tokens, E=n_experts, K=k, SCORE=score,
             RENORMALIZE=renormalize, SCALE=scale, GROUPS=groups, K_GROUPS=k_groups,
             GROUP_TOP=min(group_top, n_experts // groups), WIDE=wide, EACH=each, ROWS=rows,
-            TINY=torch.finfo(logits_TE.dtype).tiny,
+            TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return expert, weight, lse, prob.sum(0)
 
@@ -200,11 +203,13 @@ def _backward(
     n_tokens, n_experts = logits_TE.shape
     _, each, rows = _shape(n_experts, 1)
     out = torch.empty_like(logits_TE)
-    if n_tokens:
+    if not n_tokens:
+        return out
+    with torch.cuda.device_of(logits_TE):
         _gate_backward[(triton.cdiv(n_tokens, rows),)](
             logits_TE, expert_TK, dweight_TK, dlse_T, dprob_E, out, n_tokens, E=n_experts,
             K=expert_TK.shape[1], SCORE=score, RENORMALIZE=renormalize, SCALE=scale, EACH=each, ROWS=rows,
-            TINY=torch.finfo(logits_TE.dtype).tiny,
+            TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return out
 
