@@ -67,7 +67,7 @@ class GenerateConfig:
 def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     device = machine.choose_device("auto")
-    model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which)
+    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which)
     model, backend = model.to(device), dispatch.choose("auto", device)[0]  # where it was trained need not be here
     ids = tokenizer.encode(cfg.prompt)
     if cfg.show == "next":

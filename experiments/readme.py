@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import bench, compare
+from experiments import bench_routing, bench_train_step, compare, rows, summary
 from experiments.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,8 @@ def sections() -> dict[str, str]:
         "demo": comparison(read("demo.json")),
         "seeds": comparison(read("three-seeds.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
+        "routing": routing(rows.read(RESULTS / "routing.jsonl")),
+        "gpu": gpu(summary.read(RESULTS)),
         "next": f"```\n{(RESULTS / 'next.txt').read_text()}```\n",
     }
 
@@ -49,18 +51,51 @@ def comparison(result: dict[str, Any]) -> str:
     return f"> {' '.join(result['sentences'])}\n\n{table}\n{source}\n"
 
 
-def benchmark(rows: list[dict[str, Any]]) -> str:
+def benchmark(found: list[dict[str, Any]]) -> str:
     """The benchmark's table, with where it was run."""
-    first = rows[0]
+    first = found[0]
     shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     source = f"`{first['command']}`, {shape}; {where}"
-    return f"{markdown(bench.HEADINGS, map(bench.cells, rows))}\n{source}\n"
+    return f"{markdown(*bench_train_step.table(found))}\n{source}\n"
+
+
+def routing(found: list[dict[str, Any]]) -> str:
+    """Gate, plan and combine against the eager sequence, at the most tokens that were measured."""
+    if not found:
+        return "Not yet measured: `python -m experiments.bench suite=routing`.\n"
+    most = max(row["T"] for row in found)
+    table = markdown(bench_routing.HEADINGS, (bench_routing.cells(row) for row in found if row["T"] == most))
+    first = found[0]
+    where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
+
+
+def gpu(found: list[dict[str, Any]]) -> str:
+    """What `experiments.gpu_evidence` measured: rows by stage, the layer against its peers, training steps, targets."""
+    if not found:
+        return "Not yet measured: `python -m experiments.gpu_evidence --out experiments/results` on a GPU.\n"
+    first = found[0]
+    names = {"driver": first["driver"]} | first["versions"]
+    versions = ", ".join(f"{name} {names[name]}" for name in ("driver", "torch", "triton", "cuda") if names.get(name))
+    commits = ", ".join(dict.fromkeys(commit(row) for row in found))
+    parts = [f"{first['device']}, {versions}; {commits}\n"]
+    parts.append(markdown(summary.STAGE_HEADINGS, summary.stages(found)))
+    if lines := summary.layer(found):
+        parts.append(markdown(summary.LAYER_HEADINGS, lines))
+    if steps := [row for row in found if row["stage"] == "train_step"]:
+        parts.append(markdown(*bench_train_step.table(steps)))
+    if lines := summary.targets(found):
+        parts.append(markdown(summary.TARGET_HEADINGS, lines))
+    if (RESULTS / "roofline.png").exists():
+        parts.append("![FLOP per byte against TF/s](experiments/results/roofline.png)\n")
+    return "\n".join(parts) + f"\n`{first['command'].partition(' --stage')[0]}`\n"
 
 
 def commit(result: dict[str, Any]) -> str:
     """Which code a result came from."""
-    return f"commit {result['commit'][:10]}{' with uncommitted changes' if result['dirty'] else ''}"
+    name = f"commit {result['commit'][:10]}" if result["commit"] else f"code {result['code']}"
+    return f"{name}{' with uncommitted changes' if result['dirty'] else ''}"
 
 
 if __name__ == "__main__":

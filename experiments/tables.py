@@ -31,3 +31,8 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """A number as `form` writes it, with its unit; nothing for one that was not measured."""
+    return "" if value is None else f"{value:{form}}{unit}"

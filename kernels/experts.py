@@ -21,18 +21,18 @@ ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
 
 @torch.library.custom_op("switchyard::plan", mutates_args=())
 def _plan(
-    expert: Tensor, token_N: Tensor | None, n_experts: int, dtype: torch.dtype, tf32: bool
+    expert: Tensor, token_N: Tensor | None, n_experts: int, dtype: torch.dtype, tf32: bool, even: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Tiles are looked up in here: torch.compile cannot trace the look-up.
-    block_m = tuning.block_m(expert.device, dtype, tf32, expert.numel(), n_experts)
+    block_m = tuning.block_m(expert.device, dtype, tf32, expert.numel(), n_experts, even)
     with torch.cuda.device_of(expert):  # Triton launches on the current device
         return tuple(plan(expert, token_N, n_experts, block_m))  # type: ignore[return-value]
 
 
 @_plan.register_fake
-def _(expert, token_N, n_experts, dtype, tf32):  # type: ignore[no-untyped-def]
+def _(expert, token_N, n_experts, dtype, tf32, even=True):  # type: ignore[no-untyped-def]
     n_rows = expert.numel()
-    block_m = tuning.block_m(expert.device, dtype, tf32, n_rows, n_experts)
+    block_m = tuning.block_m(expert.device, dtype, tf32, n_rows, n_experts, even)
     n_tiles = (n_rows + block_m - 1) // block_m + n_experts
     sizes = (n_rows, n_rows, n_rows, n_experts + 1, n_tiles, n_tiles, 1)
     return tuple(torch.empty(size, dtype=torch.int32, device=expert.device) for size in sizes)
@@ -78,7 +78,8 @@ def _(dout_TD, x_TD, z, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[
 
 def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
     """Use -> tile, for these shapes."""
-    return lambda use: tuning.tile(use, x_TD.device, x_TD.dtype, tf32, weight_N.numel(), len(w_up_EFD))
+    shape = (weight_N.numel(), len(w_up_EFD), tuning.is_even(w_up_EFD))
+    return lambda use: tuning.tile(use, x_TD.device, x_TD.dtype, tf32, *shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -128,7 +129,7 @@ def experts(
     if token_N is not None:
         token_N = token_N.contiguous()
         start_T1 = torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=x_TD.device))
-    routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32)
+    routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32, tuning.is_even(w_up_EFD))
     operands = (x_TD.contiguous(), w_up_EFD.contiguous(), w_down_EDF.contiguous(), weight.contiguous())
     out_TD, _ = _forward(*operands, list(routing), start_T1, activation, tf32)
     return out_TD, Plan(*routing).offset_E1.diff().long()

@@ -2,8 +2,8 @@
 
 A program holds a block of tokens' rows of logits in registers, all experts wide: softmax or sigmoid, the selection
 bias, group-limited choice, K rounds of argmax on integer keys (any K, every id in range and distinct whatever the
-logits), weights, log-sum-exp, and the block's column sums of probabilities. Backward recomputes the scores and writes d(logits)
-from all three gradients at once. Meaning as in `reference.gate`.
+logits), weights, log-sum-exp, and the block's column sums of probabilities. Backward recomputes the scores and writes
+d(logits) from all three gradients at once. Meaning as in `reference.gate`.
 """
 
 import torch

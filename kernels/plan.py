@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512  # rows that one program places, at most
-SCHEDULE = 128  # tiles that one program schedules
-CELLS = 8192  # counts that the scan holds at a time
+SCHEDULE = 64  # tiles that one program schedules, at most
+CELLS = 8192  # counts, or pairs of rows, or of a tile and an expert, that a program holds at a time
+WARPS = 8  # CELLS are 32 to a thread: with fewer warps they spill
 
 
 class Plan(NamedTuple):
@@ -140,10 +141,12 @@ def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -
         _count[(n_blocks,)](expert, count, n_rows, **common, BLOCK=block)
     chunk = min(64, max(1, CELLS // width), triton.next_power_of_2(max(1, n_blocks)))
     _scan[(1,)](
-        count, base, out.offset_E1, out.tile_count, n_blocks, **common, CHUNK=chunk, BLOCK_M=block_m, num_warps=8
+        count, base, out.offset_E1, out.tile_count, n_blocks, **common, CHUNK=chunk, BLOCK_M=block_m, num_warps=WARPS
     )
-    _place[(n_blocks + triton.cdiv(n_tiles, SCHEDULE),)](
+    schedule = max(1, min(SCHEDULE, CELLS // width))
+    _place[(n_blocks + triton.cdiv(n_tiles, schedule),)](
         expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_M, out.tile_slot_M,
-        n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(32, block), SCHEDULE=SCHEDULE, BLOCK_M=block_m,
+        n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(CELLS // BLOCK, block), SCHEDULE=schedule,
+        BLOCK_M=block_m, num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -57,7 +57,7 @@ def columns(acc, PARTS: tl.constexpr):
     if PARTS == 1:
         slices = (acc,)
     else:
-        tl.static_assert(PARTS == 2 or PARTS == 4)
+        tl.static_assert(acc.shape[1] % PARTS == 0)
         left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
         slices = columns(left, PARTS // 2) + columns(right, PARTS // 2)
     return slices

@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("tuning.jsonl")
 VERSIONS = ((3, 6), (3, 7))  # of Triton, that the kernels are tested with
 USES = ("up", "down", "dh", "dx", "wgrad")
 TYPES = ("16bit", "tf32", "fp32")
-LOADS = ("few", "many")  # rows per expert: fewer than FEW on average, or more
+LOADS = ("few", "many")  # rows per expert: fewer than FEW on average (or sizes that need masks), or more
 FEW = 64
 # GPUs that take another's tiles: the same matrix instructions, and at least as much shared memory.
 SAME = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
@@ -66,10 +66,13 @@ def architecture(device: torch.device) -> str:
     return SAME.get(name, name)
 
 
-def tile(use: str, device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int) -> Tile:
-    """The tile for one use of a kernel. Raises `ValueError` for a GPU that the table does not know."""
+def tile(
+    use: str, device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int, even: bool = True
+) -> Tile:
+    """The tile for one use of a kernel. even: D and F need no masks; those that do take the smaller tiles of a light
+    load, whose registers have room for them. Raises `ValueError` for a GPU that the table does not know."""
     kind = "16bit" if dtype.itemsize == 2 else "tf32" if tf32 and dtype == torch.float32 else "fp32"
-    load = "few" if n_rows < FEW * n_experts else "many"
+    load = "few" if n_rows < FEW * n_experts or not even else "many"
     name = architecture(device)
     found = table().get((name, kind, load, use))
     if found is None:
@@ -78,9 +81,16 @@ def tile(use: str, device: torch.device, dtype: torch.dtype, tf32: bool, n_rows:
     return found
 
 
-def block_m(device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int) -> int:
+def block_m(
+    device: torch.device, dtype: torch.dtype, tf32: bool, n_rows: int, n_experts: int, even: bool = True
+) -> int:
     """Rows of a tile of the schedule: the same for every use but wgrad."""
-    return tile("up", device, dtype, tf32, n_rows, n_experts).block_m
+    return tile("up", device, dtype, tf32, n_rows, n_experts, even).block_m
+
+
+def is_even(w_up_EFD: torch.Tensor) -> bool:
+    """Whether an expert's sizes fill every tile of k, so that no product needs a mask."""
+    return w_up_EFD.shape[1] % 128 == 0 and w_up_EFD.shape[2] % 64 == 0
 
 
 @functools.cache

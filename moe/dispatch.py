@@ -35,10 +35,8 @@ def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tup
     if backend == "triton":
         from kernels import experts as fused  # here, because Triton is not everywhere
 
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        return fused.experts(
-            x_TD, w_up_EFD, w_down_EDF, routing.token_N, routing.expert, routing.weight, activation, tf32
-        )
+        rows = (routing.token_N, routing.expert, routing.weight)
+        return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, activation, _tf32())
     token_N, expert_N, weight_N = routing.rows()
     arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation)
     match backend:
@@ -49,3 +47,13 @@ def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tup
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
     return y_TD, reference.count(expert_N, len(w_up_EFD))
+
+
+def _tf32() -> bool:
+    """Whether float32 products may be rounded to tf32, as torch.set_float32_matmul_precision has it."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# torch.compile cannot trace the question. This is what torch.compiler.assume_constant_result sets, without importing
+# the whole compiler here.
+_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -115,11 +115,13 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(
+    ("tile", "activation"),
+    [*((tile, "swiglu") for tile in TILES), ("two parts", "gelu"), ("four parts", "relu2"), ("one program", "gelu")],
+)
 def test_every_use_is_the_loops_on_any_tile(tile, activation):
     with patch.object(tuning, "multiprocessors", lambda device: 1):
-        _check(activation=activation, tile=tile, d=20, f=36)
+        _check(activation=activation, tile=TILES[tile], d=20, f=36)
 
 
 def test_the_order_of_the_tiles_changes_no_bit():
@@ -241,7 +243,7 @@ def test_rows_tokens_and_experts_past_two_to_the_31_elements_are_addressed(activ
     d = f = 256
     width, last = 2 * f if activation == "swiglu" else f, 2**31 // (d * f)
     n_rows = 2**31 // f + 2
-    tile = _tile(16, 256, 256)
+    tile = _tile(16, 128, 64)
     with far_apart():
         i32 = lambda *values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
         where = Plan(

@@ -142,7 +142,7 @@ def test_rows_tokens_and_experts_past_two_to_the_31_elements_are_addressed(gathe
         near = where._replace(token_N=i32(1, 1), offset_E1=i32(0, 2))
         p, q = untouched(n_rows, m), untouched(n_rows, n)
         p[-2:], q[-2:] = torch.randn(2, m, device=DEVICE), torch.randn(2, n, device=DEVICE)
-        got = ragged_wgrad(p, q, where, gather_p, last + 1, _tile(256, 256, 16), False)
-        want = ragged_wgrad(p[-2:].clone(), q[-2:].clone(), near, gather_p, 1, _tile(256, 256, 16), False)
-    assert want.any()
-    assert torch.equal(got[-1], want[0])
+        got = ragged_wgrad(p, q, where, gather_p, last + 1, _tile(64, 64, 16), False)
+        want = ragged_wgrad(p[-2:].clone(), q[-2:].clone(), near, gather_p, 1, _tile(64, 64, 16), False)
+    assert want[0, -64:, -64:].any()
+    assert torch.equal(got[-1, -64:, -64:], want[0, -64:, -64:])  # what the last program writes

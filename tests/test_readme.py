@@ -23,7 +23,7 @@ TRAINING = (
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
 BENCH = (
-    "rounds=1 steps=1 batch_size=2 out=rows.jsonl "
+    "rounds=1 steps=1 batch_size=2 sizes=smoke out=rows.jsonl "
     "model.context=16 model.n_layers=1 model.d_model=32 model.n_heads=2 model.vocab_size=64 "
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
@@ -32,6 +32,7 @@ SMALLER = {
     "compare": TRAINING,
     "bench": BENCH,
     "generate": "max_new=3",
+    "gpu_evidence": "--stage kernels",
     "presets": "",
     "tokenize": "vocab_size=300",
 }

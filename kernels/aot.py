@@ -1,0 +1,343 @@
+"""Proof that every kernel compiles well for GPUs that are not at hand: registers, spills, shared memory, instructions.
+
+    python -m kernels.aot            # compile all, print the table, fail on what is wrong or differs from aot.txt
+    python -m kernels.aot --write    # the same, and keep the table in aot.txt
+
+It calls the functions that production calls, on tensors without memory, with Triton's launch replaced by its compiler:
+the constants, specialisations and tiles are those of a run. What the compilers made of it is read off the binaries.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.knobs import NvidiaTool
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels import experts, gate, tuning
+
+TABLE = Path(__file__).with_name("aot.txt")
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma", "LDGSTS", "UTMALDG")  # four matrix units, two asynchronous copies
+
+
+class Target(NamedTuple):
+    """What a GPU has. A multiprocessor of either maker is four parts with 512 registers a lane each."""
+
+    gpu: GPUTarget
+    matrix: str  # its instruction for 16-bit and tf32 matmuls
+    block_shared: int  # bytes that one block may take
+    shared: int  # bytes of a multiprocessor
+    reserved: int  # bytes that every block takes beside its own
+    warps: int  # of a multiprocessor
+    blocks: int
+
+
+KIB = 1024
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "HMMA", 163 * KIB, 164 * KIB, KIB, 64, 32),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), "HMMA", 99 * KIB, 100 * KIB, KIB, 48, 16),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "HGMMA", 227 * KIB, 228 * KIB, KIB, 64, 32),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "UTCHMMA", 227 * KIB, 228 * KIB, KIB, 64, 32),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "v_mfma", 64 * KIB, 64 * KIB, 0, 32, 16),
+}
+TENSOR_COLUMNS = 512  # of tensor memory, where sm_100 keeps accumulators
+
+
+class Case(NamedTuple):
+    """Sizes that a layer is compiled for."""
+
+    shape: str
+    type: str  # one of tuning.TYPES; 16bit is bfloat16
+    tokens: int
+    d: int
+    f: int
+    experts: int
+    k: int
+    activation: str = "swiglu"
+    ragged: bool = False  # rows are listed with their tokens
+
+    @property
+    def width(self) -> int:
+        """Columns of up's product."""
+        return 2 * self.f if self.activation == "swiglu" else self.f
+
+    @property
+    def even(self) -> bool:
+        """As tuning.is_even."""
+        return tuning.is_even(_new(self.experts, self.width, self.d))
+
+    @property
+    def load(self) -> str:
+        """As tuning.tile calls it."""
+        return "few" if self.tokens * self.k < tuning.FEW * self.experts or not self.even else "many"
+
+
+EVEN = Case("even", "16bit", 16384, 2048, 1024, 64, 8)  # OLMoE's layer
+CASES = (
+    *(EVEN._replace(type=kind, tokens=tokens) for kind in tuning.TYPES for tokens in (64, 16384)),
+    EVEN._replace(shape="gelu", activation="gelu_tanh"),
+    Case("odd", "16bit", 1000, 100, 52, 5, 3, "gelu"),  # rows that no copy engine takes
+    EVEN._replace(shape="ragged", ragged=True),
+)
+
+
+class Launch(NamedTuple):
+    """A kernel that was compiled instead of launched."""
+
+    name: str
+    options: dict[str, Any]
+    kernel: Any
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its tile stands in the tuning table: whether it is a matmul."""
+        return "GROUP_M" in self.options
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    target: str
+    use: str
+    type: str
+    load: str
+    shape: str
+    tile: str
+    tma: bool  # asked for
+    registers: int
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
+    blocks: int  # per multiprocessor
+    counts: dict[str, int]  # of INSTRUCTIONS; of a matmul on cuda, and of every kernel on hip
+
+
+class _Driver:
+    """Stands in for the GPU that Triton looks for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name].gpu
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(name: str) -> Iterator[list[Launch]]:
+    """Inside, launching a kernel compiles it for this target, afresh, and appends it to the list; nothing runs."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        launches.append(Launch(self.__name__, options, run(self, *args, grid=grid, warmup=True, **options)))
+
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), tuning.target(name):
+        triton.knobs.cache.dir = folder
+        with patch.object(JITFunction, "run", compile_only), patch.object(driver, "_active", _Driver(name)):
+            yield launches
+
+
+def _layer(case: Case) -> None:
+    """Launch every kernel of an MoE layer's experts, forward and backward."""
+    dtype = torch.bfloat16 if case.type == "16bit" else torch.float32
+    tf32, t, k, d, f, e = case.type == "tf32", case.tokens, case.k, case.d, case.f, case.experts
+    rows = (t * k,) if case.ragged else (t, k)
+    token_N = _new(t * k, dtype=torch.int64) if case.ragged else None
+    start_T1 = _new(t + 1, dtype=torch.int64) if case.ragged else None
+    routing = list(experts._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
+    x_TD, w_down_EDF = _new(t, d, dtype=dtype), _new(e, d, f, dtype=dtype)
+    w_up_EFD = _new(e, case.width, d, dtype=dtype)
+    rest = (_new(*rows), routing, start_T1, case.activation, tf32)
+    out_TD, z = experts._forward._init_fn(x_TD, w_up_EFD, w_down_EDF, *rest)
+    experts._backward._init_fn(out_TD, x_TD, z, w_up_EFD, w_down_EDF, *rest)
+
+
+def _route(t: int, e: int, k: int, score: str, groups: int, k_groups: int) -> None:
+    """Launch the gate, forward and backward, and the plan of what it chose."""
+    bias_E = _new(e) if score == "sigmoid" else None
+    expert, *outputs = gate._forward._init_fn(_new(t, e), k, score, bias_E, True, 1.0, groups, k_groups, 2)
+    gate._backward._init_fn(_new(t, e), expert, *outputs, score, True, 1.0)
+    experts._plan._init_fn(expert, None, e, torch.bfloat16, False)
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _jobs() -> list[tuple[str, str, str, Callable[[], None]]]:
+    """(shape, type, load, what launches its kernels)."""
+    layers = [(case.shape, case.type, case.load, partial(_layer, case)) for case in CASES]
+    plain, grouped = partial(_route, 16384, 64, 8, "softmax", 1, 1), partial(_route, 16384, 256, 8, "sigmoid", 8, 4)
+    return [*layers, ("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped)]
+
+
+def _use(launch: Launch) -> str:
+    """What a launch is for."""
+    options = launch.options
+    if launch.name == "_ragged_mm":
+        store = "down" if options["K_MAJOR"] else "dx"
+        return {"activate": "up", "backward": "dh", "store": store}[options["EPILOGUE"]]
+    if launch.name == "_ragged_wgrad":
+        return "wgrad_down" if options["GATHER_P"] else "wgrad_up"
+    if launch.name == "_combine":
+        return "combine_weighted" if options["WEIGHTED"] else "combine_plain"
+    return launch.name.removeprefix("_")
+
+
+def table(name: str) -> list[Row]:
+    """Compile everything for one target. A binary that cases share is listed once, a matmul once per type and load."""
+    rows: dict[tuple, Row] = {}
+    with compiling(name) as launches:
+        for shape, kind, load, launch_all in _jobs():
+            launches.clear()
+            launch_all()
+            for launch in launches:
+                key = (launch.kernel, kind, load) if launch.tuned else (launch.kernel,)
+                if key not in rows:
+                    rows[key] = _row(name, kind, load, shape, launch)
+    return list(rows.values())
+
+
+def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
+    target, use, asm, metadata = TARGETS[name], _use(launch), launch.kernel.asm, launch.kernel.metadata
+    tile, tma = f"w{metadata.num_warps}", False
+    if launch.tuned:
+        tma = tuning.table()[name, kind, load, use.split("_")[0]].tma
+        sizes = "x".join(str(launch.options[f"BLOCK_{axis}"]) for axis in "MNK")
+        tile = f"{sizes} {tile} s{metadata.num_stages}" + " tma" * tma
+    cuda = target.gpu.backend == "cuda"
+    registers, spilled, count = _nvidia(asm["cubin"], launch.tuned) if cuda else _amd(asm["amdgcn"])
+    columns = getattr(metadata, "tmem_size", 0)
+    blocks = blocks_per_multiprocessor(target, registers, metadata.num_warps, metadata.shared, columns)
+    counted = {each: count[each] for each in INSTRUCTIONS}
+    return Row(name, use, kind, load, shape, tile, tma, registers, spilled, metadata.shared, blocks, counted)
+
+
+def _nvidia(cubin: bytes, matmul: bool) -> tuple[int, int, Counter[str]]:
+    """Registers of a thread, bytes that it stores to a stack (ptxas: spill stores), and a matmul's instructions."""
+
+    def read(tool: NvidiaTool, *flags: str) -> str:
+        return subprocess.run([tool.path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", read(triton.knobs.nvidia.cuobjdump, "-res-usage"))
+        assert usage, "cuobjdump names no registers"
+        registers, stack = map(int, usage.groups())
+        code = read(triton.knobs.nvidia.nvdisasm, "-c", "-ndf") if matmul or stack else ""
+    words = {"": 4, ".64": 8, ".128": 16}
+    spilled = sum(words[width] for width in re.findall(r"\bSTL(\.64|\.128|)\b", code))
+    return registers, spilled, Counter(re.findall(r"\b[A-Z]+\b", code))
+
+
+def _amd(code: str) -> tuple[int, int, Counter[str]]:
+    """The same, from the assembler's own account. Registers are vector registers of both kinds."""
+    number = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)$", code, re.MULTILINE)}
+    return number["vgpr_count"], 4 * number["vgpr_spill_count"], Counter({"v_mfma": code.count("v_mfma")})
+
+
+def blocks_per_multiprocessor(target: Target, registers: int, warps: int, shared: int, columns: int = 0) -> int:
+    """How many blocks of so many warps are resident at once.
+
+    Each of the four parts deals its registers to warps in eights per lane, so 4 (512 // registers) warps fit; shared
+    memory, tensor memory (512 columns) and the limits on warps and blocks divide likewise."""
+    resident = min(4 * (512 // (-(-registers // 8) * 8)), target.warps)
+    limits = [resident // warps, target.shared // (shared + target.reserved or 1), target.blocks]
+    return min([*limits, TENSOR_COLUMNS // columns] if columns else limits)
+
+
+def check(rows: list[Row]) -> list[str]:
+    """What is wrong with these kernels, a sentence each."""
+    wrong = []
+    for row in rows:
+        target = TARGETS[row.target]
+        who = f"{row.use} ({row.type}, {row.load}, {row.shape}, {row.tile}) on {row.target}"
+        if row.spilled:
+            wrong.append(f"{who} spills {row.spilled} bytes per thread.")
+        if row.shared > target.block_shared:
+            wrong.append(f"{who} takes {row.shared} bytes of shared memory; a block may take {target.block_shared}.")
+        if row.use.split("_")[0] in tuning.USES and row.type != "fp32" and not row.counts[target.matrix]:
+            wrong.append(f"{who} has no {target.matrix} instruction.")
+        if row.tma and row.shape == "even" and not row.counts["UTMALDG"]:
+            wrong.append(f"{who} asks for tma and has no UTMALDG instruction.")
+    return wrong
+
+
+HEADER = ("target", "use", "type", "load", "shape", "tile", "regs", "spill", "shared", "blocks", *INSTRUCTIONS)
+WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(each) + 2 for each in INSTRUCTIONS))
+
+
+def render(rows: list[Row]) -> str:
+    """The table as aot.txt keeps it."""
+    lines: list[tuple] = [HEADER]
+    for row in rows:
+        numbers = (row.registers, row.spilled, row.shared, row.blocks, *(row.counts[each] for each in INSTRUCTIONS))
+        lines.append((row.target, row.use, row.type, row.load, row.shape, row.tile, *numbers))
+    body = "".join(
+        "".join(str(cell or ".").ljust(width) for cell, width in zip(line, WIDTHS, strict=True)).rstrip() + "\n"
+        for line in lines
+    )
+    return f"# triton {triton.__version__}\n{body}"
+
+
+def compare(new: str, kept: str) -> tuple[list[str], str]:
+    """What differs between two tables: a sentence or none, and a unified diff or a remark."""
+    now, then = new.splitlines(True), kept.splitlines(True)
+    if now[0] != then[0]:
+        return [], f"aot.txt was written with {then[0][2:-1]}, this is {now[0][2:-1]}: the tables are not compared.\n"
+    if now == then:
+        return [], ""
+    diff = difflib.unified_diff(then, now, "aot.txt", "now", n=0)
+    return ["The table differs from aot.txt; if that is meant, keep it with --write."], "".join(diff)
+
+
+def main() -> None:
+    """Compile, print, check, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep the table in aot.txt instead of comparing with it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets that compile at the same time")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it.")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        rows = [row for each in pool.map(table, TARGETS) for row in each]
+    text = render(rows)
+    print(text, end="")
+    wrong = check(rows)
+    if arguments.write:
+        TABLE.write_text(text)
+    else:
+        changed, remark = compare(text, TABLE.read_text())
+        wrong += changed
+        print(remark, end="")
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Claims about the table of tiles and how one is looked up."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import tuning
+
+GPUS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def _properties(monkeypatch, hip=None, **properties):
+    """Pretend that the machine has one GPU, with these properties."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def _up(dtype=torch.bfloat16, tf32=False, rows=4096, device=CPU):
+    return tuning.tile("up", device, dtype, tf32, rows, 64)
+
+
+def test_every_gpu_type_load_and_use_has_a_tile_and_nothing_else_does():
+    assert set(tuning.table()) == set(product((*GPUS, "interpreter"), tuning.TYPES, tuning.LOADS, tuning.USES))
+    assert len(tuning.table()) == len(tuning.TABLE.read_text().splitlines())  # no key twice
+
+
+def test_the_uses_that_walk_over_one_schedule_have_tiles_of_one_height():
+    for arch, kind, load in product((*GPUS, "interpreter"), tuning.TYPES, tuning.LOADS):
+        heights = {tuning.table()[arch, kind, load, use].block_m for use in tuning.USES if use != "wgrad"}
+        assert len(heights) == 1, f"{arch} {kind} {load}: {heights}"
+
+
+@pytest.mark.parametrize("key", tuning.table(), ids="-".join)
+def test_a_tile_is_one_that_triton_takes(key):
+    tile = tuning.table()[key]
+    for size in (tile.block_m, tile.block_n, tile.block_k, tile.parts, tile.num_warps):
+        assert size.bit_count() == 1
+    assert min(tile.block_m, tile.block_n // tile.parts, tile.block_k) >= 16
+    assert min(tile.group_m, tile.num_stages) >= 1
+    assert tile.per_sm >= 0
+    assert not tile.tma or key[0] in ("sm_90", "sm_100")  # the others have no such engine
+
+
+@pytest.mark.parametrize(("capability", "name"), [((9, 0), "sm_90"), ((8, 9), "sm_86"), ((12, 0), "sm_86")])
+def test_a_gpu_takes_its_own_tiles_or_those_of_one_like_it(monkeypatch, capability, name):
+    _properties(monkeypatch, major=capability[0], minor=capability[1])
+    assert tuning.architecture(GPU) == name
+    assert _up(device=GPU) == tuning.table()[name, "16bit", "many", "up"]
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx90a:sramecc+:xnack-"])
+def test_an_amd_gpu_is_known_by_its_name_without_features(monkeypatch, name):
+    _properties(monkeypatch, hip="6.4", gcnArchName=name)
+    assert tuning.architecture(GPU) == "gfx942"
+
+
+def test_whatever_is_said_to_be_alike_has_tiles():
+    assert set(tuning.SAME.values()) <= set(GPUS)
+    assert not set(tuning.SAME) & set(GPUS)
+
+
+def test_an_unknown_gpu_is_refused_in_one_sentence_that_names_the_known_ones():
+    said = pytest.raises(ValueError, match=r"has no tiles for sm_70; .*sm_90.* Use dispatch=torch\.")
+    with tuning.target("sm_70"), said:
+        _up()
+
+
+def test_few_rows_are_fewer_than_64_an_expert_on_average():
+    for rows, load in ((0, "few"), (64 * 64 - 1, "few"), (64 * 64, "many"), (2**31, "many")):
+        with tuning.target("sm_90"):
+            assert _up(rows=rows) == tuning.table()["sm_90", "16bit", load, "up"]
+
+
+def test_the_element_type_chooses_the_row_and_tf32_speaks_of_float32_alone():
+    kinds = [
+        (torch.bfloat16, False, "16bit"), (torch.float16, True, "16bit"), (torch.float32, False, "fp32"),
+        (torch.float32, True, "tf32"), (torch.float64, True, "fp32"),
+    ]  # fmt: skip
+    with tuning.target("sm_90"):
+        for dtype, tf32, kind in kinds:
+            assert _up(dtype, tf32) == tuning.table()["sm_90", kind, "many", "up"], f"{dtype}, tf32={tf32}"
+
+
+def test_the_schedules_block_is_the_tiles():
+    for name in GPUS:
+        with tuning.target(name):
+            assert tuning.block_m(CPU, torch.bfloat16, False, 2**20, 64) == _up(rows=2**20).block_m
+
+
+def test_a_target_ends_with_its_block_and_nests():
+    assert tuning.architecture(CPU) == "interpreter"
+    with tuning.target("sm_90"):
+        with tuning.target("sm_80"):
+            assert tuning.architecture(CPU) == "sm_80"
+        assert tuning.architecture(CPU) == "sm_90"
+        with pytest.raises(KeyError), tuning.target("gfx942"):
+            raise KeyError
+        assert tuning.architecture(CPU) == "sm_90"
+    assert tuning.architecture(CPU) == "interpreter"
+
+
+def test_a_persistent_tile_starts_so_many_programs_a_multiprocessor_and_another_has_no_limit(monkeypatch):
+    tuning.multiprocessors.cache_clear()
+    _properties(monkeypatch, multi_processor_count=132)
+    tile = tuning.table()["sm_90", "16bit", "many", "up"]
+    assert tuning.programs(GPU, tile._replace(per_sm=2)) == 264
+    assert tuning.programs(GPU, tile._replace(per_sm=0)) >= 2**31 - 1
+    assert tuning.programs(CPU, tile._replace(per_sm=2)) == 2
+    tuning.multiprocessors.cache_clear()
