@@ -110,3 +110,13 @@ def test_a_persistent_tile_starts_so_many_programs_a_multiprocessor_and_another_
     assert tuning.programs(GPU, tile._replace(per_sm=0)) >= 2**31 - 1
     assert tuning.programs(CPU, tile._replace(per_sm=2)) == 2
     tuning.multiprocessors.cache_clear()
+
+
+def test_sizes_that_need_masks_take_the_tiles_of_a_light_load():
+    for width, d, even in ((2048, 2048, True), (2816, 576, True), (2048, 100, False), (104, 2048, False)):
+        assert tuning.is_even(torch.empty(4, width, d, device="meta")) == even, f"2F={width} D={d}"
+    with tuning.target("sm_90"):
+        tile = tuning.tile("dh", CPU, torch.bfloat16, False, 2**20, 64, even=False)
+        assert tile == tuning.table()["sm_90", "16bit", "few", "dh"]
+        height = tuning.block_m(CPU, torch.bfloat16, False, 2**20, 64, even=False)
+        assert height == tile.block_m
