@@ -93,7 +93,10 @@ class Case(NamedTuple):
 EVEN = Case("even", "16bit", 16384, 2048, 1024, 64, 8)  # OLMoE's layer
 CASES = (
     *(EVEN._replace(type=kind, tokens=tokens) for kind in tuning.TYPES for tokens in (64, 16384)),
-    EVEN._replace(shape="gelu", activation="gelu_tanh"),
+    EVEN._replace(shape="tanh", activation="gelu_tanh"),
+    *(EVEN._replace(shape="gelu", type=kind, activation="gelu") for kind in tuning.TYPES),
+    EVEN._replace(shape="clamped", f=1408),  # no multiple of the widest tile
+    Case("masked", "16bit", 1000, 96, 80, 5, 3),  # multiples of 16, and of no tile
     Case("odd", "16bit", 1000, 100, 52, 5, 3, "gelu"),  # rows that no copy engine takes
     EVEN._replace(shape="ragged", ragged=True),
 )

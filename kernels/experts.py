@@ -116,9 +116,9 @@ def experts(
 ) -> tuple[Tensor, Tensor]:
     """`reference.experts` on a GPU: -> the weighted sum (T, D) and the rows of every expert (E,) int64.
 
-    expert and weight are (T, K) with token_N None, or (N,) with token_N (N,) ascending; -1 is no expert. tf32: multiply
-    float32 in tf32 (10 bits of mantissa) on tensor cores, instead of exactly. Under autocast x and the weights are
-    rounded to its dtype. Raises `ValueError` for operands the kernels do not take."""
+    expert and weight are (T, K) with token_N None, or (N,) with token_N (N,) ascending; -1 is no expert. tf32: float32
+    may be multiplied in tf32 (10 bits of mantissa), where the GPU's matrix cores do that, instead of exactly. Under
+    autocast x and the weights are rounded to its dtype. Raises `ValueError` for operands the kernels do not take."""
     kind = x_TD.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -163,6 +163,10 @@ def _check(
         raise ValueError(
             f"dispatch=triton takes expert and weight (T, K), or (N,) with token_N (N,); they are "
             f"{tuple(expert.shape)}, {tuple(weight.shape)}, {None if token_N is None else tuple(token_N.shape)}."
+        )
+    if gate * f * d >= 2**31:  # an address within one expert's matrix is an int32
+        raise ValueError(
+            f"dispatch=triton takes experts whose w_up has fewer than 2^31 elements; {gate}F·D is {gate * f * d}."
         )
     if expert.numel() >= 2**31:
         raise ValueError(f"dispatch=triton takes fewer than 2^31 routed rows; there are {expert.numel()}.")

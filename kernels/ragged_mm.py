@@ -36,6 +36,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def clamp(n, N: tl.constexpr):
+    """n, which holds aligned runs of 16, where it is below N; elsewhere another index below N.
+
+    Runs stay runs, of the largest power of two up to 16 that divides N, and the compiler is told so: else it would load
+    element by element and without asynchronous copies."""
+    RUN: tl.constexpr = (N | 16) & -(N | 16)
+    return tl.max_contiguous(tl.multiple_of(tl.where(n < N, n, n % RUN), RUN), RUN)
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     """An ungated activation and its derivative."""
     if ACTIVATION == "gelu":
@@ -83,7 +93,8 @@ def _store_activated(y, z, h, slot, live, start, N: tl.constexpr, ACTIVATION: tl
         tl.store(h + at * (N // 2) + f, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=keep)
     else:
         _store(y, z, slot, live, start, N)
-        value, _ = activate(y, ACTIVATION)
+        # Of z as it is stored, as the backward will read it; in its fewer bits it also takes fewer registers.
+        value, _ = activate(y.to(z.dtype.element_ty).to(y.dtype), ACTIVATION)
         _store(value, h, slot, live, start, N)
 
 
@@ -165,7 +176,7 @@ def _ragged_mm(
             source = tl.load(token + slot, mask=live, other=0) if GATHER else tl.where(live, slot, first)
             a_rows = a + source.to(tl.int64)[:, None] * K
         if not B_TMA:
-            within = n if N % BLOCK_N == 0 else tl.where(n < N, n, 0)
+            within = n if N % BLOCK_N == 0 else clamp(n, N)
             column = (within % 2) * (N // 2) + within // 2 if PAIRED else within
             b_columns = b + e.to(tl.int64) * (N * K) + column[None, :] * (K if K_MAJOR else 1)
 
@@ -177,7 +188,7 @@ def _ragged_mm(
                 a_tile = tl.load(a_rows + (k0 + k)[None, :])
             else:
                 inside = k0 + k < K
-                a_tile = tl.load(a_rows + tl.where(inside, k0 + k, 0)[None, :], mask=inside[None, :], other=0.0)
+                a_tile = tl.load(a_rows + clamp(k0 + k, K)[None, :], mask=inside[None, :], other=0.0)
             if B_TMA:
                 if PAIRED:
                     b_tile = b.load([e, tile_n * (BLOCK_N // 2), 0, k0]).reshape(BLOCK_N, BLOCK_K).T
@@ -189,7 +200,7 @@ def _ragged_mm(
                 if K % BLOCK_K == 0 and N % BLOCK_N == 0:
                     b_tile = tl.load(b_columns + (k0 + k)[:, None] * (1 if K_MAJOR else N))
                 else:
-                    at = tl.where(k0 + k < K, k0 + k, 0)[:, None] * (1 if K_MAJOR else N)
+                    at = clamp(k0 + k, K)[:, None] * (1 if K_MAJOR else N)
                     b_tile = tl.load(b_columns + at, mask=(k0 + k < K)[:, None] & (n < N)[None, :], other=0.0)
             acc = dot(a_tile, b_tile, acc, PRECISION)
 
@@ -288,7 +299,7 @@ def _launch(
         a_source, b_source, out, h, z, weight, dweight, plan.token_N, plan.row_N, plan.offset_E1,
         plan.tile_expert_M, plan.tile_slot_M, plan.tile_count, k,
         N=n, K=k, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=activation,
-        PRECISION="tf32" if tf32 else "ieee", ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
+        PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.plan import Plan
-from kernels.ragged_mm import accumulator, dot
+from kernels.ragged_mm import accumulator, clamp, dot
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _ragged_wgrad(
     m = (group * GROUP_M + tile % (GROUP_M * TILES_N) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % (GROUP_M * TILES_N) // height * BLOCK_N + tl.arange(0, BLOCK_N)
     # An asynchronous copy may touch an address whose lane is masked off: every address is a valid one.
-    p_column = m if M % BLOCK_M == 0 else tl.where(m < M, m, 0)
-    q_column = n if N % BLOCK_N == 0 else tl.where(n < N, n, 0)
+    p_column = m if M % BLOCK_M == 0 else clamp(m, M)
+    q_column = n if N % BLOCK_N == 0 else clamp(n, N)
     end = tl.load(offset + e + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for first in range(tl.load(offset + e), end, BLOCK_K):
@@ -41,11 +41,12 @@ def _ragged_wgrad(
         live = slot < end
         at = tl.where(live, slot, first)
         source = tl.load(token + at).to(tl.int64)
-        p_row = p + (source if GATHER_P else at.to(tl.int64))[:, None] * M
+        # p is read as its transpose: one that is transposed after the load goes through registers on sm_80.
+        p_row = p + (source if GATHER_P else at.to(tl.int64))[None, :] * M
         q_row = q + (at.to(tl.int64) if GATHER_P else source)[:, None] * N
-        p_tile = tl.load(p_row + p_column[None, :], mask=live[:, None] & (m[None, :] < M), other=0.0)
+        p_tile = tl.load(p_row + p_column[:, None], mask=live[None, :] & (m[:, None] < M), other=0.0)
         q_tile = tl.load(q_row + q_column[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
-        acc = dot(p_tile.T, q_tile, acc, PRECISION)
+        acc = dot(p_tile, q_tile, acc, PRECISION)
     out_tile = out + e.to(tl.int64) * (M * N) + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out_tile, acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -59,7 +60,7 @@ def ragged_wgrad(
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), n_experts)
     _ragged_wgrad[grid](
         p, q, out, plan.token_N, plan.offset_E1, M=m, N=n, GATHER_P=gather_p,
-        PRECISION="tf32" if tf32 else "ieee", ACC=accumulator(p.dtype),
+        PRECISION=tuning.precision(p.device, tf32), ACC=accumulator(p.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -3,9 +3,15 @@
 Written to be obvious, not quick; the fast paths are tested against this file. Letters as in `moe/__init__.py`.
 """
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ROUNDS = 16  # of maxima at most: for more experts a token a sort is quicker (on a CPU)
+CACHED = 2**18  # logits that rounds of maxima go through at a time
 
 
 def gate(
@@ -31,21 +37,58 @@ def gate(
     score_TE = scores(logits_TE, score)
     # Without a bias the logits order the experts as the scores do, and still tell apart scores that round to the same.
     rank_TE = score_TE.detach() + bias_E if bias_E is not None else logits_TE.detach()
-    order_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
+    outside_TE = None
     if groups > 1:
         value_TE = rank_TE if bias_E is not None else score_TE.detach()
-        best = value_TE.unflatten(-1, (groups, -1)).sort(dim=-1, descending=True).values[..., :group_top].sum(-1)
-        chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, :k_groups]
-        outside = torch.ones_like(best, dtype=torch.uint8).scatter(-1, chosen, 0)
-        outside_TE = outside.repeat_interleave(logits_TE.shape[1] // groups, -1).gather(-1, order_TE)
-        order_TE = order_TE.gather(-1, outside_TE.sort(dim=-1, stable=True).indices)
-    expert_TK = order_TE[:, :k]
+        each = logits_TE.shape[1] // groups
+        best = value_TE.unflatten(-1, (groups, each)).topk(min(group_top, each)).values.sum(-1)
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(-1, _largest(best, k_groups), False)
+        outside_TE = outside.repeat_interleave(each, -1)
+    expert_TK = _largest(rank_TE, k, outside_TE)
     weight_TK = score_TE.gather(-1, expert_TK)
     tiny = torch.finfo(logits_TE.dtype).tiny
     if renormalize:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(tiny)
     prob_TE = score_TE if score == "softmax" else score_TE / score_TE.sum(-1, keepdim=True).clamp_min(tiny)
     return expert_TK, weight_TK * scale, logits_TE.logsumexp(-1), prob_TE.sum(0)
+
+
+def _largest(rank_TE: Tensor, k: int, outside_TE: Tensor | None = None) -> Tensor:
+    """The first k of every row's stable, descending sort: (T, E) -> (T, k) int64. Columns marked in `outside_TE` come
+    last."""
+    n_experts = rank_TE.shape[1]
+    if k > min(ROUNDS, n_experts // 4) or n_experts > 2**15:
+        order_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
+        if outside_TE is not None:
+            order_TE = order_TE.gather(-1, outside_TE.gather(-1, order_TE).byte().sort(dim=-1, stable=True).indices)
+        return order_TE[:, :k]
+    # By parts that stay in a CPU's cache; a compiler fuses the rounds, and a GPU would rather have one large kernel.
+    rows = max(CACHED // n_experts, 1)
+    if rank_TE.device.type != "cpu" or torch.compiler.is_compiling() or len(rank_TE) <= rows:
+        return _rounds(rank_TE, k, outside_TE)
+    outside = itertools.repeat(None) if outside_TE is None else outside_TE.split(rows)
+    return torch.cat([_rounds(rank, k, out) for rank, out in zip(rank_TE.split(rows), outside, strict=False)])
+
+
+def _rounds(rank_TE: Tensor, k: int, outside_TE: Tensor | None) -> Tensor:
+    """`_largest` by k rounds of maxima.
+
+    argmax and topk leave the order of equals to the device. Here a column's place, counted from the last, says which of
+    a row's maxima comes first; taken columns have place 0, so that a row of -inf goes on to those that are left."""
+    n_experts = rank_TE.shape[1]
+    place_TE = torch.arange(n_experts - 1, -1, -1, dtype=torch.int16, device=rank_TE.device)[None]
+    if outside_TE is not None:
+        rank_TE, place_TE = rank_TE.masked_fill(outside_TE, -math.inf), place_TE.masked_fill(outside_TE, 0)
+    elif k > 1:
+        rank_TE, place_TE = rank_TE.clone(), place_TE.repeat(len(rank_TE), 1)
+    chosen: list[Tensor] = []
+    while True:
+        place = ((rank_TE == rank_TE.amax(-1, keepdim=True)) * place_TE).amax(-1, keepdim=True)
+        chosen.append(n_experts - 1 - place.long())
+        if len(chosen) == k:
+            return torch.cat(chosen, -1)
+        rank_TE.scatter_(-1, chosen[-1], -math.inf)
+        place_TE.scatter_(-1, chosen[-1], 0)
 
 
 def scores(logits_TE: Tensor, score: str) -> Tensor:

@@ -27,6 +27,7 @@ FEW = 64
 # GPUs that take another's tiles: the same matrix instructions, and at least as much shared memory.
 SAME = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
 SAME |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
+EXACT = ("gfx90a", "gfx950")  # GPUs for which Triton compiles no tf32 product
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 
@@ -57,13 +58,22 @@ def target(name: str) -> Iterator[None]:
 
 def architecture(device: torch.device) -> str:
     """The device's name in the table: sm_90, gfx942, ..., or interpreter for a CPU."""
+    name = _own_name(device)
+    return SAME.get(name, name)
+
+
+def _own_name(device: torch.device) -> str:
     if name := _target.get():
         return name
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return SAME.get(name, name)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def precision(device: torch.device, tf32: bool) -> str:
+    """How to multiply float32: "tf32" or "ieee" (exactly). tf32 is a permission, which gfx90a and gfx950 cannot use."""
+    return "tf32" if tf32 and _own_name(device) not in EXACT else "ieee"
 
 
 def tile(
@@ -71,7 +81,8 @@ def tile(
 ) -> Tile:
     """The tile for one use of a kernel. even: D and F need no masks; those that do take the smaller tiles of a light
     load, whose registers have room for them. Raises `ValueError` for a GPU that the table does not know."""
-    kind = "16bit" if dtype.itemsize == 2 else "tf32" if tf32 and dtype == torch.float32 else "fp32"
+    rounded = dtype == torch.float32 and precision(device, tf32) == "tf32"
+    kind = "16bit" if dtype.itemsize == 2 else "tf32" if rounded else "fp32"
     load = "few" if n_rows < FEW * n_experts or not even else "many"
     name = architecture(device)
     found = table().get((name, kind, load, use))

@@ -374,6 +374,20 @@ def test_two_to_the_31_rows_are_refused():
         module._check(new(1, 4), new(5, 6, 4), new(5, 4, 3), None, new(1, 2**31), new(1, 2**31), "swiglu")
 
 
+def test_one_experts_weight_of_two_to_the_31_elements_is_refused():
+    new = lambda *shape: torch.empty(shape, device="meta")
+    d = 2**15
+
+    def check(f, activation, gate):
+        module._check(new(1, d), new(2, gate * f, d), new(2, d, f), None, new(1, 2), new(1, 2), activation)
+
+    for activation, gate in (("swiglu", 2), ("relu2", 1)):
+        check(2**16 // gate - 1, activation, gate)
+        sentence = rf"takes experts whose w_up has fewer than 2\^31 elements; {gate}F·D is 2147483648\.$"
+        with pytest.raises(ValueError, match=sentence):
+            check(2**16 // gate, activation, gate)
+
+
 class Zeroed:
     """A kernel that, on launches that have these constants, leaves zeros in its outputs, which are these arguments."""
 

@@ -8,12 +8,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_plan import DEVICE, LOADS, far_apart, poisoned, untouched
 
 from kernels import ragged_mm as module
 from kernels import reference, tuning
 from kernels.plan import Plan, plan
-from kernels.ragged_mm import dh, down, dx, up
+from kernels.ragged_mm import clamp, dh, down, dx, up
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -132,6 +134,30 @@ def test_the_order_of_the_tiles_changes_no_bit():
         ]
     for walk in walks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(walks[0], walk, strict=True))
+
+
+@triton.jit
+def _clamped(out, N: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + n, clamp(n, N))
+
+
+@pytest.mark.parametrize(("n", "run"), [(1, 1), (6, 2), (20, 4), (24, 8), (80, 16), (96, 16), (33, 1)])
+def test_a_clamped_index_exists_and_lies_in_the_aligned_runs_that_the_compiler_is_promised(n, run):
+    out = torch.full((128,), -1, dtype=torch.int32, device=DEVICE)
+    _clamped[(4,)](out, n, 32)
+    assert out[:n].tolist() == list(range(n))
+    assert ((out >= 0) & (out < n)).all()
+    runs = out.view(-1, run)
+    assert (runs[:, 0] % run == 0).all()
+    assert (runs == runs[:, :1] + torch.arange(run, device=DEVICE)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "f"), [(24, 40), (48, 80), (40, 36)])
+def test_every_use_is_the_loops_where_tiles_end_past_sizes_that_are_multiples(d, f, dtype):
+    for activation in ("swiglu", "gelu"):
+        _check(activation=activation, dtype=dtype, tile=_tile(16, 64, 32), d=d, f=f)
 
 
 class Spy:

@@ -69,7 +69,7 @@ def test_the_gradient_is_the_loops_in_any_dtype(dtype, gather_p):
 
 
 @USES
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (33, 5), (16, 32)])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 17), (33, 5), (16, 32), (24, 40), (48, 80)])
 def test_the_gradient_is_the_loops_for_odd_sizes(m, n, gather_p):
     _check(gather_p=gather_p, m=m, n=n)
 

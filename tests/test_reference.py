@@ -66,6 +66,73 @@ def test_gate_gradients_are_the_derivative_and_the_bias_gets_none(score, renorma
     assert bias.grad is None
 
 
+def _sorted_choice(rank, group_score, k, groups, k_groups, group_top):
+    """One token's experts, by sorting: the best groups' first, then the higher rank, then the lower index."""
+    each = len(rank) // groups
+    score = [sum(sorted(group_score[g * each : (g + 1) * each], reverse=True)[:group_top]) for g in range(groups)]
+    best = sorted(range(groups), key=lambda g: (-score[g], g))[:k_groups]
+    return sorted(range(len(rank)), key=lambda e: (e // each not in best, -rank[e], e))[:k]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_the_choice_is_a_stable_sort_whatever_is_equal_or_minus_infinity(data):
+    groups, each = data.draw(st.sampled_from([(1, 1), (1, 5), (1, 16), (1, 70), (2, 4), (4, 3), (8, 8)]))
+    n_experts, k_groups = groups * each, data.draw(st.integers(1, groups))
+    k = data.draw(st.integers(1, k_groups * each) | st.sampled_from([1, k_groups * each]))
+    value = st.sampled_from([-math.inf, -1e38, -1.0, -0.0, 0.0, 2.0])
+    row = st.lists(value, min_size=n_experts, max_size=n_experts) | value.map(lambda v: [v] * n_experts)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=3)), dtype=torch.float32)
+    bias = data.draw(st.none() | st.lists(st.sampled_from([-1.0, 0.0, 0.5]), min_size=n_experts, max_size=n_experts))
+    group_top = data.draw(st.integers(1, 3))
+    expert = reference.gate(
+        logits, k, "sigmoid", None if bias is None else torch.tensor(bias), groups=groups, k_groups=k_groups,
+        group_top=group_top,
+    )[0]  # fmt: skip
+    score = logits.sigmoid()
+    rank = logits if bias is None else score + torch.tensor(bias)
+    group_score = score if bias is None else rank
+    for t in range(len(logits)):
+        want = _sorted_choice(rank[t].tolist(), group_score[t].tolist(), k, groups, k_groups, group_top)
+        assert expert[t].tolist() == want
+
+
+@pytest.mark.parametrize("k", [1, 4, 20, 64])
+def test_infinite_logits_are_chosen_in_order_and_nan_stays_within_range(k):
+    logits = torch.zeros(3, 64)
+    logits[0, 5::2], logits[1, ::3] = math.inf, math.nan
+    logits[2] = math.nan
+    expert = reference.gate(logits, k, "sigmoid")[0]
+    assert expert[0].tolist() == logits[0].sort(descending=True, stable=True).indices[:k].tolist()
+    assert ((expert >= 0) & (expert < 64)).all()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_tokens_chosen_for_in_parts_get_what_they_get_together(monkeypatch, groups):
+    logits = torch.randint(-3, 3, (103, 64), generator=torch.Generator().manual_seed(0)).double()
+    choose = lambda: reference.gate(logits, 3, "softmax", groups=groups, k_groups=2)[0]
+    whole = choose()
+    for cached in (1, 64 * 10, 64 * 103):
+        monkeypatch.setattr(reference, "CACHED", cached)
+        assert choose().equal(whole)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_gate_compiles_to_one_graph(groups):
+    logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    gate = torch.compile(reference.gate, fullgraph=True, backend="eager")
+    for k in (2, 20):
+        compiled = gate(logits, k, "softmax", groups=groups, k_groups=2)[0]
+        assert compiled.equal(reference.gate(logits, k, "softmax", groups=groups, k_groups=2)[0])
+
+
+def test_the_choice_leaves_the_logits_as_they_were():
+    logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    reference.gate(logits, 3, "softmax")
+    assert logits.equal(before)
+
+
 def test_renormalising_scores_that_underflow_gives_no_nan():
     weight = reference.gate(torch.full((1, 3), -200.0), 2, "sigmoid", None, True, 1.0)[1]
     assert (weight == 0).all()

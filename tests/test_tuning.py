@@ -120,3 +120,21 @@ def test_sizes_that_need_masks_take_the_tiles_of_a_light_load():
         assert tile == tuning.table()["sm_90", "16bit", "few", "dh"]
         height = tuning.block_m(CPU, torch.bfloat16, False, 2**20, 64, even=False)
         assert height == tile.block_m
+
+
+def test_tf32_is_a_permission_that_a_gpu_without_it_does_not_use():
+    for name in ("gfx90a", "gfx950"):
+        with tuning.target(name):
+            assert [tuning.precision(CPU, tf32) for tf32 in (True, False)] == ["ieee", "ieee"]
+            assert _up(torch.float32, tf32=True) == tuning.table()["gfx942", "fp32", "many", "up"]
+            assert tuning.block_m(CPU, torch.float32, True, 4096, 64) == _up(torch.float32, tf32=False).block_m
+            assert _up(torch.bfloat16, tf32=True) == tuning.table()["gfx942", "16bit", "many", "up"]
+    for name in (*GPUS, "sm_89"):
+        with tuning.target(name):
+            assert [tuning.precision(CPU, tf32) for tf32 in (True, False)] == ["tf32", "ieee"]
+
+
+@pytest.mark.parametrize("name", ["gfx90a:sramecc+:xnack-", "gfx950:sramecc+:xnack-"])
+def test_a_gpu_with_anothers_tiles_keeps_its_own_precision(monkeypatch, name):
+    _properties(monkeypatch, hip="7.0", gcnArchName=name)
+    assert tuning.precision(GPU, True) == "ieee"
