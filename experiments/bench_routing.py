@@ -19,7 +19,7 @@ from experiments.rows import Case, Wrong
 from kernels import grouped, reference, tuning
 from moe.config import ModelConfig, MoEConfig, RouterConfig
 from moe.layer import MoELayer
-from moe.router import rows
+from moe.routing import rows
 
 BACKENDS = ("reference", "torch", "triton")
 PARTS = ("gate", "plan", "combine")

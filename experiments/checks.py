@@ -31,7 +31,7 @@ from kernels import grouped, reference
 from moe import machine
 from moe.config import ModelConfig, MoEConfig, RouterConfig
 from moe.layer import MoELayer
-from moe.router import rows
+from moe.routing import rows
 
 # name -> (dtype, whether float32 is multiplied in tf32, the error that is always allowed: one rounding, or for exact
 # sums a few)

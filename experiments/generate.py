@@ -67,9 +67,15 @@ class GenerateConfig:
 def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     device = machine.choose_device("auto")
-    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which)
+    model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which)
     model, backend = model.to(device), dispatch.choose("auto", device)[0]  # where it was trained need not be here
     ids = tokenizer.encode(cfg.prompt)
+    if not all(router.causal_in_eval for router in model.routers()):
+        raise BadInput(
+            f"{cfg.run} was trained with router.name={run_config.router.name}, which chooses among all tokens at once "
+            "and cannot choose for the next one: train it with a causal form (router=expert-choice-threshold or "
+            "router=expert-choice-predictor)."
+        )
     if cfg.show == "next":
         tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)
         show_next(tokenizer, tokens, choices)

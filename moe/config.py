@@ -16,21 +16,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-
-class BadInput(ValueError):
-    """Input that a person can correct. The message is one sentence; commands print it and exit non-zero."""
-
-
-@dataclass
-class MoEConfig:
-    """The routed experts of one MoE layer."""
-
-    n_experts: int = 16  # E
-    k: int = 4  # K, experts per token
-    d_expert: int = 128  # F, hidden width of one expert
-    n_shared: int = 0  # experts that every token passes, each of width d_expert
-    every: int = 1  # layer l is an MoE layer when (l + 1) % every == 0 ...
-    first_dense: int = 0  # ... and l >= first_dense; the others are dense MLPs of width d_ff
+from moe import routing_config
+from moe.errors import BadInput
+from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
 
 
 @dataclass
@@ -57,28 +45,6 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_std: float = 0.02
     moe: MoEConfig | None = None
-
-
-@dataclass
-class RouterConfig:
-    """Who goes where, and with what weight."""
-
-    name: str = "softmax"  # softmax | sigmoid
-    renormalize: bool = True  # weights of a token's K experts sum to 1 (times scale)
-    selection_bias: bool = False  # a bias per expert that takes part in the choice only (loss-free balancing)
-    scale: float = 1.0  # factor on every weight (DeepSeek-V3's routed scaling factor)
-    groups: int = 1  # equal groups of neighbouring experts; a token chooses within its k_groups best of them
-    k_groups: int = 1
-    group_top: int = 2  # how many of its best experts' scores make a group's score (DeepSeek-V3: 2, DeepSeek-V2: 1)
-
-
-@dataclass
-class BalanceConfig:
-    """What keeps the load even. Coefficients of the losses added to the language-model loss; 0 switches one off."""
-
-    aux: float = 0.01  # load-balancing loss, E * sum_i f_i P_i
-    z: float = 0.001  # router z-loss
-    bias_rate: float = 0.0  # step of the loss-free bias update; needs router.selection_bias
 
 
 @dataclass
@@ -186,7 +152,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.norm": ("rms", "layer"),
     "model.position": ("rope", "learned"),
     "model.qk_norm": ("none", "head", "full"),
-    "router.name": ("softmax", "sigmoid"),
+    **routing_config.CHOICES,
     "tokenizer.name": ("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base"),
     "data.name": ("blend", "text", "huggingface"),
     "data.clean.unicode": ("NFC", "NFKC", "none"),
@@ -212,19 +178,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.norm_eps": (0, 1),
     "model.rope_theta": (1, math.inf),
     "model.init_std": (0, 10),
-    "model.moe.n_experts": (1, 1_000_000),
-    "model.moe.k": (1, 1_000_000),
-    "model.moe.d_expert": (1, 100_000_000),
-    "model.moe.n_shared": (0, 1_000_000),
-    "model.moe.every": (1, 100_000),
-    "model.moe.first_dense": (0, 100_000),
-    "router.scale": (1e-9, math.inf),
-    "router.groups": (1, 2**31 - 1),
-    "router.k_groups": (1, 2**31 - 1),
-    "router.group_top": (1, 2**31 - 1),
-    "balance.aux": (0, math.inf),
-    "balance.z": (0, math.inf),
-    "balance.bias_rate": (0, math.inf),
+    **routing_config.BOUNDS,
     "tokenizer.vocab_size": (257, 2**31 - 1),
     "data.max_mb": (0, math.inf),
     "data.val_fraction": (0.0001, 0.5),
@@ -289,6 +243,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else parse(hint, value, f"{path}.")  # type: ignore[arg-type]
+    if typing.get_origin(hint) is dict:
+        _, item = typing.get_args(hint)
+        if not isinstance(value, dict):
+            raise BadInput(f"{path}={value!r} must be a group of names and values, like {{a: 1}}.")
+        return {str(key): _convert(item, each, f"{path}.{key}") for key, each in value.items()}
+    if hint is Any:
+        return value
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
         if not isinstance(value, list | tuple):
@@ -321,12 +282,8 @@ def validate(cfg: Config) -> None:
             accepted = f"a finite number of at least {low:g}" if high >= 2**31 - 1 else f"between {low:g} and {high:g}"
             raise BadInput(f"{path}={value} is out of range: accepted is {accepted}.")
     _validate_model(cfg.model)
-    _validate_groups(cfg.router, cfg.model.moe)
-    if cfg.balance.bias_rate > 0 and not cfg.router.selection_bias:
-        raise BadInput(
-            f"balance.bias_rate={cfg.balance.bias_rate} needs a selection bias to update: "
-            "set router.selection_bias=true."
-        )
+    layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
+    routing_config.validate(layers, cfg.router, cfg.balance)
     for name in cfg.data.domains:
         if cfg.data.name == "blend" and name not in BLEND_DOMAINS:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")
@@ -364,36 +321,19 @@ def _validate_model(model: ModelConfig) -> None:
         )
     if model.position == "rope" and head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
-    moe = model.moe
+    moe, n_layers = model.moe, len(moe_layers(model))
     if moe is None:
         return
-    if moe.k > moe.n_experts:
-        raise BadInput(
-            f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: "
-            "a token cannot choose more experts than exist."
-        )
-    if not moe_layers(model):
+    if not n_layers:
         raise BadInput(
             f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "
             f"among model.n_layers={model.n_layers}; for a dense model set model.moe=null."
         )
-
-
-def _validate_groups(router: RouterConfig, moe: MoEConfig | None) -> None:
-    if router.k_groups > router.groups:
-        raise BadInput(f"router.k_groups={router.k_groups} exceeds router.groups={router.groups}.")
-    if moe is None or router.groups == 1:
-        return
-    if moe.n_experts % router.groups:
-        raise BadInput(f"router.groups={router.groups} must divide model.moe.n_experts={moe.n_experts} evenly.")
-    size = moe.n_experts // router.groups
-    if moe.k > router.k_groups * size:
-        raise BadInput(
-            f"model.moe.k={moe.k} exceeds the {router.k_groups * size} experts in router.k_groups={router.k_groups} "
-            f"groups of {size}."
-        )
-    if router.group_top > size:
-        raise BadInput(f"router.group_top={router.group_top} exceeds the {size} experts of a group.")
+    for name, values in (("n_experts_by_layer", moe.n_experts_by_layer), ("k_by_layer", moe.k_by_layer)):
+        if values and len(values) != n_layers:
+            raise BadInput(f"model.moe.{name}={values} needs {n_layers} numbers, one for each MoE layer.")
+        if any(value < 1 for value in values):
+            raise BadInput(f"model.moe.{name}={values} has a number below 1.")
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -410,6 +350,19 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
 def moe_layers(model: ModelConfig) -> list[int]:
     """The layers (from 0) that have routed experts."""
     return [layer for layer in range(model.n_layers) if is_moe_layer(model, layer)]
+
+
+def layer_moe(model: ModelConfig, layer: int) -> MoEConfig:
+    """The routed experts of MoE layer `layer` (from 0, among all layers): its own E and K."""
+    assert model.moe is not None, "a dense model has no MoE layer"
+    moe, position = model.moe, moe_layers(model).index(layer)
+    return dataclasses.replace(
+        moe,
+        n_experts=moe.n_experts_by_layer[position] if moe.n_experts_by_layer else moe.n_experts,
+        k=moe.k_by_layer[position] if moe.k_by_layer else moe.k,
+        n_experts_by_layer=[],
+        k_by_layer=[],
+    )
 
 
 def lookup(cfg: Any, path: str) -> Any:

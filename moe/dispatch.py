@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels import grouped, reference, tuning
 from moe.config import BadInput
-from moe.experts import Experts
-from moe.router import Routing
+from moe.experts import Experts, MixedExperts
+from moe.routing import Routing
 
 
 def choose(name: str, device: torch.device) -> tuple[str, str]:
@@ -28,9 +28,11 @@ def choose(name: str, device: torch.device) -> tuple[str, str]:
     return "torch", obstacle or "the device is no GPU"
 
 
-def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
     """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D), and how many
     rows each expert got, (E,) int64."""
+    if isinstance(experts, MixedExperts):
+        return _apply_mixed(experts, x_TD, routing, backend)
     w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
     if backend == "triton":
         from kernels import experts as fused  # here, because Triton is not everywhere
@@ -47,6 +49,16 @@ def apply(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tup
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
     return y_TD, reference.count(expert_N, len(w_up_EFD))
+
+
+def _apply_mixed(experts: MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+    """Each stack of one width takes its own rows."""
+    outputs = []
+    for local_E, stack in zip(experts.local_GE, experts.stacks, strict=True):
+        expert = torch.where(routing.expert < 0, routing.expert, local_E[routing.expert.clamp_min(0)])
+        outputs.append(apply(stack, x_TD, routing._replace(expert=expert), backend)[0])  # type: ignore[arg-type]
+    _, expert_N, _ = routing.rows()
+    return torch.stack(outputs).sum(0), reference.count(expert_N, experts.local_GE.shape[1])
 
 
 def _tf32() -> bool:

@@ -1,10 +1,14 @@
 """MLPs: the dense one, which also serves as the shared expert, and the stacked weights of routed experts."""
 
+import dataclasses
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.reference import activate
 from moe.config import ModelConfig, MoEConfig
+from moe.routing import UNUSED, Routing
 
 
 class MLP(nn.Module):
@@ -28,6 +32,52 @@ class Experts(nn.Module):
         self.activation = cfg.activation
         self.w_up_EFD = nn.Parameter(torch.empty(moe.n_experts, up_width(cfg, moe.d_expert), cfg.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(moe.n_experts, cfg.d_model, moe.d_expert))
+
+
+class MixedExperts(nn.Module):
+    """Routed experts of several hidden widths (HMoE, 2408.10681): one stack of weights for each width, narrowest first.
+    Expert e is number `local_GE[g, e]` of stack g, or `UNUSED` where it is of another width."""
+
+    local_GE: Tensor
+
+    def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        widths = torch.tensor(moe.widths, device="cpu")
+        stacks, local = [], []
+        for width in widths.unique().tolist():
+            mine_E = widths == width
+            stack = dataclasses.replace(moe, n_experts=int(mine_E.sum()), d_expert=width, widths=[])
+            stacks.append(Experts(cfg, stack))
+            local.append(torch.where(mine_E, mine_E.cumsum(0) - 1, UNUSED))
+        self.stacks = nn.ModuleList(stacks)
+        self.register_buffer("local_GE", torch.stack(local), persistent=False)
+
+
+class CheapExperts(nn.Module):
+    """Experts that cost next to nothing, numbered behind the E real ones (MoE++, 2410.07348): null gives 0, copy gives
+    x, constant gives a_1 x + a_2 v with v learned and (a_1, a_2) = softmax(W x). Z = null + copy + constant."""
+
+    def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.first, self.n_null, self.n_copy, self.n_constant = moe.n_experts, moe.n_null, moe.n_copy, moe.n_constant
+        if moe.n_constant:
+            self.v_ZD = nn.Parameter(torch.empty(moe.n_constant, cfg.d_model))
+            self.mix = nn.Linear(cfg.d_model, 2 * moe.n_constant, bias=False)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """What the routed rows of these experts add up to: (T, D) -> (T, D)."""
+        token_N, expert_N, weight_N = routing.rows()
+        n = self.n_null + self.n_copy + self.n_constant
+        mine_N = expert_N >= self.first
+        flat_N = token_N * n + torch.where(mine_N, expert_N - self.first, 0)
+        weight_TZ = weight_N.new_zeros(len(x_TD) * n).scatter_add(0, flat_N, torch.where(mine_N, weight_N, 0.0))
+        _, copy_TZ, constant_TZ = weight_TZ.view(-1, n).split([self.n_null, self.n_copy, self.n_constant], -1)
+        y_TD = copy_TZ.sum(-1, keepdim=True) * x_TD
+        if self.n_constant:
+            mix_TZ2 = rearrange(self.mix(x_TD), "t (z two) -> t z two", two=2).to(weight_N.dtype).softmax(-1)
+            own_TZ, learned_TZ = (mix_TZ2 * constant_TZ[..., None]).unbind(-1)
+            y_TD = y_TD + own_TZ.sum(-1, keepdim=True) * x_TD + learned_TZ.to(self.v_ZD.dtype) @ self.v_ZD
+        return y_TD.to(x_TD.dtype)
 
 
 def up_width(cfg: ModelConfig, width: int) -> int:

@@ -145,7 +145,10 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
     required: dict[str, Any] = {}
     if family.moe:
         required = {"model.moe.n_shared": 0, "router.name": "softmax", "router.selection_bias": False}
-        required |= {"router.scale": 1.0, "router.groups": 1}
+        required |= {"router.scale": 1.0, "router.groups": 1, "router.logits": "linear", "router.gradient": "exact"}
+        required |= {"router.input": "own", "router.shared": False, "model.moe.shared_gate": False}
+        required |= {f"model.moe.{name}": [] for name in ("widths", "n_experts_by_layer", "k_by_layer")}
+        required |= {f"model.moe.{name}": 0 for name in ("n_null", "n_copy", "n_constant")}
         if name == "mixtral":
             required["router.renormalize"] = True
         if "every" not in family.moe:

@@ -19,7 +19,7 @@ from moe.attention import KVCache
 from moe.config import BadInput, Config, moe_layers
 from moe.layer import LayerRouting
 from moe.model import Transformer, load_model
-from moe.router import rows
+from moe.routing import rows
 from moe.run import read_config
 from moe.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Co
             f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
             f"{snapshot.meta['tokenizer']}: put that one back, or choose another run."
         )
-    model = Transformer(cfg.model, cfg.router)
+    model = Transformer(cfg.model, cfg.router, cfg.balance).eval()
     try:
         load_model(model, snapshot.model)
     except BadInput as error:

@@ -25,12 +25,22 @@ def dead_experts(count_E: Tensor) -> int:
     return int((count_E == 0).sum())
 
 
-def layer_metrics(layer: int, count_E: Tensor, dropped: int) -> dict[str, float]:
-    """One layer's entry in a metrics line. The window is one optimiser step: counts summed over its micro-batches."""
+def effective_experts(count_E: Tensor) -> float:
+    """e^H(f) with f_i = c_i / sum c: E when even, 1 when one expert takes everything. No routed row gives 0."""
+    if not count_E.sum():
+        return 0.0
+    return math.exp(torch.special.entr(count_E.double() / count_E.sum()).sum().item())
+
+
+def layer_metrics(layer: int, count_E: Tensor, dropped: int, skipped: int, tokens: int) -> dict[str, float]:
+    """One layer's entry in a metrics line. The window is what was counted: one optimiser step, its micro-batches
+    summed, or a whole validation. dropped: share of the rows; skipped: share of the tokens that no expert took."""
     return {
         "layer": layer,
         "max_vio": max_violation(count_E),
         "load_entropy": load_entropy(count_E),
+        "effective_experts": effective_experts(count_E),
         "dead": dead_experts(count_E),
         "dropped": dropped / max(1, int(count_E.sum()) + dropped),
+        "skipped": skipped / max(1, tokens),
     }

@@ -5,7 +5,8 @@ tokens (B, S) -> embedding (+ learned positions) -> L blocks of pre-norm attenti
 
 import hashlib
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.attention import Attention, KVCache, rotary
-from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.config import BadInput, BalanceConfig, ModelConfig, RouterConfig, head_dim, layer_moe, moe_layers
 from moe.experts import MLP
 from moe.layer import LayerRouting, MoELayer
+from moe.routing import Router
 
 
 class Output(NamedTuple):
@@ -35,23 +37,29 @@ def norm(cfg: ModelConfig) -> nn.Module:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or routed."""
 
-    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.attn_norm = norm(cfg)
         self.attn = Attention(cfg)
         self.mlp_norm = norm(cfg)
-        routed = cfg.moe is not None and is_moe_layer(cfg, layer)
-        self.mlp: MoELayer | MLP = MoELayer(cfg, cfg.moe, router) if routed and cfg.moe else MLP(cfg, cfg.d_ff)
+        routed = moe_layers(cfg)
+        self.mlp: MoELayer | MLP
+        if layer in routed:
+            own_router = not router.shared or layer == routed[0]
+            self.mlp = MoELayer(cfg, layer_moe(cfg, layer), router, balance, layer, own_router)
+        else:
+            self.mlp = MLP(cfg, cfg.d_ff)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, backend: str, cache: KVCache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, backend: str, cache: KVCache | None, **routing: Any
     ) -> tuple[Tensor, LayerRouting | None]:
+        """`routing`: what `MoELayer.forward` takes beside x and the backend."""
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache)
         h_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoELayer):
-            y_BSD, routing = self.mlp(h_BSD, backend)
-            return x_BSD + y_BSD, routing
+            y_BSD, report = self.mlp(h_BSD, backend, **routing)
+            return x_BSD + y_BSD, report
         return x_BSD + self.mlp(h_BSD), None
 
 
@@ -63,9 +71,9 @@ class Transformer(nn.Module):
     cos_Sd: Tensor
     sin_Sd: Tensor
 
-    def __init__(self, cfg: ModelConfig, router: RouterConfig) -> None:
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig | None = None) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.router = cfg, router
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.position == "learned":
             self.position = nn.Embedding(cfg.context, cfg.d_model)
@@ -73,7 +81,9 @@ class Transformer(nn.Module):
             cos_Sd, sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
             self.register_buffer("cos_Sd", cos_Sd, persistent=False)
             self.register_buffer("sin_Sd", sin_Sd, persistent=False)
-        self.blocks = nn.ModuleList(Block(cfg, router, layer) for layer in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(cfg, router, balance or BalanceConfig(), layer) for layer in range(cfg.n_layers)
+        )
         self.norm = norm(cfg)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -86,9 +96,13 @@ class Transformer(nn.Module):
         backend: str = "torch",
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
+        loads: Sequence[Tensor] | None = None,
+        recorded: Sequence[Tensor] | None = None,
     ) -> Output:
         """With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
-        for backward and computes the rest again."""
+        for backward and computes the rest again. For every MoE layer in order, `loads` are the rows that the whole
+        optimiser step wants of its experts (for balance.scope=global), and `recorded` the experts (T, K) to take
+        instead of the router's choice, as an earlier pass returned them in `LayerRouting.expert`."""
         past = cache.length if cache is not None else 0
         end = past + tokens_BS.shape[1]
         if end > self.cfg.context:
@@ -98,29 +112,44 @@ class Transformer(nn.Module):
             x_BSD = x_BSD + self.position.weight[past:end]
         else:
             rope = self.cos_Sd[past:end], self.sin_Sd[past:end]
-        routing = []
+        routing: list[LayerRouting] = []
+        shared = self.routers()[0] if self.router.shared and self.cfg.moe else None
         for block in self.blocks:
+            extra: dict[str, Any] = {}
+            if isinstance(block.mlp, MoELayer):
+                extra = {
+                    "tokens_BS": tokens_BS,
+                    "previous_TD": routing[-1].state_TD if routing else None,
+                    "router": shared,
+                    "load_E": loads[len(routing)] if loads is not None else None,
+                    "recorded": recorded[len(routing)] if recorded is not None else None,
+                }
             if checkpoint_activations:
-                x_BSD, each = checkpoint(block, x_BSD, rope, backend, cache, use_reentrant=False)
+                x_BSD, each = checkpoint(block, x_BSD, rope, backend, cache, use_reentrant=False, **extra)
             else:
-                x_BSD, each = block(x_BSD, rope, backend, cache)
+                x_BSD, each = block(x_BSD, rope, backend, cache, **extra)
             if each is not None:
                 routing.append(each)
         if cache is not None:
             cache.length = end
         return Output(self.head(self.norm(x_BSD)), routing)
 
+    def routers(self) -> list[Router]:
+        """The router of every MoE layer, in order: one and the same where it is shared."""
+        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
+        return [each.router or layers[0].router for each in layers]  # type: ignore[misc]
+
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
-        """Fill every weight from N(0, init_std²), with two exceptions: norms are 1 and biases 0, and what writes to the
-        residual stream (attention's `o`, every `down`) has its deviation divided by sqrt(2L), so that the stream's
-        variance does not grow with depth (GPT-2).
+        """Fill every weight from N(0, init_std²), with two exceptions: norms and gains are 1, biases and default
+        vectors 0, and what writes to the residual stream (attention's `o`, every `down`) has its deviation divided by
+        sqrt(2L), so that the stream's variance does not grow with depth (GPT-2).
 
         Each tensor's draw depends on (seed, its name) alone. So a model and its dense twin share the weights they have
         in common, and adding a layer moves no other weight."""
         for name, p in self.named_parameters():
-            if p.dim() < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            if p.dim() < 2 or name.endswith("default_ED"):  # default vectors start at 0
+                p.fill_(0.0 if name.endswith(("bias", "default_ED")) else 1.0)
                 continue
             residual = name.endswith(("attn.o.weight", "down.weight", "w_down_EDF"))
             std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer, moe_layers
+from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.experts import up_width
 from moe.model import Transformer
 
@@ -33,8 +33,27 @@ def size(cfg: ModelConfig) -> Size:
     total = sum(p.numel() for p in model.parameters())
     if cfg.moe is None:
         return Size(total, total)
-    expert = (up_width(cfg, cfg.moe.d_expert) + cfg.moe.d_expert) * cfg.d_model
-    return Size(total, total - len(moe_layers(cfg)) * (cfg.moe.n_experts - cfg.moe.k) * expert)
+    idle = 0.0
+    for moe in (layer_moe(cfg, layer) for layer in moe_layers(cfg)):
+        idle += (moe.n_experts - _taken(moe)) * mlp_size(cfg, expert_width(moe))
+    return Size(total, total - round(idle))
+
+
+def mlp_size(cfg: ModelConfig, width: float) -> float:
+    """Weights of an MLP of this hidden width, biases left out."""
+    return (up_width(cfg, 1) + 1) * width * cfg.d_model
+
+
+def expert_width(moe: MoEConfig) -> float:
+    """F, on average where experts differ."""
+    return sum(moe.widths) / len(moe.widths) if moe.widths else moe.d_expert
+
+
+def _taken(moe: MoEConfig) -> float:
+    """Real experts that a token takes: K, less the share that goes to null, copy and constant ones when all are equally
+    busy; at most all of them."""
+    cheap = moe.n_null + moe.n_copy + moe.n_constant
+    return moe.k * moe.n_experts / (moe.n_experts + cheap)
 
 
 def flops(cfg: ModelConfig, context: int = 0) -> Flops:
@@ -45,15 +64,17 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
     Training is three times forward."""
     d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
     d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
-    mlp = lambda width: (up_width(cfg, width) + width) * d
-    total = 2 * d * cfg.vocab_size
+    total = 2.0 * d * cfg.vocab_size
     for layer in range(cfg.n_layers):
         total += 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * s * d_heads
-        if cfg.moe is not None and is_moe_layer(cfg, layer):
-            total += 2 * ((cfg.moe.k + cfg.moe.n_shared) * mlp(cfg.moe.d_expert) + d * cfg.moe.n_experts)
+        if is_moe_layer(cfg, layer):
+            moe = layer_moe(cfg, layer)
+            n_scores = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant + moe.shared_gate
+            experts = _taken(moe) * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
+            total += 2 * (experts + d * n_scores)
         else:
-            total += 2 * mlp(cfg.d_ff)
-    return Flops(total, 3 * total)
+            total += 2 * mlp_size(cfg, cfg.d_ff)
+    return Flops(round(total), 3 * round(total))
 
 
 def dense_twin(cfg: ModelConfig, match: str) -> ModelConfig:

@@ -6,6 +6,7 @@ says how to go on. A loss or gradient that is not finite never reaches a paramet
 """
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -21,16 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
-from moe.config import BadInput, Config, moe_layers, to_dict
+from moe.config import BadInput, BalanceConfig, Config, moe_layers, to_dict
 from moe.evaluate import Evaluation, evaluate
+from moe.layer import LayerRouting
 from moe.metrics import layer_metrics
 from moe.model import Output, Transformer, load_model, model_tensors, next_token_loss
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from moe.progress import Watch
-from moe.router import TopKRouter
+from moe.routing import Router
 from moe.shards import Dataset
 
 MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
@@ -54,11 +57,28 @@ class Gradients:
     """What one step's forward and backward passes gave; losses are means over the step's tokens."""
 
     lm_loss: float = 0.0
-    aux: float = 0.0
-    z: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)  # of the routers, unweighted, summed over layers
+    total: float = 0.0  # lm_loss and the losses with their coefficients
     norm: float = 0.0
-    counts: list[Tensor] = field(default_factory=list)  # routed rows per expert, for every MoE layer
-    dropped: list[int] = field(default_factory=list)
+    routing: list["LayerTotals"] = field(default_factory=list)  # of every MoE layer
+
+
+@dataclass
+class LayerTotals:
+    """What one MoE layer did in one step, summed over its micro-batches."""
+
+    count_E: Tensor
+    wanted_E: Tensor
+    dropped: Tensor
+    skipped: Tensor
+    tokens: int
+    observed: dict[str, Tensor]
+
+    def add(self, other: "LayerTotals") -> None:
+        """Another micro-batch of the layer."""
+        for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.observed = {name: value + other.observed[name] for name, value in self.observed.items()}
 
 
 def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -94,7 +114,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
         run.create(folder, cfg, dataset.tokenizer)
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router).initialize(cfg.seed).to(device)
+    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
     state = State(model, build_optimizer(model, cfg.optim), loader)
     restore(state, folder, threads, say)
     if cfg.train.compile:
@@ -175,9 +195,10 @@ def run_steps(
                 if evaluates(state.step, cfg):
                     last = validate()
                     line |= {"val": last.val} if last else {}
-                record(line, gradients.counts)
-                if gradients.counts and state.step % cfg.log.every == 0:
-                    counts.write({"step": state.step, "counts": [each.tolist() for each in gradients.counts]})
+                loads = [each.count_E for each in gradients.routing]
+                record(line, loads)
+                if loads and state.step % cfg.log.every == 0:
+                    counts.write({"step": state.step, "counts": [each.tolist() for each in loads]})
                 at_end = state.step == cfg.train.steps
                 if at_end or stop.number or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
                     save(line["val"]["loss"] if "val" in line else None)
@@ -211,17 +232,16 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
     start, step = time.perf_counter(), state.step + 1
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
-    gradients = compute_gradients(state.model, batch, cfg)
-    loss = gradients.lm_loss + cfg.balance.aux * gradients.aux + cfg.balance.z * gradients.z
+    progress = state.step / cfg.train.steps
+    gradients = compute_gradients(state.model, batch, cfg, progress)
+    loss = gradients.total
     if math.isfinite(loss) and math.isfinite(gradients.norm):
         state.skipped_in_a_row = 0
         if cfg.optim.clip:
             clip(state.model, gradients.norm, cfg.optim.clip)
         set_learning_rate(state.optimizer, lr)
         state.optimizer.step()
-        if cfg.balance.bias_rate:
-            for bias_E, count_E in zip(selection_biases(state.model), gradients.counts, strict=True):
-                balance.update_bias(bias_E, count_E, cfg.balance.bias_rate)
+        update_routers(state.model, gradients.routing, cfg.balance, progress)
     else:
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
@@ -234,44 +254,106 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
         "step": step,
         "loss": loss,
         "lm_loss": gradients.lm_loss,
-        "aux": gradients.aux,
-        "z": gradients.z,
+        **gradients.losses,
         "grad_norm": gradients.norm,
         "lr": lr,
         "tokens_per_s": batch.targets_BS.numel() / seconds,
         "seconds": state.seconds,
         "skipped": state.skipped,
         "layers": [
-            layer_metrics(*each) for each in zip(layers, gradients.counts, gradients.dropped, strict=True)
+            layer_metrics(layer, each.count_E, int(each.dropped), int(each.skipped), each.tokens)
+            for layer, each in zip(layers, gradients.routing, strict=True)
         ],
     }, gradients  # fmt: skip
 
 
-def compute_gradients(model: Transformer, batch: data.Batch, cfg: Config) -> Gradients:
-    """Forward and backward over the step's micro-batches. Balancing losses are summed over layers."""
+def compute_gradients(model: Transformer, batch: data.Batch, cfg: Config, progress: float = 0.0) -> Gradients:
+    """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
+    the share `progress` of the run that is done has it."""
     device, n = next(model.parameters()).device, cfg.train.accumulate
-    result = Gradients()
-    for tokens_BS, targets_BS in zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), strict=True):
+    result, loads = Gradients(), global_loads(model, batch, cfg)
+    for tokens_BS, targets_BS in micro_batches(batch, cfg):
         with autocast(cfg):
             output: Output = model(
-                tokens_BS.to(device), backend=cfg.dispatch, checkpoint_activations=cfg.train.checkpoint_activations
+                tokens_BS.to(device),
+                backend=cfg.dispatch,
+                checkpoint_activations=cfg.train.checkpoint_activations,
+                loads=loads,
             )
         lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
-        aux = sum((each.aux for each in output.routing), torch.zeros((), device=device))
-        z = sum((each.z for each in output.routing), torch.zeros((), device=device))
-        ((lm_loss + cfg.balance.aux * aux + cfg.balance.z * z) / n).backward()
+        losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
+        for each in output.routing:
+            losses |= {name: losses.get(name, 0.0) + value for name, value in each.losses.items()}
+        total = lm_loss + sum(coefficient(cfg.balance, name, progress) * value for name, value in losses.items())
+        (total / n).backward()
         result.lm_loss += lm_loss.item() / n
-        result.aux += aux.item() / n
-        result.z += z.item() / n
-        if not result.counts:
-            result.counts = [torch.zeros_like(each.count_E) for each in output.routing]
-            result.dropped = [0] * len(output.routing)
-        for i, each in enumerate(output.routing):
-            result.counts[i] += each.count_E
-            result.dropped[i] += int(each.dropped)
+        for name, value in losses.items():
+            result.losses[name] = result.losses.get(name, 0.0) + value.item() / n
+        totals = [layer_totals(each, tokens_BS.numel()) for each in output.routing]
+        for mine, other in zip(result.routing, totals, strict=False):
+            mine.add(other)
+        result.routing = result.routing or totals
+    weighted = (coefficient(cfg.balance, name, progress) * value for name, value in result.losses.items())
+    result.total = result.lm_loss + sum(weighted)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     result.norm = torch.nn.utils.get_total_norm(grads).item()
     return result
+
+
+def micro_batches(batch: data.Batch, cfg: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets of each micro-batch of a step."""
+    n = cfg.train.accumulate
+    return zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), strict=True)
+
+
+def layer_totals(routing: LayerRouting, tokens: int) -> LayerTotals:
+    """What of one forward pass is summed over a step."""
+    detached = {name: value.detach() for name, value in routing.observed.items()}
+    return LayerTotals(
+        routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
+    )  # fmt: skip
+
+
+def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
+    """What a router's loss is multiplied with: its coefficient on its schedule; 1 for a loss that has none."""
+    return balance.scheduled(getattr(cfg, name, 1.0), cfg.schedule.get(name), progress)
+
+
+@torch.no_grad()
+def global_loads(model: Transformer, batch: data.Batch, cfg: Config) -> list[Tensor] | None:
+    """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
+    expert, for each MoE layer (2501.11873). E · sum f_i P_i is linear in P: with f of the whole step, the mean of the
+    micro-batches' losses is the whole step's loss, which it is not with f of each.
+
+    f must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
+    are run once more in advance, with the same random numbers; None where a pass knows f by itself."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if cfg.balance.scope != "global" or not cfg.balance.aux or (cfg.train.accumulate == 1 and ranks == 1):
+        return None
+    device = next(model.parameters()).device
+    loads: list[Tensor] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for tokens_BS, _ in micro_batches(batch, cfg):
+            with autocast(cfg):
+                routing = model(tokens_BS.to(device), backend=cfg.dispatch).routing
+            wanted = [each.wanted_E for each in routing]
+            loads = [mine + other for mine, other in zip(loads, wanted, strict=True)] if loads else wanted
+    if ranks > 1:
+        for each in loads:
+            dist.all_reduce(each)
+    return loads
+
+
+def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
+    """Let every router learn from the step's counts; a shared one from the sum of its layers'."""
+    found: dict[Router, LayerTotals] = {}
+    for router, each in zip(model.routers(), totals, strict=True):
+        if router in found:
+            found[router].add(each)
+        else:
+            found[router] = dataclasses.replace(each)
+    for router, each in found.items():
+        router.update(cfg, coefficient(cfg, "bias_rate", progress), each.wanted_E, each.observed)
 
 
 def clip(model: Transformer, norm: float, limit: float) -> None:
@@ -284,11 +366,6 @@ def autocast(cfg: Config) -> AbstractContextManager[Any]:
     """bf16 autocast, or nothing for fp32."""
     kind = cfg.train.device.split(":")[0]
     return torch.autocast(kind, torch.bfloat16) if cfg.train.precision == "bf16" else nullcontext()
-
-
-def selection_biases(model: Transformer) -> list[Tensor]:
-    """Every router's selection bias, in layer order."""
-    return [each.bias_E for each in model.modules() if isinstance(each, TopKRouter) and each.bias_E is not None]
 
 
 def explain_non_finite(state: State, batch: data.Batch, loss: float, cfg: Config, root: Path) -> str:

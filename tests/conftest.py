@@ -1,14 +1,17 @@
 """Shared by the tests of the model: every router's settings, every backend, and small models with odd sizes."""
 
+import dataclasses
 import itertools
 import os
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from router_presets import Preset, presets_of_routers
 from small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
-from moe.config import CHOICES, ModelConfig, MoEConfig, RouterConfig
+from moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from moe.layer import MoELayer
 from moe.model import Transformer
 
@@ -19,20 +22,38 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("claims", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("claims")
 
-# A router added to the settings takes part in the invariants without a change here.
-ROUTERS = [
-    RouterConfig(name=name, renormalize=renormalize, selection_bias=bias)
-    for name, renormalize, bias in itertools.product(CHOICES["router.name"], (True, False), (True, False))
-]
+# Every preset of conf/router. One that is added takes part in the invariants without a change here.
+PRESETS = presets_of_routers()
+# What the choice and the weights of a top-K router can differ in; for what is tested at every depth and size.
+ROUTERS = {
+    "softmax": RouterConfig(),
+    "softmax-raw-biased": RouterConfig(renormalize=False, selection_bias=True),
+    "sigmoid-raw": RouterConfig("sigmoid", renormalize=False),
+    "sigmoid-biased": RouterConfig("sigmoid", selection_bias=True),
+}
 
 
-def _router_name(cfg: RouterConfig) -> str:
-    return cfg.name + "-renormalized" * cfg.renormalize + "-biased" * cfg.selection_bias
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--router", help="module:Class: hold this router to the invariants, instead of the library's own")
 
 
-@pytest.fixture(params=ROUTERS, ids=_router_name)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`preset`: every router with the balance and the experts it comes with."""
+    own = metafunc.config.getoption("--router")
+    presets = {own: Preset(RouterConfig(own), BalanceConfig(), {})} if own else PRESETS
+    if "preset" in metafunc.fixturenames:
+        metafunc.parametrize("preset", presets.values(), ids=presets, indirect=True)
+
+
+@pytest.fixture(params=ROUTERS.values(), ids=ROUTERS)
 def router(request: pytest.FixtureRequest) -> RouterConfig:
-    """The settings of each router in turn."""
+    """The settings of some softmax and sigmoid routers in turn."""
+    return dataclasses.replace(request.param)
+
+
+@pytest.fixture
+def preset(request: pytest.FixtureRequest) -> Preset:
+    """Each preset of conf/router in turn."""
     return request.param
 
 
@@ -59,7 +80,7 @@ def _fill(module: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, each in itertools.chain(module.named_parameters(), module.named_buffers()):
-            if each.dim() > 1 and name.split(".")[-1] not in ("cos_Sd", "sin_Sd"):
+            if each.is_floating_point() and each.dim() > 1 and name.split(".")[-1] not in ("cos_Sd", "sin_Sd"):
                 each.normal_(0.0, 0.4, generator=generator)
             elif name.endswith("bias_E"):
                 each.normal_(0.0, 0.1, generator=generator)
@@ -70,9 +91,16 @@ def _fill(module: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
 def make_layer():
     """(router settings, dtype, seed, **changes to MoEConfig) -> an MoE layer with D=12."""
 
-    def make(router: RouterConfig, dtype: torch.dtype = torch.float64, seed: int = 0, activation="swiglu", **moe):
+    def make(
+        router: RouterConfig,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        activation: str = "swiglu",
+        balance: BalanceConfig | None = None,
+        **moe: Any,
+    ) -> MoELayer:
         cfg = _model_config(moe=MoEConfig(**{"n_experts": 5, "k": 3, "d_expert": 7, **moe}), activation=activation)
-        layer = MoELayer(cfg, cfg.moe, router)
+        layer = MoELayer(cfg, cfg.moe, router, balance)
         _fill(layer, dtype, seed)
         return layer
 
@@ -83,8 +111,14 @@ def make_layer():
 def make_model():
     """(router settings, dtype, seed, **changes to ModelConfig) -> a tiny transformer with random weights."""
 
-    def make(router: RouterConfig | None = None, dtype: torch.dtype = torch.float64, seed: int = 0, **changes):
-        model = Transformer(_model_config(**changes), router or RouterConfig())
+    def make(
+        router: RouterConfig | None = None,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        balance: BalanceConfig | None = None,
+        **changes: Any,
+    ) -> Transformer:
+        model = Transformer(_model_config(**changes), router or RouterConfig(), balance)
         model.initialize(seed)
         _fill(model, dtype, seed)
         return model

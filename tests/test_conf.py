@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import typing
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -12,13 +13,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments.cli import CONF, typed
-from moe.config import CHOICES, Config, ModelConfig, build, parse, to_dict
+from moe.config import CHOICES, BadInput, Config, ModelConfig, build, parse, to_dict
+from moe.routing_config import ROUTERS
 
 GROUPS = ("model", "router", "balance", "tokenizer", "data", "optim")
 CHOICE_FILES = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # What a choice cannot do without.
 NEEDS = {
     "balance/bias": ["router=sigmoid-bias"],
+    "balance/cv": ["router=noisy"],
     "data/text": ["data.path=texts"],
     "data/huggingface": ["data.path=some/dataset"],
 }
@@ -45,9 +48,15 @@ def test_the_folders_are_the_dataclass_fields_that_are_groups():
     assert all(dataclasses.is_dataclass(hints[name]) for name in folders)
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a file sets of its own group. A router's file may set things of other groups too, by their full name."""
+    tree = yaml.safe_load(path.read_text())
+    return tree[path.parent.name] if "@package _global_" in path.read_text() else tree
+
+
 @pytest.mark.parametrize("path", CHOICE_FILES, ids=name_of)
 def test_a_choice_holds_only_valid_settings_of_its_group(path):
-    tree = yaml.safe_load(path.read_text())
+    tree = settings_of(path)
     hint = typing.get_type_hints(Config)[path.parent.name]
     parsed = to_dict(parse(hint, tree, f"{path.parent.name}."))
     for key, value in tree.items():
@@ -58,7 +67,7 @@ def test_a_choice_holds_only_valid_settings_of_its_group(path):
 def test_a_choice_composes_and_takes_effect(path, compose):
     cfg = compose(f"{path.parent.name}={path.stem}", *NEEDS.get(name_of(path), []))
     group = to_dict(cfg)[path.parent.name]
-    for key, value in yaml.safe_load(path.read_text()).items():
+    for key, value in settings_of(path).items():
         if isinstance(value, dict):
             assert value.items() <= group[key].items()
         else:
@@ -81,13 +90,23 @@ def test_every_experiment_composes_and_changes_something(compose):
 def test_every_choice_of_a_name_has_a_file():
     for key in ("router.name", "tokenizer.name", "data.name", "optim.schedule"):
         group = key.split(".")[0]
-        named = {yaml.safe_load(path.read_text()).get(key.split(".")[1]) for path in (CONF / group).glob("*.yaml")}
-        assert set(CHOICES[key]) - named <= {"constant"}, key
+        named = {settings_of(path).get(key.split(".")[1]) for path in (CONF / group).glob("*.yaml")}
+        assert set(ROUTERS if group == "router" else CHOICES[key]) - named <= {"constant"}, key
 
 
 def test_routers_and_balances_combine(compose):
     for router, balance in itertools.product(("softmax", "sigmoid-bias"), ("none", "aux")):
         assert compose(f"router={router}", f"balance={balance}").router.name == router.split("-")[0]
+
+
+def test_a_router_brings_its_balance_and_a_balance_that_is_asked_for_goes_first(compose):
+    assert compose("router=hash").balance.aux == 0
+    assert compose("router=switch").balance.capacity == 1.25
+    assert compose("router=switch", "balance=none").balance.capacity == 0
+    assert compose("router=switch").model.moe.k == 1
+    assert compose("router=dense", "model=cpu-nano").model.moe.k == 8
+    with pytest.raises(BadInput, match=r"balance\.aux=0\.01 reads scores, and router\.name=hash gives none"):
+        compose("router=hash", "balance=aux")
 
 
 def test_the_defaults_are_those_of_the_dataclasses(compose):

@@ -12,6 +12,7 @@ import pytest
 
 from moe import config, model
 from moe.config import BadInput, Config, build, fingerprint, to_dict
+from moe.routing_config import ROUTERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +71,16 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "model.position": ("ropee", "rope"),
     "model.qk_norm": ("heads", "head"),
     "router.name": ("soft-max", "softmax"),
+    "router.logits": ("cos", "cosine"),
+    "router.second": ("rand", "random"),
+    "router.gradient": ("straight", "straight-through"),
+    "router.causal": ("treshold", "threshold"),
+    "router.input": ("previus", "previous"),
+    "balance.scope": ("seq", "sequence"),
+    "balance.bias_step": ("signs", "sign"),
+    "balance.priority": ("scores", "score"),
+    "balance.overflow": ("nxt", "next"),
+    "balance.force": ("balance", "balanced"),
     "tokenizer.name": ("gpt-2", "gpt2"),
     "data.name": ("blends", "blend"),
     "data.clean.unicode": ("NFKD", "NFKC"),
@@ -183,7 +194,8 @@ def test_a_wrong_type_is_refused_by_name(path):
 @pytest.mark.parametrize("path", NOT_A_CHOICE)
 def test_a_value_that_is_no_choice_is_refused_with_the_nearest(path):
     value, nearest = NOT_A_CHOICE[path]
-    accepted = ", ".join(config.CHOICES[path])
+    own = path == "router.name"
+    accepted = ", ".join(ROUTERS) + ", or module:Class for your own" if own else ", ".join(config.CHOICES[path])
     assert _refusal({path: value}) == f"{path}={value} is not one of {accepted}; did you mean {nearest}."
 
 
@@ -225,7 +237,7 @@ def _fields(cls, prefix=""):
 def test_every_number_has_bounds_and_every_bound_and_choice_a_setting():
     fields = _fields(Config)
     assert {path for path, hint in fields.items() if hint in (int, float)} == set(config.BOUNDS)
-    assert set(config.CHOICES) == set(NOT_A_CHOICE) <= set(fields)
+    assert {*config.CHOICES, "router.name"} == set(NOT_A_CHOICE) <= set(fields)
 
 
 @pytest.mark.parametrize("path", list(config.BOUNDS))
@@ -276,6 +288,8 @@ def _other(value):
             return value + "x"
         case list():
             return [*value, "x"]
+        case dict():
+            return value | {"x": [1.0]}
     raise AssertionError(value)
 
 

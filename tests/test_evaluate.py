@@ -6,10 +6,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from router_presets import presets_of_routers
 from small_runs import settings, silent
 
 from moe import data
-from moe.evaluate import evaluate
+from moe.config import BalanceConfig, MoEConfig, RouterConfig
+from moe.evaluate import causal_leak, evaluate
+from moe.metrics import layer_metrics
 from moe.model import Transformer
 
 CONTEXT, K, V = 32, 2, 290
@@ -158,3 +161,77 @@ def test_a_domain_without_a_validation_token_is_left_out(model, dataset):
 def test_a_dense_model_has_no_load(corpus, dataset):
     cfg = settings(corpus, "", {"model.vocab_size": V, "model.moe": None})
     assert measure(Transformer(cfg.model, cfg.router).initialize(0), dataset).load is None
+
+
+# Routing over the whole validation set
+
+
+def test_routing_is_of_the_whole_validation_set(both):
+    result, tokens = both
+    assert [each["layer"] for each in result.load["routing"]] == [0, 1]
+    for layer, found in enumerate(result.load["routing"]):
+        count_E = torch.tensor(result.load["counts"][layer]).sum(0)
+        assert count_E.sum() == K * len(tokens)
+        assert found == layer_metrics(layer, count_E, 0, 0, len(tokens))
+
+
+def test_tokens_that_no_expert_took_are_counted(corpus, dataset):
+    """Experts that choose as many tokens as they have room for leave some to nobody."""
+    cfg = settings(corpus, "", {"model.vocab_size": V, "model.init_std": 0.3, "model.moe.k": 1})
+    cfg.router, cfg.balance = RouterConfig("expert-choice"), BalanceConfig(aux=0)
+    skipping = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0)
+    found = measure(skipping, dataset).load["routing"][0]
+    assert 0 < found["skipped"] < 1
+    assert found["dropped"] == 0
+
+
+def test_evaluation_neither_explores_nor_limits_and_leaves_every_module_in_its_mode(corpus, dataset):
+    cfg = settings(corpus, "", {"model.vocab_size": V, "model.init_std": 0.3})
+    balance = BalanceConfig(capacity=0.5)
+    limited, free = (Transformer(cfg.model, cfg.router, each).initialize(3) for each in (balance, BalanceConfig()))
+    limited.blocks[0].eval()
+    before = [each.training for each in limited.modules()]
+    result = measure(limited, dataset)
+    assert [each.training for each in limited.modules()] == before
+    assert result == measure(free, dataset)
+    assert {each["dropped"] for each in result.load["routing"]} == {0.0}
+
+
+def test_the_mode_comes_back_after_an_error(model, dataset):
+    with pytest.raises(ValueError, match="backend"):
+        evaluate(model, dataset, n_tokens=64, batch_size=2, backend="none", autocast=nullcontext)
+    assert all(each.training for each in model.modules())
+
+
+# The causal leak
+
+
+def leak_of(make_model, preset, tokens):
+    moe = MoEConfig(
+        **{"n_experts": 6, "k": 2, "d_expert": 8} | preset.moe | ({"k": 6} if preset.moe.get("k") == "all" else {})
+    )
+    if preset.router.groups > 1:
+        moe.n_experts = 8
+    model = make_model(preset.router, torch.float32, balance=preset.balance, moe=moe)
+    return causal_leak(model, tokens), model
+
+
+def test_a_router_leaks_exactly_where_it_says_that_it_is_not_causal(make_model, preset, tokens):
+    leak, model = leak_of(make_model, preset, tokens)
+    assert leak < 1e-10 if model.routers()[0].causal_in_eval else leak > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "leaks"), [("softmax", False), ("expert-choice", True), ("soft", True), ("expert-choice-threshold", False)]
+)
+def test_experts_that_choose_among_a_batch_leak_and_those_that_are_chosen_do_not(make_model, tokens, name, leaks):
+    leak, _ = leak_of(make_model, presets_of_routers()[name], tokens)
+    assert leak > 1e-6 if leaks else leak < 1e-10
+
+
+def test_a_dense_model_does_not_leak_and_measuring_changes_nothing(make_model, tokens):
+    model = make_model(dtype=torch.float32, moe=None)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    assert causal_leak(model, tokens) < 1e-10
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert model.training

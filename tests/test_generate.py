@@ -253,7 +253,7 @@ def test_a_dense_model_reports_no_experts():
 
 
 def test_experts_of_ragged_and_dropped_rows_are_the_last_tokens_own():
-    rest = {"aux": None, "z": None, "count_E": None, "dropped": None}
+    rest = dict.fromkeys(("losses", "count_E", "wanted_E", "dropped", "skipped", "observed", "state_TD"))
     ragged = LayerRouting(
         expert=torch.tensor([0, 3, 2, -1]),
         weight=torch.tensor([1.0, 0.25, 0.75, 0.5]),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.metrics import dead_experts, layer_metrics, load_entropy, max_violation
+from moe.metrics import dead_experts, effective_experts, layer_metrics, load_entropy, max_violation
 
 counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=40)
 
@@ -32,8 +32,9 @@ def test_dead_experts_are_those_without_a_row(count):
 
 
 @given(counts, st.integers(0, 10**6))
-def test_the_dropped_share_is_of_all_rows_routed_or_dropped(count, dropped):
-    entry = layer_metrics(3, torch.tensor(count), dropped)
+def test_the_dropped_share_is_of_all_rows_and_the_skipped_one_of_all_tokens(count, dropped):
+    entry = layer_metrics(3, torch.tensor(count), dropped, 3, 12)
+    assert entry["skipped"] == 0.25
     assert entry["layer"] == 3
     total = sum(count) + dropped
     assert entry["dropped"] == pytest.approx(dropped / total if total else 0.0)
@@ -45,9 +46,12 @@ def test_an_even_load_and_a_collapsed_one_are_the_two_ends():
     assert max_violation(collapsed) == 7
     assert load_entropy(even) == pytest.approx(1.0)
     assert load_entropy(collapsed) == 0
+    assert effective_experts(even) == pytest.approx(8)
+    assert effective_experts(collapsed) == 1
+    assert effective_experts(torch.zeros(8, dtype=torch.int64)) == 0
     assert dead_experts(collapsed) == 7
 
 
 def test_an_entry_is_plain_numbers():
-    entry = layer_metrics(0, torch.tensor([1, 2, 3]), 0)
+    entry = layer_metrics(0, torch.tensor([1, 2, 3]), 0, 0, 6)
     assert {type(value) for value in entry.values()} <= {int, float}

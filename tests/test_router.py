@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from moe.config import MoEConfig, RouterConfig
-from moe.router import Routing, TopKRouter, build_router
+from moe.config import BadInput, MoEConfig, RouterConfig
+from moe.router import build_router
+from moe.routing import Routing
+from moe.token_choice import TopKRouter
 
 
 def _router(cfg, d=6, n_experts=5, k=3, dtype=torch.float64):
@@ -82,7 +84,9 @@ def test_rows_name_every_choice_in_token_order():
     assert [each.tolist() for each in ragged.rows()] == [[1, 1], [2, 1], [1.0, 2.0]]
 
 
-def test_an_unknown_router_is_refused():
-    with pytest.raises(ValueError, match=r"router\.name='hash'"):
-        build_router(RouterConfig(name="hash"), 4, MoEConfig())
+def test_a_router_that_cannot_be_imported_is_refused():
+    with pytest.raises(BadInput, match=r"router\.name=no_such:Router cannot be imported"):
+        build_router(RouterConfig(name="no_such:Router"), 4, MoEConfig())
+    with pytest.raises(BadInput, match=r"router\.name=moe\.router:build_router is no subclass of moe\.routing\.Router"):
+        build_router(RouterConfig(name="moe.router:build_router"), 4, MoEConfig())
     assert isinstance(build_router(RouterConfig(name="sigmoid"), 4, MoEConfig()), TopKRouter)

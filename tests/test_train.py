@@ -12,11 +12,11 @@ from small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensor
 
 import moe.train
 from moe import checkpoint, data
-from moe.config import build, to_dict
+from moe.config import BalanceConfig, build, to_dict
 from moe.data import Batch
 from moe.model import Transformer
 from moe.run import read_lines
-from moe.train import compute_gradients, seed_everything
+from moe.train import coefficient, compute_gradients, seed_everything
 
 DENSE = {"model.moe": None}
 
@@ -67,11 +67,36 @@ def test_losses_and_counts_of_micro_batches_are_means_and_sums(corpus):
         part = Batch(batch.tokens_BS[2 * i : 2 * i + 2], batch.targets_BS[2 * i : 2 * i + 2], batch.domain_BS)
         one = settings(corpus, "", {"train.accumulate": 1, "dispatch": "torch"})
         alone.append(compute_gradients(model, part, one))
-    for name in ("lm_loss", "aux", "z"):
-        assert getattr(result, name) == pytest.approx(sum(getattr(each, name) for each in alone) / 4, rel=1e-12)
+    assert result.lm_loss == pytest.approx(sum(each.lm_loss for each in alone) / 4, rel=1e-12)
+    for name in ("aux", "z"):
+        assert result.losses[name] == pytest.approx(sum(each.losses[name] for each in alone) / 4, rel=1e-12)
     for layer in range(2):
-        assert torch.equal(result.counts[layer], sum(each.counts[layer] for each in alone))
-        assert result.counts[layer].sum() == 8 * 32 * 2  # T tokens, K choices
+        assert torch.equal(result.routing[layer].count_E, sum(each.routing[layer].count_E for each in alone))
+        assert result.routing[layer].count_E.sum() == 8 * 32 * 2  # T tokens, K choices
+        assert result.routing[layer].tokens == 8 * 32
+
+
+def test_the_global_balancing_loss_of_micro_batches_is_the_whole_steps(corpus):
+    """Value and gradient. The batch's own loss is another one as soon as the step has several micro-batches."""
+    changes = {"train.batch_size": 8, "balance.aux": 0.5}
+    found = {}
+    for scope, n in (("global", 1), ("global", 4), ("batch", 1), ("batch", 4)):
+        cfg, model, batch = model_and_batch(corpus, changes | {"balance.scope": scope, "train.accumulate": n})
+        result = compute_gradients(model, batch, cfg)
+        found[scope, n] = result.losses["aux"], {name: p.grad.clone() for name, p in model.named_parameters()}
+    whole_loss, whole_gradients = found["batch", 1]
+    for key in (("global", 1), ("global", 4)):
+        assert found[key][0] == pytest.approx(whole_loss, rel=1e-12), key
+        for name, gradient in whole_gradients.items():
+            torch.testing.assert_close(found[key][1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert abs(found["batch", 4][0] / whole_loss - 1) > 1e-4
+
+
+def test_a_coefficient_follows_its_schedule():
+    cfg = BalanceConfig(aux=0.5, z=0.25, schedule={"aux": [1.0, 0.0]})
+    assert [coefficient(cfg, "aux", progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]
+    assert coefficient(cfg, "z", 0.5) == 0.25
+    assert coefficient(cfg, "l1", 0.5) == 1.0  # a router's own loss
 
 
 def test_the_gradient_is_of_the_loss_with_the_weighted_balancing_losses(corpus):
@@ -174,7 +199,9 @@ def test_metrics_have_one_line_per_step_with_every_field(finished):
         }  # fmt: skip
         assert [each["layer"] for each in line["layers"]] == [0, 1]
         for each in line["layers"]:
-            assert each.keys() == {"layer", "max_vio", "load_entropy", "dead", "dropped"}
+            assert each.keys() == {
+                    "layer", "max_vio", "load_entropy", "effective_experts", "dead", "dropped", "skipped"
+                }  # fmt: skip
             assert each["dropped"] == 0
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["aux"] + 0.001 * line["z"], rel=1e-12)
         assert line["tokens_per_s"] > 0

@@ -1,0 +1,108 @@
+"""The contract between routers and what follows them: what a router is given, and what it decides.
+
+A router is `router(x_TD, backend, context) -> Routing` and decides who goes where and with what weight, nothing else.
+What it decides is rows: (token, expert, weight). Everything behind it (capacity, plan, experts, combine, losses,
+metrics) reads rows and scores, and never asks which router they came from.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels import reference
+from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
+
+# Instead of an expert's number. Both add nothing to the output, and every backend takes any negative number for them.
+DROPPED = -1  # the row wanted an expert and got none: capacity. Counted as dropped
+UNUSED = -2  # no expert by design: fewer than K were wanted
+
+
+class Context(NamedTuple):
+    """What a router may know of a batch beside its states. T = n_sequences · S, sequence after sequence."""
+
+    tokens_T: Tensor | None = None  # token ids
+    n_sequences: int = 1
+
+
+class Routing(NamedTuple):
+    """A router's decision, in routed rows, in token order.
+
+    With a fixed number of rows per token, expert and weight are (T, K) and `token_N` is None: row t·K + j is token t's.
+    Ragged families give rows (N,) and the token of each, ascending. A negative expert is none: `DROPPED` or `UNUSED`.
+
+    Routers whose choice has no scores (hash) leave logits, lse and prob None; a balance term that reads them is refused
+    by `moe.routing_config`."""
+
+    expert: Tensor  # (T, K) or (N,) int64
+    weight: Tensor  # same shape, float
+    token_N: Tensor | None  # (N,) int64, ascending
+    logits_TE: Tensor | None = None
+    lse_T: Tensor | None = None  # log-sum-exp of a token's logits
+    prob_E: Tensor | None = None  # probabilities (scores that sum to 1 for every token), summed over the tokens
+    score: str = "softmax"  # how logits become scores: softmax | sigmoid | relu
+    rest_TE: Tensor | None = None  # weights of the experts a token did not take, for their default vectors
+    losses: dict[str, Tensor] | None = None  # scalars. One named as a balance coefficient is weighted by it, else by 1
+    observed: dict[str, Tensor] | None = None  # what `Router.update` learns from; summed over micro-batches
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token_N, expert_N, weight_N), whatever the family."""
+        return rows(self.token_N, self.expert, self.weight)
+
+    def prob_TE(self) -> Tensor:
+        """Every token's probabilities, (T, E), rows summing to 1; `prob_E` is their sum. Needs logits."""
+        assert self.logits_TE is not None, "a router without scores has no probabilities"
+        return probabilities(self.logits_TE, self.score)
+
+
+class Mixture(NamedTuple):
+    """What a soft router decides instead of rows: every expert reads P slots of each sequence, a slot being a weighted
+    mean of its tokens, and every token reads a weighted mean of all slots (Soft MoE, 2308.00951). B sequences."""
+
+    dispatch_BSEP: Tensor  # sums to 1 over S
+    combine_BSEP: Tensor  # sums to 1 over (E, P)
+
+
+class Router(nn.Module):
+    """What every router shares. A subclass overrides `forward`, and says in its class attributes what it is.
+
+    One router is made per MoE layer: `layer` is its number among all layers, `moe` that layer's own settings,
+    `d_model` = D. The weight of a linear router is `w_ED`."""
+
+    causal = True  # in training: a token's routing depends on no later token
+    causal_in_eval = True  # the same in evaluation, where routers that balance a batch must decide alone
+    per_token = True  # a token's routing in evaluation depends on that token alone
+    fixed_k = True  # every token takes exactly K distinct experts in evaluation
+    smooth = True  # where the choice does not change, the output is differentiable and gradients are its derivative
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
+        super().__init__()
+        self.cfg, self.k, self.layer = cfg, moe.k, layer
+        self.n_experts = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant
+
+    def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing | Mixture:
+        """(T, D) -> the decision. `backend` is reference, torch or triton. `self.training` says whether to explore."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, balance: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
+        """Once after every optimiser step: `count_E` are the step's routed rows, `observed` what its forward passes
+        gave, both summed over micro-batches; `rate` is the bias step of this moment. Nothing, unless overridden."""
+
+
+def rows(token_N: Tensor | None, expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed rows (token_N, expert_N, weight_N) from either form of a routing."""
+    if token_N is not None:
+        return token_N, expert, weight
+    n_tokens, k = expert.shape
+    token_N = torch.arange(n_tokens, device=expert.device).repeat_interleave(k)
+    return token_N, rearrange(expert, "t k -> (t k)"), rearrange(weight, "t k -> (t k)")
+
+
+def probabilities(logits_TE: Tensor, score: str) -> Tensor:
+    """Scores that sum to 1 for every token: (T, E) -> (T, E)."""
+    score_TE = logits_TE.relu() if score == "relu" else reference.scores(logits_TE, score)
+    if score == "softmax":
+        return score_TE
+    return score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)

@@ -1,0 +1,238 @@
+"""Token-choice routers: a token decides alone, from its own state or its own id. All are causal, in training too."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import reference
+from moe import balance
+from moe.routing import UNUSED, Context, Router, Routing, probabilities
+from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
+
+COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
+
+
+class LinearRouter(Router):
+    """Logits that are linear in the state, and the gate of a backend. No router by itself.
+
+    linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179). In training x is
+    first multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
+    least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
+        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
+        self.gain = nn.Parameter(torch.ones(1)) if cfg.logits == "cosine" else None
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E). Call it outside of autocast."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD, w_ED = self.jittered(x_TD.to(dtype)), self.w_ED.to(dtype)
+        if self.gain is None:
+            return F.linear(x_TD, w_ED)
+        cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(w_ED, dim=-1))
+        return cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
+
+    def jittered(self, x_TD: Tensor) -> Tensor:
+        """x times its noise in training, x itself otherwise."""
+        if not (self.training and self.cfg.jitter):
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
+
+    @staticmethod
+    def gate(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`reference.gate`, by the kernel of `backend`."""
+        if backend == "triton":
+            from kernels import gate as fused  # here, because Triton is not everywhere
+
+            return fused.gate(*arguments)
+        return reference.gate(*arguments)
+
+
+class TopKRouter(LinearRouter):
+    """softmax, sigmoid: every token takes its K best-scored experts.
+
+    p = softmax(z) (Shazeer 2017, 1701.06538) or sigmoid(z) (DeepSeek-V3, 2412.19437); the K largest of p + b are
+    chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the chosen, divided by their
+    sum when `renormalize`, times `scale`. With groups > 1 a token first chooses its k_groups best groups of experts
+    (DeepSeek-V2, 2405.04434; V3's node limit is this with a group per node).
+
+    noisy: in training z gets N(0, 1) · softplus(x W_noise^T) added (Shazeer 2017). second=random: in training the
+    second expert is taken with probability min(1, 2 w_2 / (w_1 + w_2)) (GShard, 2006.16668). At inference a token
+    needs nothing but itself. What reaches the router's weights is set by `gradient`:
+
+    exact             the derivative of the weights
+    straight-through  every weight is scale / K, and has the derivative of p
+    sparsemixer       experts are sampled in training, see `sparsemixer` (2310.00811; GRIN, 2409.12136)
+    default-vector    the experts that were not taken add p_e · v_e, v_e a vector that is fitted to expert e's output,
+                      by least squares, so that every score has a gradient (2504.12463, with a running mean for v)"""
+
+    bias_E: Tensor | None
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
+        self.w_noise_ED = nn.Parameter(torch.empty(self.n_experts, d_model)) if cfg.noisy else None
+        self.register_buffer("bias_E", torch.zeros(self.n_experts) if cfg.selection_bias else None)
+        self.fixed_k = True
+        self.smooth = cfg.gradient == "exact"
+
+    def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008 — immutable
+        cfg = self.cfg
+        with torch.autocast(x_TD.device.type, enabled=False):
+            clean_TE = logits_TE = self.logits(x_TD)
+            losses = {}
+            if self.training and self.w_noise_ED is not None:
+                noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
+                logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
+                losses["load"] = balance.load_loss(clean_TE, logits_TE, noise_TE, self.k)
+            expert_TK, weight_TK, lse_T, prob_E = self.gate(
+                backend, logits_TE, self.k, cfg.name, self.bias_E, cfg.renormalize, cfg.scale,
+                cfg.groups, cfg.k_groups, cfg.group_top,
+            )  # fmt: skip
+            rest_TE = None
+            if cfg.gradient == "sparsemixer":
+                expert_TK, weight_TK = sparsemixer(logits_TE, self.k, self.training)
+                weight_TK = weight_TK * cfg.scale
+            elif cfg.gradient == "straight-through":
+                weight_TK = weight_TK + (cfg.scale / self.k - weight_TK).detach()
+            elif cfg.gradient == "default-vector":
+                rest_TE = reference.scores(logits_TE, cfg.name).scatter(-1, expert_TK, 0) * cfg.scale
+            if self.training and cfg.second == "random":
+                share_T = weight_TK[:, 1].detach() / weight_TK.detach().sum(-1).clamp_min(torch.finfo(lse_T.dtype).tiny)
+                taken_T = torch.rand_like(share_T) < 2 * share_T
+                second_T = torch.where(taken_T, expert_TK[:, 1], UNUSED)
+                expert_TK = torch.stack((expert_TK[:, 0], second_T), -1)
+        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, cfg.name, rest_TE, losses)
+
+    @torch.no_grad()
+    def update(self, cfg: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
+        """Move the selection bias towards the experts with little load."""
+        if self.bias_E is not None and rate:
+            balance.update_bias(self.bias_E, count_E, rate, step=cfg.bias_step)
+
+
+MIXER_EPS = 0.1  # an expert further than 2 · this below the best, relative to its own size, is never sampled
+
+
+def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tensor]:
+    """K experts by sampling, with a gradient estimator for the choice: (T, E) -> expert (T, K), weight (T, K).
+
+    One after the other, without replacement: of the logits within a relative margin of the largest, an expert is
+    sampled by softmax in training (the largest is taken in evaluation), and its weight is its probability pi. Where the
+    sample is not the largest, one time in four aside, the weight's value is a third of pi while its derivative remains
+    that of pi: Heun's third-order estimate of the gradient through the sample (SparseMixer, 2310.00811; v2 in GRIN,
+    2409.12136)."""
+    taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
+    experts, weights = [], []
+    for _ in range(k):
+        left_TE = logits_TE.masked_fill(taken_TE, -torch.inf)
+        best_T1 = left_TE.amax(-1, keepdim=True).detach()
+        size_TE = torch.maximum(logits_TE.detach().abs(), best_T1)
+        far_TE = (best_T1 - logits_TE.detach()) > 2 * MIXER_EPS * size_TE.abs()
+        near_TE = left_TE.masked_fill(far_TE, -torch.inf)
+        prob_TE = near_TE.softmax(-1)
+        expert_T1 = best = near_TE.argmax(-1, keepdim=True)
+        if training:
+            gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+            expert_T1 = (near_TE.detach() + gumbel_TE).argmax(-1, keepdim=True)
+        weight_T1 = prob_TE.gather(-1, expert_T1)
+        if training:
+            full = (expert_T1 == best) | (torch.rand_like(weight_T1) > 0.75)
+            weight_T1 = weight_T1 - (weight_T1 * torch.where(full, 0.0, 2 / 3)).detach()
+        experts.append(expert_T1)
+        weights.append(weight_T1)
+        taken_TE = taken_TE.scatter(-1, expert_T1, True)
+    return torch.cat(experts, -1), torch.cat(weights, -1)
+
+
+class ThresholdRouter(LinearRouter):
+    """threshold, top-p: a token takes as many experts as its scores ask for, at least one.
+
+    p = softmax(z), sorted. threshold: every expert with p >= threshold / E (DynMoE, 2405.14297, learns one).
+    top-p: the best experts until their p sum to at least top_p (2403.07652, which adds balance.entropy to keep them
+    few). At most k_max of them; weights are p of the taken, divided by their sum when `renormalize`, times `scale`.
+    K itself is not read. At inference a token needs nothing but itself."""
+
+    fixed_k = False
+
+    def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
+        cfg, e = self.cfg, self.n_experts
+        most = min(cfg.k_max or e, e)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            expert_TK, p_TK, lse_T, prob_E = self.gate(backend, logits_TE, most, "softmax", None, False, 1.0)
+            fixed_TK = p_TK.detach()
+            if cfg.name == "threshold":
+                taken_TK = fixed_TK >= cfg.threshold / e
+            else:
+                taken_TK = fixed_TK.cumsum(-1) - fixed_TK < cfg.top_p
+            taken_TK = taken_TK | (torch.arange(most, device=x_TD.device) == 0)
+            weight_TK = torch.where(taken_TK, p_TK, 0.0)
+            if cfg.renormalize:
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        expert_TK = torch.where(taken_TK, expert_TK, UNUSED)
+        return Routing(expert_TK, weight_TK * cfg.scale, None, logits_TE, lse_T, prob_E)
+
+
+class ReluRouter(LinearRouter):
+    """relu: w_e = relu(z_e) · scale, and a token takes the experts with w_e > 0: none, some or all (ReMoE, 2412.14711).
+
+    An L1 loss keeps them few: l1 · sum_e f_e · mean_t relu(z_te), f_e = E/(K·T) times the rows of expert e, so that the
+    busy ones are pressed more. After every step l1 is multiplied by l1_factor where tokens took more than K experts on
+    average, divided by it where fewer. The weight is continuous in z where an expert comes and goes. At inference a
+    token needs nothing but itself."""
+
+    fixed_k = False
+    l1: Tensor
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
+        self.register_buffer("l1", torch.tensor([cfg.l1]))
+
+    def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            score_TE = F.relu(logits_TE)
+            n_tokens = max(1, len(x_TD))
+            active_TE = logits_TE.detach() > 0
+            share_E = active_TE.to(score_TE.dtype).sum(0) * self.n_experts / (self.k * n_tokens)
+            l1 = self.l1.to(score_TE.dtype)[0] * (share_E * score_TE.sum(0) / n_tokens).sum()
+            prob_TE = probabilities(logits_TE, "relu")
+        expert_TE = torch.where(active_TE, torch.arange(self.n_experts, device=x_TD.device), UNUSED)
+        tokens = torch.full((), len(x_TD), dtype=torch.int64, device=x_TD.device)
+        return Routing(
+            expert_TE, score_TE * self.cfg.scale, None, logits_TE, logits_TE.logsumexp(-1), prob_TE.sum(0), "relu",
+            losses={"l1": l1}, observed={"tokens": tokens},
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update(self, cfg: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
+        """Adapt the L1 coefficient."""
+        excess = count_E.sum().double() / observed["tokens"].clamp_min(1) - self.k
+        self.l1 *= self.cfg.l1_factor ** torch.sign(excess).to(self.l1.dtype)
+
+
+class HashRouter(Router):
+    """hash: K experts drawn for every token id, once and for all, weight scale / K each (Hash Layers, 2106.04426).
+
+    The table (V, K) depends on the vocabulary, the layer and E alone; nothing is learned. At inference a token needs
+    its id."""
+
+    table_VK: Tensor
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
+        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
+        rng = np.random.default_rng([layer, vocab_size, self.n_experts])
+        table_VK = np.stack([rng.permutation(self.n_experts)[: self.k] for _ in range(vocab_size)])
+        self.register_buffer("table_VK", torch.from_numpy(table_VK), persistent=False)
+
+    def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
+        assert context.tokens_T is not None, "router.name=hash reads token ids, and the context has none"
+        expert_TK = self.table_VK[context.tokens_T]
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return Routing(
+            expert_TK, torch.full(expert_TK.shape, self.cfg.scale / self.k, dtype=dtype, device=x_TD.device), None
+        )
