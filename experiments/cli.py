@@ -38,23 +38,30 @@ C = TypeVar("C")
 
 
 def command(
-    name: str, schema: type[C], verbatim: tuple[str, ...] = ()
-) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+    name: str,
+    schema: type[C],
+    verbatim: tuple[str, ...] = (),
+    after: Callable[[list[Any]], object] | None = None,
+) -> Callable[[Callable[[C], Any]], Callable[[], None]]:
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
-    it has."""
+    it has. After a sweep (--multirun) `after` is called with what `main` returned for each of its jobs, in order."""
 
-    def decorate(main: Callable[[C], None]) -> Callable[[], None]:
+    def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
+            results: list[Any] = []
+
+            def job(tree: DictConfig) -> None:
+                results.append(refuse(lambda: main(typed(tree, schema))))
+
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(each, verbatim) for each in sys.argv[1:]]
             arguments = get_args_parser().parse_args()
             refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun)
             hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
-
-        def job(tree: DictConfig) -> None:
-            refuse(lambda: main(typed(tree, schema)))
+            if after and arguments.multirun:
+                refuse(after, results)
 
         return entry
 
@@ -70,10 +77,10 @@ def typed(tree: DictConfig, schema: type[C]) -> C:
     return build(plain, schema) if issubclass(schema, Config) else parse(schema, plain)
 
 
-def refuse(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call; a `BadInput` becomes its sentence on stderr and exit status 2."""
+def refuse(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, and return what it returns; a `BadInput` becomes its sentence on stderr and exit status 2."""
     try:
-        function(*arguments)
+        return function(*arguments)
     except BadInput as bad:
         sys.stdout.flush()
         print(f"error: {bad}", file=sys.stderr)

@@ -4,25 +4,35 @@
     python -m experiments.compare model=cpu-nano train.steps=50     # seconds, too short to mean anything
     python -m experiments.compare seeds=[0,1,2] match=flops         # an interval over seeds, matched in FLOPs
     python -m experiments.compare resume=true                       # go on: finished runs are reused
+    python -m experiments.compare -m experiment=routers router=softmax,hash,soft seed=0,1,2    # one table of them all
 
 Writes into `run` (default runs/compare-<hash of the settings>): moe-seed0, dense-seed0, ... (a run's folder each),
-compare.json (every number), table.md, and index.html, a page that needs nothing else.
+compare.json (every number), table.md, and index.html, a page that needs nothing else. The comparisons of a sweep are
+runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and end in a table (`experiments.sweep`).
 """
 
 import dataclasses
 import json
 import math
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, page, tables, verdict
-from moe import config, data, presets
-from moe.config import BadInput, Config
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from experiments import cli, page, sweep, tables, verdict
+from moe import config, data, machine, presets
+from moe.config import BadInput, BalanceConfig, Config, RouterConfig
+from moe.evaluate import causal_leak
+from moe.generate import load_run
 from moe.run import read_lines, write_atomically
+from moe.shards import Dataset
 from moe.train import train
 
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
@@ -34,6 +44,7 @@ class CompareConfig(Config):
 
     match: str = "active_params"  # active_params | flops | total_params: what the dense twin has in common
     seeds: list[int] = field(default_factory=list)  # a pair of runs for each; empty: only `seed`
+    twins: str = ""  # where dense twins are kept for other comparisons to reuse; "": in `run`, in a sweep beside it
 
     def __post_init__(self) -> None:
         if self.match not in verdict.LABELS:
@@ -45,15 +56,32 @@ class CompareConfig(Config):
             raise BadInput(f"seeds={self.seeds} has a negative one: accepted is at least 0.")
 
 
-@cli.command("compare", CompareConfig)
-def main(cfg: CompareConfig) -> None:
+@cli.command("compare", CompareConfig, after=sweep.report)
+def main(cfg: CompareConfig) -> sweep.Job:
     """Compare, then print the table and the verdict."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        cfg = one_of_many(cfg, hydra.runtime.choices)
     result = compare(cfg, overrides=sys.argv[1:])
     print()
     tables.print_table(HEADINGS, result["table"])
     for sentence in result["sentences"]:
         print(sentence)
     print(f"page: {Path(result['folder'], 'index.html')}")
+    return sweep.Job(list(hydra.overrides.task), result)
+
+
+def one_of_many(cfg: CompareConfig, choices: Mapping[str, str | None]) -> CompareConfig:
+    """The settings of a sweep's job: with a folder of its own below runs/<experiment>, and twins beside it. `choices`
+    are the files of conf/ by group."""
+    name = f"{choices['router']}-seed{cfg.seed}-{fingerprint(cfg)}"
+    run = cfg.run or f"runs/{choices.get('experiment') or 'sweep'}/{name}"
+    return dataclasses.replace(cfg, run=run, twins=cfg.twins or str(Path(run).parent / "twins"))
+
+
+def fingerprint(cfg: CompareConfig) -> str:
+    """Eight hex digits of what decides the comparison's result."""
+    return config.fingerprint(dataclasses.replace(cfg, twins=""))
 
 
 def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,35 +89,57 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
 
     `overrides` is the command line to repeat it with. With `cfg.resume` finished runs are reused and others continued.
     Raises `BadInput` for a model without experts, a twin that cannot match, or a folder that exists."""
-    folder = Path(cfg.run or f"runs/compare-{config.fingerprint(cfg)}")
+    folder = Path(cfg.run or f"runs/compare-{fingerprint(cfg)}")
     if folder.exists() and not cfg.resume:
         raise BadInput(f"run={folder} exists: continue it with resume=true, or choose another folder.")
     if cfg.model.moe is None:
         raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
-    vocab_size = cfg.model.vocab_size or data.prepare(cfg.data, cfg.tokenizer, say).tokenizer.vocab_size
-    moe = dataclasses.replace(cfg.model, vocab_size=vocab_size)
-    models = {"moe": moe, "dense": presets.dense_twin(moe, cfg.match)}
+    dataset = data.prepare(cfg.data, cfg.tokenizer, say)
+    vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
+    moe, dense = settings_of_the_two(cfg, dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
     pairs = []
     for seed in cfg.seeds or [cfg.seed]:
         runs = []
-        for kind, model in models.items():
-            run = folder / f"{kind}-seed{seed}"
+        for kind, own in (("moe", moe), ("dense", dense)):
+            own = dataclasses.replace(own, seed=seed, run=str(folder / f"{kind}-seed{seed}"))
+            if cfg.twins and kind == "dense":
+                own.run, own.resume = str(Path(cfg.twins, f"dense-{config.fingerprint(own)}")), True
             say(f"compare: {kind}, seed {seed}")
-            shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
             try:
-                train(Config(**shared | {"seed": seed, "run": str(run), "model": model}), say)
+                train(own, say)
             except SystemExit:
                 say(f"The comparison is not finished. Go on with it: {command_line(overrides)} resume=true")
                 raise
-            runs.append(read_run(run))
+            run = read_run(Path(own.run))
+            leak = measure_leak(Path(own.run), dataset, cfg.train.device)
+            runs.append(run._replace(folder=os.path.relpath(own.run, folder), leak=leak))
         pairs.append(verdict.Pair(*runs))
 
     result = describe(cfg, folder, pairs, command_line(overrides))
+    result["twin"] = config.fingerprint(dataclasses.replace(dense, seed=0))
     write_atomically(folder / "table.md", tables.markdown(HEADINGS, result["table"]))
     write_atomically(folder / "index.html", page.render(pairs, result))
     write_atomically(folder / "compare.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
+
+
+def settings_of_the_two(cfg: CompareConfig, model: config.ModelConfig) -> tuple[Config, Config]:
+    """The settings of the MoE's run and of its dense twin's, but for seed and folder. The twin has no router, and none
+    of the settings of one, so that it is the twin of every MoE of its size."""
+    shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
+    moe = Config(**shared | {"model": model})
+    twin = presets.dense_twin(model, cfg.match)
+    return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
+
+
+def measure_leak(run: Path, dataset: Dataset, device: str) -> float:
+    """`moe.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
+    model, _, cfg = load_run(run, "last")
+    context, split = cfg.model.context, dataset.split("val")
+    read_BS1, _ = split.read(data.validation_starts(split, context, 2 * context), context)
+    place = machine.choose_device(device)
+    return causal_leak(model.to(place), torch.from_numpy(read_BS1[:, :-1]).to(place))
 
 
 def command_line(overrides: Sequence[str]) -> str:
@@ -118,9 +168,16 @@ def describe(cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], comman
         "sentences": verdict.sentences(pairs, cfg.match),
         "table": [verdict.cells(row) for row in rows],
         "numbers": numbers,
+        "leak": max(pair.moe.leak or 0.0 for pair in pairs),
+        "by_seed": [
+            {"seed": moe.summary["seed"], "moe": verdict.measured(moe), "dense": verdict.measured(dense)}
+            for moe, dense in pairs
+        ],
         "folder": str(folder),
         "runs": {"moe": [pair.moe.folder for pair in pairs], "dense": [pair.dense.folder for pair in pairs]},
         "command": command,
+        "device": summary["device"],
+        "versions": summary["versions"],
         "commit": summary["commit"],
         "dirty": summary["dirty"],
         "config": config.to_dict(cfg),

@@ -14,15 +14,19 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
+ROUTING = ("max_vio", "effective_experts", "dropped", "skipped")  # of `moe.metrics.layer_metrics`
 LABELS = {"active_params": "active parameters", "total_params": "total parameters", "flops": "forward FLOPs per token"}
 
 
 class Run(NamedTuple):
-    """A finished run: its folder, `summary.json`, and the lines of `metrics.jsonl`."""
+    """A finished run: its folder, `summary.json`, the lines of `metrics.jsonl`, and `moe.evaluate.causal_leak` of the
+    trained model, None where nobody measured it."""
 
     folder: str
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
+    leak: float | None = None
 
 
 class Pair(NamedTuple):
@@ -106,7 +110,8 @@ def loss_difference(pairs: list[Pair]) -> Interval:
 class Row:
     """A line of the table: a value per seed for the MoE and for its twin, None where a loss was never reached.
 
-    `relation` is how the two compare: their "difference", with `interval` where one is known, or their "ratio"."""
+    `relation` is how the two compare: their "difference", with `interval` where one is known, or their "ratio"; or
+    "none", and then the largest value over the seeds stands for each."""
 
     label: str
     digits: int  # after the point
@@ -135,6 +140,7 @@ def table(pairs: list[Pair]) -> list[Row]:
         ends: list[float | None] = [validation_curve(pair.dense)[axis][-1] for pair in pairs]
         return Row(label, digits, [reach(pair.moe, pair.dense, axis) for pair in pairs], ends)
 
+    leaks = [pair.moe.leak for pair in pairs], [pair.dense.leak for pair in pairs]
     rows = score("Validation")
     rows[0] = replace(rows[0], interval=loss_difference(pairs))
     for domain in pairs[0].moe.summary["val"]["domains"]:
@@ -143,6 +149,7 @@ def table(pairs: list[Pair]) -> list[Row]:
         *rows,
         to_twin("Steps to the twin's final loss", 0, 0),
         to_twin("Seconds to the twin's final loss", 1, 1),
+        *([] if None in leaks[0] + leaks[1] else [Row("Causal leak (logits)", 0, leaks[0], leaks[1], "none")]),
         row("Training throughput (tokens/s)", lambda summary: summary["tokens_per_s"]),
         row("Active parameters", lambda summary: summary["params"]["active"]),
         row("Total parameters", lambda summary: summary["params"]["total"]),
@@ -166,6 +173,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 def cells(row: Row) -> tuple[str, str, str, str]:
     """What the table says of a row: label, MoE, twin, and their difference or ratio. Over several seeds a
     value is a mean ± half its 95% interval."""
+    if row.relation == "none":
+        largest = [max(each for each in side if each is not None) for side in (row.moe, row.dense)]
+        return row.label, scientific(largest[0]), scientific(largest[1]), ""
     moe, dense = mean(row.moe), mean(row.dense)
     if moe is None or dense is None:
         relation = "–"
@@ -196,9 +206,37 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def scientific(value: float) -> str:
+    """Two digits and a power of ten; 0 is 0."""
+    return f"{value:.1e}" if value else "0"
+
+
+def measured(run: Run) -> dict[str, float | None]:
+    """What tells a run from others like it, by name: its final loss, speed and leak, and its routing over the whole
+    validation set, the mean of its MoE layers; None for what it does not have."""
+    layers = (run.summary["load"] or {}).get("routing", [])
+    return {
+        "loss": run.summary["val"]["loss"],
+        **{name: float(np.mean([each[name] for each in layers])) if layers else None for name in ROUTING},
+        "tokens_per_s": run.summary["tokens_per_s"],
+        "leak": run.leak,
+    }
+
+
 def sentences(pairs: list[Pair], match: str) -> list[str]:
-    """The result in words: first the loss with its uncertainty, then the clock, then what was held equal."""
-    return [_loss_sentence(pairs), _clock_sentence(pairs), _match_sentence(pairs, match)]
+    """The result in words: first the loss with its uncertainty, then a leak if there is one, then the clock, then what
+    was held equal."""
+    return [_loss_sentence(pairs), *_leak_sentence(pairs), _clock_sentence(pairs), _match_sentence(pairs, match)]
+
+
+def _leak_sentence(pairs: list[Pair]) -> list[str]:
+    leak = max(pair.moe.leak or 0 for pair in pairs)
+    if leak <= LEAK:
+        return []
+    return [
+        f"The router sees later tokens (changing them alone moves a logit by {scientific(leak)}): the MoE's validation "
+        "loss is not comparable with that of a model that predicts."
+    ]
 
 
 def _loss_sentence(pairs: list[Pair]) -> str:

@@ -131,15 +131,18 @@ def recorded(routing: Routing, expert_TK: Tensor) -> Routing:
     """Routing replay (2507.18071, 2510.11370): the experts of an earlier pass instead of the router's choice.
 
     expert_TK: (T, K) int64, distinct within a token; negative entries stay and weigh 0. A token's weights are this
-    routing's probabilities of these experts, times what makes their sum that of its own weights, so that replaying a
-    routing's own experts changes nothing where weights are proportional to probabilities. Without logits weights stay.
+    routing's probabilities of these experts, times what makes their sum that of its own weights; its own weights where
+    the experts are its own, so that replaying a pass changes nothing. Without logits weights stay.
     The weight that a recorded DROPPED row lost is thus shared among the token's other experts, not lost again.
     A shape other than the routing's own, or a ragged routing: ValueError."""
     if routing.token_N is not None:
         raise ValueError("experts can be replayed on routers with a fixed K only; this one gives ragged rows")
     if routing.expert.shape != expert_TK.shape:
         raise ValueError(f"recorded experts are {tuple(expert_TK.shape)}, the routing is {tuple(routing.expert.shape)}")
-    return _reassign(routing, expert_TK)
+    replayed = _reassign(routing, expert_TK)
+    own_T1 = (expert_TK == routing.expert).all(-1, keepdim=True)
+    own_TK = torch.where(expert_TK < 0, 0.0, routing.weight)
+    return replayed._replace(weight=torch.where(own_T1, own_TK, replayed.weight))
 
 
 def _place(expert_N: Tensor, n_experts: int, weight_N: Tensor | None = None) -> Tensor:

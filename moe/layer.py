@@ -88,6 +88,8 @@ class MoELayer(nn.Module):
         tokens_T = None if tokens_BS is None else tokens_BS.flatten()
         routing = router(state_TD, backend, Context(tokens_T, len(x_BSD)))
         if isinstance(routing, Mixture):
+            if recorded is not None:
+                raise ValueError("a soft router has no experts to replay")
             y_BSD, report = self.mix(x_BSD, routing, backend)
         else:
             y_BSD, report = self.send(x_BSD, routing, backend, router.n_experts, load_E, recorded)

@@ -34,7 +34,7 @@ def router_class(name: str) -> type[Router]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadInput(f"router.name={name} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise BadInput(f"router.name={name} is no subclass of moe.routing.Router.")

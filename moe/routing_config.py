@@ -234,6 +234,8 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
         raise BadInput(
             "router.gradient=sparsemixer needs router.name=softmax, router.renormalize=false and no selection bias."
         )
+    if router.gradient == "default-vector" and router.second == "random":
+        raise BadInput("router.second=random has no meaning for router.gradient=default-vector.")
     if router.gradient == "default-vector" and router.renormalize:
         raise BadInput(
             "router.gradient=default-vector weighs all experts by their scores: set router.renormalize=false."

@@ -141,7 +141,7 @@ def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tens
         weight_T1 = prob_TE.gather(-1, expert_T1)
         if training:
             full = (expert_T1 == best) | (torch.rand_like(weight_T1) > 0.75)
-            weight_T1 = weight_T1 - (weight_T1 * torch.where(full, 0.0, 2 / 3)).detach()
+            weight_T1 = weight_T1 - torch.where(full, 0.0, weight_T1 * (2 / 3)).detach()
         experts.append(expert_T1)
         weights.append(weight_T1)
         taken_TE = taken_TE.scatter(-1, expert_T1, True)

@@ -13,7 +13,7 @@ from small_runs import STEPS, fate, overrides, settings, train, train_until
 
 import experiments.train
 from experiments import cli
-from moe.config import Config
+from moe.config import BadInput, Config
 from moe.run import read_config, read_lines
 
 
@@ -61,7 +61,7 @@ REFUSED = {
     "router=sofmax": "router=sofmax does not exist; did you mean softmax.",
     "tokenizer=bite": "tokenizer=bite does not exist; did you mean byte.",
     "data=wikipedia": "data=wikipedia does not exist; accepted here: blend, ",
-    "router.name=softmx": "router.name=softmx is not one of softmax, sigmoid; did you mean softmax.",
+    "router.name=softmx": "router.name=softmx is not one of softmax, sigmoid, ",
     "train.precision=fp64": "train.precision=fp64 is not one of auto, bf16, fp32",
     # wrong types
     "seed=abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
@@ -89,7 +89,7 @@ REFUSED = {
     "router=softmax,sigmoid": "router=softmax,sigmoid has several values: add --multirun",
     "-m seed=0,abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
     "-m router=softmax,sigmiod": "router=sigmiod does not exist; did you mean sigmoid.",
-    "-m router=glob(x*)": "router=glob(x*) matches nothing; accepted here: sigmoid, ",
+    "-m router=glob(x*)": "router=glob(x*) matches nothing; accepted here: base, ",
     "-m seed=interval(0,1)": "cannot read the command line: ",
     "--multirun seed=0,1 optim.lrr=1": "optim.lrr is not a setting",
     # what cannot be read
@@ -194,6 +194,30 @@ def test_a_multirun_leaves_a_run_for_each(command, corpus, tmp_path):
     found = {path.name: json.loads((path / "summary.json").read_text()) for path in (tmp_path / "sweep").iterdir()}
     assert {name: summary["seed"] for name, summary in found.items()} == {"4": 4, "5": 5}
     assert found["4"]["val"] != found["5"]["val"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "called"), [(["-m", "seed=4,5"], [[4, 5]]), (["seed=4"], []), (["-m", "seed=4"], [[4]])]
+)
+def test_after_a_sweep_its_results_are_handed_over_in_order(monkeypatch, tmp_path, arguments, called):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    GlobalHydra.instance().clear()
+    seen = []
+    cli.command("train", Config, after=seen.append)(lambda cfg: cfg.seed)()
+    assert seen == called
+
+
+def test_what_comes_after_a_sweep_may_refuse_in_one_sentence(monkeypatch, tmp_path, capsys):
+    def refuse(results):
+        raise BadInput(f"{len(results)} results are too few.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=4,5"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="2"):
+        cli.command("train", Config, after=refuse)(lambda cfg: None)()
+    assert capsys.readouterr().err == "error: 2 results are too few.\n"
 
 
 # Going on

@@ -1,5 +1,6 @@
 """Claims about experiments/compare.py, on two small models trained for a few steps."""
 
+import dataclasses
 import inspect
 import json
 import json.encoder
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
@@ -208,6 +210,76 @@ def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
     assert len(set(folders)) == 3
     assert folders[0] == folders[3]
     assert folders[0].parent == Path("runs")
+
+
+def test_the_leak_is_measured_and_one_is_said(root, finished):
+    _, result = finished
+    assert result["leak"] < 1e-9
+    assert "Causal leak (logits)" in [label for label, *_ in result["table"]]
+    assert not any("sees later tokens" in each for each in result["sentences"])
+    tree = settings(root, run=str(root / "leaking"), router={"name": "expert-choice"}, balance={"aux": 0.0})
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    again = compare(build(tree, CompareConfig), say=lambda _: None)
+    assert again["leak"] > 1e-6
+    assert "The router sees later tokens (" in again["sentences"][1]
+    assert again["by_seed"][0]["moe"]["leak"] == again["leak"] > again["by_seed"][0]["dense"]["leak"]
+
+
+def test_comparisons_share_the_twins_of_one_size(root):
+    tree = settings(root, twins=str(root / "twins"))
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    said, twins, results = [], [], []
+    for i, (router, k) in enumerate((("softmax", 2), ("hash", 2), ("softmax", 1))):
+        own = {"run": str(root / f"sharing{i}"), "router": {"name": router}}
+        own |= {"balance": {"aux": 0.0, "z": 0.0}, "model": tree["model"] | {"moe": tree["model"]["moe"] | {"k": k}}}
+        results.append(compare(build(tree | own, CompareConfig), said.append))
+        twins.append({path.name for path in (root / "twins").iterdir()})
+    assert [len(each) for each in twins] == [1, 1, 2]
+    assert [each["runs"]["moe"] for each in results] == [["moe-seed0"]] * 3
+    dense = [each["runs"]["dense"][0] for each in results]
+    assert dense[0] == dense[1] == f"../twins/{twins[0].pop()}" != dense[2]
+    assert results[0]["twin"] == results[1]["twin"] != results[2]["twin"]
+    assert results[0]["by_seed"][0]["dense"] == results[1]["by_seed"][0]["dense"]
+    assert sum(line.endswith("is finished") and "twins" in line for line in said) == 1
+
+
+def test_a_sweeps_jobs_have_folders_of_their_own_and_twins_beside_them(root):
+    cfg = build(settings(root, run=""), CompareConfig)
+    one = command.one_of_many(cfg, {"router": "gshard", "experiment": "routers"})
+    assert one.run.startswith("runs/routers/gshard-seed0-")
+    assert one.twins == "runs/routers/twins"
+    assert command.one_of_many(cfg, {"router": "gshard", "experiment": None}).run.startswith("runs/sweep/gshard-seed0-")
+    own = dataclasses.replace(cfg, run="here/a", twins="there")
+    assert command.one_of_many(own, {"router": "gshard"}) == own
+    other = dataclasses.replace(cfg, match="flops", twins="elsewhere")
+    runs = {command.one_of_many(each, {"router": "gshard"}).run for each in (cfg, own, other)}
+    assert len(runs) == 3
+
+
+def test_a_sweep_ends_in_one_table(root, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    given = [
+        "experiment=routers",
+        "tokenizer=byte",
+        "data=text",
+        f"data.path={root / 'texts'}",
+        "data.val_fraction=0.2",
+    ]
+    given += [f"data.cache={root / 'cache'}", "model.context=32", "model.d_model=16", "model.d_ff=32", "optim.warmup=1"]
+    given += ["train.steps=2", "train.batch_size=2", "train.eval_tokens=512", "train.threads=1", "train.precision=fp32"]
+    monkeypatch.setattr(sys, "argv", ["compare", "-m", *given, "router=softmax,hash", "seed=0,1"])
+    for _ in range(2):  # the second time everything is there
+        GlobalHydra.instance().clear()
+        command.main()
+        table = (tmp_path / "runs" / "routers" / "table.md").read_text()
+        assert f"\n{table}table: runs/routers/table.md\n" in capsys.readouterr().out
+        assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {"softmax", "hash", "dense twin"}
+    folders = sorted(
+        path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "routers").iterdir() if path.is_dir()
+    )
+    assert folders == ["", "hash-seed0", "hash-seed1", "softmax-seed0", "softmax-seed1"]
+    assert len(list((tmp_path / "runs" / "routers" / "twins").iterdir())) == 2
 
 
 def test_the_command_line_refuses_a_misspelt_key_and_names_the_right_one(monkeypatch, capsys):

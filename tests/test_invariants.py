@@ -24,11 +24,12 @@ class _Fixed(nn.Module):
 
     def __init__(self, expert, weight, token_N, n_tokens, n_experts):
         super().__init__()
+        self.n_experts = n_experts
         score_TE = torch.full((n_tokens, n_experts), 1 / n_experts, dtype=torch.float64)
         logits_TE = score_TE.log()
         self.routing = Routing(expert, weight, token_N, logits_TE, logits_TE.logsumexp(-1), score_TE.sum(0))
 
-    def forward(self, x_TD, backend):
+    def forward(self, x_TD, backend, context):
         return self.routing
 
 
