@@ -3,12 +3,13 @@
 python -m experiments.readme
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from experiments import bench_routing, bench_train_step, compare, rows, summary
+from experiments import bench_routing, bench_train_step, compare, rows, summary, sweep
 from experiments.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ def sections() -> dict[str, str]:
         "seeds": comparison(read("three-seeds.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
         "routing": routing(rows.read(RESULTS / "routing.jsonl")),
+        "routers": routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(summary.read(RESULTS)),
         "next": f"```\n{(RESULTS / 'next.txt').read_text()}```\n",
     }
@@ -69,6 +71,16 @@ def routing(found: list[dict[str, Any]]) -> str:
     first = found[0]
     where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
+
+
+def routers(found: list[dict[str, Any]]) -> str:
+    """A line per router of `conf/router`, and the dense twins'."""
+    first = found[0]
+    names = [each.name for each in dataclasses.fields(sweep.Line)]
+    lines = [sweep.Line(**{name: row[name] for name in names}) for row in found]
+    table = markdown(sweep.HEADINGS, map(sweep.cells, lines))
+    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{table}\n`{first['command']}`; {where}\n"
 
 
 def gpu(found: list[dict[str, Any]]) -> str:

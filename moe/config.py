@@ -284,6 +284,14 @@ def validate(cfg: Config) -> None:
     _validate_model(cfg.model)
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     routing_config.validate(layers, cfg.router, cfg.balance)
+    tokens = cfg.train.batch_size // cfg.train.accumulate * cfg.model.context
+    for moe in layers if cfg.balance.capacity else ():
+        if cfg.balance.capacity * moe.k * tokens < moe.n_experts:
+            raise BadInput(
+                f"balance.capacity={cfg.balance.capacity} leaves no expert room for one token: with {tokens} tokens in "
+                f"a micro-batch, model.moe.k={moe.k} and {moe.n_experts} experts it must be at least "
+                f"{moe.n_experts / (moe.k * tokens):.3g} (0 drops nothing)."
+            )
     for name in cfg.data.domains:
         if cfg.data.name == "blend" and name not in BLEND_DOMAINS:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")

@@ -26,10 +26,11 @@ class Flops(NamedTuple):
     training: int
 
 
-def size(cfg: ModelConfig) -> Size:
-    """Parameters of a model, counted on the meta device. Active leaves out the E − K experts a token does not take."""
+def size(cfg: ModelConfig, router: RouterConfig | None = None) -> Size:
+    """Parameters of a model with this router (softmax by default), counted on the meta device. Active leaves out the
+    E − K experts a token does not take."""
     with torch.device("meta"):
-        model = Transformer(cfg, RouterConfig())
+        model = Transformer(cfg, router or RouterConfig())
     total = sum(p.numel() for p in model.parameters())
     if cfg.moe is None:
         return Size(total, total)

@@ -136,7 +136,8 @@ def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tens
         prob_TE = near_TE.softmax(-1)
         expert_T1 = best = near_TE.argmax(-1, keepdim=True)
         if training:
-            gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+            u_TE = torch.rand_like(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny)  # the noise stays finite
+            gumbel_TE = -(-u_TE.log()).log()
             expert_T1 = (near_TE.detach() + gumbel_TE).argmax(-1, keepdim=True)
         weight_T1 = prob_TE.gather(-1, expert_T1)
         if training:

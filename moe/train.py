@@ -120,7 +120,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     if cfg.train.compile:
         model.compile()
     tracker = trackers.Trackers(cfg, folder, state.step)
-    size = presets.size(cfg.model)
+    size = presets.size(cfg.model, cfg.router)
     say(
         f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
         f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
@@ -468,7 +468,7 @@ def summarize(
         "name": Path(cfg.run).name,
         "seed": cfg.seed,
         "model": to_dict(cfg.model),
-        "params": presets.size(cfg.model)._asdict(),
+        "params": presets.size(cfg.model, cfg.router)._asdict(),
         "flops": presets.flops(cfg.model)._asdict(),
         "steps": state.step,
         "tokens": tokens,

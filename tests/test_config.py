@@ -106,6 +106,7 @@ NOT_FINITE = [
     )
     for value in (math.inf, -math.inf, math.nan)
 ]
+SCORELESS = {"balance.aux": 0.0, "balance.z": 0.0}
 IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "K > E": ({"model.moe.k": 9, "model.moe.n_experts": 8}, "model.moe.k=9 exceeds model.moe.n_experts=8"),
     "D % H": ({"model.d_model": 100, "model.n_heads": 3}, "model.d_model=100 is not divisible by model.n_heads=3"),
@@ -118,6 +119,59 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "groups that do not divide": (
         {"router.groups": 3, "model.moe.n_experts": 8},
         "router.groups=3 must divide model.moe.n_experts=8",
+    ),
+    "a null expert for a soft router": (
+        {"router.name": "soft", "model.moe.n_null": 1, **SCORELESS},
+        "router.name=soft mixes",
+    ),
+    "a balance term without scores": (
+        {"router.name": "hash"},
+        "balance.aux=0.01 reads scores, and router.name=hash gives none: set balance.aux=0",
+    ),
+    "a setting that another router reads": (
+        {"router.name": "base", "router.threshold": 2.0, "model.moe.k": 1},
+        "router.threshold=2.0 means nothing to router.name=base, which reads no setting of its own",
+    ),
+    "options for a router of the library": ({"router.options": {"a": 1}}, "is read by a router of your own only"),
+    "BASE with two experts": ({"router.name": "base", "model.moe.k": 2}, "set model.moe.k=1 (it is 2)"),
+    "sinkhorn that learns nothing": (
+        {"router.name": "sinkhorn", "model.moe.k": 1},
+        "router.renormalize=true with model.moe.k=1 makes every weight 1",
+    ),
+    "a random second of three": (
+        {"router.second": "random", "model.moe.k": 3},
+        "router.second=random needs model.moe.k=2",
+    ),
+    "sparsemixer renormalised": (
+        {"router.gradient": "sparsemixer"},
+        "router.gradient=sparsemixer needs router.name=softmax",
+    ),
+    "default vectors renormalised": ({"router.gradient": "default-vector"}, "set router.renormalize=false"),
+    "a load loss without noise": ({"balance.load": 0.1}, "balance.load=0.1 needs router.noisy=true"),
+    "capacity where experts choose": (
+        {"router.name": "expert-choice", "balance.capacity": 1.0},
+        "balance.capacity=1.0 has no meaning for router.name=expert-choice",
+    ),
+    "capacity and token rounding": ({"balance.capacity": 1.0, "balance.tile": 8}, "choose one of them"),
+    "capacity below one token": (
+        {"balance.capacity": 1e-6},
+        "balance.capacity=1e-06 leaves no expert room for one token",
+    ),
+    "a next expert without capacity": ({"balance.overflow": "next"}, "balance.overflow=next needs balance.capacity"),
+    "a schedule of nothing": ({"balance.schedule": {"auxx": [1.0]}}, "balance.schedule.auxx is not a coefficient"),
+    "an empty schedule": ({"balance.schedule": {"aux": []}}, "must be a list of factors of at least 0"),
+    "widths for other experts": (
+        {"model.moe.widths": [8, 8]},
+        "model.moe.widths has 2 widths for model.moe.n_experts=16",
+    ),
+    "a layer short": (
+        {"model.moe.k_by_layer": [1]},
+        "model.moe.k_by_layer=[1] needs 4 numbers, one for each MoE layer",
+    ),
+    "a gate with nothing behind it": ({"model.moe.shared_gate": True}, "has no shared expert to gate"),
+    "a shared router for different layers": (
+        {"router.shared": True, "model.moe.k_by_layer": [1, 1, 2, 2]},
+        "router.shared=true needs the same n_experts and k in every MoE layer",
     ),
     "K > the experts of the groups": (
         {"router.groups": 4, "router.k_groups": 1, "model.moe.n_experts": 8, "model.moe.k": 3},

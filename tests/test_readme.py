@@ -1,7 +1,9 @@
 """The README: every command in it runs, at a small size, and every table in it comes from experiments/results."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +17,7 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 EXPERIMENTS = [line for line in COMMANDS if line.startswith("python -m experiments.")]
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEMO = next(line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "experiments.compare" in line)
 
 TRAINING = (
@@ -35,6 +38,7 @@ SMALLER = {
     "gpu_evidence": "--stage kernels",
     "presets": "",
     "tokenize": "vocab_size=300",
+    "upcycle": "",
 }
 
 
@@ -48,6 +52,7 @@ def folder(tmp_path_factory):
         domain.mkdir(parents=True, exist_ok=True)
         (domain / f"{i}.txt").write_text(f"{i} {paragraph}")
     (folder / ".venv").symlink_to(folder / "texts")
+    (folder / "my_router.py").write_text(EXAMPLE)
     return folder
 
 
@@ -61,6 +66,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.setattr(sys, "argv", [name, *given, *extra])
     import_module(module).main()
 
@@ -94,6 +100,18 @@ def test_the_demo_leaves_a_page_and_two_models(folder, demo):
 
 def test_the_tables_are_what_the_results_say():
     assert readme.filled(TEXT) == TEXT
+
+
+def test_the_router_of_ones_own_is_short_and_passes_what_every_router_must(folder):
+    """In a process of its own, by the README's own command, without Triton's slow interpreter."""
+    assert len(EXAMPLE.splitlines()) < 40
+    command = shlex.split(next(line for line in COMMANDS if "--router" in line))[1:]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, *command, "-k", "not triton"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "passed" in done.stdout
 
 
 def test_links_and_pictures_exist():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 import moe.train
@@ -39,7 +40,7 @@ def lines_of(corpus, folder, changes: dict[str, Any]):
 def model_and_batch(corpus, changes: dict[str, Any]):
     """A config, its initial model in float64, and a batch of random tokens."""
     cfg = settings(corpus, "", changes | {"model.vocab_size": 257, "dispatch": "torch"})
-    model = Transformer(cfg.model, cfg.router).initialize(0).double()
+    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0).double()
     tokens = torch.randint(0, 257, (8, 33), generator=torch.Generator().manual_seed(1))
     return cfg, model, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(8, 32, dtype=torch.uint8))
 
@@ -90,6 +91,27 @@ def test_the_global_balancing_loss_of_micro_batches_is_the_whole_steps(corpus):
         for name, gradient in whole_gradients.items():
             torch.testing.assert_close(found[key][1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
     assert abs(found["batch", 4][0] / whole_loss - 1) > 1e-4
+
+
+def _rank(rank: int, corpus, folder, changes) -> None:
+    """One of two processes: its half of the batch, in two micro-batches."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+    result = compute_gradients(model, half, cfg)
+    torch.save([result.losses["aux"], model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_global_balancing_loss_spans_the_ranks(corpus, tmp_path):
+    changes = {"train.batch_size": 8, "balance.aux": 0.5, "balance.scope": "global"}
+    torch.multiprocessing.spawn(_rank, (corpus, tmp_path, changes | {"train.accumulate": 2}), nprocs=2)
+    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    whole = compute_gradients(model, batch, cfg)
+    assert sum(losses) / 2 == pytest.approx(whole.losses["aux"], rel=1e-12)
+    expected = model.blocks[0].mlp.router.w_ED.grad
+    torch.testing.assert_close(sum(gradients) / 2, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_coefficient_follows_its_schedule():

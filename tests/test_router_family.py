@@ -1,0 +1,672 @@
+"""What every router of conf/router must hold, and which of them are the same where they should be.
+
+What a router says of itself (causal, causal_in_eval, per_token, fixed_k, smooth) is held against what it does.
+"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import PRESETS
+
+from kernels import reference
+from moe import train
+from moe.attention import KVCache
+from moe.config import BadInput, BalanceConfig, MoEConfig, OptimConfig, RouterConfig
+from moe.model import next_token_loss
+from moe.optim import build_optimizer
+from moe.router import build_router
+from moe.routing import DROPPED, UNUSED, Context, Mixture, Routing
+from moe.routing_config import validate
+
+EXACT = dict(rtol=1e-12, atol=1e-12)
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
+TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+CANNOT_COMPILE: dict[str, str] = {}  # preset: why
+
+
+def _experts(preset, **moe):
+    """The settings of the experts that go with a preset: E=8 is the least that four groups of two need."""
+    moe = {"n_experts": 8, "k": 3, **preset.moe, **moe}
+    cheap = sum(moe.get(name, 0) for name in ("n_null", "n_copy", "n_constant"))
+    return moe | ({"k": moe["n_experts"] + cheap} if moe["k"] == "all" else {})
+
+
+def _layer(make_layer, preset, dtype=torch.float64, training=False, **moe):
+    return make_layer(preset.router, dtype, balance=preset.balance, **_experts(preset, **moe)).train(training)
+
+
+def _model(make_model, preset, dtype=torch.float64, training=False, **changes):
+    moe = MoEConfig(d_expert=7, **_experts(preset))
+    return make_model(preset.router, dtype, balance=preset.balance, moe=moe, **changes).train(training)
+
+
+def _x(n_sequences=2, length=9, dtype=torch.float64, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((n_sequences, length, 12), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _ids(x, seed=5):
+    return torch.randint(0, 17, x.shape[:2], generator=torch.Generator().manual_seed(seed))
+
+
+def _run(layer, x, backend="torch", tokens=None, **given):
+    """One pass, with the same random numbers in every call."""
+    torch.manual_seed(7)
+    return layer(x, backend, tokens_BS=_ids(x) if tokens is None else tokens, **given)
+
+
+def _objective(out, routing):
+    """A scalar that every output of the layer feeds."""
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return (out * weights).sum() + sum(routing.losses.values())
+
+
+def _gradients(layer, x, backend, **given):
+    x = x.clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    _objective(*_run(layer, x, backend, **given)).backward()
+    return {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+
+def _same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        one, other = first[name], second[name]
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name
+
+
+def _decide(layer, x):
+    """What the router says, before anything limits it."""
+    torch.manual_seed(7)
+    return layer.router(x.flatten(0, 1), "reference", Context(_ids(x).flatten(), len(x)))
+
+
+# --- Accounting -------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+@TRAINING
+def test_every_row_and_every_token_is_accounted_for(make_layer, preset, backend, training):
+    layer, x = _layer(make_layer, preset, training=training), _x()
+    report = _run(layer, x, backend)[1]
+    decision = _decide(layer, x)
+    if isinstance(decision, Mixture):  # rows are slots, and every token reads every expert
+        assert report.count_E.tolist() == [2 * decision.dispatch_BSEP.shape[-1]] * 8
+        assert report.expert.shape == (18, 8)
+        torch.testing.assert_close(report.weight.sum(-1), torch.ones(18, dtype=torch.float64), **EXACT)
+        return
+    assert (report.token_N is None) == (decision.token_N is None)
+    token_N, expert_N, _ = Routing(report.expert, report.weight, report.token_N).rows()
+    pairs = [(t, e) for t, e in zip(token_N.tolist(), expert_N.tolist(), strict=True) if e >= 0]
+    assert len(set(pairs)) == len(pairs), "a token takes an expert twice"
+    assert (token_N.diff() >= 0).all()
+    unused = (expert_N == UNUSED).sum()
+    assert ((expert_N >= 0) | (expert_N == DROPPED) | (expert_N == UNUSED)).all()
+    assert report.count_E.sum() + report.dropped + unused == expert_N.numel()
+    n_experts = layer.router.n_experts
+    assert report.count_E.tolist() == [sum(each == e for _, each in pairs) for e in range(n_experts)]
+    assert report.wanted_E.tolist() == reference.count(decision.rows()[1], n_experts).tolist()
+    assert (report.wanted_E.sum() - report.count_E.sum()) == report.dropped
+    assert report.skipped == 18 - len({t for t, _ in pairs})
+    if layer.router.fixed_k and not training:
+        assert report.dropped == unused == report.skipped == 0
+        assert report.count_E.sum() == 18 * layer.router.k
+
+
+@TRAINING
+def test_a_tokens_probabilities_sum_to_one(make_layer, preset, training):
+    layer, x = _layer(make_layer, preset, training=training), _x()
+    decision = _decide(layer, x)
+    if isinstance(decision, Mixture) or decision.logits_TE is None:
+        assert preset.router.name in ("soft", "hash")
+        return
+    taken_T = torch.ones(18, dtype=torch.float64)
+    if decision.score == "relu":  # probabilities of a token without a positive score are all 0
+        taken_T = (decision.logits_TE > 0).any(-1).double()
+    torch.testing.assert_close(decision.prob_TE().sum(-1), taken_T, **EXACT)
+    torch.testing.assert_close(decision.prob_E, decision.prob_TE().sum(0), **EXACT)
+    torch.testing.assert_close(decision.prob_E.sum(), taken_T.sum(), **EXACT)
+
+
+# --- Experts ----------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_identical_experts_are_the_dense_mlp_times_the_sum_of_a_tokens_weights(make_layer, preset, backend):
+    layer, x = _layer(make_layer, preset), _x()
+    if preset.router.name == "soft":
+        pytest.skip("every expert reads other mixtures of tokens")
+    up, down = layer.experts.w_up_EFD, layer.experts.w_down_EDF
+    with torch.no_grad():
+        up[:], down[:] = up[:1].clone(), down[:1].clone()
+        if layer.default_ED is not None:
+            layer.default_ED.zero_()
+        out, report = _run(layer, x, backend)
+        rows = Routing(report.expert, report.weight, report.token_N)
+        token_N, expert_N, weight_N = rows.rows()
+        real_N = torch.where((expert_N >= 0) & (expert_N < layer.n_experts), weight_N, 0.0)
+        total_T = torch.zeros(18, dtype=torch.float64).index_add(0, token_N, real_N)
+        expected = (reference.activate(x @ up[0].T, "swiglu") @ down[0].T) * total_T.view(2, 9, 1)
+        if layer.cheap is not None:
+            expected += layer.cheap(x.flatten(0, 1), rows).view(x.shape)
+    torch.testing.assert_close(out, expected, **EXACT)
+
+
+@BACKENDS
+def test_one_expert_is_the_dense_mlp_times_its_weight(make_layer, preset, backend):
+    moe = dict(n_experts=1, k=1, n_null=0, n_copy=0, n_constant=0)
+    try:
+        validate([MoEConfig(**moe)], preset.router, preset.balance)
+    except BadInput as refusal:
+        assert preset.router.groups > 1 or preset.router.second == "random"
+        pytest.skip(str(refusal))
+    if preset.router.name == "soft":
+        pytest.skip("the expert reads a mixture of tokens")
+    layer, x = _layer(make_layer, preset, **moe), _x()
+    with torch.no_grad():
+        out, report = _run(layer, x, backend)
+        dense = reference.activate(x @ layer.experts.w_up_EFD[0].T, "swiglu") @ layer.experts.w_down_EDF[0].T
+    total_T = torch.zeros(18, dtype=torch.float64)
+    token_N, expert_N, weight_N = Routing(report.expert, report.weight, report.token_N).rows()
+    total_T.index_add_(0, token_N, torch.where(expert_N >= 0, weight_N, 0.0))
+    torch.testing.assert_close(out, dense * total_T.view(2, 9, 1), **EXACT)
+    if preset.router.name in ("softmax", "sinkhorn", "threshold", "top-p", "hash"):
+        torch.testing.assert_close(out, dense, **EXACT)
+
+
+@BACKENDS
+def test_permuting_the_tokens_permutes_the_output(make_layer, preset, backend):
+    """A batch's routers too, where no two scores tie; a soft one within a sequence."""
+    layer, x = _layer(make_layer, preset), _x(1, 18)
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+    tokens = _ids(x)
+    moved = _run(layer, x[:, order], backend, tokens[:, order])[0]
+    torch.testing.assert_close(moved, _run(layer, x, backend, tokens)[0][:, order], **EXACT)
+
+
+def test_the_triton_kernels_give_the_references_output(make_layer, preset):
+    layer, x = _layer(make_layer, preset, torch.float32), _x(1, 5, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(_run(layer, x, "triton")[0], _run(layer, x, "reference")[0], rtol=1e-4, atol=1e-5)
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+@TRAINING
+def test_a_later_token_changes_no_earlier_logit_or_the_router_says_so(make_model, preset, backend, training):
+    model = _model(make_model, preset, training=training)
+    router = model.routers()[0]
+    promised = router.causal if training else router.causal_in_eval
+    tokens = torch.randint(0, 17, (1, 16), generator=torch.Generator().manual_seed(1))
+    leak = 0.0
+    with torch.no_grad():
+        torch.manual_seed(7)
+        before = model(tokens, backend=backend).logits_BSV
+        for last in (1, 6, 13):
+            changed = tokens.clone()
+            changed[:, last:] = (changed[:, last:] + 1 + last) % 17
+            torch.manual_seed(7)
+            after = model(changed, backend=backend).logits_BSV
+            leak = max(leak, (after - before)[:, :last].abs().max().item())
+            assert (after - before)[:, last:].abs().max() > 1e-6
+    if promised:
+        assert leak <= 1e-12
+    else:
+        assert leak > 1e-9
+
+
+def test_what_each_router_promises():
+    """Named once, so that a promise is not dropped in silence."""
+    promises = {}
+    for name, preset in PRESETS.items():
+        router = build_router(preset.router, 4, MoEConfig(**_experts(preset)), vocab_size=3)
+        promises[name] = (router.causal, router.causal_in_eval, router.per_token)
+    never = {name for name, each in promises.items() if each == (False, False, False)}
+    after_training = {name for name, each in promises.items() if each == (False, True, True)}
+    assert never == {"expert-choice", "soft"}
+    assert after_training == {"base", "sinkhorn", "expert-choice-predictor", "expert-choice-threshold"}
+    assert {each for name, each in promises.items() if name not in never | after_training} == {(True, True, True)}
+
+
+def test_cached_logits_are_the_uncached_where_a_token_decides_alone(make_model, preset, tokens):
+    model = _model(make_model, preset)
+    if not model.routers()[0].per_token:
+        pytest.skip("the router decides over what it is given at once")
+    with torch.no_grad():
+        whole = model(tokens).logits_BSV
+        for chunks in ([4, 1, 6], [1] * 11):
+            cache = KVCache(model.cfg, batch=2, dtype=torch.float64, device=tokens.device)
+            parts = [model(part, cache=cache).logits_BSV for part in tokens.split(chunks, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+@TRAINING
+def test_every_gradient_is_the_references(make_layer, preset, training):
+    layer, x = _layer(make_layer, preset, training=training), _x()
+    expected, got = _gradients(layer, x, "reference"), _gradients(layer, x, "torch")
+    for name in expected:
+        assert (expected[name] is None) == (got[name] is None), name
+        if expected[name] is None:
+            assert not dict(layer.named_parameters())[name].requires_grad or not training, name
+            continue
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        assert not training or expected[name].norm() > 0, name
+
+
+@TRAINING
+def test_gradients_are_the_derivative_where_the_router_says_so(make_layer, preset, training):
+    """On the reference; the other backends' gradients equal its. The random numbers are the same in every call, and no
+    choice is near a tie. The predictor's loss is left out: it is made to tell the states nothing."""
+    layer = _layer(make_layer, preset, training=training, d_expert=2)
+    if not layer.router.smooth:
+        pytest.skip("an estimator's gradient is no derivative")
+    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+    def function(x, *values):
+        given = dict(zip(parameters, values, strict=True))
+        torch.manual_seed(7)
+        out, report = torch.func.functional_call(layer, given, (x, "reference"), {"tokens_BS": _ids(x)})
+        return out, *(each for name, each in report.losses.items() if name != "predictor")
+
+    inputs = (_x(1, 5).requires_grad_(), *(p.detach().clone().requires_grad_() for p in parameters.values()))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def test_estimators_say_that_they_are_no_derivative(make_layer):
+    smooth = {name: _layer(make_layer, preset).router.smooth for name, preset in PRESETS.items()}
+    assert {name for name, each in smooth.items() if not each} == {"default-vector", "sparsemixer", "straight-through"}
+
+
+# --- The same again ---------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_the_same_seed_gives_the_same_bits(make_layer, preset, backend):
+    layer, x = _layer(make_layer, preset, training=True), _x()
+    first, again = _run(layer, x, backend)[0], _run(layer, x, backend)[0]
+    assert torch.equal(first, again)
+    _same_bits(_gradients(layer, x, backend), _gradients(layer, x, backend))
+
+
+def test_activation_checkpointing_changes_no_bit(make_model, preset, tokens):
+    model = _model(make_model, preset, torch.float32, training=True)
+
+    def gradients(**how):
+        torch.manual_seed(7)
+        model.zero_grad(set_to_none=True)
+        out = model(tokens, **how)
+        loss = next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:])
+        loss = loss + sum(sum(each.losses.values()) for each in out.routing)
+        loss.backward()
+        return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+    _same_bits(gradients(), gradients(checkpoint_activations=True))
+
+
+def test_compiled_in_one_graph_is_the_same(make_layer, preset, request):
+    layer, x = _layer(make_layer, preset), _x()
+    name = request.node.callspec.id
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    if name in CANNOT_COMPILE:
+        pytest.skip(CANNOT_COMPILE[name])
+    with torch.no_grad():
+        (expected, report), (got, report_compiled) = _run(layer, x), _run(compiled, x)
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert torch.equal(report_compiled.count_E, report.count_E)
+    assert torch.equal(report_compiled.expert, report.expert)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@TRAINING
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_scores_are_float32_in_bf16_and_everything_is_finite(make_layer, preset, training, how):
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    layer, x = _layer(make_layer, preset, dtype, training), _x(dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        decision = _decide(layer, x)
+        out, report = _run(layer, x)
+        _objective(out.float(), report).backward()
+    if isinstance(decision, Mixture):
+        assert {each.dtype for each in decision} == {torch.float32}
+    else:
+        floats = [each for each in decision[:6] if each is not None and each.is_floating_point()]
+        assert {each.dtype for each in floats} == {torch.float32}
+        assert all(each.isfinite().all() for each in floats)
+    assert out.dtype in (dtype, torch.bfloat16)
+    assert out.isfinite().all()
+    assert all(each.isfinite() for each in report.losses.values())
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@BACKENDS
+@TRAINING
+@pytest.mark.parametrize("shape", [(1, 0), (1, 1)], ids=str)
+def test_no_token_and_one_token_are_no_special_case(make_layer, preset, backend, training, shape):
+    layer, x = _layer(make_layer, preset, training=training), _x(*shape)
+    gradients = _gradients(layer, x, backend)
+    assert all(each.isfinite().all() for each in gradients.values() if each is not None)
+    out, report = _run(layer, x, backend)
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+    assert all(each.isfinite().all() for each in report.losses.values())
+    assert report.count_E.shape == report.wanted_E.shape == (layer.router.n_experts,)
+    assert report.skipped <= shape[0] * shape[1]
+    if shape[1] == 0 and preset.router.name != "soft":
+        assert report.count_E.sum() == 0
+    if training:
+        layer.router.update(preset.balance, 0.1, report.wanted_E, report.observed)
+    assert all(each.isfinite().all() for each in layer.state_dict().values())
+
+
+@TRAINING
+@pytest.mark.parametrize("size", [0.0, 1e30])
+def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, preset, training, size):
+    layer, x = _layer(make_layer, preset, training=training), _x()
+    with torch.no_grad():
+        for name, p in layer.router.named_parameters():
+            if name in ("w_ED", "w_phi", "w_predict_ED"):
+                p.mul_(size)
+    out, report = _run(layer, x)
+    again = _run(layer, x)[0]
+    assert torch.equal(out, again)
+    assert out.isfinite().all()
+    assert all(each.isfinite().all() for each in report.losses.values())
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    biased = preset.router.name == "hash" or preset.router.selection_bias
+    if size == 0 and layer.router.fixed_k and not training and not biased:
+        assert (report.expert == torch.arange(layer.router.k)).all()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_router_trains_and_learns_what_it_should(make_model, preset, tokens):
+    balance = preset.balance
+    if preset.router.selection_bias:
+        balance = BalanceConfig(aux=0.0, z=0.0, bias_rate=0.01)
+    validate([MoEConfig(**_experts(preset))], preset.router, balance)
+    model = _model(make_model, preset._replace(balance=balance), torch.float32, training=True)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(7)
+    losses = []
+    for _ in range(3):
+        out = model(tokens)
+        loss = next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:])
+        losses.append(loss.item())
+        for each in out.routing:
+            loss = loss + sum(train.coefficient(balance, key, 0.0) * value for key, value in each.losses.items())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        train.update_routers(model, [train.layer_totals(each, tokens.numel()) for each in out.routing], balance, 0.0)
+    after = model.state_dict()
+    assert losses[-1] < losses[0]
+    assert all(each.isfinite().all() for each in after.values())
+    still = {key for key in before if torch.equal(before[key], after[key])}
+    own = {key for key in after if ".router." in key}
+    kept = {key for key in own if key.endswith("w_ED")} if preset.router.frozen else set()
+    assert still == kept
+    learnt = {
+        "bias_E": preset.router.selection_bias,
+        "l1": preset.router.name == "relu",
+        "cutoff_E": preset.router.causal == "threshold",
+    }
+    for suffix, there in learnt.items():
+        assert any(key.endswith(suffix) for key in own) == there
+
+
+# --- Which are the same -----------------------------------------------------------------------------------------------
+
+
+def _pair(make_layer, one, other, training=False, **moe):
+    """Two layers with the same weights, whatever the second has besides."""
+    first = make_layer(one, n_experts=8, **{"k": 3, **moe}).train(training)
+    second = make_layer(other, n_experts=8, **{"k": 3, **moe}).train(training)
+    second.load_state_dict(first.state_dict(), strict=False)
+    return first, second
+
+
+@BACKENDS
+def test_a_threshold_between_a_tokens_kth_and_next_score_is_top_k(make_layer, backend):
+    x = _x(1, 1)
+    plain = make_layer(RouterConfig(), n_experts=8, k=3).eval()
+    best = plain.router.logits(x[0]).softmax(-1).sort(descending=True).values[0]
+    threshold = 8 * (best[2] + best[3]).item() / 2
+    other = _pair(make_layer, RouterConfig(), RouterConfig("threshold", threshold=threshold))[1]
+    torch.testing.assert_close(_run(other, x, backend)[0], _run(plain, x, backend)[0], **EXACT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("cfg", [RouterConfig("top-p", top_p=1.0), RouterConfig("threshold", threshold=0.0)])
+def test_taking_all_of_the_probability_is_the_dense_mixture(make_layer, backend, cfg):
+    dense, other = _pair(make_layer, RouterConfig(), cfg, k=8)
+    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(dense, _x(), backend)[0], **EXACT)
+
+
+@pytest.mark.parametrize("cfg", [RouterConfig("top-p", top_p=0.0), RouterConfig("threshold", threshold=1e9)])
+def test_taking_as_little_as_possible_is_top_1(make_layer, cfg):
+    one, other = _pair(make_layer, RouterConfig(), cfg, k=1)
+    torch.testing.assert_close(_run(other, _x())[0], _run(one, _x())[0], **EXACT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_choosing_all_groups_is_choosing_among_all_experts(make_layer, backend, name):
+    plain, grouped = _pair(make_layer, RouterConfig(name), RouterConfig(name, groups=4, k_groups=4))
+    assert torch.equal(_run(grouped, _x(), backend)[0], _run(plain, _x(), backend)[0])
+
+
+@pytest.mark.parametrize("factor", [1e9, float("inf")])
+def test_more_capacity_than_rows_is_dropless_to_the_last_bit(make_layer, preset, factor):
+    try:
+        validate([MoEConfig(**_experts(preset))], preset.router, BalanceConfig(aux=0, z=0, capacity=2.0))
+    except BadInput as refusal:
+        assert preset.router.name in ("soft", "expert-choice")
+        pytest.skip(str(refusal))
+    dropless = dataclasses.replace(preset.balance, capacity=0.0)
+    one, other = (
+        _layer(make_layer, preset._replace(balance=each), training=True)
+        for each in (dropless, dataclasses.replace(dropless, capacity=factor))
+    )
+    assert torch.equal(_run(one, _x())[0], _run(other, _x())[0])
+    _same_bits(_gradients(one, _x(), "torch"), _gradients(other, _x(), "torch"))
+
+
+@BACKENDS
+def test_mixtures_of_one_token_each_are_a_routing(make_layer, preset, backend):
+    """Slot p of expert e reads the p-th token that goes there, and nobody else does."""
+    if preset.router.name != "softmax":
+        pytest.skip("said once per router that chooses by softmax")
+    layer, x = _layer(make_layer, preset), _x(2, 6)
+    layer.cheap = layer.default_ED = None
+    expert_T = torch.randint(0, 8, (12,), generator=torch.Generator().manual_seed(0))
+    one_hot = torch.zeros(2, 6, 8, 6, dtype=torch.float64)
+    for t, e in enumerate(expert_T.tolist()):
+        slot = sum(each == e for each in expert_T[t // 6 * 6 : t].tolist())
+        one_hot[t // 6, t % 6, e, slot] = 1
+    mixed, report = layer.mix(x, Mixture(one_hot, one_hot), backend)
+    weight_T1 = torch.ones(12, 1, dtype=torch.float64)
+    routed, _ = layer.send(x, Routing(expert_T[:, None], weight_T1, None), backend, 8, None, None)
+    torch.testing.assert_close(mixed, routed, **EXACT)
+    assert report.count_E.tolist() == [12] * 8
+
+
+@BACKENDS
+@TRAINING
+def test_a_selection_bias_of_zero_is_none(make_layer, backend, training):
+    plain, biased = _pair(make_layer, RouterConfig("sigmoid"), RouterConfig("sigmoid", selection_bias=True), training)
+    biased.router.bias_E.zero_()
+    assert torch.equal(_run(biased, _x(), backend)[0], _run(plain, _x(), backend)[0])
+    _same_bits(_gradients(biased, _x(), backend), _gradients(plain, _x(), backend))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("cfg", "k"),
+    [
+        (RouterConfig(noisy=True), 3),
+        (RouterConfig(jitter=0.5), 3),
+        (RouterConfig(second="random"), 2),
+        (RouterConfig(frozen=True), 3),
+        (RouterConfig(input="previous"), 3),
+        (RouterConfig("sinkhorn"), 3),
+    ],
+    ids=["noisy", "jitter", "gshard", "frozen", "first of lookahead", "sinkhorn"],
+)
+def test_what_only_training_does_is_plain_top_k_in_evaluation(make_layer, backend, cfg, k):
+    plain, other = _pair(make_layer, RouterConfig(), cfg, k=k)
+    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(plain, _x(), backend)[0], **EXACT)
+
+
+@pytest.mark.parametrize("cfg", [RouterConfig(noisy=True), RouterConfig(jitter=0.5), RouterConfig("sinkhorn")])
+def test_what_only_training_does_is_done_in_training(make_layer, cfg):
+    plain, other = _pair(make_layer, RouterConfig(), cfg, training=True)
+    assert (_run(other, _x())[0] - _run(plain, _x())[0]).abs().max() > 1e-3
+
+
+@BACKENDS
+@TRAINING
+def test_experts_that_choose_every_token_are_the_dense_mixture(make_layer, backend, training):
+    dense, other = _pair(make_layer, RouterConfig(renormalize=False), RouterConfig("expert-choice"), training, k=8)
+    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(dense, _x(), backend)[0], **EXACT)
+
+
+@BACKENDS
+def test_cheap_experts_that_nobody_chooses_change_nothing(make_layer, backend):
+    cfg = RouterConfig("sigmoid", selection_bias=True)
+    plain = make_layer(cfg, n_experts=8, k=3)
+    other = make_layer(cfg, n_experts=8, k=3, n_null=1, n_copy=1, n_constant=2)
+    with torch.no_grad():
+        other.router.bias_E[:8], other.router.bias_E[8:] = plain.router.bias_E, -100
+        other.router.w_ED[:8] = plain.router.w_ED
+    other.experts.load_state_dict(plain.experts.state_dict())
+    (out, report), (expected, _) = _run(other, _x(), backend), _run(plain, _x(), backend)
+    torch.testing.assert_close(out, expected, **EXACT)
+    assert report.count_E[8:].sum() == 0
+
+
+@BACKENDS
+def test_cheap_experts_alone_give_nothing_the_token_or_a_mix(make_layer, backend):
+    cfg = RouterConfig("sigmoid", selection_bias=True, renormalize=True)
+    layer, x = make_layer(cfg, n_experts=5, k=1, n_null=1, n_copy=1, n_constant=1), _x()
+    mix = (x @ layer.cheap.mix.weight.T).softmax(-1)
+    expected = [0 * x, x, mix[..., :1] * x + mix[..., 1:] * layer.cheap.v_ZD[0]]
+    for e, each in enumerate(expected, start=5):
+        layer.router.bias_E.zero_()[e] = 100.0
+        out, report = _run(layer, x, backend)
+        assert report.count_E[e] == 18
+        torch.testing.assert_close(out, each, **EXACT)
+
+
+@BACKENDS
+def test_equal_widths_are_one_width(make_layer, preset, backend):
+    one = _layer(make_layer, preset, training=True)
+    other = _layer(make_layer, preset, training=True, widths=[7] * 8)
+    state = {name.replace("experts.w_", "experts.stacks.0.w_"): each for name, each in one.state_dict().items()}
+    other.load_state_dict(state)
+    (expected, report), (out, report_other) = _run(one, _x(), backend), _run(other, _x(), backend)
+    torch.testing.assert_close(out, expected, **EXACT)
+    assert torch.equal(report.count_E, report_other.count_E)
+
+
+@BACKENDS
+def test_experts_of_several_widths_are_those_experts_padded_with_zeros(make_layer, preset, backend):
+    widths = [3, 7, 1, 7, 3, 2, 7, 5]
+    mixed = _layer(make_layer, preset, training=True, widths=widths)
+    padded = _layer(make_layer, preset, training=True)
+    padded.load_state_dict({k: v for k, v in mixed.state_dict().items() if not k.startswith("experts.")}, strict=False)
+    with torch.no_grad():
+        padded.experts.w_up_EFD.zero_()
+        padded.experts.w_down_EDF.zero_()
+        for stack, local_E in zip(mixed.experts.stacks, mixed.experts.local_GE.tolist(), strict=True):
+            for e, local in enumerate(local_E):
+                if local >= 0:
+                    f = widths[e]
+                    padded.experts.w_up_EFD[e, :f] = stack.w_up_EFD[local, :f]
+                    padded.experts.w_up_EFD[e, 7 : 7 + f] = stack.w_up_EFD[local, f:]
+                    padded.experts.w_down_EDF[e, :, :f] = stack.w_down_EDF[local]
+    (out, report), (expected, report_padded) = _run(mixed, _x(), backend), _run(padded, _x(), backend)
+    torch.testing.assert_close(out, expected, **EXACT)
+    assert torch.equal(report.count_E, report_padded.count_E)
+
+
+@BACKENDS
+def test_replaying_a_pass_is_that_pass_to_the_last_bit(make_layer, preset, backend):
+    layer, x = _layer(make_layer, preset), _x()
+    expected, report = _run(layer, x, backend)
+    if preset.router.name == "soft" or report.token_N is not None:
+        with pytest.raises(ValueError, match="replay"):
+            _run(layer, x, backend, recorded=report.expert)
+        return
+    out, again = _run(layer, x, backend, recorded=report.expert)
+    assert torch.equal(out, expected)
+    assert torch.equal(again.expert, report.expert)
+
+
+@BACKENDS
+def test_relu_with_positive_logits_takes_every_expert_by_its_logit(make_layer, backend):
+    layer, x = make_layer(RouterConfig("relu", scale=0.5), n_experts=8, k=3), _x().abs()
+    with torch.no_grad():
+        layer.router.w_ED.abs_()
+    out, report = _run(layer, x, backend)
+    logits_TE = layer.router.logits(x.flatten(0, 1))
+    experts = layer.experts
+    hidden = torch.einsum("td,efd->tef", x.flatten(0, 1), experts.w_up_EFD)
+    each = torch.einsum("tef,edf->ted", reference.activate(hidden, "swiglu"), experts.w_down_EDF)
+    torch.testing.assert_close(out.flatten(0, 1), (0.5 * logits_TE[..., None] * each).sum(1), **EXACT)
+    assert report.count_E.tolist() == [18] * 8
+
+
+def test_a_shared_router_is_one_module_whose_gradient_is_the_sum_over_layers(make_model, tokens):
+    moe = MoEConfig(n_experts=5, k=3, d_expert=7)
+    shared = make_model(RouterConfig(shared=True), moe=moe, n_layers=3)
+    assert len(set(shared.routers())) == 1
+    assert len(shared.routers()) == 3
+    assert [block.mlp.router is None for block in shared.blocks] == [False, True, True]
+    alone = make_model(RouterConfig(), moe=moe, n_layers=3)
+    state = shared.state_dict()
+    w_ED = state["blocks.0.mlp.router.w_ED"]
+    alone.load_state_dict(state | {f"blocks.{layer}.mlp.router.w_ED": w_ED for layer in range(3)})
+    logits = []
+    for model in (shared, alone):
+        out = model(tokens)
+        logits.append(out.logits_BSV)
+        next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:]).backward()
+    assert torch.equal(*logits)
+    expected = sum(router.w_ED.grad for router in alone.routers())
+    torch.testing.assert_close(shared.routers()[0].w_ED.grad, expected, **EXACT)
+
+
+def test_a_shared_router_learns_from_all_its_layers_at_once(make_model, tokens):
+    model = make_model(RouterConfig("sigmoid", selection_bias=True, shared=True))
+    out = model(tokens)
+    before = model.routers()[0].bias_E.clone()
+    totals = [train.layer_totals(each, tokens.numel()) for each in out.routing]
+    train.update_routers(model, totals, BalanceConfig(aux=0.0, z=0.0, bias_rate=0.125), 0.0)
+    count_E = sum(each.wanted_E for each in out.routing).double()
+    torch.testing.assert_close(model.routers()[0].bias_E - before, 0.125 * (count_E.mean() - count_E).sign(), **EXACT)
+
+
+def test_lookahead_routes_by_the_previous_layers_input(make_model, tokens):
+    model = make_model(RouterConfig(input="previous"), n_layers=4).eval()
+    read, entered = [], []
+    for router in model.routers():
+        router.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    for block in model.blocks:
+        block.mlp_norm.register_forward_hook(lambda module, inputs, output: entered.append(output.flatten(0, 1)))
+    model(tokens)
+    assert [[torch.equal(one, other) for other in entered].index(True) for one in read] == [0, 0, 1, 2]
