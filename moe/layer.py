@@ -55,7 +55,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.balance, self.n_experts = balance or BalanceConfig(), moe.n_experts
-        self.reads_previous, self.slots = router.input == "previous", router.slots
+        self.reads_previous = router.input == "previous"
         self.router: Router | None = None
         if own_router:
             self.router = build_router(router, cfg.d_model, moe, layer=layer, vocab_size=cfg.vocab_size)
@@ -109,9 +109,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, LayerRouting]:
         """Rows to experts and back. `n_experts` counts the cheap ones."""
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        wanted_E = reference.count(routing.rows()[1], n_experts)
-        losses = self.losses(routing, wanted_E if load_E is None else load_E, len(x_BSD), n_experts)
-        routing = self.limited(routing, n_experts, recorded)
+        wanted, routing = routing, self.limited(routing, n_experts, recorded)
         real = routing
         if self.cheap is not None:
             real = routing._replace(expert=torch.where(routing.expert < self.n_experts, routing.expert, UNUSED))
@@ -119,6 +117,8 @@ class MoELayer(nn.Module):
         token_N, expert_N, weight_N = routing.rows()
         if self.cheap is not None:
             y_TD, count_E = y_TD + self.cheap(x_TD, routing), reference.count(expert_N, n_experts)
+        wanted_E = count_E if routing is wanted else reference.count(wanted.rows()[1], n_experts)
+        losses = self.losses(wanted, wanted_E if load_E is None else load_E, len(x_BSD), n_experts)
         if self.default_ED is not None and routing.rest_TE is not None:
             rest_TE, default_ED = routing.rest_TE.to(y_TD.dtype), self.default_ED
             fitted_TD = torch.zeros_like(routing.rest_TE).index_put(
@@ -128,14 +128,17 @@ class MoELayer(nn.Module):
                 error_TD = y_TD.detach().to(default_ED.dtype) - fitted_TD.to(default_ED.dtype) @ default_ED
             losses["default"] = error_TD.square().sum() / max(1, error_TD.numel())
             y_TD = y_TD + rest_TE @ default_ED.detach().to(y_TD.dtype)
-        served_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)
-        served_T = served_T.scatter_add(0, token_N, (expert_N >= 0).long())
+        if routing.token_N is None:
+            served_T = (routing.expert >= 0).any(-1)
+        else:
+            served_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)
+            served_T = served_T.scatter_add(0, token_N, (expert_N >= 0).long()) > 0
         return y_TD.view(x_BSD.shape), LayerRouting(
             losses=losses,
             count_E=count_E,
             wanted_E=wanted_E,
             dropped=(expert_N == DROPPED).sum(),
-            skipped=(served_T == 0).sum(),
+            skipped=(~served_T).sum(),
             expert=routing.expert,
             weight=routing.weight.detach(),
             token_N=routing.token_N,

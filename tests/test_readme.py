@@ -60,8 +60,9 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     """Run a command line of the README in this process, made small by settings appended to it."""
     _, _, module, *given = shlex.split(command)
     name = module.partition(".")[2]
-    extra = shlex.split(SMALLER[name])
-    if name in ("train", "compare", "tokenize"):
+    goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
+    extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
+    if not goes_on and name in ("train", "compare", "tokenize"):
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]

@@ -187,10 +187,14 @@ def test_permuting_the_tokens_permutes_the_output(make_layer, preset, backend):
     torch.testing.assert_close(moved, _run(layer, x, backend, tokens)[0][:, order], **EXACT)
 
 
-def test_the_triton_kernels_give_the_references_output(make_layer, preset):
-    layer, x = _layer(make_layer, preset, torch.float32), _x(1, 5, torch.float32)
+def test_the_triton_kernels_give_the_references_output_and_gradients_in_training(make_layer, preset):
+    layer, x = _layer(make_layer, preset, training=True), _x(1, 5)
     with torch.no_grad():
-        torch.testing.assert_close(_run(layer, x, "triton")[0], _run(layer, x, "reference")[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(_run(layer, x, "triton")[0], _run(layer, x, "reference")[0], rtol=1e-11, atol=1e-11)
+    expected, got = _gradients(layer, x, "reference"), _gradients(layer, x, "triton")
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-11, msg=name)
 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
