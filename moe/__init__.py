@@ -16,7 +16,8 @@ token_choice  routers whose tokens decide alone            batch_choice  routers
 router      which router a name means                      capacity    limits on an expert's rows, forced routing
 balance     losses and the bias that keep loads even       experts     expert weights, dense and shared MLPs
 dispatch    backends over the same weights                 layer       the MoE layer: route, dispatch, balance
-model       the transformer                                presets     parameter and FLOP counts, the dense twin
+depth       which tokens enter a block at all              model       the transformer
+presets     parameter and FLOP counts, the dense twin
 families    transformers' model families, config.json      hf          weights to and from transformers' folders
 upcycle     a dense checkpoint into an MoE, and back
 optim       AdamW and schedules                            metrics     what to say about routing

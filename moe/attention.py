@@ -16,6 +16,7 @@ class KVCache:
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (cfg.n_layers, 2, batch, cfg.n_kv_heads or cfg.n_heads, cfg.context, head_dim(cfg))
         self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.ones((cfg.n_layers, batch, cfg.context), dtype=torch.bool, device=device)  # see `Attention`
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,9 @@ def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE)."""
+    """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE).
+
+    keys_BS: which of these positions are attended to, if not all. The outputs of the others mean nothing."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -66,7 +69,12 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.d_head if per_head else d_kv, eps=cfg.norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, layer: int, cache: KVCache | None = None
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        layer: int,
+        cache: KVCache | None = None,
+        keys_BS: Tensor | None = None,
     ) -> Tensor:
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.cfg.qk_norm == "full":
@@ -81,9 +89,14 @@ class Attention(nn.Module):
             past = cache.length
             k, v = cache.extend(layer, k, v)
         mask = None
-        if past and q.shape[2] > 1:  # several new positions on top of old ones: causal, shifted by the past
+        if keys_BS is not None or (past and q.shape[2] > 1):  # causal, shifted by the past
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
+        if keys_BS is not None and mask is not None:
+            if cache is not None:
+                cache.keys[layer, :, past : past + q.shape[2]] = keys_BS
+                keys_BS = cache.keys[layer, :, : past + q.shape[2]]
+            mask = mask & keys_BS[:, None, None]
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not past, enable_gqa=k.shape[1] != q.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None and not past, enable_gqa=k.shape[1] != q.shape[1]
         )
         return self.o(rearrange(y, "b h s d -> b s (h d)"))

@@ -284,8 +284,8 @@ def validate(cfg: Config) -> None:
     _validate_model(cfg.model)
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     routing_config.validate(layers, cfg.router, cfg.balance)
-    tokens = cfg.train.batch_size // cfg.train.accumulate * cfg.model.context
     for moe in layers if cfg.balance.capacity else ():
+        tokens = cfg.train.batch_size // cfg.train.accumulate * routing_config.entering(moe, cfg.model.context)
         if cfg.balance.capacity * moe.k * tokens < moe.n_experts:
             raise BadInput(
                 f"balance.capacity={cfg.balance.capacity} leaves no expert room for one token: with {tokens} tokens in "
@@ -342,6 +342,11 @@ def _validate_model(model: ModelConfig) -> None:
             raise BadInput(f"model.moe.{name}={values} needs {n_layers} numbers, one for each MoE layer.")
         if any(value < 1 for value in values):
             raise BadInput(f"model.moe.{name}={values} has a number below 1.")
+    if moe.depth < 1 and all(layer_moe(model, layer).depth == 1 for layer in moe_layers(model)):
+        raise BadInput(
+            f"model.moe.depth={moe.depth} with model.moe.depth_every={moe.depth_every} concerns none of the MoE layers "
+            f"{moe_layers(model)} (from 0)."
+        )
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -361,7 +366,7 @@ def moe_layers(model: ModelConfig) -> list[int]:
 
 
 def layer_moe(model: ModelConfig, layer: int) -> MoEConfig:
-    """The routed experts of MoE layer `layer` (from 0, among all layers): its own E and K."""
+    """The routed experts of MoE layer `layer` (from 0, among all layers): its own E, K and depth."""
     assert model.moe is not None, "a dense model has no MoE layer"
     moe, position = model.moe, moe_layers(model).index(layer)
     return dataclasses.replace(
@@ -370,6 +375,7 @@ def layer_moe(model: ModelConfig, layer: int) -> MoEConfig:
         k=moe.k_by_layer[position] if moe.k_by_layer else moe.k,
         n_experts_by_layer=[],
         k_by_layer=[],
+        depth=moe.depth if (layer + 1) % moe.depth_every == 0 else 1.0,
     )
 
 

@@ -148,7 +148,7 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
         required |= {"router.scale": 1.0, "router.groups": 1, "router.logits": "linear", "router.gradient": "exact"}
         required |= {"router.input": "own", "router.shared": False, "model.moe.shared_gate": False}
         required |= {f"model.moe.{name}": [] for name in ("widths", "n_experts_by_layer", "k_by_layer")}
-        required |= {f"model.moe.{name}": 0 for name in ("n_null", "n_copy", "n_constant")}
+        required |= {f"model.moe.{name}": 0 for name in ("n_null", "n_copy", "n_constant")} | {"model.moe.depth": 1.0}
         if name == "mixtral":
             required["router.renormalize"] = True
         if "every" not in family.moe:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.attention import Attention, KVCache, rotary
 from moe.config import BadInput, BalanceConfig, ModelConfig, RouterConfig, head_dim, layer_moe, moe_layers
+from moe.depth import DepthRouter
 from moe.experts import MLP
 from moe.layer import LayerRouting, MoELayer
 from moe.routing import Router
@@ -35,7 +36,8 @@ def norm(cfg: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or routed."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or routed; where it has a depth router, for some
+    tokens only."""
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
@@ -45,9 +47,12 @@ class Block(nn.Module):
         self.mlp_norm = norm(cfg)
         routed = moe_layers(cfg)
         self.mlp: MoELayer | MLP
+        self.depth: DepthRouter | None = None
         if layer in routed:
-            own_router = not router.shared or layer == routed[0]
-            self.mlp = MoELayer(cfg, layer_moe(cfg, layer), router, balance, layer, own_router)
+            own_router, moe = not router.shared or layer == routed[0], layer_moe(cfg, layer)
+            self.mlp = MoELayer(cfg, moe, router, balance, layer, own_router)
+            if moe.depth < 1:
+                self.depth = DepthRouter(cfg.d_model, moe)
         else:
             self.mlp = MLP(cfg, cfg.d_ff)
 
@@ -55,7 +60,34 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, backend: str, cache: KVCache | None, **routing: Any
     ) -> tuple[Tensor, LayerRouting | None]:
         """`routing`: what `MoELayer.forward` takes beside x and the backend."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache)
+        if self.depth is None:
+            return self.feed(self.attend(x_BSD, rope, cache), backend, **routing)
+        entry, (b, s, d) = self.depth(x_BSD), x_BSD.shape
+        if self.training:  # as many tokens of every sequence: they are a batch of shorter sequences
+            assert cache is None, "in training a whole sequence decides together who enters: no cache"
+            at_BC = entry.token_N.view(b, -1) % s
+            if rope is not None:
+                rope = rope[0][at_BC][:, None], rope[1][at_BC][:, None]
+            h_BSD = self.attend(entry.take(x_BSD).view(b, -1, d), rope, None)
+        else:
+            enters_BS = torch.zeros(b * s, dtype=torch.bool, device=x_BSD.device).index_fill(0, entry.token_N, True)
+            h_BSD = entry.take(self.attend(x_BSD, rope, cache, enters_BS.view(b, s)))[None]
+        y_BSD, report = self.feed(h_BSD, backend, **entry.routing(routing))
+        assert report is not None, "only MoE layers have a depth router"
+        return entry.put(x_BSD, y_BSD.flatten(0, 1)), entry.report(report, b * s)
+
+    def attend(
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        keys_BS: Tensor | None = None,
+    ) -> Tensor:
+        """x + attention(norm(x))."""
+        return x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS)
+
+    def feed(self, x_BSD: Tensor, backend: str, **routing: Any) -> tuple[Tensor, LayerRouting | None]:
+        """x + mlp(norm(x)), and what the router did, if there is one."""
         h_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoELayer):
             y_BSD, report = self.mlp(h_BSD, backend, **routing)

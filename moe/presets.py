@@ -28,15 +28,18 @@ class Flops(NamedTuple):
 
 def size(cfg: ModelConfig, router: RouterConfig | None = None) -> Size:
     """Parameters of a model with this router (softmax by default), counted on the meta device. Active leaves out the
-    E − K experts a token does not take."""
+    E − K experts a token does not take, and counts a block as far as tokens enter it (Mixture-of-Depths)."""
     with torch.device("meta"):
         model = Transformer(cfg, router or RouterConfig())
     total = sum(p.numel() for p in model.parameters())
     if cfg.moe is None:
         return Size(total, total)
     idle = 0.0
-    for moe in (layer_moe(cfg, layer) for layer in moe_layers(cfg)):
-        idle += (moe.n_experts - _taken(moe)) * mlp_size(cfg, expert_width(moe))
+    for layer in moe_layers(cfg):
+        moe, block = layer_moe(cfg, layer), model.blocks[layer]
+        unused = (moe.n_experts - _taken(moe)) * mlp_size(cfg, expert_width(moe))
+        inside = sum(p.numel() for name, p in block.named_parameters() if not name.startswith("depth."))
+        idle += unused + (1 - moe.depth) * (inside - unused)
     return Size(total, total - round(idle))
 
 
@@ -62,19 +65,20 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
 
     2 per weight of every matmul a token passes (router and vocabulary projection included, embedding lookup not), and
     4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B).
-    Training is three times forward."""
+    Training is three times forward. A block that only some tokens enter counts by their share, and its attention is
+    over as many positions: so it is in training, while in evaluation attention is computed for all and masked."""
     d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
     d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
     total = 2.0 * d * cfg.vocab_size
     for layer in range(cfg.n_layers):
-        total += 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * s * d_heads
+        share, mlp = 1.0, mlp_size(cfg, cfg.d_ff)
         if is_moe_layer(cfg, layer):
             moe = layer_moe(cfg, layer)
             n_scores = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant + moe.shared_gate
             experts = _taken(moe) * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
-            total += 2 * (experts + d * n_scores)
-        else:
-            total += 2 * mlp_size(cfg, cfg.d_ff)
+            share, mlp = moe.depth, experts + d * n_scores
+        attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
+        total += share * (attention + 2 * mlp) + (4 * d if share < 1 else 0)
     return Flops(round(total), 3 * round(total))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,15 @@ class MoEConfig:
     n_null: int = 0  # experts that cost nothing and give 0, numbered behind the real ones (MoE++, 2410.07348)
     n_copy: int = 0  # ... that give the token back
     n_constant: int = 0  # ... that give a mix of the token and a learned vector
+    depth: float = 1.0  # share of a sequence's tokens that enter a block at all (Mixture-of-Depths, 2404.02258) ...
+    depth_every: int = 2  # ... where the layer has experts and (l + 1) % depth_every == 0; elsewhere all do
+
+
+def entering(moe: MoEConfig, length: int) -> int:
+    """How many tokens of a sequence of this length enter a block in training: depth · length, rounded up, at least 1.
+
+    A share is taken for the decimal it was written as: 0.07 · 100 is 7, although the float product lies above 7."""
+    return max(1, math.ceil(moe.depth * length * (1 - 1e-12)))
 
 
 @dataclass
@@ -132,6 +142,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.moe.n_null": (0, 1_000_000),
     "model.moe.n_copy": (0, 1_000_000),
     "model.moe.n_constant": (0, 1_000_000),
+    "model.moe.depth": (1e-9, 1),
+    "model.moe.depth_every": (1, 100_000),
     "router.jitter": (0, 0.999),
     "router.scale": (1e-9, float("inf")),
     "router.groups": _COUNT,
@@ -199,6 +211,11 @@ def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
         raise BadInput(f"model.moe.widths={moe.widths} has a width below 1.")
     if moe.shared_gate and not moe.n_shared:
         raise BadInput("model.moe.shared_gate=true has no shared expert to gate: set model.moe.n_shared.")
+    if moe.depth < 1 and (router.name == "soft" or router.input == "previous"):
+        key = "name=soft, which mixes whole sequences" if router.name == "soft" else "input=previous, another block's"
+        raise BadInput(
+            f"model.moe.depth={moe.depth} lets tokens pass a block by and does not go with router.{key}: set it to 1."
+        )
     if e > moe.n_experts and router.name == "soft":
         raise BadInput("model.moe.n_null, n_copy and n_constant need a router of rows, and router.name=soft mixes.")
     if router.k_groups > router.groups:

@@ -219,6 +219,8 @@ def to_dense(
         raise BadInput("the model is dense already.")
     if source.bias:
         raise BadInput("model.bias=true: the biases of a dense MLP have nothing to come from.")
+    if source.moe.depth < 1:
+        raise BadInput(f"model.moe.depth={source.moe.depth}: every token enters the blocks of a dense model.")
     if source.moe.shared_gate:
         raise BadInput("model.moe.shared_gate=true: a dense MLP has no gate for the shared experts.")
     _check_plain(source.moe)
@@ -375,6 +377,8 @@ def _check_target(dense: ModelConfig, target: ModelConfig) -> None:
     if target.moe is None:
         raise BadInput("the target must be an MoE: set model.moe.")
     _check_body(dense, target)
+    if target.moe.depth < 1:
+        raise BadInput(f"model.moe.depth={target.moe.depth}: where tokens pass a block by, it gives them nothing.")
     if target.moe.n_shared:
         raise BadInput(f"model.moe.n_shared={target.moe.n_shared}: a shared expert would add to what the MLP gives.")
     _check_plain(target.moe)

@@ -108,6 +108,22 @@ NOT_FINITE = [
 ]
 SCORELESS = {"balance.aux": 0.0, "balance.z": 0.0}
 IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
+    "tokens pass by no layer": (
+        {"model.moe.depth": 0.5, "model.moe.depth_every": 5},
+        "model.moe.depth=0.5 with model.moe.depth_every=5 concerns none of the MoE layers [0, 1, 2, 3]",
+    ),
+    "tokens pass by mixed sequences": (
+        {"model.moe.depth": 0.5, "router.name": "soft", "balance.aux": 0.0, "balance.z": 0.0},
+        "model.moe.depth=0.5 lets tokens pass a block by and does not go with router.name=soft",
+    ),
+    "tokens pass by the previous layer": (
+        {"model.moe.depth": 0.5, "router.input": "previous"},
+        "does not go with router.input=previous",
+    ),
+    "no room for the tokens that enter": (
+        {"model.moe.depth": 0.01, "balance.capacity": 0.01, "train.batch_size": 1, "model.moe.depth_every": 1},
+        "leaves no expert room for one token: with 3 tokens",
+    ),
     "K > E": ({"model.moe.k": 9, "model.moe.n_experts": 8}, "model.moe.k=9 exceeds model.moe.n_experts=8"),
     "D % H": ({"model.d_model": 100, "model.n_heads": 3}, "model.d_model=100 is not divisible by model.n_heads=3"),
     "kv heads": ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 must divide model.n_heads=4"),

@@ -197,6 +197,7 @@ def test_a_missing_key_is_refused_by_name() -> None:
     ("model", "moe", "router", "path"),
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
+        ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
         ({}, {}, {"name": "sigmoid"}, "router.name=sigmoid"),
         ({}, {}, {"selection_bias": True}, "router.selection_bias=True"),
         ({}, {}, {"scale": 2.5}, "router.scale=2.5"),

@@ -205,7 +205,7 @@ def test_the_triton_kernels_give_the_references_output_and_gradients_in_training
 def test_a_later_token_changes_no_earlier_logit_or_the_router_says_so(make_model, preset, backend, training):
     model = _model(make_model, preset, training=training)
     router = model.routers()[0]
-    promised = router.causal if training else router.causal_in_eval
+    promised = (router.causal and model.blocks[1].depth is None) if training else router.causal_in_eval
     tokens = torch.randint(0, 17, (1, 16), generator=torch.Generator().manual_seed(1))
     leak = 0.0
     with torch.no_grad():
@@ -396,7 +396,8 @@ def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, pre
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_router_trains_and_learns_what_it_should(make_model, preset, tokens):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_every_router_trains_and_learns_what_it_should(make_model, preset, tokens, backend):
     balance = preset.balance
     if preset.router.selection_bias:
         balance = BalanceConfig(aux=0.0, z=0.0, bias_rate=0.01)
@@ -406,8 +407,8 @@ def test_every_router_trains_and_learns_what_it_should(make_model, preset, token
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(7)
     losses = []
-    for _ in range(3):
-        out = model(tokens)
+    for _ in range(2):
+        out = model(tokens, backend=backend)
         loss = next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:])
         losses.append(loss.item())
         for each in out.routing:

@@ -23,6 +23,7 @@ LADDER = (
     ("router",),
     ("dispatch",),
     ("layer",),
+    ("depth",),
     ("model",),
     ("presets",),
 )

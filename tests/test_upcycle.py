@@ -366,6 +366,7 @@ def test_an_moe_distils_into_its_dense_start():
         ("n_shared=1", {}, routed(n_shared=1), {}),
         ("widths=", {}, routed(2, widths=[24, 8]), {}),
         ("n_null=2", {}, routed(n_null=2), {}),
+        ("depth=0.5", {}, routed(depth=0.5), {}),
         ("d_expert=7 must divide", {}, routed(d_expert=7), {"method": "split"}),
         ("must be multiples", {}, routed(8, 3, 12), {"method": "split"}),
         ("must be multiples", {}, routed(7, 2, 12), {"method": "split"}),
@@ -433,6 +434,9 @@ def test_growing_pruning_merging_and_densifying_refuse_what_does_not_fit():
     gated = config(routed(4, 2, 7, n_shared=1, shared_gate=True))
     with pytest.raises(BadInput, match="shared_gate"):
         to_dense(tensors_of(gated), gated)
+    passing = config(routed(4, 2, 7, depth=0.5))
+    with pytest.raises(BadInput, match=r"depth=0\.5"):
+        to_dense(tensors_of(passing), passing)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
