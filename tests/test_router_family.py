@@ -393,6 +393,34 @@ def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, pre
         assert (report.expert == torch.arange(layer.router.k)).all()
 
 
+@BACKENDS
+@TRAINING
+def test_one_infinite_logit_concerns_its_token_alone_and_is_not_hidden(make_layer, preset, backend, training):
+    """The z-loss is not finite then, which ends a step of training before a parameter changes."""
+    layer, x = _layer(make_layer, preset, torch.float32, training), _x(dtype=torch.float32)
+    if preset.router.name in ("hash", "soft") or preset.router.logits == "cosine":
+        pytest.skip("a table, or cosines: no logit can be infinite")
+    token, expert = 4, 2
+    x[..., 0] = 0.0
+    with torch.no_grad():
+        layer.router.w_ED[expert] = 0.0
+        layer.router.w_ED[expert, 0] = 3e38
+        calm = _run(layer, x)[0].flatten(0, 1)
+        x[0, token, 0] = 10.0
+        out, report = _run(layer, x, backend)
+    out = out.flatten(0, 1)
+    assert _decide(layer, x).logits_TE[token, expert] == torch.inf
+    token_N, expert_N, _ = Routing(report.expert, report.weight, report.token_N).rows()
+    assert ((expert_N >= -2) & (expert_N < layer.router.n_experts)).all()
+    assert not report.z.isfinite()
+    if layer.router.per_token and not training:
+        others = [t for t in range(18) if t != token]
+        torch.testing.assert_close(out[others], calm[others], rtol=1e-5, atol=1e-6)
+    if preset.router.name in ("sigmoid", "base") and not training:
+        assert expert in expert_N[token_N == token]
+        assert out[token].isfinite().all()
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
