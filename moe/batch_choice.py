@@ -87,8 +87,8 @@ class SinkhornRouter(Router):
 
     causal = False
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
-        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
         self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
@@ -246,8 +246,8 @@ class BaseRouter(Router):
 
     causal = False
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
-        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
         assert self.k == 1, f"K={self.k}: BASE gives every token one expert"
         self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
 
@@ -296,8 +296,8 @@ class ExpertChoiceRouter(Router):
     cutoff_E: Tensor
     seen: Tensor
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
-        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
         assert cfg.causal in ("none", "threshold", "predictor"), f"router.causal={cfg.causal!r}"
         self.causal_in_eval = self.per_token = cfg.causal != "none"
         self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
@@ -368,15 +368,16 @@ class SoftRouter(Router):
     causal nor token by token, in evaluation either: every slot reads the whole sequence, so nothing can be generated
     with it token by token. No rows, no scores to balance: loads are even by construction.
 
-    P is the size of a parameter and cannot follow the length of a sequence: `cfg.slots`, or max(1, K) when that is 0.
-    K·S/E slots cost what K experts per token cost. (T, D) -> dispatch and combine (B, S, E, P), B sequences of
-    S = T / B tokens."""
+    P is the size of a parameter and cannot follow the length of a sequence: `cfg.slots`, or when that is 0 the
+    ceil(K·S/E), at least 1, that at the model's context S cost what K experts per token cost. (T, D) -> dispatch and
+    combine (B, S, E, P), B sequences of S = T / B tokens."""
 
     causal = causal_in_eval = per_token = fixed_k = False
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
-        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
-        self.w_phi = nn.Parameter(torch.empty(self.n_experts, cfg.slots or max(1, self.k), d_model))
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, context: int = 0, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, context=context, **where)
+        n_slots = cfg.slots or max(1, -(-self.k * context // self.n_experts))
+        self.w_phi = nn.Parameter(torch.empty(self.n_experts, n_slots, d_model))
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Mixture:

@@ -58,7 +58,8 @@ class MoELayer(nn.Module):
         self.reads_previous = router.input == "previous"
         self.router: Router | None = None
         if own_router:
-            self.router = build_router(router, cfg.d_model, moe, layer=layer, vocab_size=cfg.vocab_size)
+            where = dict(layer=layer, vocab_size=cfg.vocab_size, context=cfg.context)
+            self.router = build_router(router, cfg.d_model, moe, **where)
         self.experts: Experts | MixedExperts = MixedExperts(cfg, moe) if moe.widths else Experts(cfg, moe)
         self.cheap = CheapExperts(cfg, moe) if moe.n_null + moe.n_copy + moe.n_constant else None
         # n shared experts of width F, summed, are one MLP of width n·F.

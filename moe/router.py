@@ -41,6 +41,6 @@ def router_class(name: str) -> type[Router]:
     return found
 
 
-def build_router(cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> Router:
-    """The router of MoE layer `layer`, D = d_model, whose tokens have `vocab_size` ids. Raises as `router_class`."""
-    return router_class(cfg.name)(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
+def build_router(cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> Router:
+    """The router of one MoE layer; `where`: layer, vocab_size and context, as in `Router`. Raises as `router_class`."""
+    return router_class(cfg.name)(cfg, d_model, moe, **where)

@@ -68,7 +68,8 @@ class Router(nn.Module):
     """What every router shares. A subclass overrides `forward`, and says in its class attributes what it is.
 
     One router is made per MoE layer: `layer` is its number among all layers, `moe` that layer's own settings,
-    `d_model` = D. The weight of a linear router is `w_ED`."""
+    `d_model` = D, `vocab_size` the number of token ids, `context` = S, the longest sequence. The weight of a linear
+    router is `w_ED`."""
 
     causal = True  # in training: a token's routing depends on no later token
     causal_in_eval = True  # the same in evaluation, where routers that balance a batch must decide alone
@@ -76,7 +77,16 @@ class Router(nn.Module):
     fixed_k = True  # every token takes exactly K distinct experts in evaluation
     smooth = True  # where the choice does not change, the output is differentiable and gradients are its derivative
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: RouterConfig,
+        d_model: int,
+        moe: MoEConfig,
+        *,
+        layer: int = 0,
+        vocab_size: int = 0,
+        context: int = 0,
+    ) -> None:
         super().__init__()
         self.cfg, self.k, self.layer = cfg, moe.k, layer
         self.n_experts = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant

@@ -66,7 +66,7 @@ class RouterConfig:
     iterations: int = 8  # of Sinkhorn's normalisation
     causal: str = "none"  # none | threshold | predictor: how expert-choice decides in evaluation, token by token
     decay: float = 0.99  # threshold: of the running mean of every expert's cut-off
-    slots: int = 0  # slots per expert and sequence of a soft router; 0: K
+    slots: int = 0  # slots per expert and sequence of a soft router; 0: K·S/E, as costly as K experts per token
     # every router
     input: str = "own"  # own | previous: it reads the input of the previous MoE layer (lookahead)
     shared: bool = False  # one router for all MoE layers

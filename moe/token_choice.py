@@ -224,9 +224,9 @@ class HashRouter(Router):
 
     table_VK: Tensor
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, layer: int = 0, vocab_size: int = 0) -> None:
-        super().__init__(cfg, d_model, moe, layer=layer, vocab_size=vocab_size)
-        rng = np.random.default_rng([layer, vocab_size, self.n_experts])
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, vocab_size: int = 0, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, vocab_size=vocab_size, **where)
+        rng = np.random.default_rng([self.layer, vocab_size, self.n_experts])
         table_VK = np.stack([rng.permutation(self.n_experts)[: self.k] for _ in range(vocab_size)])
         self.register_buffer("table_VK", torch.from_numpy(table_VK), persistent=False)
 

@@ -508,10 +508,14 @@ def test_soft_ignores_the_length_of_states_and_slots_and_other_sequences():
     torch.testing.assert_close(scaled.combine_BSEP, plain.combine_BSEP)
 
 
-@pytest.mark.parametrize(("slots", "k", "expected"), [(3, 2, 3), (0, 2, 2), (0, 1, 1)])
-def test_soft_has_the_slots_it_is_given_else_k(slots, k, expected):
-    router = _router("soft", slots=slots, k=k)
-    assert router.w_phi.shape == (E, expected, D)
+@pytest.mark.parametrize(
+    ("slots", "n_experts", "k", "context", "expected"),
+    [(3, 4, 2, 16, 3), (0, 4, 2, 16, 8), (0, 4, 1, 17, 5), (0, 4, 2, 0, 1), (0, 4, 4, 16, 16)],
+)
+def test_soft_has_the_slots_it_is_given_else_as_many_as_k_experts_cost(slots, n_experts, k, context, expected):
+    cfg, moe = RouterConfig(name="soft", slots=slots), MoEConfig(n_experts=n_experts, k=k)
+    router = SoftRouter(cfg, D, moe, context=context)
+    assert router.w_phi.shape == (n_experts, expected, D)
     assert router.gain.shape == (1,)
     assert router.gain.item() == 1
 
@@ -619,7 +623,7 @@ def test_an_empty_batch_has_an_empty_decision_and_no_nan(case, training):
     router = _router(case).train(training)
     decision = _route(router, _x(0))
     if case == "soft":
-        assert decision.dispatch_BSEP.shape == (1, 0, E, 2)
+        assert decision.dispatch_BSEP.shape == (1, 0, E, 1)
         return
     token_N, expert_N, weight_N = decision.rows()
     assert len(token_N) == len(expert_N) == len(weight_N) == 0

@@ -398,8 +398,9 @@ def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, pre
 def test_one_infinite_logit_concerns_its_token_alone_and_is_not_hidden(make_layer, preset, backend, training):
     """The z-loss is not finite then, which ends a step of training before a parameter changes."""
     layer, x = _layer(make_layer, preset, torch.float32, training), _x(dtype=torch.float32)
-    if preset.router.name in ("hash", "soft") or preset.router.logits == "cosine":
-        pytest.skip("a table, or cosines: no logit can be infinite")
+    own = ":" in preset.router.name
+    if own or preset.router.name in ("hash", "soft") or preset.router.logits == "cosine":
+        pytest.skip("no logit of a table or a cosine is infinite; what it takes in a router of one's own is unknown")
     token, expert = 4, 2
     x[..., 0] = 0.0
     with torch.no_grad():
