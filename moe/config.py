@@ -270,7 +270,7 @@ def validate(cfg: Config) -> None:
     """Check every value and every impossible pair. Raises `BadInput`."""
     for path, allowed in CHOICES.items():
         value = lookup(cfg, path)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             hint = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
             tail = f"; did you mean {hint[0]}" if hint else ""
             raise BadInput(f"{path}={value} is not one of {', '.join(allowed)}{tail}.")

@@ -10,13 +10,16 @@ from moe.layer import LayerRouting
 from moe.routing import UNUSED
 from moe.routing_config import MoEConfig, entering
 
+DECAY = 0.99  # of the running mean of the cut-offs
+
 
 class Entry(NamedTuple):
     """Who enters a block. N tokens of T = B·S do, sequence after sequence and in order within each."""
 
     token_N: Tensor  # int64, ascending
     weight_N: Tensor  # what their way through the block weighs, in (0, 1)
-    losses: dict[str, Tensor]  # scalars; "depth" in training
+    losses: dict[str, Tensor]  # scalars
+    observed: dict[str, Tensor]  # for `DepthRouter.update`, to be summed over micro-batches
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (N, D), those that enter."""
@@ -45,6 +48,7 @@ class Entry(NamedTuple):
             token_N = self.token_N[token_N]
         return routing._replace(
             losses=routing.losses | self.losses,
+            observed=routing.observed | self.observed,
             skipped=routing.skipped + n_tokens - len(self.token_N),
             expert=expert,
             weight=weight,
@@ -59,15 +63,24 @@ class DepthRouter(nn.Module):
     block sees those tokens alone. (The paper multiplies by r itself.)
 
     Training: of every sequence the C = max(1, ceil(depth · S)) tokens with the largest r enter, ties to the earlier.
-    Not causal: a later token can take an earlier one's place. Evaluation: a token enters if v · x_t / rms(x_t) + c is
-    at least 0, alone and causally, however many do. v and c learn the training choice by binary cross-entropy without
-    gradient to x: `losses["depth"]`, the mean over tokens."""
+    Not causal: a later token can take an earlier one's place. Evaluation: every token decides alone and causally, and
+    as many enter as do. By `moe.depth_causal`:
+    - threshold: t enters when r_t >= c, c the running mean of the C-th largest r of training's sequences,
+      c <- 0.99 c + 0.01 · mean over the step's sequences; the first step sets it, and until then it is 0.
+    - predictor: t enters when v · x_t / rms(x_t) + b >= 0. v and b learn the training choice by binary cross-entropy
+      without gradient to x, as in the paper: `losses["depth"]`, the mean over tokens."""
+
+    cutoff: Tensor
+    seen: Tensor
 
     def __init__(self, d_model: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
         self.score = nn.Linear(d_model, 1, bias=False)
-        self.predict = nn.Linear(d_model, 1)
+        self.predict = nn.Linear(d_model, 1) if moe.depth_causal == "predictor" else None
+        if self.predict is None:
+            self.register_buffer("cutoff", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # steps that c has learnt from
 
     def forward(self, x_BSD: Tensor) -> Entry:
         (b, s, d), capacity = x_BSD.shape, entering(self.moe, x_BSD.shape[1])
@@ -75,14 +88,30 @@ class DepthRouter(nn.Module):
         with torch.autocast(x_BSD.device.type, enabled=False):
             x_BSD = F.rms_norm(x_BSD.to(dtype), (d,))
             score_BS = F.linear(x_BSD, self.score.weight.to(dtype)).squeeze(-1)
-            weight, bias = self.predict.weight.to(dtype), self.predict.bias.to(dtype)
-            predict_BS = F.linear(x_BSD.detach(), weight, bias).squeeze(-1)
-            if self.training:
-                index_BC = score_BS.detach().sort(dim=-1, descending=True, stable=True).indices[:, :capacity]
-                first_B1 = torch.arange(b, device=x_BSD.device)[:, None] * s
-                token_N = (index_BC.sort(dim=-1).values + first_B1).flatten()
-                enters_BS = torch.zeros_like(predict_BS).scatter(-1, index_BC, 1.0)
-                losses = {"depth": F.binary_cross_entropy_with_logits(predict_BS, enters_BS)}
+            if self.predict is None:
+                margin_BS = score_BS - self.cutoff.to(dtype)
             else:
-                token_N, losses = torch.nonzero(predict_BS.flatten() >= 0).squeeze(-1), {}
-            return Entry(token_N, score_BS.flatten()[token_N].sigmoid(), losses)
+                weight, bias = self.predict.weight.to(dtype), self.predict.bias.to(dtype)
+                margin_BS = F.linear(x_BSD.detach(), weight, bias).squeeze(-1)
+            if not self.training:
+                token_N = torch.nonzero(margin_BS.flatten() >= 0).squeeze(-1)
+                return Entry(token_N, score_BS.flatten()[token_N].sigmoid(), {}, {})
+            best = score_BS.detach().sort(dim=-1, descending=True, stable=True)
+            index_BC = best.indices[:, :capacity].sort(dim=-1).values
+            token_N = (index_BC + torch.arange(b, device=x_BSD.device)[:, None] * s).flatten()
+            losses, observed = {}, {}
+            if self.predict is None:
+                observed["depth_cutoff"] = best.values[:, capacity - 1].sum()
+                observed["depth_sequences"] = torch.full((), b, dtype=torch.int64, device=x_BSD.device)
+            else:
+                enters_BS = torch.zeros_like(margin_BS).scatter(-1, index_BC, 1.0)
+                losses["depth"] = F.binary_cross_entropy_with_logits(margin_BS, enters_BS)
+            return Entry(token_N, score_BS.flatten()[token_N].sigmoid(), losses, observed)
+
+    @torch.no_grad()
+    def update(self, observed: dict[str, Tensor]) -> None:
+        """Once after every optimiser step: the running mean of the cut-offs, from the sum over its sequences."""
+        if self.predict is None:
+            mean = observed["depth_cutoff"] / observed["depth_sequences"]
+            self.cutoff.copy_(torch.where(self.seen == 0, mean, torch.lerp(mean, self.cutoff.to(mean), DECAY)))
+            self.seen += 1

@@ -171,6 +171,10 @@ class Transformer(nn.Module):
         layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
         return [each.router or layers[0].router for each in layers]  # type: ignore[misc]
 
+    def depths(self) -> list[DepthRouter | None]:
+        """The depth router of every MoE layer, in order; None where every token enters."""
+        return [block.depth for block in self.blocks if isinstance(block.mlp, MoELayer)]  # type: ignore[misc]
+
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
         """Fill every weight from N(0, init_std²), with two exceptions: norms and gains are 1, biases and default

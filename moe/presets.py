@@ -78,7 +78,7 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
             experts = _taken(moe) * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
             share, mlp = moe.depth, experts + d * n_scores
         attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
-        total += share * (attention + 2 * mlp) + (4 * d if share < 1 else 0)
+        total += share * (attention + 2 * mlp) + (2 * d if share < 1 else 0)
     return Flops(round(total), 3 * round(total))
 
 

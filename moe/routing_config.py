@@ -28,6 +28,7 @@ class MoEConfig:
     n_constant: int = 0  # ... that give a mix of the token and a learned vector
     depth: float = 1.0  # share of a sequence's tokens that enter a block at all (Mixture-of-Depths, 2404.02258) ...
     depth_every: int = 2  # ... where the layer has experts and (l + 1) % depth_every == 0; elsewhere all do
+    depth_causal: str = "threshold"  # threshold | predictor: how a token decides alone in evaluation
 
 
 def entering(moe: MoEConfig, length: int) -> int:
@@ -120,6 +121,7 @@ SCORE_TERMS = ("aux", "z", "importance", "load", "entropy", "spread", "bandpass"
 SCHEDULED = (*SCORE_TERMS, "bias_rate")
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.moe.depth_causal": ("threshold", "predictor"),
     "router.logits": ("linear", "cosine"),
     "router.second": ("best", "random"),
     "router.gradient": ("exact", "straight-through", "sparsemixer", "default-vector"),

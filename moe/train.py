@@ -78,7 +78,7 @@ class LayerTotals:
         """Another micro-batch of the layer."""
         for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.observed = {name: value + other.observed[name] for name, value in self.observed.items()}
+        self.observed = {name: value + other.observed.get(name, 0) for name, value in self.observed.items()}
 
 
 def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def global_loads(model: Transformer, batch: data.Batch, cfg: Config) -> list[Ten
 
 
 def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
-    """Let every router learn from the step's counts; a shared one from the sum of its layers'."""
+    """Let every router learn from the step's counts; one shared between layers from their sum."""
     found: dict[Router, LayerTotals] = {}
     for router, each in zip(model.routers(), totals, strict=True):
         if router in found:
@@ -354,6 +354,9 @@ def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceCo
             found[router] = dataclasses.replace(each)
     for router, each in found.items():
         router.update(cfg, coefficient(cfg, "bias_rate", progress), each.wanted_E, each.observed)
+    for depth, each in zip(model.depths(), totals, strict=True):
+        if depth is not None:
+            depth.update(each.observed)
 
 
 def clip(model: Transformer, norm: float, limit: float) -> None:

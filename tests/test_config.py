@@ -70,6 +70,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "model.norm": ("rmss", "rms"),
     "model.position": ("ropee", "rope"),
     "model.qk_norm": ("heads", "head"),
+    "model.moe.depth_causal": ("predict", "predictor"),
     "router.name": ("soft-max", "softmax"),
     "router.logits": ("cos", "cosine"),
     "router.second": ("rand", "random"),

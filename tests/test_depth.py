@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe import presets
+from moe import presets, train
 from moe.attention import KVCache
 from moe.config import BalanceConfig, MoEConfig, RouterConfig
 from moe.depth import DepthRouter
@@ -16,6 +16,7 @@ from moe.routing_config import entering
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 MOE = dict(n_experts=5, k=3, d_expert=7, depth=0.4, depth_every=2)
+CAUSAL = pytest.mark.parametrize("depth_causal", ["threshold", "predictor"])
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 CAUSAL_ROUTERS = {"softmax": RouterConfig(), "hash": RouterConfig("hash"), "threshold": RouterConfig("threshold")}
 
@@ -27,7 +28,10 @@ def model(make_model):
     def make(router="softmax", dtype=torch.float64, position="rope", **moe):
         cfg = RouterConfig(router) if isinstance(router, str) else router
         none = BalanceConfig(aux=0.0, z=0.0)
-        return make_model(cfg, dtype, balance=none, moe=MoEConfig(**{**MOE, **moe}), position=position)
+        made = make_model(cfg, dtype, balance=none, moe=MoEConfig(**{**MOE, **moe}), position=position)
+        if made.depths()[1].predict is None:
+            made.depths()[1].cutoff.fill_(0.1)
+        return made
 
     return make
 
@@ -67,16 +71,19 @@ def _score(linear, x_D):
 def _entering(model, x_SD):
     """The positions of one sequence that enter, by their definition."""
     depth = model.blocks[1].depth
+    if not model.training and depth.predict is None:
+        return [s for s, x_D in enumerate(x_SD) if _score(depth.score, x_D) >= 0.1]
     if not model.training:
         return [s for s, x_D in enumerate(x_SD) if _score(depth.predict, x_D) >= 0]
     ranked = sorted(range(len(x_SD)), key=lambda s: -_score(depth.score, x_SD[s]))
     return sorted(ranked[: max(1, math.ceil(0.4 * len(x_SD) - 1e-9))])
 
 
+@CAUSAL
 @TRAINING
 @pytest.mark.parametrize("router", CAUSAL_ROUTERS)
-def test_the_block_is_the_plain_block_on_the_tokens_that_enter(model, router, training):
-    model = model(CAUSAL_ROUTERS[router]).train(training)
+def test_the_block_is_the_plain_block_on_the_tokens_that_enter(model, router, training, depth_causal):
+    model = model(CAUSAL_ROUTERS[router], depth_causal=depth_causal).train(training)
     x, plain = _x(), _plain(model)
     out, report = _run(model, x)
     n_entered = 0
@@ -142,8 +149,33 @@ def test_a_share_is_taken_for_the_decimal_that_it_was_written_as(share, length, 
     assert len(router(torch.randn(2, length, 12)).token_N) == 2 * expected
 
 
+def test_the_threshold_is_the_running_mean_of_the_cut_offs(model):
+    model = model().train()
+    depth, steps = model.depths()[1], [_x(seed=seed) for seed in range(6)]
+    expected = None
+    for first, second in zip(steps[::2], steps[1::2], strict=True):  # two micro-batches a step, of unlike size
+        totals = train.layer_totals(_run(model, first)[1], 33)
+        totals.add(train.layer_totals(_run(model, second[:2])[1], 22))
+        depth.update(totals.observed)
+        sequences = (*first, *second[:2])
+        mean = sum(sorted(_score(depth.score, x_D) for x_D in x_SD)[-5] for x_SD in sequences) / 5
+        expected = mean if expected is None else 0.99 * expected + 0.01 * mean
+        assert depth.cutoff.item() == pytest.approx(expected, rel=1e-12)
+    assert 0 < len(depth.eval()(_x()).token_N) < 33
+
+
+def test_a_step_of_training_moves_the_threshold(make_model, tokens):
+    moe = MoEConfig(**{**MOE, "depth_every": 1})
+    model = make_model(RouterConfig(shared=True), moe=moe, balance=BalanceConfig()).train()
+    routing = model(tokens).routing
+    train.update_routers(model, [train.layer_totals(each, 22) for each in routing], BalanceConfig(), 0.0)
+    for depth, each in zip(model.depths(), routing, strict=True):
+        assert depth.cutoff.item() == pytest.approx(each.observed["depth_cutoff"].item() / 2, rel=1e-12)
+        assert depth.cutoff.item() != 0
+
+
 def test_the_predictor_learns_the_choice_and_tells_the_states_nothing(model):
-    model, x = model().train(), _x().requires_grad_()
+    model, x = model(depth_causal="predictor").train(), _x().requires_grad_()
     depth = model.blocks[1].depth
     entry = depth(x)
     predicted = torch.tensor([[_score(depth.predict, x_D) for x_D in x_SD] for x_SD in x.detach()], dtype=torch.float64)
@@ -180,13 +212,12 @@ def test_no_token_and_every_token_may_enter_in_evaluation(model):
     model, x = model().eval(), _x()
     depth, plain = model.blocks[1].depth, _plain(model)
     with torch.no_grad():
-        depth.predict.weight.zero_()
-        depth.predict.bias.fill_(-1.0)
+        depth.cutoff.fill_(100.0)
         out, report = _run(model, x)
         assert torch.equal(out, x)
         assert report.skipped == 33
         assert report.count_E.sum() == 0
-        depth.predict.bias.fill_(1.0)
+        depth.cutoff.fill_(-100.0)
         out, report = _run(model, x)
         rope = model.cos_Sd[:11].double(), model.sin_Sd[:11].double()
         whole = plain(x, rope, "torch", None)[0]
@@ -195,9 +226,10 @@ def test_no_token_and_every_token_may_enter_in_evaluation(model):
         assert report.skipped == 0
 
 
+@CAUSAL
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_a_sequence_in_pieces_is_the_whole_one(model, tokens, position):
-    model = model(position=position).eval()
+def test_a_sequence_in_pieces_is_the_whole_one(model, tokens, position, depth_causal):
+    model = model(position=position, depth_causal=depth_causal).eval()
     with torch.no_grad():
         whole = model(tokens)
         assert 0 < whole.routing[1].skipped < 22
@@ -212,7 +244,7 @@ def test_a_sequence_in_pieces_is_the_whole_one(model, tokens, position):
 
 
 def test_checkpointing_changes_no_bit(model, tokens):
-    model = model().train()
+    model = model(depth_causal="predictor").train()
     found = []
     for checkpoint in (False, True):
         model.zero_grad(set_to_none=True)
@@ -252,9 +284,9 @@ def test_what_a_token_costs_is_counted_by_the_share_that_enters(model_config):
     attention = d * 16 + 2 * d * 8 + 16 * d  # q, k, v, o
     moe = 3 * (3 * 7 * d) + 5 * d  # the K experts, and the router
     norms = 2 * d
-    routers = 2 * d + 1
+    routers = d  # with a threshold
     assert presets.size(half).total == presets.size(whole).total + routers
     assert presets.size(half).active == presets.size(whole).active - round((attention + moe + norms) / 2) + routers
     scores = 4 * s * 16  # every position with every other
-    saved = (2 * (attention + moe) + scores) / 2 + scores / 4 - 4 * d
+    saved = (2 * (attention + moe) + scores) / 2 + scores / 4 - 2 * d
     assert presets.flops(half).forward == presets.flops(whole).forward - saved
