@@ -21,8 +21,8 @@ from moe.run import write_atomically
 
 SEEDS = ("seed", "seeds")
 HEADINGS = (
-    "", "Validation loss", "Against its twin", "MaxVio", "Effective experts", "Dropped", "Skipped", "Tokens/s",
-    "Causal leak",
+    "", "Validation loss", "Against its twin", "MaxVio", "Effective experts", "Skipped", "Dropped in training",
+    "Tokens/s", "Causal leak",
 )  # fmt: skip
 
 
@@ -37,7 +37,8 @@ class Job(NamedTuple):
 class Line:
     """A line of the table. A list has a number for each of `seeds`; None is what was not measured, as a dense model's
     routing is not. Intervals are of 95%, Student's t over seeds; routing is of the whole validation set, the mean over
-    MoE layers and seeds; `leak` is the largest over seeds."""
+    MoE layers and seeds, but for `dropped`, which is of all training steps, as evaluation drops nothing; `leak` is the
+    largest over seeds."""
 
     label: str
     seeds: list[int]
@@ -49,8 +50,8 @@ class Line:
     difference_half: float | None
     max_vio: float | None
     effective_experts: float | None
-    dropped: float | None  # share of the rows
     skipped: float | None  # share of the tokens
+    dropped: float | None  # share of the rows
     tokens_per_s: float
     leak: float | None
 
@@ -111,7 +112,7 @@ def line(label: str, seeds: list[int], runs: list[dict[str, Any]], twins: Sequen
         differences=differences,
         difference=difference,
         difference_half=difference_half,
-        **{name: verdict.mean([run[name] for run in runs]) for name in verdict.ROUTING},
+        **{name: verdict.mean([run[name] for run in runs]) for name in (*verdict.ROUTING, "dropped")},
         tokens_per_s=sum(run["tokens_per_s"] for run in runs) / len(runs),
         leak=max(leaks) if leaks else None,
     )
@@ -151,8 +152,8 @@ def cells(line: Line) -> tuple[str, ...]:
         difference,
         tables.number(line.max_vio, ".2f"),
         tables.number(line.effective_experts, ".2f"),
-        tables.number(line.dropped, ".1%"),
         tables.number(line.skipped, ".1%"),
+        tables.number(line.dropped, ".1%"),
         f"{line.tokens_per_s:,.0f}",
         "" if line.leak is None else verdict.scientific(line.leak),
     )

@@ -15,7 +15,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
-ROUTING = ("max_vio", "effective_experts", "dropped", "skipped")  # of `moe.metrics.layer_metrics`
+ROUTING = ("max_vio", "effective_experts", "skipped")  # of `moe.metrics.layer_metrics`
 LABELS = {"active_params": "active parameters", "total_params": "total parameters", "flops": "forward FLOPs per token"}
 
 
@@ -212,12 +212,15 @@ def scientific(value: float) -> str:
 
 
 def measured(run: Run) -> dict[str, float | None]:
-    """What tells a run from others like it, by name: its final loss, speed and leak, and its routing over the whole
-    validation set, the mean of its MoE layers; None for what it does not have."""
+    """What tells a run from others like it, by name: its final loss, speed and leak, its routing over the whole
+    validation set, the mean of its MoE layers, and the share of rows dropped over all of training (capacity limits
+    nothing in evaluation); None for what it does not have."""
     layers = (run.summary["load"] or {}).get("routing", [])
+    dropped = [layer["dropped"] for line in run.metrics for layer in line.get("layers", [])]
     return {
         "loss": run.summary["val"]["loss"],
         **{name: float(np.mean([each[name] for each in layers])) if layers else None for name in ROUTING},
+        "dropped": float(np.mean(dropped)) if dropped else None,
         "tokens_per_s": run.summary["tokens_per_s"],
         "leak": run.leak,
     }
