@@ -15,11 +15,12 @@ attention   grouped-query attention, positions, KV cache   routing     what a ro
 token_choice  routers whose tokens decide alone            batch_choice  routers whose tokens compete
 router      which router a name means                      capacity    limits on an expert's rows, forced routing
 balance     losses and the bias that keep loads even       experts     expert weights, dense and shared MLPs
+replay      every step's routing on disk, to take again
 dispatch    backends over the same weights                 layer       the MoE layer: route, dispatch, balance
 depth       which tokens enter a block at all              model       the transformer
 presets     parameter and FLOP counts, the dense twin
 families    transformers' model families, config.json      hf          weights to and from transformers' folders
-upcycle     a dense checkpoint into an MoE, and back
+upcycle     a dense checkpoint into an MoE, and back       distill     another run's model as a teacher
 optim       AdamW and schedules                            metrics     what to say about routing
 checkpoint  atomic, verified snapshots                     evaluate    loss and bits per byte, by domain
 generate    sampling                                       train       the one training loop

@@ -132,15 +132,15 @@ def recorded(routing: Routing, expert_TK: Tensor) -> Routing:
 
     expert_TK: (T, K) int64, distinct within a token; negative entries stay and weigh 0. A token's weights are this
     routing's probabilities of these experts, times what makes their sum that of its own weights; its own weights where
-    the experts are its own, so that replaying a pass changes nothing. Without logits weights stay.
-    The weight that a recorded DROPPED row lost is thus shared among the token's other experts, not lost again.
+    the experts are its own but for rows dropped since, so that replaying a pass changes nothing, whatever capacity took
+    from it. Without logits weights stay.
     A shape other than the routing's own, or a ragged routing: ValueError."""
     if routing.token_N is not None:
         raise ValueError("experts can be replayed on routers with a fixed K only; this one gives ragged rows")
     if routing.expert.shape != expert_TK.shape:
         raise ValueError(f"recorded experts are {tuple(expert_TK.shape)}, the routing is {tuple(routing.expert.shape)}")
     replayed = _reassign(routing, expert_TK)
-    own_T1 = (expert_TK == routing.expert).all(-1, keepdim=True)
+    own_T1 = ((expert_TK == routing.expert) | (expert_TK == DROPPED)).all(-1, keepdim=True)
     own_TK = torch.where(expert_TK < 0, 0.0, routing.weight)
     return replayed._replace(weight=torch.where(own_T1, own_TK, replayed.weight))
 

@@ -114,6 +114,17 @@ class TrainConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Another run's model as a teacher (Hinton et al., 1503.02531). The loss is (1 − weight) · cross-entropy
+    + weight · temperature² · KL(teacher || model), both in nats per token, beside the routers' losses."""
+
+    teacher: str = ""  # a run's folder; "": none
+    which: str = "best"  # of its checkpoints: best (lowest validation loss) | last | step-N
+    weight: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 200  # steps; 0: only at the end and on interruption
     keep: int = 2  # the newest k; the best one by validation loss is kept besides
@@ -122,6 +133,7 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     every: int = 10  # steps between plain progress lines; metrics.jsonl has a line for every step
+    experts: bool = False  # also write which experts every token took, at every step (moe/replay.py)
     tensorboard: bool = False
     wandb: str = ""  # project name; "": off
     trackio: str = ""  # project name; "": off
@@ -142,6 +154,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -200,6 +213,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.threads": (0, 4096),
     "train.eval_every": (0, 2**62),
     "train.eval_tokens": (1, 2**62),
+    "distill.weight": (0, 1),
+    "distill.temperature": (1e-3, 1e3),
     "checkpoint.every": (0, 2**62),
     "checkpoint.keep": (1, 1_000_000),
     "log.every": (1, 2**62),
@@ -292,6 +307,9 @@ def validate(cfg: Config) -> None:
                 f"a micro-batch, model.moe.k={moe.k} and {moe.n_experts} experts it must be at least "
                 f"{moe.n_experts / (moe.k * tokens):.3g} (0 drops nothing)."
             )
+    if cfg.log.experts and layers and (cfg.router.name in routing_config.WITHOUT_TK or cfg.balance.tile):
+        key = f"balance.tile={cfg.balance.tile}" if cfg.balance.tile else f"router.name={cfg.router.name}"
+        raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")
     for name in cfg.data.domains:
         if cfg.data.name == "blend" and name not in BLEND_DOMAINS:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")

@@ -61,7 +61,7 @@ class MoELayer(nn.Module):
             where = dict(layer=layer, vocab_size=cfg.vocab_size, context=cfg.context)
             self.router = build_router(router, cfg.d_model, moe, **where)
         self.experts: Experts | MixedExperts = MixedExperts(cfg, moe) if moe.widths else Experts(cfg, moe)
-        self.cheap = CheapExperts(cfg, moe) if moe.n_null + moe.n_copy + moe.n_constant else None
+        self.cheap = CheapExperts(cfg, moe) if moe.n_cheap else None
         # n shared experts of width F, summed, are one MLP of width n·F.
         self.shared = MLP(cfg, moe.n_shared * moe.d_expert) if moe.n_shared else None
         self.shared_gate = nn.Linear(cfg.d_model, 1, bias=False) if moe.shared_gate else None

@@ -56,8 +56,7 @@ def expert_width(moe: MoEConfig) -> float:
 def _taken(moe: MoEConfig) -> float:
     """Real experts that a token takes: K, less the share that goes to null, copy and constant ones when all are equally
     busy; at most all of them."""
-    cheap = moe.n_null + moe.n_copy + moe.n_constant
-    return moe.k * moe.n_experts / (moe.n_experts + cheap)
+    return moe.k * moe.n_experts / (moe.n_experts + moe.n_cheap)
 
 
 def flops(cfg: ModelConfig, context: int = 0) -> Flops:
@@ -74,7 +73,7 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
         share, mlp = 1.0, mlp_size(cfg, cfg.d_ff)
         if is_moe_layer(cfg, layer):
             moe = layer_moe(cfg, layer)
-            n_scores = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant + moe.shared_gate
+            n_scores = moe.n_experts + moe.n_cheap + moe.shared_gate
             experts = _taken(moe) * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
             share, mlp = moe.depth, experts + d * n_scores
         attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads

@@ -89,7 +89,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg, self.k, self.layer = cfg, moe.k, layer
-        self.n_experts = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant
+        self.n_experts = moe.n_experts + moe.n_cheap
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing | Mixture:
         """(T, D) -> the decision. `backend` is reference, torch or triton. `self.training` says whether to explore."""

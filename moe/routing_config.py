@@ -30,6 +30,11 @@ class MoEConfig:
     depth_every: int = 2  # ... where the layer has experts and (l + 1) % depth_every == 0; elsewhere all do
     depth_causal: str = "threshold"  # threshold | predictor: how a token decides alone in evaluation
 
+    @property
+    def n_cheap(self) -> int:
+        """Null, copy and constant experts together."""
+        return self.n_null + self.n_copy + self.n_constant
+
 
 def entering(moe: MoEConfig, length: int) -> int:
     """How many tokens of a sequence of this length enter a block in training: depth · length, rounded up, at least 1.
@@ -95,7 +100,9 @@ class BalanceConfig:
     priority: str = "position"  # position | score: which rows stay when an expert is full
     overflow: str = "residual"  # residual (the row is dropped) | next (the token's next best expert with room takes it)
     tile: int = 0  # in training round every expert's rows to a multiple of this (token rounding, 2512.14080); 0: off
-    force: str = "none"  # none | balanced: experts in turn, whatever the scores; for debugging and benchmarks
+    # For debugging and benchmarks. none | balanced: experts in turn, whatever the scores | recorded: in training those
+    force: str = "none"  # that the run `recorded`, trained with log.experts=true on the same batches, took at each step
+    recorded: str = ""  # its folder
 
 
 # What each router is, and which settings it reads beside those that every router reads.
@@ -116,7 +123,7 @@ READS: dict[str, tuple[str, ...]] = {
 ROUTERS = tuple(READS)
 ALWAYS = ("name", "input", "shared", "options")
 SCORELESS = ("hash", "soft")  # no scores that a balance term could read
-RAGGED = ("expert-choice",)  # rows that are no (T, K)
+WITHOUT_TK = ("expert-choice", "soft")  # in training not K rows, or as many, for every token
 SCORE_TERMS = ("aux", "z", "importance", "load", "entropy", "spread", "bandpass")
 SCHEDULED = (*SCORE_TERMS, "bias_rate")
 
@@ -131,7 +138,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "balance.bias_step": ("sign", "proportional"),
     "balance.priority": ("position", "score"),
     "balance.overflow": ("residual", "next"),
-    "balance.force": ("none", "balanced"),
+    "balance.force": ("none", "balanced", "recorded"),
 }
 _ANY, _COUNT = (0, float("inf")), (1, 2**31 - 1)
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -199,7 +206,7 @@ def _validate_name(router: RouterConfig) -> None:
 
 
 def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
-    e = moe.n_experts + moe.n_null + moe.n_copy + moe.n_constant
+    e = moe.n_experts + moe.n_cheap
     if moe.k > e:
         raise BadInput(
             f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: "
@@ -259,7 +266,7 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
         raise BadInput(
             "router.gradient=default-vector weighs all experts by their scores: set router.renormalize=false."
         )
-    if router.gradient == "default-vector" and layers[0].n_null + layers[0].n_copy + layers[0].n_constant:
+    if router.gradient == "default-vector" and layers[0].n_cheap:
         raise BadInput("router.gradient=default-vector has no vectors for null, copy and constant experts.")
     if router.shared and len({moe.n_experts for moe in layers}) + len(ks) > 2:
         raise BadInput("router.shared=true needs the same n_experts and k in every MoE layer.")
@@ -286,7 +293,7 @@ def _validate_balance(layers: list[MoEConfig], router: RouterConfig, balance: Ba
         raise BadInput(f"balance.load={balance.load} has no estimate for router.gradient=sparsemixer.")
     policies = {"capacity": balance.capacity, "tile": balance.tile, "force": balance.force != "none"}
     for name, on in policies.items():
-        if on and (router.name in (*RAGGED, "soft") or (name != "capacity" and router.name == "hash")):
+        if on and (router.name in WITHOUT_TK or (name != "capacity" and router.name == "hash")):
             raise BadInput(
                 f"balance.{name}={getattr(balance, name)} has no meaning for router.name={router.name}: "
                 f"set balance.{name}={'none' if name == 'force' else 0}."
@@ -299,6 +306,13 @@ def _validate_balance(layers: list[MoEConfig], router: RouterConfig, balance: Ba
                 )
         if balance.overflow == "next":
             raise BadInput("balance.overflow=next has no meaning for router.gradient=default-vector.")
+    if (balance.force == "recorded") != bool(balance.recorded):
+        raise BadInput(
+            f"balance.force={balance.force} with balance.recorded={balance.recorded!r}: force=recorded and the folder "
+            "of the recorded run go together."
+        )
+    if balance.force != "none" and balance.tile:
+        raise BadInput(f"balance.tile={balance.tile} and balance.force={balance.force}: choose one of them.")
     if balance.capacity and balance.tile:
         raise BadInput(f"balance.capacity={balance.capacity} and balance.tile={balance.tile}: choose one of them.")
     if balance.overflow == "next" and (not balance.capacity or router.name in SCORELESS):

@@ -7,13 +7,14 @@ says how to go on. A loss or gradient that is not finite never reaches a paramet
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import random
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,12 +28,14 @@ from torch import Tensor
 
 from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
 from moe.config import BadInput, BalanceConfig, Config, moe_layers, to_dict
+from moe.distill import distill_loss, load_teacher
 from moe.evaluate import Evaluation, evaluate
 from moe.layer import LayerRouting
 from moe.metrics import layer_metrics
 from moe.model import Output, Transformer, load_model, model_tensors, next_token_loss
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from moe.progress import Watch
+from moe.replay import Recording, Replay
 from moe.routing import Router
 from moe.shards import Dataset
 
@@ -41,11 +44,13 @@ MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run sto
 
 @dataclass
 class State:
-    """All that changes from step to step."""
+    """What a step changes, and what it reads besides."""
 
     model: Transformer
     optimizer: torch.optim.Optimizer
     loader: data.Loader
+    teacher: Transformer | None = None  # of cfg.distill
+    replay: Replay | None = None  # of cfg.balance.recorded
     step: int = 0
     seconds: float = 0.0  # of training: evaluation and saving left out
     skipped: int = 0
@@ -57,7 +62,7 @@ class Gradients:
     """What one step's forward and backward passes gave; losses are means over the step's tokens."""
 
     lm_loss: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)  # of the routers, unweighted, summed over layers
+    losses: dict[str, float] = field(default_factory=dict)  # unweighted: of the routers, over layers; of a teacher
     total: float = 0.0  # lm_loss and the losses with their coefficients
     norm: float = 0.0
     routing: list["LayerTotals"] = field(default_factory=list)  # of every MoE layer
@@ -73,10 +78,11 @@ class LayerTotals:
     skipped: Tensor
     tokens: int
     observed: dict[str, Tensor]
+    expert: list[Tensor] = field(default_factory=list)  # every micro-batch's choices, where they are recorded
 
     def add(self, other: "LayerTotals") -> None:
         """Another micro-batch of the layer."""
-        for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens"):
+        for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens", "expert"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.observed = {name: value + other.observed.get(name, 0) for name, value in self.observed.items()}
 
@@ -110,12 +116,14 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
             return json.loads((folder / "summary.json").read_text())
     loader = data.Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
     data.validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
+    teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
+    replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if not started:
         run.create(folder, cfg, dataset.tokenizer)
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
-    state = State(model, build_optimizer(model, cfg.optim), loader)
+    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
     restore(state, folder, threads, say)
     if cfg.train.compile:
         model.compile()
@@ -161,6 +169,7 @@ def run_steps(
     root, last = folder / "checkpoints", None
     waiting = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
     lines, counts = run.Lines(folder / "metrics.jsonl"), run.Lines(folder / "routing" / "counts.jsonl")
+    choices = Recording(folder, cfg)
 
     def validate() -> Evaluation | None:
         return evaluate(
@@ -174,7 +183,12 @@ def run_steps(
         )
 
     name = folder.name if len(folder.name) <= 24 else f"{folder.name[:23]}…"
-    with closing(lines), closing(counts), Watch(name, cfg.train.steps, state.step, cfg.log.every) as watch:
+    with (
+        closing(lines),
+        closing(counts),
+        closing(choices),
+        Watch(name, cfg.train.steps, state.step, cfg.log.every) as watch,
+    ):
 
         def record(line: dict[str, Any], loads: list[Tensor]) -> None:
             lines.write(line)
@@ -197,6 +211,8 @@ def run_steps(
                     line |= {"val": last.val} if last else {}
                 loads = [each.count_E for each in gradients.routing]
                 record(line, loads)
+                if cfg.log.experts:
+                    choices.write(state.step, [torch.cat(each.expert) for each in gradients.routing])
                 if loads and state.step % cfg.log.every == 0:
                     counts.write({"step": state.step, "counts": [each.tolist() for each in loads]})
                 at_end = state.step == cfg.train.steps
@@ -233,7 +249,8 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
     start, step = time.perf_counter(), state.step + 1
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
     progress = state.step / cfg.train.steps
-    gradients = compute_gradients(state.model, batch, cfg, progress)
+    recorded = state.replay.step(step, next(state.model.parameters()).device) if state.replay else None
+    gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded)
     loss = gradients.total
     if math.isfinite(loss) and math.isfinite(gradients.norm):
         state.skipped_in_a_row = 0
@@ -267,51 +284,75 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
     }, gradients  # fmt: skip
 
 
-def compute_gradients(model: Transformer, batch: data.Batch, cfg: Config, progress: float = 0.0) -> Gradients:
+def compute_gradients(
+    model: Transformer,
+    batch: data.Batch,
+    cfg: Config,
+    progress: float = 0.0,
+    teacher: Transformer | None = None,
+    recorded: Sequence[Tensor] | None = None,
+) -> Gradients:
     """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
-    the share `progress` of the run that is done has it."""
+    the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
+    instead of the routers' choice."""
     device, n = next(model.parameters()).device, cfg.train.accumulate
-    result, loads = Gradients(), global_loads(model, batch, cfg)
-    for tokens_BS, targets_BS in micro_batches(batch, cfg):
+    result, loads = Gradients(), global_loads(model, batch, cfg, recorded)
+    for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
+        tokens_BS = tokens_BS.to(device)
         with autocast(cfg):
             output: Output = model(
-                tokens_BS.to(device),
+                tokens_BS,
                 backend=cfg.dispatch,
                 checkpoint_activations=cfg.train.checkpoint_activations,
                 loads=loads,
+                recorded=experts,
             )
         lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
         losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
         for each in output.routing:
             losses |= {name: losses.get(name, 0.0) + value for name, value in each.losses.items()}
-        total = lm_loss + sum(coefficient(cfg.balance, name, progress) * value for name, value in losses.items())
+        if teacher is not None:
+            with torch.no_grad(), autocast(cfg):
+                taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
+            losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
+        weights = loss_weights(cfg, losses, progress)
+        total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
         (total / n).backward()
         result.lm_loss += lm_loss.item() / n
         for name, value in losses.items():
             result.losses[name] = result.losses.get(name, 0.0) + value.item() / n
-        totals = [layer_totals(each, tokens_BS.numel()) for each in output.routing]
+        totals = [layer_totals(each, tokens_BS.numel(), cfg.log.experts) for each in output.routing]
         for mine, other in zip(result.routing, totals, strict=False):
             mine.add(other)
         result.routing = result.routing or totals
-    weighted = (coefficient(cfg.balance, name, progress) * value for name, value in result.losses.items())
-    result.total = result.lm_loss + sum(weighted)
+    weights = loss_weights(cfg, result.losses, progress)
+    result.total = weights["lm"] * result.lm_loss + sum(weights[name] * each for name, each in result.losses.items())
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     result.norm = torch.nn.utils.get_total_norm(grads).item()
     return result
 
 
-def micro_batches(batch: data.Batch, cfg: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets of each micro-batch of a step."""
+def micro_batches(
+    batch: data.Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor] | None]]:
+    """Tokens, targets and recorded experts of each micro-batch of a step."""
     n = cfg.train.accumulate
-    return zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), strict=True)
+    parts = zip(*(each.chunk(n) for each in recorded), strict=True) if recorded else itertools.repeat(None, n)
+    for tokens_BS, targets_BS, part in zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), parts, strict=True):
+        yield tokens_BS, targets_BS, None if part is None else list(part)
 
 
-def layer_totals(routing: LayerRouting, tokens: int) -> LayerTotals:
+def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False) -> LayerTotals:
     """What of one forward pass is summed over a step."""
     detached = {name: value.detach() for name, value in routing.observed.items()}
-    return LayerTotals(
-        routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
-    )  # fmt: skip
+    own = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
+    return LayerTotals(*own, [routing.expert] if keep_experts else [])
+
+
+def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:
+    """What each loss is multiplied with: a router's by its coefficient; "lm" by 1, or what a teacher's leaves of it."""
+    weights = {"lm": 1.0} | {name: coefficient(cfg.balance, name, progress) for name in names}
+    return weights | ({"lm": 1 - cfg.distill.weight, "distill": cfg.distill.weight} if "distill" in weights else {})
 
 
 def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
@@ -320,7 +361,9 @@ def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
 
 
 @torch.no_grad()
-def global_loads(model: Transformer, batch: data.Batch, cfg: Config) -> list[Tensor] | None:
+def global_loads(
+    model: Transformer, batch: data.Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+) -> list[Tensor] | None:
     """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
     expert, for each MoE layer (2501.11873). E · sum f_i P_i is linear in P: with f of the whole step, the mean of the
     micro-batches' losses is the whole step's loss, which it is not with f of each.
@@ -333,9 +376,9 @@ def global_loads(model: Transformer, batch: data.Batch, cfg: Config) -> list[Ten
     device = next(model.parameters()).device
     loads: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for tokens_BS, _ in micro_batches(batch, cfg):
+        for tokens_BS, _, experts in micro_batches(batch, cfg, recorded):
             with autocast(cfg):
-                routing = model(tokens_BS.to(device), backend=cfg.dispatch).routing
+                routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
             wanted = [each.wanted_E for each in routing]
             loads = [mine + other for mine, other in zip(loads, wanted, strict=True)] if loads else wanted
     if ranks > 1:

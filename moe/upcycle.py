@@ -15,7 +15,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -249,18 +248,6 @@ def to_dense(
             down_DF = torch.cat((down_DF, tensors[f"{name}.shared.down.weight"]), 1)
         result[f"{name}.up.weight"], result[f"{name}.down.weight"] = up_PFD.flatten(0, 1), down_DF
     return result, target
-
-
-def distill_loss(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(softmax(teacher / T) || softmax(student / T)), in nats, the mean over tokens (Hinton et al., 1503.02531):
-    logits (..., V) and (..., V) -> scalar, in float32 at least. T² keeps the gradient's size whatever T. The teacher
-    gets no gradient. Raises `BadInput` for a temperature that is not above 0."""
-    if not 0 < temperature < float("inf"):
-        raise BadInput(f"temperature={temperature} is out of range: accepted is above 0.")
-    dtype = torch.promote_types(student_BSV.dtype, torch.float32)
-    student_NV = F.log_softmax(student_BSV.to(dtype).flatten(0, -2) / temperature, dim=-1)
-    teacher_NV = F.log_softmax(teacher_BSV.detach().to(dtype).flatten(0, -2) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student_NV, teacher_NV, reduction="batchmean", log_target=True)
 
 
 # What they share

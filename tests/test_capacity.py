@@ -374,6 +374,16 @@ def test_replaying_a_routings_own_experts_changes_nothing(n_tokens, n_experts, s
     torch.testing.assert_close(again.weight, routing.weight * (routing.expert >= 0), rtol=1e-12, atol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(**SIZES, k=st.integers(1, 3), priority=st.sampled_from(["position", "score"]))
+def test_replaying_what_capacity_left_of_a_routing_drops_the_same_rows_again(n_tokens, n_experts, seed, k, priority):
+    routing = _routing(n_tokens, n_experts, k, seed, holes=0.0)
+    left = capacity.limit(routing, n_experts, 0.5, priority, "residual")
+    again = capacity.recorded(routing, left.expert)
+    assert torch.equal(again.expert, left.expert)
+    assert torch.equal(again.weight, left.weight * (left.expert >= 0))
+
+
 def test_replayed_experts_get_their_own_probabilities_on_the_tokens_scale():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
     expert, weight, *_ = reference.gate(logits, 2, "softmax", None, True, 2.5)

@@ -1,11 +1,9 @@
 """Claims about moe/upcycle.py: which conversions preserve the function, and what is refused."""
 
 import dataclasses
-import math
 import sys
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -14,10 +12,11 @@ from small_runs import files, settings, train
 import experiments.upcycle
 from moe import checkpoint
 from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig
+from moe.distill import distill_loss
 from moe.generate import load_run
 from moe.model import Transformer, load_model, model_tensors, next_token_loss
 from moe.run import read_config, read_lines
-from moe.upcycle import distill_loss, grow, merge, prune, to_dense, upcycle
+from moe.upcycle import grow, merge, prune, to_dense, upcycle
 
 TOKENS_BS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(1))
 ACTIVATIONS = ("swiglu", "gelu")
@@ -303,36 +302,6 @@ def test_a_copied_model_returns_to_the_dense_one():
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-# --- distillation ---
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_the_distillation_loss_equals_a_loop(temperature):
-    rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 3, 5)), 3 * rng.normal(size=(2, 3, 5))
-    total = 0.0
-    for b in range(2):
-        for s in range(3):
-            p, q = (np.exp(each[b, s] / temperature) for each in (teacher, student))
-            p, q = p / p.sum(), q / q.sum()
-            total += sum(p[v] * math.log(p[v] / q[v]) for v in range(5))
-    expected = temperature**2 * total / 6
-    assert distill_loss(torch.tensor(student), torch.tensor(teacher), temperature).item() == pytest.approx(expected)
-
-
-def test_the_distillation_loss_is_0_at_equality_and_its_gradient_is_the_students_alone():
-    student = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    teacher = (student.detach() + torch.arange(5)).requires_grad_()
-    assert distill_loss(student, student).abs() < 1e-15
-    assert distill_loss(student, student + 7.0, 2.0).abs() < 1e-12
-    loss = distill_loss(student, teacher, 2.0)
-    loss.backward()
-    expected = 2.0 * ((student / 2).softmax(-1) - (teacher / 2).softmax(-1)) / 6  # T · (q − p) / tokens
-    assert_same(student.grad, expected.detach())
-    assert teacher.grad is None
-    assert distill_loss(student.detach().bfloat16(), teacher.detach().bfloat16()).dtype == torch.float32
-
-
 def test_an_moe_distils_into_its_dense_start():
     source = config(routed(4, 2, 8))
     tensors = tensors_of(source)
@@ -437,12 +406,6 @@ def test_growing_pruning_merging_and_densifying_refuse_what_does_not_fit():
     passing = config(routed(4, 2, 7, depth=0.5))
     with pytest.raises(BadInput, match=r"depth=0\.5"):
         to_dense(tensors_of(passing), passing)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_the_distillation_loss_refuses_a_temperature_that_is_not_above_0(temperature):
-    with pytest.raises(BadInput, match="temperature="):
-        distill_loss(torch.zeros(1, 2), torch.zeros(1, 2), temperature)
 
 
 # --- the command ---
