@@ -41,11 +41,14 @@ def command(
     name: str,
     schema: type[C],
     verbatim: tuple[str, ...] = (),
+    complete: bool = True,
     after: Callable[[list[Any]], object] | None = None,
 ) -> Callable[[Callable[[C], Any]], Callable[[], None]]:
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
-    it has. After a sweep (--multirun) `after` is called with what `main` returned for each of its jobs, in order."""
+    it has. `complete` False: the settings add to those of a run that `main` reads and validates with them; here only
+    names and types are checked. After a sweep (--multirun) `after` is called with what `main` returned for each of its
+    jobs, in order."""
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
@@ -53,7 +56,7 @@ def command(
             results: list[Any] = []
 
             def job(tree: DictConfig) -> None:
-                results.append(refuse(lambda: main(typed(tree, schema))))
+                results.append(refuse(lambda: main(typed(tree, schema, complete))))
 
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(each, verbatim) for each in sys.argv[1:]]
@@ -68,13 +71,13 @@ def command(
     return decorate
 
 
-def typed(tree: DictConfig, schema: type[C]) -> C:
-    """The validated dataclass of a composed tree. Raises `BadInput`."""
+def typed(tree: DictConfig, schema: type[C], complete: bool = True) -> C:
+    """The dataclass of a composed tree, validated if it is `complete`. Raises `BadInput`."""
     try:
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise BadInput(sentence(error)) from None
-    return build(plain, schema) if issubclass(schema, Config) else parse(schema, plain)
+    return build(plain, schema) if complete and issubclass(schema, Config) else parse(schema, plain)
 
 
 def refuse(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -129,7 +129,7 @@ def settings_of_the_two(cfg: CompareConfig, model: config.ModelConfig) -> tuple[
     of the settings of one, so that it is the twin of every MoE of its size."""
     shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
     moe = Config(**shared | {"model": model})
-    twin = presets.dense_twin(model, cfg.match)
+    twin = presets.dense_twin(model, cfg.match, cfg.router)
     return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
 
 

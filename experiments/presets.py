@@ -31,7 +31,7 @@ def main(cfg: PresetsConfig) -> None:
         if name not in there:
             raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, there)}.")
         model = read_preset(name, cfg.vocab_size)
-        forward, training = flops(model, cfg.context)
+        forward, training = flops(model, context=cfg.context)
         total, active = size(model)
         cells = (total, active, cfg.context or model.context, forward, training)
         rows.append((name, *(f"{cell:,}" for cell in cells)))

@@ -1,103 +1,193 @@
-"""Turn the model of a dense run into an MoE, in a new run's folder that training goes on with from step 0.
+"""Turn finished runs into the start of another model, in a new run's folder that training goes on with from step 0.
 
     python -m experiments.upcycle source=runs/DENSE run=runs/NEW                     # 8 experts, copies of the MLP
     python -m experiments.upcycle source=runs/DENSE run=runs/NEW method=drop drop=0.5 model.moe.k=2
     python -m experiments.upcycle source=runs/DENSE run=runs/NEW method=split model.moe.n_experts=16 model.moe.k=4 \\
         model.moe.d_expert=128                                                       # d_ff=512 in four slices
+    python -m experiments.upcycle source=runs/A run=runs/NEW method=merge others=[runs/B,runs/C]   # an expert of each
+    python -m experiments.upcycle source=runs/MOE run=runs/NEW method=grow noise=0.1 # twice the experts
+    python -m experiments.upcycle source=runs/MOE run=runs/NEW method=prune model.moe.n_experts=4   # the 4 busiest
+    python -m experiments.upcycle source=runs/MOE run=runs/NEW method=dense distill.teacher=runs/MOE
     python -m experiments.train run=runs/NEW resume=true
 
-Settings that the command line does not give are the dense run's own, its learning rate and number of steps among
-them; `seed` draws the routers, the noise and the batches. `moe.upcycle.upcycle` says what each method does.
+    from a dense run   copy, noise, split, drop   each MLP becomes a layer of experts
+                       merge                      so do those of several dense runs, an expert of each
+    from an MoE        grow                       experts are copied, the new ones' router rows with noise
+                       prune                      the experts with the most rows in the source's validation stay
+                       dense                      every layer's K busiest experts side by side, to be distilled
+
+Settings that the command line does not give are the source's own, its learning rate and number of steps among them;
+`seed` draws the routers, the noise and the batches. `moe.upcycle` says what each method does and what it preserves.
 """
 
 import copy
+import json
 import os
 import shlex
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
 from experiments.train import overlay
 from moe import data, machine, run
-from moe.config import BadInput, Config, MoEConfig, moe_layers, validate
+from moe.config import (
+    BadInput,
+    BalanceConfig,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    layer_moe,
+    moe_layers,
+    validate,
+)
 from moe.generate import load_run
 from moe.model import Transformer, load_model, model_tensors
 from moe.optim import build_optimizer
 from moe.train import State, resolve, save_checkpoint, seed_everything
-from moe.upcycle import METHODS, upcycle
+from moe.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 
-OWN = ("source", "which", "method", "noise", "drop", "resume")
+FROM_MOE = ("grow", "prune", "dense")
+ALL_METHODS = (*METHODS, "merge", *FROM_MOE)
+OWN = ("source", "others", "which", "method", "noise", "drop", "resume")
 
 
 @dataclass
 class UpcycleConfig(Config):
-    """The new run's settings, and how its weights come from the dense run's."""
+    """The new run's settings, and how its weights come from the source's."""
 
-    source: str = ""  # the dense run's folder
-    which: str = "best"  # of its checkpoints: best (lowest validation loss) | last | step-N
-    method: str = "copy"  # copy | noise | split | drop
-    noise: float = 0.0  # noise: deviation of what is added to the experts, as a share of the weights' own
+    source: str = ""  # a run's folder
+    others: list[str] = field(default_factory=list)  # merge: the folders of the other dense runs
+    which: str = "best"  # of their checkpoints: best (lowest validation loss) | last | step-N
+    method: str = "copy"  # copy | noise | split | drop | merge | grow | prune | dense
+    noise: float = 0.0  # noise: deviation of what is added to the experts, as a share of the weights' own; grow: to the
+    # router rows of the new experts
     drop: float = 0.5  # drop: share of the hidden channels that each expert draws anew
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise BadInput("source=... is needed: the folder of a dense run, such as runs/NAME.")
+            raise BadInput("source=... is needed: the folder of a finished run, such as runs/NAME.")
         if not self.run:
             raise BadInput("run=... is needed: the new run's folder, such as runs/NAME.")
-        if self.method not in METHODS:
-            raise BadInput(f"method={self.method} is not one of {', '.join(METHODS)}.")
-        if self.noise and self.method != "noise":
-            raise BadInput(f"noise={self.noise} means nothing to method={self.method}: set method=noise.")
+        if self.method not in ALL_METHODS:
+            raise BadInput(f"method={self.method} is not one of {', '.join(ALL_METHODS)}.")
+        if self.noise and self.method not in ("noise", "grow"):
+            raise BadInput(f"noise={self.noise} means nothing to method={self.method}: set method=noise or grow.")
+        if bool(self.others) != (self.method == "merge"):
+            raise BadInput(f"others={self.others} with method={self.method}: others and method=merge go together.")
 
 
-@cli.command("upcycle", UpcycleConfig, verbatim=("source", "run"))
+@cli.command("upcycle", UpcycleConfig, verbatim=("source", "run"), complete=False)
 def main(cfg: UpcycleConfig) -> None:
     """Write the new run's folder and say how to train it."""
     given = [each.lstrip("+~").partition("=")[0] for each in HydraConfig.get().overrides.task]
     create(cfg, given)
 
 
-def target_config(dense: Config, cfg: UpcycleConfig, given: list[str]) -> Config:
-    """The new run's settings: the dense run's, but for those that the command line names in `given`, and the experts,
-    of which there are 8 with K = 2, as wide as the dense MLP, unless given. Raises `BadInput`."""
+def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Config:
+    """The new run's settings: the source's, but for those that the command line names in `given`, and the experts:
+
+    from a dense run, unless given, 8 with K = 2, or one of each run that is merged, as wide as the dense MLP;
+    from an MoE its own, but twice (grow) or half (prune) as many, unless given; none for method=dense, whose model
+    follows from the weights. Raises `BadInput`."""
     for key in given:
-        if key.split(".")[0] == "model" and not key.startswith("model.moe."):
-            raise BadInput(f"{key} cannot be given: a new model has the shape of the dense one in {cfg.source}.")
+        if key.split(".")[0] == "model" and not (key.startswith("model.moe.") and cfg.method != "dense"):
+            raise BadInput(f"{key} cannot be given: the new model has the shape of the one in {cfg.source}.")
+        if cfg.method == "dense" and key.split(".")[0] in ("router", "balance"):
+            raise BadInput(f"{key} cannot be given: method=dense leaves no router.")
     if cfg.method == "split" and "model.moe.d_expert" not in given:
         raise BadInput(
-            f"method=split needs model.moe.d_expert=..., a part of the dense model's d_ff={dense.model.d_ff}."
+            f"method=split needs model.moe.d_expert=..., a part of the dense model's d_ff={source.model.d_ff}."
         )
     keys = [key for key in given if key not in OWN]
     if "router" in keys:  # some routers come with a balance of their own
         keys.append("balance")
-    own = copy.deepcopy(dense)
-    own.model.moe = copy.deepcopy(cfg.model.moe or MoEConfig())
-    if "model.moe.d_expert" not in given:
-        own.model.moe.d_expert = dense.model.d_ff
+    own = copy.deepcopy(source)
+    moe = own.model.moe
+    if cfg.method == "dense":
+        own.router, own.balance = RouterConfig(), BalanceConfig()
+    elif moe is None:
+        own.model.moe = moe = copy.deepcopy(cfg.model.moe or MoEConfig())
+        if "model.moe.d_expert" not in given:
+            moe.d_expert = source.model.d_ff
+        if cfg.method == "merge" and "model.moe.n_experts" not in given:
+            moe.n_experts = 1 + len(cfg.others)
+    else:
+        moe.n_experts = _resized(cfg.method, moe.n_experts)
+        moe.n_experts_by_layer = [_resized(cfg.method, each) for each in moe.n_experts_by_layer]
     own = overlay(own, cfg, keys)
     own.resume = False
+    if cfg.method == "dense":
+        own.model.moe = None  # its d_ff is known once it is made
     validate(own)
     return own
 
 
+def _resized(method: str, n_experts: int) -> int:
+    return 2 * n_experts if method == "grow" else -(-n_experts // 2)
+
+
+def convert(cfg: UpcycleConfig, own: Config, sources: Sequence[tuple[Tensors, Config]]) -> tuple[Tensors, ModelConfig]:
+    """The new model's tensors, and its config. Raises `BadInput` for sources that the method does not fit."""
+    tensors, source = sources[0]
+    model, router = own.model, own.router
+    match cfg.method:
+        case "merge":
+            return merge([each for each, _ in sources], source.model, model, own.seed, router), model
+        case "grow":
+            return grow(tensors, source.model, model, cfg.noise, own.seed, router), model
+        case "prune":
+            return prune(tensors, source.model, model, _busiest(Path(cfg.source), model), router), model
+        case "dense":
+            return to_dense(tensors, source.model, _validation_counts(Path(cfg.source)), source.router)
+    return upcycle(tensors, source.model, model, cfg.method, own.seed, cfg.noise, cfg.drop, router), model
+
+
+def _validation_counts(folder: Path) -> list[list[int]]:
+    """For every MoE layer, the rows of each expert in the last validation of a finished run."""
+    try:
+        load: dict[str, Any] = json.loads((folder / "summary.json").read_text())["load"]
+    except (OSError, ValueError, KeyError):
+        raise BadInput(f"source={folder} is not finished: which experts are busy is in its summary.json.") from None
+    return [[sum(column) for column in zip(*by_domain, strict=True)] for by_domain in load["counts"]]
+
+
+def _busiest(folder: Path, target: ModelConfig) -> list[list[int]]:
+    """The experts of every MoE layer with the most rows, as many as `target` has there, in their old order."""
+    kept = []
+    for layer, counts in zip(moe_layers(target), _validation_counts(folder), strict=True):
+        order = sorted(range(len(counts)), key=lambda e: (-counts[e], e))
+        kept.append(sorted(order[: layer_moe(target, layer).n_experts]))
+    return kept
+
+
 def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     """Make the run's folder: config.yaml, tokenizer and a checkpoint of step 0, all of it or nothing. Returns the new
-    run's config. Raises `BadInput` for a folder that exists and a source that is no dense run."""
+    run's config. Raises `BadInput` for a folder that exists and sources that the method does not fit."""
     folder = Path(cfg.run)
     if os.path.lexists(folder):
         raise BadInput(f"run={folder} exists: choose another folder.")
-    dense, tokenizer, source = load_run(Path(cfg.source), cfg.which)
-    if source.model.moe is not None:
-        raise BadInput(f"source={cfg.source} is an MoE already: choose a dense run.")
+    sources = []
+    for name in (cfg.source, *cfg.others):
+        model, tokenizer, source = load_run(Path(name), cfg.which)
+        if (source.model.moe is not None) != (cfg.method in FROM_MOE):
+            kind = "a dense run" if source.model.moe is None else "an MoE"
+            raise BadInput(
+                f"source={name} is {kind}: choose {'an MoE' if source.model.moe is None else 'a dense run'} for "
+                f"method={cfg.method}."
+            )
+        sources.append((model_tensors(model), source))
+    source = sources[0][1]
     own = target_config(source, cfg, given)
-    tensors = upcycle(
-        model_tensors(dense), source.model, own.model, cfg.method, own.seed, cfg.noise, cfg.drop, own.router
-    )
+    tensors, own.model = convert(cfg, own, sources)
     dataset = data.prepare(own.data, own.tokenizer, print)
-    run.check_tokenizer(Path(cfg.source), dataset.tokenizer)
+    for name in (cfg.source, *cfg.others):
+        run.check_tokenizer(Path(name), dataset.tokenizer)
     own = resolve(own, folder, dataset, machine.choose_device(own.train.device))
     machine.set_threads(own.train)
     seed_everything(own.seed)
@@ -117,7 +207,8 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     n_parameters = sum(each.numel() for each in model.parameters())
     print(
         f"run: {folder}  {n_parameters:,} parameters, {len(moe_layers(own.model))} MoE layers by method={cfg.method} "
-        f"from {cfg.source}. Train it with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
+        f"from {', '.join((cfg.source, *cfg.others))}. Train it with: python -m experiments.train "
+        f"{shlex.quote(f'run={folder}')} resume=true"
     )
     return own
 

@@ -25,6 +25,7 @@ def load_balancing_loss(prob_E: Tensor, count_E: Tensor, n_tokens: int) -> Tenso
 def sequence_balancing_loss(prob_TE: Tensor, expert: Tensor, token_N: Tensor | None, n_sequences: int) -> Tensor:
     """The mean over sequences of E · sum_i f_i P_i within each (DeepSeek-V3, 2412.19437, eq. 17-20).
 
+    f counts the choice that was made, selection bias included (the paper's counts that of the scores alone).
     prob_TE: (T, E), T = n_sequences · S, sequence after sequence. expert: (T, K), or (N,) with the token of each row in
     token_N (N,). A sequence without a routed row adds 0."""
     n_tokens, n_experts = prob_TE.shape

@@ -288,8 +288,8 @@ class ExpertChoiceRouter(Router):
     - threshold: e takes t when S_te >= c_e, c_e the running mean of e's C-th best score in training,
       c <- decay · c + (1 - decay) · mean over the step's batches. The first step sets c; until then it is 1 / E, an
       even share.
-    - predictor: e takes t when x_t v_e >= 0. V (`w_predict_ED`) learns the training choice by binary cross-entropy on
-      x without gradient to it (Raposo et al. 2404.02258): `losses["predictor"]`, the mean over T · E."""
+    - predictor: e takes t when x_t v_e + b_e >= 0. V and b learn the training choice by binary cross-entropy on x
+      without gradient to it (Raposo et al. 2404.02258): `losses["predictor"]`, the mean over T · E."""
 
     causal = False
     fixed_k = False
@@ -306,6 +306,12 @@ class ExpertChoiceRouter(Router):
             self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # steps that c has learnt from
         if cfg.causal == "predictor":
             self.w_predict_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
+            self.predict_bias_E = nn.Parameter(torch.zeros(self.n_experts))
+
+    def guess(self, x_TD: Tensor) -> Tensor:
+        """The predictor's logits that an expert takes a token: (T, D) -> (T, E)."""
+        guess_TE = linear_logits(x_TD, self.w_predict_ED)
+        return guess_TE + self.predict_bias_E.to(guess_TE.dtype)
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -316,7 +322,7 @@ class ExpertChoiceRouter(Router):
             if self.cfg.causal == "threshold":
                 taken_TE = score_TE >= self.cutoff_E.to(score_TE.dtype)
             else:
-                taken_TE = linear_logits(x_TD, self.w_predict_ED) >= 0
+                taken_TE = self.guess(x_TD) >= 0
             expert_E = torch.arange(self.n_experts, device=x_TD.device)
             expert_TE = torch.where(taken_TE, expert_E, UNUSED)
             weight_TE = torch.where(taken_TE, score_TE * self.cfg.scale, 0.0)
@@ -336,7 +342,7 @@ class ExpertChoiceRouter(Router):
             batches = torch.full((), min(len(best_CE), 1), dtype=torch.int64, device=x_TD.device)
             return routing._replace(observed={"cutoff_E": cutoff_E, "batches": batches})
         if self.training and self.cfg.causal == "predictor":
-            guess_TE = linear_logits(x_TD.detach(), self.w_predict_ED)
+            guess_TE = self.guess(x_TD.detach())
             taken_TE = torch.zeros_like(guess_TE).scatter(0, token_CE, 1.0)
             loss = F.binary_cross_entropy_with_logits(guess_TE, taken_TE, reduction="sum") / max(guess_TE.numel(), 1)
             return routing._replace(losses={"predictor": loss})
@@ -359,6 +365,11 @@ class ExpertChoiceRouter(Router):
 # --- Soft MoE ---------------------------------------------------------------------------------------------------------
 
 
+def soft_slots(cfg: RouterConfig, moe: MoEConfig, context: int) -> int:
+    """P, the slots per expert and sequence of a soft router."""
+    return cfg.slots or max(1, -(-moe.k * context // moe.n_experts))
+
+
 class SoftRouter(Router):
     """Experts read mixtures of tokens, tokens read mixtures of what they made of them (Soft MoE, Puigcerver et al.
     2308.00951).
@@ -369,15 +380,15 @@ class SoftRouter(Router):
     with it token by token. No rows, no scores to balance: loads are even by construction.
 
     P is the size of a parameter and cannot follow the length of a sequence: `cfg.slots`, or when that is 0 the
-    ceil(K·S/E), at least 1, that at the model's context S cost what K experts per token cost. (T, D) -> dispatch and
+    ceil(K·S/E), at least 1, whose experts at the model's context S cost what K experts per token cost; mixing is on top
+    (`moe.presets.flops`). (T, D) -> dispatch and
     combine (B, S, E, P), B sequences of S = T / B tokens."""
 
     causal = causal_in_eval = per_token = fixed_k = False
 
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, *, context: int = 0, **where: int) -> None:
         super().__init__(cfg, d_model, moe, context=context, **where)
-        n_slots = cfg.slots or max(1, -(-self.k * context // self.n_experts))
-        self.w_phi = nn.Parameter(torch.empty(self.n_experts, n_slots, d_model))
+        self.w_phi = nn.Parameter(torch.empty(self.n_experts, soft_slots(cfg, moe, context), d_model))
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Mixture:

@@ -26,11 +26,14 @@ def capacity(factor: float, n_rows: int, n_experts: int) -> int:
     return max(1, math.ceil(factor * n_rows / n_experts * (1 - 1e-12)))
 
 
-def limit(routing: Routing, n_experts: int, factor: float, priority: str, overflow: str) -> Routing:
-    """An expert keeps at most C = capacity(factor, row slots, E) rows; the other rows are refused.
+def limit(
+    routing: Routing, n_experts: int, factor: float, priority: str, overflow: str, fair: int | None = None
+) -> Routing:
+    """An expert keeps at most C = capacity(factor, fair, E) rows; the other rows are refused.
 
-    Row slots are the T·K or N rows of the routing whether they have an expert or not; rows without one stay as they are
-    and take no room. A dropped row keeps its weight, which nothing reads.
+    `fair`: the rows that are to be shared out, K·T of a layer; None: as many as the routing has slots, whether they
+    have an expert or not. Rows without an expert stay as they are and take no room. A dropped row keeps its weight,
+    which nothing reads.
 
     priority: who stays. "position": rows in the order of the routing, token after token and within a token choice after
     choice, so that what happens to a token depends on no later token. (GShard serves all first choices before any
@@ -46,7 +49,7 @@ def limit(routing: Routing, n_experts: int, factor: float, priority: str, overfl
 
     "next" needs a (T, K) routing with logits and the experts of a token distinct; ValueError otherwise."""
     _, expert_N, weight_N = routing.rows()
-    room = capacity(factor, len(expert_N), n_experts)
+    room = capacity(factor, len(expert_N) if fair is None else fair, n_experts)
     match priority:
         case "position":
             place_N = _place(expert_N, n_experts)

@@ -307,6 +307,13 @@ def validate(cfg: Config) -> None:
                 f"a micro-batch, model.moe.k={moe.k} and {moe.n_experts} experts it must be at least "
                 f"{moe.n_experts / (moe.k * tokens):.3g} (0 drops nothing)."
             )
+    for moe in layers if cfg.balance.tile else ():
+        rows = moe.k * cfg.train.batch_size // cfg.train.accumulate * routing_config.entering(moe, cfg.model.context)
+        if 2 * rows < cfg.balance.tile * moe.n_experts:
+            raise BadInput(
+                f"balance.tile={cfg.balance.tile} is more than twice the {rows / moe.n_experts:.3g} rows of an expert "
+                "in a micro-batch, and would round most to none: choose a smaller tile or a larger batch."
+            )
     if cfg.log.experts and layers and (cfg.router.name in routing_config.WITHOUT_TK or cfg.balance.tile):
         key = f"balance.tile={cfg.balance.tile}" if cfg.balance.tile else f"router.name={cfg.router.name}"
         raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")

@@ -12,7 +12,7 @@ from moe.model import Transformer
 
 
 def load_teacher(cfg: Config, tokenizer: str, device: torch.device) -> Transformer | None:
-    """The model of `cfg.distill.teacher`, in eval mode and without gradients; None where no teacher is asked for.
+    """The model of `cfg.distill.teacher`, in eval mode; None where no teacher is asked for.
     `tokenizer` is the fingerprint of the student's.
 
     Raises `BadInput` for a folder that is no run's, another tokenizer or vocabulary, and a shorter context."""
@@ -31,7 +31,7 @@ def load_teacher(cfg: Config, tokenizer: str, device: torch.device) -> Transform
     ):
         if there < here or (key == "vocab_size" and there != here):
             raise BadInput(f"distill.teacher={folder} has model.{key}={there}, and this run {here}.")
-    return teacher.to(device).eval().requires_grad_(False)
+    return teacher.to(device)
 
 
 def distill_loss(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -26,7 +26,7 @@ class LayerRouting(NamedTuple):
     weight: Tensor
     token_N: Tensor | None
     observed: dict[str, Tensor]  # for `Router.update`, to be summed over micro-batches
-    state_TD: Tensor  # the layer's input, which a router one layer on may read
+    state_TD: Tensor | None  # the layer's input, where a router one layer on reads it
 
     @property
     def aux(self) -> Tensor:
@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
         own_router: bool = True,
     ) -> None:
         super().__init__()
-        self.balance, self.n_experts = balance or BalanceConfig(), moe.n_experts
+        self.balance, self.n_experts, self.k = balance or BalanceConfig(), moe.n_experts, moe.k
         self.reads_previous = router.input == "previous"
         self.router: Router | None = None
         if own_router:
@@ -110,7 +110,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, LayerRouting]:
         """Rows to experts and back. `n_experts` counts the cheap ones."""
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        wanted, routing = routing, self.limited(routing, n_experts, recorded)
+        wanted, routing = routing, self.limited(routing, n_experts, len(x_TD), recorded)
         real = routing
         if self.cheap is not None:
             real = routing._replace(expert=torch.where(routing.expert < self.n_experts, routing.expert, UNUSED))
@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
             weight=routing.weight.detach(),
             token_N=routing.token_N,
             observed=routing.observed or {},
-            state_TD=x_TD,
+            state_TD=x_TD if self.reads_previous else None,
         )
 
     def losses(self, routing: Routing, load_E: Tensor, n_sequences: int, n_experts: int) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class MoELayer(nn.Module):
             found["bandpass"] = balance.bandpass_loss(prob_E, n_tokens, cfg.band)
         return found | own
 
-    def limited(self, routing: Routing, n_experts: int, recorded: Tensor | None) -> Routing:
+    def limited(self, routing: Routing, n_experts: int, n_tokens: int, recorded: Tensor | None) -> Routing:
         """The routing after what overrides or limits it: recorded experts, forced balance, capacity, token rounding."""
         cfg = self.balance
         if recorded is not None:
@@ -177,7 +177,7 @@ class MoELayer(nn.Module):
         if cfg.force == "balanced":
             return capacity.balanced(routing, n_experts)
         if self.training and cfg.capacity:
-            return capacity.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow)
+            return capacity.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow, n_tokens * self.k)
         if self.training and cfg.tile:
             return capacity.round_to_tile(routing, n_experts, cfg.tile)
         return routing
@@ -203,5 +203,5 @@ class MoELayer(nn.Module):
             weight=rearrange(mixture.combine_BSEP.detach().sum(-1), "b s e -> (b s) e"),
             token_N=None,
             observed={},
-            state_TD=x_BSD.flatten(0, 1),
+            state_TD=x_BSD.flatten(0, 1) if self.reads_previous else None,
         )

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         in common, and adding a layer moves no other weight."""
         for name, p in self.named_parameters():
             if p.dim() < 2 or name.endswith("default_ED"):  # default vectors start at 0
-                p.fill_(0.0 if name.endswith(("bias", "default_ED")) else 1.0)
+                p.fill_(0.0 if name.endswith(("bias", "bias_E", "default_ED")) else 1.0)
                 continue
             residual = name.endswith(("attn.o.weight", "down.weight", "w_down_EDF"))
             std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe.batch_choice import soft_slots
 from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.experts import up_width
 from moe.model import Transformer
@@ -59,13 +60,15 @@ def _taken(moe: MoEConfig) -> float:
     return moe.k * moe.n_experts / (moe.n_experts + moe.n_cheap)
 
 
-def flops(cfg: ModelConfig, context: int = 0) -> Flops:
+def flops(cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0) -> Flops:
     """FLOPs per token at sequence length `context` (0: the model's own).
 
     2 per weight of every matmul a token passes (router and vocabulary projection included, embedding lookup not), and
     4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B).
-    Training is three times forward. A block that only some tokens enter counts by their share, and its attention is
-    over as many positions: so it is in training, while in evaluation attention is computed for all and masked."""
+    Training is three times forward. A soft router's experts compute its slots, and mixing tokens into slots and back
+    counts like its scores. Routers that take as many experts as they like count as if they took K. A block that only
+    some tokens enter counts by their share, and its attention is over as many positions: so it is in training, while in
+    evaluation attention is computed for all and masked."""
     d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
     d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
     total = 2.0 * d * cfg.vocab_size
@@ -73,16 +76,20 @@ def flops(cfg: ModelConfig, context: int = 0) -> Flops:
         share, mlp = 1.0, mlp_size(cfg, cfg.d_ff)
         if is_moe_layer(cfg, layer):
             moe = layer_moe(cfg, layer)
-            n_scores = moe.n_experts + moe.n_cheap + moe.shared_gate
-            experts = _taken(moe) * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
-            share, mlp = moe.depth, experts + d * n_scores
+            taken, n_scores = _taken(moe), moe.n_experts + moe.n_cheap
+            if router is not None and router.name == "soft":
+                slots = moe.n_experts * soft_slots(router, moe, cfg.context)
+                taken, n_scores = slots / cfg.context, 3 * slots
+            experts = taken * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
+            share, mlp = moe.depth, experts + d * (n_scores + moe.shared_gate)
         attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
         total += share * (attention + 2 * mlp) + (2 * d if share < 1 else 0)
     return Flops(round(total), 3 * round(total))
 
 
-def dense_twin(cfg: ModelConfig, match: str) -> ModelConfig:
-    """The dense model of the same depth and width whose feed-forward width meets `match` within 1%.
+def dense_twin(cfg: ModelConfig, match: str, router: RouterConfig | None = None) -> ModelConfig:
+    """The dense model of the same depth and width whose feed-forward width meets `match` within 1%; `router` is the
+    MoE's, softmax by default.
 
     match: active_params (its parameters = the MoE's active ones), total_params, or flops (per token, forward). Each is
     linear in the width, so two measurements give it; a multiple of 8 is taken where one fits. Raises `BadInput` saying
@@ -91,11 +98,11 @@ def dense_twin(cfg: ModelConfig, match: str) -> ModelConfig:
         raise BadInput(f"match={match} needs a Mixture-of-Experts model, and model={cfg.name} has model.moe=null.")
     match match:
         case "active_params":
-            target, measure = size(cfg).active, lambda twin: size(twin).total
+            target, measure = size(cfg, router).active, lambda twin: size(twin).total
         case "total_params":
-            target, measure = size(cfg).total, lambda twin: size(twin).total
+            target, measure = size(cfg, router).total, lambda twin: size(twin).total
         case "flops":
-            target, measure = flops(cfg).forward, lambda twin: flops(twin).forward
+            target, measure = flops(cfg, router).forward, lambda twin: flops(twin).forward
         case _:
             raise BadInput(f"match={match} is not one of active_params, flops, total_params.")
 

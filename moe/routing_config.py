@@ -72,7 +72,7 @@ class RouterConfig:
     iterations: int = 8  # of Sinkhorn's normalisation
     causal: str = "none"  # none | threshold | predictor: how expert-choice decides in evaluation, token by token
     decay: float = 0.99  # threshold: of the running mean of every expert's cut-off
-    slots: int = 0  # slots per expert and sequence of a soft router; 0: K·S/E, as costly as K experts per token
+    slots: int = 0  # slots per expert and sequence of a soft router; 0: K·S/E, so that experts cost what K per token do
     # every router
     input: str = "own"  # own | previous: it reads the input of the previous MoE layer (lookahead)
     shared: bool = False  # one router for all MoE layers
@@ -161,7 +161,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "router.threshold": _ANY,
     "router.top_p": (0, 1),
     "router.k_max": (0, 2**31 - 1),
-    "router.l1": _ANY,
+    "router.l1": (1e-20, 1e20),
     "router.l1_factor": (1, 100),
     "router.iterations": (1, 10_000),
     "router.decay": (0, 1),
@@ -247,13 +247,23 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
     ks = sorted({moe.k for moe in layers})
     if router.name == "base" and ks != [1]:
         raise BadInput(f"router.name=base gives every token one expert: set model.moe.k=1 (it is {ks[-1]}).")
-    if router.name == "sinkhorn" and router.renormalize and ks[0] == 1:
+    top_k = router.name in ("softmax", "sigmoid", "sinkhorn") and not router.frozen
+    if router.renormalize and top_k and any(moe.k == 1 < moe.n_experts + moe.n_cheap for moe in layers):
         raise BadInput(
-            "router.renormalize=true with model.moe.k=1 makes every weight 1, and router.name=sinkhorn would "
-            "learn nothing: set router.renormalize=false."
+            f"router.renormalize=true with model.moe.k=1 makes every weight {router.scale:g}, and router.name="
+            f"{router.name} would learn nothing from the text: set router.renormalize=false."
+        )
+    if router.renormalize and router.k_max == 1:
+        raise BadInput(
+            f"router.renormalize=true with router.k_max=1 makes every weight {router.scale:g}, and router.name="
+            f"{router.name} would learn nothing from the text: set router.renormalize=false."
         )
     if router.second == "random" and ks != [2]:
         raise BadInput(f"router.second=random needs model.moe.k=2, and it is {ks[-1]}.")
+    if router.second == "random" and router.gradient in ("straight-through", "sparsemixer"):
+        raise BadInput(
+            f"router.second=random goes by the weights, which router.gradient={router.gradient} changes: choose one."
+        )
     if router.groups > 1 and router.gradient == "sparsemixer":
         raise BadInput(f"router.groups={router.groups} has no meaning for router.gradient=sparsemixer, which samples.")
     if router.gradient == "sparsemixer" and (router.name != "softmax" or router.selection_bias or router.renormalize):

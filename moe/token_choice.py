@@ -18,14 +18,15 @@ COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 
 class LinearRouter(Router):
     """Logits that are linear in the state, and the gate of a backend. No router by itself.
 
-    linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179). In training x is
+    linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179, which projects x to a
+    lower dimension first). In training x is
     first multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
     least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
 
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
         super().__init__(cfg, d_model, moe, **where)
         self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
-        self.gain = nn.Parameter(torch.ones(1)) if cfg.logits == "cosine" else None
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E). Call it outside of autocast."""
@@ -65,7 +66,7 @@ class TopKRouter(LinearRouter):
     needs nothing but itself. What reaches the router's weights is set by `gradient`:
 
     exact             the derivative of the weights
-    straight-through  every weight is scale / K, and has the derivative of p
+    straight-through  every weight is scale / K, and has the derivative of the weight it has with exact
     sparsemixer       experts are sampled in training, see `sparsemixer` (2310.00811; GRIN, 2409.12136)
     default-vector    the experts that were not taken add p_e · v_e, v_e a vector that is fitted to expert e's output,
                       by least squares, so that every score has a gradient (2504.12463, with a running mean for v)"""
@@ -74,7 +75,9 @@ class TopKRouter(LinearRouter):
 
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
         super().__init__(cfg, d_model, moe, **where)
-        self.w_noise_ED = nn.Parameter(torch.empty(self.n_experts, d_model)) if cfg.noisy else None
+        self.w_noise_ED: nn.Parameter | None = None
+        if cfg.noisy:
+            self.w_noise_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
         self.register_buffer("bias_E", torch.zeros(self.n_experts) if cfg.selection_bias else None)
         self.fixed_k = True
         self.smooth = cfg.gradient == "exact"
@@ -114,7 +117,7 @@ class TopKRouter(LinearRouter):
             balance.update_bias(self.bias_E, count_E, rate, step=cfg.bias_step)
 
 
-MIXER_EPS = 0.1  # an expert further than 2 · this below the best, relative to its own size, is never sampled
+MIXER_EPS = 0.1  # an expert further than 2 · this · max(|its logit|, the best) below the best is never sampled
 
 
 def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tensor]:
@@ -178,13 +181,17 @@ class ThresholdRouter(LinearRouter):
         return Routing(expert_TK, weight_TK * cfg.scale, None, logits_TE, lse_T, prob_E)
 
 
+L1_RANGE = (1e-20, 1e20)  # far from where float32 would no longer move by a factor
+
+
 class ReluRouter(LinearRouter):
     """relu: w_e = relu(z_e) · scale, and a token takes the experts with w_e > 0: none, some or all (ReMoE, 2412.14711).
 
     An L1 loss keeps them few: l1 · sum_e f_e · mean_t relu(z_te), f_e = E/(K·T) times the rows of expert e, so that the
     busy ones are pressed more. After every step l1 is multiplied by l1_factor where tokens took more than K experts on
-    average, divided by it where fewer. The weight is continuous in z where an expert comes and goes. At inference a
-    token needs nothing but itself."""
+    average, divided by it where fewer, between 1e-20 and 1e20. Every router has its own l1 and comes to K by itself;
+    the paper's is one for all layers, which may then differ. The weight is continuous in z where an expert comes and
+    goes. At inference a token needs nothing but itself."""
 
     fixed_k = False
     l1: Tensor
@@ -214,13 +221,14 @@ class ReluRouter(LinearRouter):
         """Adapt the L1 coefficient."""
         excess = count_E.sum().double() / observed["tokens"].clamp_min(1) - self.k
         self.l1 *= self.cfg.l1_factor ** torch.sign(excess).to(self.l1.dtype)
+        self.l1.clamp_(*L1_RANGE)
 
 
 class HashRouter(Router):
     """hash: K experts drawn for every token id, once and for all, weight scale / K each (Hash Layers, 2106.04426).
 
-    The table (V, K) depends on the vocabulary, the layer and E alone; nothing is learned. At inference a token needs
-    its id."""
+    The table (V, K) depends on the vocabulary, the layer and E alone; nothing is learned. It is part of a checkpoint.
+    At inference a token needs its id."""
 
     table_VK: Tensor
 
@@ -228,7 +236,7 @@ class HashRouter(Router):
         super().__init__(cfg, d_model, moe, vocab_size=vocab_size, **where)
         rng = np.random.default_rng([self.layer, vocab_size, self.n_experts])
         table_VK = np.stack([rng.permutation(self.n_experts)[: self.k] for _ in range(vocab_size)])
-        self.register_buffer("table_VK", torch.from_numpy(table_VK), persistent=False)
+        self.register_buffer("table_VK", torch.from_numpy(table_VK))
 
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
         assert context.tokens_T is not None, "router.name=hash reads token ids, and the context has none"

@@ -370,7 +370,7 @@ def global_loads(
 
     f must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
     are run once more in advance, with the same random numbers; None where a pass knows f by itself."""
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    ranks = n_ranks()
     if cfg.balance.scope != "global" or not cfg.balance.aux or (cfg.train.accumulate == 1 and ranks == 1):
         return None
     device = next(model.parameters()).device
@@ -381,25 +381,41 @@ def global_loads(
                 routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
             wanted = [each.wanted_E for each in routing]
             loads = [mine + other for mine, other in zip(loads, wanted, strict=True)] if loads else wanted
-    if ranks > 1:
-        for each in loads:
-            dist.all_reduce(each)
-    return loads
+    return [summed_over_ranks(each) for each in loads]
+
+
+def n_ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's; a tensor of its own where there are several."""
+    if n_ranks() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: summed_over_ranks(value) for name, value in sorted(observed.items())}
 
 
 def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
-    """Let every router learn from the step's counts; one shared between layers from their sum."""
+    """Let every router learn from the step's counts over all ranks; one shared between layers from their sum."""
     found: dict[Router, LayerTotals] = {}
     for router, each in zip(model.routers(), totals, strict=True):
         if router in found:
             found[router].add(each)
         else:
             found[router] = dataclasses.replace(each)
+    for each in found.values():
+        each.wanted_E, each.observed = summed_over_ranks(each.wanted_E), _summed(each.observed)
     for router, each in found.items():
         router.update(cfg, coefficient(cfg, "bias_rate", progress), each.wanted_E, each.observed)
     for depth, each in zip(model.depths(), totals, strict=True):
         if depth is not None:
-            depth.update(each.observed)
+            depth.update(_summed(each.observed))
 
 
 def clip(model: Transformer, norm: float, limit: float) -> None:
@@ -515,7 +531,7 @@ def summarize(
         "seed": cfg.seed,
         "model": to_dict(cfg.model),
         "params": presets.size(cfg.model, cfg.router)._asdict(),
-        "flops": presets.flops(cfg.model)._asdict(),
+        "flops": presets.flops(cfg.model, cfg.router)._asdict(),
         "steps": state.step,
         "tokens": tokens,
         "seconds": state.seconds,

@@ -5,8 +5,8 @@ new ones for the target: all of its names and nothing else, in the dtype of `emb
 never changed. What the target has and the source does not (a new router) is drawn as `Transformer.initialize` draws it.
 
 A claim that a function is preserved is one of exact arithmetic, in evaluation and without capacity; it needs weights of
-a token's K experts whose sum is known. That is `router.scale` where they are renormalised. For raw softmax and sigmoid
-scores the sum is taken at router logits of 0 (scale · K / E and scale · K / 2), and the claim holds only there.
+a token's K experts whose sum is known. That is `router.scale` where they are renormalised. For raw scores the sum is
+taken at router logits of 0 (scale · K / E of probabilities, scale · K / 2 of sigmoids), and the claim holds only there.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from torch import Tensor
 from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, layer_moe, moe_layers
 from moe.experts import up_width
 from moe.model import Transformer, model_tensors
+from moe.routing_config import READS
 
 METHODS = ("copy", "noise", "split", "drop")
 PER_EXPERT = re.compile(r"\.mlp\..*_E[A-Z]*$")  # tensors whose first dimension counts the experts
@@ -62,7 +63,7 @@ def upcycle(
     if not 0 <= drop <= 1:
         raise BadInput(f"drop={drop} must be between 0 and 1.")
     _check_dense(tensors, dense)
-    _check_target(dense, target)
+    _check_target(dense, target, router)
     result = _start(tensors, target, router, seed)
     for layer in moe_layers(target):
         moe = layer_moe(target, layer)
@@ -104,8 +105,10 @@ def grow(
 
     The router rows of the new experts get N(0, (noise · std)²), std that of the layer's rows. With noise = 0 and m · K
     experts a token it computes the source's function: copies have equal scores, so the top m · K are the copies of the
-    top K, each with 1/m of the weight. But then copies have equal gradients as well and never part. For another K
-    w_down is scaled so that the weights' sum is as it was, and the function is another.
+    top K, each with 1/m of the weight (relu takes all copies in any case, and w_down is divided by m). But then copies
+    have equal gradients as well and never part. For another K w_down is scaled so that the weights' sum is as it was,
+    and the function is another. So it is, a little, where probabilities that E changes meet a number that it does not:
+    softmax with a selection bias, top-p, raw threshold and sparsemixer.
 
     Raises `BadInput` where the target's E is no multiple of the source's, and for routers whose choice is no matter of
     a row per expert (hash, soft, groups > 1)."""
@@ -150,7 +153,7 @@ def merge(
         raise BadInput("there is no model to merge: give at least one.")
     for each in models:
         _check_dense(each, dense)
-    _check_target(dense, target)
+    _check_target(dense, target, router)
     for layer in moe_layers(target):
         moe = layer_moe(target, layer)
         if moe.n_experts != len(models) or moe.d_expert != dense.d_ff:
@@ -179,7 +182,7 @@ def prune(
     new order, such as the busiest by their counts. Their weights and all that the router holds of them, rows and
     selection biases, stay as they are. Where weights are renormalised, a token whose K experts all stay has them again,
     with the same weights. (Softmax with a selection bias may choose others: the probabilities that the biases are added
-    to grow when experts go.)
+    to grow when experts go; so do the cut-offs of expert-choice, by E / E'.)
 
     Raises `BadInput` for experts that do not exist or are named twice, and for lists that do not fit the target."""
     router = router or RouterConfig()
@@ -223,6 +226,7 @@ def to_dense(
     if source.moe.shared_gate:
         raise BadInput("model.moe.shared_gate=true: a dense MLP has no gate for the shared experts.")
     _check_plain(source.moe)
+    _check_router(router)
     _check_shapes(tensors, source, router)
     layers = moe_layers(source)
     width = {(layer_moe(source, layer).k + source.moe.n_shared) * source.moe.d_expert for layer in layers}
@@ -273,6 +277,8 @@ def _regroup(tensors: Tensors, target: ModelConfig, router: RouterConfig, choice
     for name in _shapes(target, router):
         index = chosen[int(name.split(".")[1])] if PER_EXPERT.search(name) else None
         result[name] = tensors[name].clone() if index is None else tensors[name][index.to(tensors[name].device)]
+        if name.endswith("cutoff_E") and index is not None:
+            result[name] *= len(tensors[name]) / len(index)  # of probabilities, which are about 1 / E
     return result
 
 
@@ -302,14 +308,20 @@ def _normal(like: Tensor, seed: int, name: str) -> Tensor:
 
 
 def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
-    """What a token's weights sum to: router.scale, but for raw scores, of which it is the sum at logits of 0."""
-    if router.renormalize or router.gradient == "straight-through":
+    """What a token's weights sum to: router.scale where they are renormalised, and of a hash; for raw scores what it is
+    at logits of 0, on average over tokens (scale · E for relu, all of whose experts are taken at the same logit)."""
+    e, k, name = moe.n_experts, moe.k, router.name
+    if router.gradient == "straight-through" or (router.renormalize and "renormalize" in READS.get(name, ())):
         return router.scale
-    match router.name:
-        case "softmax":
-            return router.scale * moe.k / moe.n_experts
-        case "sigmoid":
-            return router.scale * moe.k / 2
+    if router.gradient == "sparsemixer":
+        return router.scale * sum(1 / (e - taken) for taken in range(k))
+    match name:
+        case "softmax" | "sinkhorn" | "expert-choice":
+            return router.scale * k / e
+        case "sigmoid" | "base":
+            return router.scale * k / 2
+        case "relu":
+            return router.scale * e
     return router.scale
 
 
@@ -359,8 +371,9 @@ def _check_dense(tensors: Tensors, dense: ModelConfig) -> None:
     _check_shapes(tensors, dense, RouterConfig())
 
 
-def _check_target(dense: ModelConfig, target: ModelConfig) -> None:
+def _check_target(dense: ModelConfig, target: ModelConfig, router: RouterConfig) -> None:
     """Whether an MoE `target` is the dense model but for its MoE layers' MLPs."""
+    _check_router(router)
     if target.moe is None:
         raise BadInput("the target must be an MoE: set model.moe.")
     _check_body(dense, target)
@@ -369,6 +382,17 @@ def _check_target(dense: ModelConfig, target: ModelConfig) -> None:
     if target.moe.n_shared:
         raise BadInput(f"model.moe.n_shared={target.moe.n_shared}: a shared expert would add to what the MLP gives.")
     _check_plain(target.moe)
+
+
+def _check_router(router: RouterConfig) -> None:
+    """Refuse a router of whose weights nobody knows what they sum to."""
+    raw = router.name in ("threshold", "top-p") and not router.renormalize
+    if raw or router.name in ("relu", "soft"):
+        tail = " with router.renormalize=false" if raw else ""
+        raise BadInput(
+            f"router.name={router.name}{tail}: what a token's weights will sum to is not known, and so not how to "
+            "scale the MLP; choose another router."
+        )
 
 
 def _check_plain(moe: MoEConfig) -> None:

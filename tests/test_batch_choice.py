@@ -415,19 +415,21 @@ def test_the_predictors_loss_is_the_cross_entropy_against_the_choice():
     total = 0.0
     for t in range(20):
         for e in range(E):
-            p = 1 / (1 + math.exp(-(x_TD[t] @ router.w_predict_ED[e]).item()))
+            p = 1 / (1 + math.exp(-(x_TD[t] @ router.w_predict_ED[e] + router.predict_bias_E[e]).item()))
             total -= math.log(p if (t, e) in taken else 1 - p)
     loss = routing.losses["predictor"]
     assert loss.item() == pytest.approx(total / (20 * E), rel=1e-12)
     loss.backward()
     assert router.w_predict_ED.grad.abs().sum() > 0
+    assert router.predict_bias_E.grad.abs().sum() > 0
     assert x_TD.grad is None  # the predictor learns from the states and does not shape them
     assert router.w_ED.grad is None
 
 
 def test_a_trained_predictor_agrees_with_the_choice():
     router, x_TD = _router("expert-choice-predictor", k=2), _x(200)
-    optimizer = torch.optim.Adam([router.w_predict_ED], lr=0.1)
+    x_TD = x_TD - x_TD.mean(0)  # states that no direction tells how few are taken
+    optimizer = torch.optim.Adam([router.w_predict_ED, router.predict_bias_E], lr=0.1)
     for _ in range(60):
         optimizer.zero_grad()
         _route(router, x_TD).losses["predictor"].backward()
@@ -435,18 +437,22 @@ def test_a_trained_predictor_agrees_with_the_choice():
     chosen_TE = _weight_TE(router, x_TD) > 0
     predicted_TE = _weight_TE(router.eval(), x_TD) > 0
     assert (chosen_TE == predicted_TE).double().mean() > 0.85
+    assert predicted_TE.sum(-1).double().mean().item() == pytest.approx(2, rel=0.15)
 
 
 def test_in_evaluation_a_predictor_takes_whoever_has_a_logit_of_at_least_zero():
     router, x_TD = _router("expert-choice-predictor").eval(), _x()
+    with torch.no_grad():
+        router.predict_bias_E.copy_(torch.linspace(-1, 1, E))
     routing = _route(router, x_TD)
-    want_TE = torch.where(x_TD @ router.w_predict_ED.T >= 0, torch.arange(E), UNUSED)
+    want_TE = torch.where(x_TD @ router.w_predict_ED.T + torch.linspace(-1, 1, E) >= 0, torch.arange(E), UNUSED)
     assert torch.equal(routing.expert, want_TE)
     score_TE = (x_TD @ router.w_ED.T).softmax(-1)
     torch.testing.assert_close(routing.weight, torch.where(want_TE >= 0, score_TE, 0.0))
     assert routing.losses is None
     with torch.no_grad():
         router.w_predict_ED.zero_()
+        router.predict_bias_E.zero_()
     assert (_route(router, x_TD).expert >= 0).all()
 
 

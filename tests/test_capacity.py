@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from moe import capacity
+from moe.config import BalanceConfig, RouterConfig
 from moe.routing import DROPPED, UNUSED, Routing, probabilities
 
 SIZES = {"n_tokens": st.integers(0, 9), "n_experts": st.integers(1, 6), "seed": st.integers(0, 2**31)}
@@ -109,6 +110,16 @@ def test_an_expert_keeps_its_first_or_its_heaviest_rows(n_tokens, n_experts, see
     assert kept == [min(c, room) for c in _counts(before, n_experts)]
     assert (after.expert == DROPPED).sum() + sum(kept) == sum(_counts(before, n_experts))
     assert torch.equal(after.expert == UNUSED, before.expert == UNUSED)
+
+
+@pytest.mark.parametrize("router", [RouterConfig("relu"), RouterConfig("threshold", threshold=0.5)], ids=["relu", "p"])
+def test_a_layers_capacity_is_a_share_of_k_rows_per_token_however_many_it_takes(make_layer, router):
+    balance = BalanceConfig(aux=0.0, z=0.0, capacity=1.0)
+    layer = make_layer(router, n_experts=5, k=2, balance=balance).train()
+    x = torch.randn(1, 40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = layer(x, "reference")[1]
+    assert report.wanted_E.max() > 16
+    assert report.count_E.tolist() == [min(each, 16) for each in report.wanted_E.tolist()]  # 2 · 40 / 5
 
 
 @settings(max_examples=40, deadline=None)

@@ -155,6 +155,22 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"router.name": "sinkhorn", "model.moe.k": 1},
         "router.renormalize=true with model.moe.k=1 makes every weight 1",
     ),
+    "top-1 that learns nothing": (
+        {"model.moe.k_by_layer": [2, 1, 2, 2]},
+        "router.renormalize=true with model.moe.k=1 makes every weight 1, and router.name=softmax would learn nothing",
+    ),
+    "at most one that learns nothing": (
+        {"router.name": "top-p", "router.k_max": 1, "router.scale": 2.5},
+        "router.renormalize=true with router.k_max=1 makes every weight 2.5",
+    ),
+    "a random second by no weight": (
+        {"router.second": "random", "model.moe.k": 2, "router.gradient": "straight-through"},
+        "router.second=random goes by the weights, which router.gradient=straight-through changes",
+    ),
+    "a tile that leaves nothing": (
+        {"balance.tile": 2048, "model.moe.k": 2, "train.batch_size": 8, "model.context": 128},
+        "balance.tile=2048 is more than twice the 128 rows of an expert in a micro-batch",
+    ),
     "a random second of three": (
         {"router.second": "random", "model.moe.k": 3},
         "router.second=random needs model.moe.k=2",
@@ -187,7 +203,7 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     ),
     "a gate with nothing behind it": ({"model.moe.shared_gate": True}, "has no shared expert to gate"),
     "a shared router for different layers": (
-        {"router.shared": True, "model.moe.k_by_layer": [1, 1, 2, 2]},
+        {"router.shared": True, "model.moe.k_by_layer": [3, 3, 2, 2]},
         "router.shared=true needs the same n_experts and k in every MoE layer",
     ),
     "K > the experts of the groups": (

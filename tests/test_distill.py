@@ -66,6 +66,7 @@ def test_the_loss_is_shared_between_the_text_and_the_teacher(parts, corpus, teac
     changes = DENSE | {"distill.teacher": str(teacher), "distill.weight": 0.25, "distill.temperature": 2.0}
     cfg = settings(corpus, "", changes | {"model.vocab_size": 257, "dispatch": "torch", "train.accumulate": parts})
     guide = load_teacher(cfg, Tokenizer.load(teacher / "tokenizer").fingerprint, torch.device("cpu")).double()
+    assert not guide.training
     model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0).double()
     tokens = torch.randint(0, 257, (8, 33), generator=torch.Generator().manual_seed(1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(8, 32, dtype=torch.uint8))

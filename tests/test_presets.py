@@ -129,6 +129,16 @@ def test_flops_are_what_torch_counts(make_model, name):
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * 8 * expected.training
 
 
+@pytest.mark.parametrize("router", [RouterConfig("soft"), RouterConfig("soft", slots=5)], ids=["K", "five slots"])
+def test_a_soft_routers_flops_are_its_slots_and_its_mixing(make_model, router):
+    """At the model's own context, as the number of slots goes by it."""
+    model, tokens = make_model(router), torch.zeros(2, 16, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        model(tokens, backend="reference")
+    assert counted.get_total_flops() == 2 * 16 * presets.flops(model.cfg, router).forward
+    assert presets.flops(model.cfg, router).forward > 1.2 * presets.flops(model.cfg).forward
+
+
 def test_flops_are_at_the_models_own_context_unless_told(model_config):
     cfg = model_config()
     assert presets.flops(cfg) == presets.flops(cfg, context=16)
@@ -198,7 +208,7 @@ def test_the_command_prints_a_row_per_preset(monkeypatch, capsys):
     command.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     for (name, total, active, context, forward, training), preset in zip(rows, ("gpt2", "olmoe-1b-7b"), strict=True):
-        size, flops = presets.size(_preset(preset)), presets.flops(_preset(preset), 1024)
+        size, flops = presets.size(_preset(preset)), presets.flops(_preset(preset), context=1024)
         assert (name, context) == (preset, "1,024")
         assert (total, active) == (f"{size.total:,}", f"{size.active:,}")
         assert (forward, training) == (f"{flops.forward:,}", f"{flops.training:,}")

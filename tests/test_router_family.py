@@ -452,10 +452,11 @@ def test_every_router_trains_and_learns_what_it_should(make_model, preset, token
     assert all(each.isfinite().all() for each in after.values())
     still = {key for key in before if torch.equal(before[key], after[key])}
     own = {key for key in after if ".router." in key}
-    kept = {key for key in own if key.endswith("w_ED")} if preset.router.frozen else set()
+    frozen = ("table_VK", *(("w_ED",) if preset.router.frozen else ()))
+    kept = {key for key in own if key.endswith(frozen)}
     assert still == kept
     learnt = {
-        "bias_E": preset.router.selection_bias,
+        ".bias_E": preset.router.selection_bias,
         "l1": preset.router.name == "relu",
         "cutoff_E": preset.router.causal == "threshold",
     }
@@ -697,6 +698,7 @@ def test_a_shared_router_learns_from_all_its_layers_at_once(make_model, tokens):
 
 def test_lookahead_routes_by_the_previous_layers_input(make_model, tokens):
     model = make_model(RouterConfig(input="previous"), n_layers=4).eval()
+    assert all(each.state_TD is None for each in make_model(RouterConfig())(tokens).routing)  # nobody reads it there
     read, entered = [], []
     for router in model.routers():
         router.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))

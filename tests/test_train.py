@@ -114,6 +114,43 @@ def test_the_global_balancing_loss_spans_the_ranks(corpus, tmp_path):
     torch.testing.assert_close(sum(gradients) / 2, expected, rtol=1e-9, atol=1e-12)
 
 
+LEARNING = {
+    "bias": {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.125},
+    "l1": {"router.name": "relu", "router.l1": 0.5, "balance.aux": 0.0, "balance.z": 0.0},
+    "cut-offs": {"router.name": "expert-choice", "router.causal": "threshold"},
+    "depth": {"model.moe.depth": 0.5},
+}
+
+
+def _learn(model, batch, cfg) -> dict[str, torch.Tensor]:
+    """What the routers of a model know after a step."""
+    moe.train.update_routers(model, compute_gradients(model, batch, cfg).routing, cfg.balance, 0.0)
+    return {name: each for name, each in model.named_buffers() if "router." in name or "depth." in name}
+
+
+def _learning_rank(rank: int, corpus, folder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8})
+        half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+        torch.save(_learn(model, half, cfg), folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_routers_learn_the_same_on_every_rank_and_what_micro_batches_of_one_process_teach(corpus, tmp_path):
+    torch.multiprocessing.spawn(_learning_rank, (corpus, tmp_path), nprocs=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8, "train.accumulate": 2})
+        before = {key: each.clone() for key, each in model.named_buffers()}
+        expected = _learn(model, batch, cfg)
+        assert any(not torch.equal(each, before[key]) for key, each in expected.items()), name
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            assert found.keys() == expected.keys()
+            for key, each in expected.items():
+                torch.testing.assert_close(found[key], each, rtol=1e-9, atol=1e-12, msg=f"{name} {key}")
+
+
 def test_a_coefficient_follows_its_schedule():
     cfg = BalanceConfig(aux=0.5, z=0.25, schedule={"aux": [1.0, 0.0]})
     assert [coefficient(cfg, "aux", progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]

@@ -1,21 +1,13 @@
 """Claims about moe/upcycle.py: which conversions preserve the function, and what is refused."""
 
 import dataclasses
-import sys
-from unittest import mock
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from small_runs import files, settings, train
 
-import experiments.upcycle
-from moe import checkpoint
 from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig
 from moe.distill import distill_loss
-from moe.generate import load_run
 from moe.model import Transformer, load_model, model_tensors, next_token_loss
-from moe.run import read_config, read_lines
 from moe.upcycle import grow, merge, prune, to_dense, upcycle
 
 TOKENS_BS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -100,6 +92,46 @@ def test_raw_scores_preserve_the_function_where_router_logits_are_zero():
                 if key.endswith("w_ED"):
                     new[key].zero_()
             assert_same(logits(new, target, router), logits(tensors, dense))
+
+
+RAW = {
+    "softmax": (RouterConfig(renormalize=False, scale=1.5), routed()),
+    "sinkhorn": (RouterConfig("sinkhorn", renormalize=False), routed()),
+    "base": (RouterConfig("base"), routed(k=1)),
+    "sparsemixer": (RouterConfig(renormalize=False, gradient="sparsemixer"), routed(k=3)),
+    "expert-choice": (RouterConfig("expert-choice"), routed(k=6)),
+    "threshold": (RouterConfig("threshold"), routed()),
+    "top-p": (RouterConfig("top-p"), routed()),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_copies_under_every_raw_score_are_the_dense_model_where_router_logits_are_zero(name):
+    router, moe = RAW[name]
+    dense, target, tensors = config(), config(moe), tensors_of(config())
+    new = upcycle(tensors, dense, target, "copy", 0, router=router)
+    for key in new:
+        if key.endswith("w_ED"):
+            new[key].zero_()
+    assert_same(logits(new, target, router), logits(tensors, dense))
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig("relu"),
+        RouterConfig("soft"),
+        RouterConfig("threshold", renormalize=False),
+        RouterConfig("top-p", renormalize=False),
+    ],
+    ids=lambda each: each.name,
+)
+def test_a_router_whose_weights_have_no_known_sum_is_refused(router):
+    dense, target, tensors = config(), config(routed()), tensors_of(config())
+    with pytest.raises(BadInput, match=rf"router.name={router.name}.* is not known"):
+        upcycle(tensors, dense, target, "copy", 0, router=router)
+    with pytest.raises(BadInput, match=rf"router.name={router.name}.* is not known"):
+        to_dense(tensors_of(target, router), target, router=router)
 
 
 def test_layers_may_have_numbers_of_experts_of_their_own():
@@ -190,6 +222,11 @@ GROWN = [
     RouterConfig("sigmoid", selection_bias=True),
     RouterConfig("sigmoid", renormalize=False, logits="cosine"),
     RouterConfig(shared=True),
+    RouterConfig("relu"),
+    RouterConfig("sinkhorn", renormalize=False),
+    RouterConfig("threshold", threshold=1.2),
+    RouterConfig("expert-choice", causal="threshold"),
+    RouterConfig("expert-choice", causal="predictor"),
 ]
 
 
@@ -200,6 +237,8 @@ def test_m_times_the_experts_with_m_times_k_compute_the_same(router):
     for name, each in tensors.items():
         if name.endswith("bias_E"):
             each.normal_(generator=torch.Generator().manual_seed(0))
+        if name.endswith("cutoff_E"):
+            each.uniform_(0.1, 0.3, generator=torch.Generator().manual_seed(0))
     new = grow(tensors, source, target, 0.0, 0, router=router)
     assert_same(logits(new, target, router), logits(tensors, source, router))
     for name in ("w_up_EFD", "w_down_EDF"):
@@ -207,6 +246,14 @@ def test_m_times_the_experts_with_m_times_k_compute_the_same(router):
         first, second, third = new[key].split(5)
         assert torch.equal(first, second)
         assert torch.equal(first, third)
+
+
+def test_cut_offs_of_probabilities_follow_the_number_of_experts():
+    source, target = config(routed(6, 2, 7)), config(routed(3, 2, 7))
+    router = RouterConfig("expert-choice", causal="threshold")
+    tensors = tensors_of(source, router)
+    new = prune(tensors, source, target, [[5, 0, 1]] * 3, router=router)
+    assert_same(new["blocks.1.mlp.router.cutoff_E"], torch.full((3,), 1 / 3, dtype=torch.float64), 1e-7)
 
 
 def test_noise_moves_the_rows_of_the_new_experts_alone():
@@ -406,114 +453,3 @@ def test_growing_pruning_merging_and_densifying_refuse_what_does_not_fit():
     passing = config(routed(4, 2, 7, depth=0.5))
     with pytest.raises(BadInput, match=r"depth=0\.5"):
         to_dense(tensors_of(passing), passing)
-
-
-# --- the command ---
-
-
-@pytest.fixture(scope="module")
-def dense_run(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "run"
-    train(settings(corpus, folder, {"model.moe": None}))
-    return folder
-
-
-@pytest.fixture
-def command(dense_run, tmp_path, monkeypatch, capsys):
-    """(arguments) -> (the new run's folder, exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, source=dense_run):
-        monkeypatch.setattr(sys, "argv", ["upcycle.py", f"source={source}", f"run={tmp_path / 'new'}", *arguments])
-        GlobalHydra.instance().clear()
-        status = 0
-        with mock.patch("os.fsync"):
-            try:
-                experiments.upcycle.main()
-            except SystemExit as end:
-                status = end.code
-        return tmp_path / "new", status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("arguments", "moe", "router"),
-    [
-        ((), MoEConfig(8, 2, 48), "softmax"),
-        (
-            ("method=split", "model.moe.k=3", "model.moe.n_experts=6", "model.moe.d_expert=16"),
-            MoEConfig(6, 3, 16),
-            "softmax",
-        ),
-        (("router=sigmoid", "train.steps=9", "optim.warmup=2"), MoEConfig(8, 2, 48), "sigmoid"),
-    ],
-)
-def test_an_upcycled_run_starts_as_the_dense_model_and_trains_on(arguments, moe, router, command, dense_run):
-    before = files(dense_run)
-    folder, status, out, err = command(*arguments)
-    assert (status, err) == (0, "")
-    assert out.endswith(f"python -m experiments.train run={folder} resume=true\n")
-    assert files(dense_run) == before
-    assert sorted(each.name for each in folder.iterdir()) == ["checkpoints", "config.yaml", "tokenizer"]
-    cfg, old = read_config(folder), read_config(dense_run)
-    assert cfg.model == dataclasses.replace(old.model, moe=moe)
-    assert (cfg.router.name, cfg.optim, cfg.data, cfg.seed) == (router, old.optim, old.data, old.seed)
-    snapshot = checkpoint.load(folder / "checkpoints" / "step-00000000")
-    assert (snapshot.step, snapshot.optimizer) == (0, {})
-    (dense, _, _), (new, _, _) = load_run(dense_run), load_run(folder, "last")
-    assert_same(new.double()(TOKENS_BS).logits_BSV, dense.double()(TOKENS_BS).logits_BSV, 1e-5)
-    cfg.resume = True
-    summary = train(cfg)
-    assert summary["steps"] == cfg.train.steps == (9 if "train.steps=9" in arguments else old.train.steps)
-    lines, own = read_lines(folder / "metrics.jsonl"), read_lines(dense_run / "metrics.jsonl")
-    best = min(each["val"]["loss"] for each in own if "val" in each and each["step"] in (3, 6, 7))
-    assert lines[0]["step"] == 0
-    assert lines[0]["val"]["loss"] == pytest.approx(best, abs=1e-4)
-
-
-def test_a_router_brings_its_own_k_and_balance(command):
-    folder, status, _, _ = command("router=switch", "model.moe.n_experts=4")
-    cfg = read_config(folder)
-    assert status == 0
-    assert (cfg.model.moe.n_experts, cfg.model.moe.k, cfg.router.jitter) == (4, 1, 0.01)
-    assert cfg.balance.capacity > 0
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("run=", "run=... is needed"),
-        ("source=", "source=... is needed"),
-        ("source=nowhere", "run=nowhere is not a run's folder"),
-        ("method=clone", "method=clone is not one of copy, noise, split, drop."),
-        ("method=split", "method=split needs model.moe.d_expert=..., a part of the dense model's d_ff=48."),
-        ("noise=0.1", "noise=0.1 means nothing to method=copy: set method=noise."),
-        ("drop=2", "drop=2.0 must be"),
-        ("model.d_ff=64", "model.d_ff cannot be given"),
-        ("model=cpu-nano", "model cannot be given"),
-        ("model.moe.n_shared=1", "model.moe.n_shared=1: a shared expert would add"),
-        ("model.moe.k=9", "model.moe.k=9 exceeds model.moe.n_experts=8"),
-        ("which=step-5", "which=step-5 is not one of"),
-        ("tokenizer=char", "has another tokenizer"),
-    ],
-)
-def test_the_command_refuses_in_one_sentence_and_leaves_nothing(argument, message, command, tmp_path):
-    _, status, _, err = command(argument)
-    assert status == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_exists_and_a_source_with_experts_are_refused(command):
-    folder, status, _, _ = command()
-    before = files(folder)
-    assert status == 0
-    _, status, _, err = command()
-    assert (status, err) == (2, f"error: run={folder} exists: choose another folder.\n")
-    assert files(folder) == before
-    other = folder.rename(folder.with_name("other"))
-    _, status, _, err = command("which=last", source=other)
-    assert (status, err) == (2, f"error: source={other} is an MoE already: choose a dense run.\n")
