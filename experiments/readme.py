@@ -1,4 +1,4 @@
-"""Fill the README's tables from experiments/results: no number in it is typed by hand.
+"""Fill the README's tables from experiments/results, and write that of conf/router: nothing in them is typed by hand.
 
 python -m experiments.readme
 """
@@ -9,18 +9,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import bench_routing, bench_train_step, compare, rows, summary, sweep
+from experiments import bench_routing, bench_train_step, compare, routers, rows, summary, sweep
 from experiments.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
+ROUTERS = ROOT / "conf" / "router" / "README.md"
 SECTION = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite README.md."""
+    """Rewrite README.md and conf/router/README.md."""
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
+    ROUTERS.write_text(all_routers())
 
 
 def filled(text: str) -> str:
@@ -35,7 +37,7 @@ def sections() -> dict[str, str]:
         "seeds": comparison(read("three-seeds.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
         "routing": routing(rows.read(RESULTS / "routing.jsonl")),
-        "routers": routers(json.loads((RESULTS / "routers.json").read_text())),
+        "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(summary.read(RESULTS)),
         "next": f"```\n{(RESULTS / 'next.txt').read_text()}```\n",
     }
@@ -73,7 +75,17 @@ def routing(found: list[dict[str, Any]]) -> str:
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
 
 
-def routers(found: list[dict[str, Any]]) -> str:
+def all_routers() -> str:
+    """What every file of conf/router is."""
+    table = markdown(routers.HEADINGS, routers.rows(), routers.LEFT)
+    text = (
+        "Each file here is a word for `router=...`: a router with the balance and the experts it comes with. How they\n"
+        "compare is in the [README](../../README.md), what each setting means in `moe/routing_config.py`."
+    )
+    return f"# Routers\n\n{text}\n\n{table}\n`python -m experiments.routers`\n"
+
+
+def sweep_of_routers(found: list[dict[str, Any]]) -> str:
     """A line per router of `conf/router`, and the dense twins'."""
     first = found[0]
     names = [each.name for each in dataclasses.fields(sweep.Line)]

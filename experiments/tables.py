@@ -7,27 +7,28 @@ from rich.table import Table
 from rich.text import Text
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table as Markdown, its columns aligned: the first to the left, the others to the right."""
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """The table as Markdown, its columns aligned: the first `left` to the left, the others to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
-    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width[0], *("-" * (each - 1) + ":" for each in width[1:])])
+    width = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" is the shortest that is Markdown
+    cells.insert(1, ["-" * each if i < left else "-" * (each - 1) + ":" for i, each in enumerate(width)])
     lines = []
-    for label, *values in cells:
-        aligned = [f"{value:>{each}}" for value, each in zip(values, width[1:], strict=True)]
-        lines.append(f"| {' | '.join([f'{label:<{width[0]}}', *aligned])} |\n")
+    for row in cells:
+        aligned = [f"{cell:{'<' if i < left else '>'}{width[i]}}" for i, cell in enumerate(row)]
+        lines.append(f"| {' | '.join(aligned)} |\n")
     return "".join(lines)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print for whoever reads standard output. Cells are plain text: no markup is read in them."""
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Print for whoever reads standard output, aligned as in `markdown`. Cells are plain text: no markup is read in
+    them."""
     console = Console()
     if not console.is_terminal:
-        print(markdown(headings, rows), end="")
+        print(markdown(headings, rows, left), end="")
         return
     table = Table()
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="left" if i < left else "right")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

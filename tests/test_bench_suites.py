@@ -46,7 +46,7 @@ def test_routing_times_every_backend_against_the_sequence_by_hand(monkeypatch, t
             assert row["by_hand_over_this"][name] == pytest.approx(row["total_s"]["by hand"] / row["total_s"][name])
         assert row["routing_of_layer"] == pytest.approx(row["total_s"]["torch"] / row["layer_s"])
         assert {"commit", "dirty", "code", "device", "driver", "versions", "command", "threads"} <= row.keys()
-    assert "| 64 | 4 | 2 |" in capsys.readouterr().out
+    assert "| 64 |  4 |  2 |" in capsys.readouterr().out
 
 
 def test_routing_without_a_gpu_leaves_the_kernels_out_and_says_why(monkeypatch, tmp_path):

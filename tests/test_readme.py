@@ -37,6 +37,7 @@ SMALLER = {
     "generate": "max_new=3",
     "gpu_evidence": "--stage kernels",
     "presets": "",
+    "routers": "",
     "tokenize": "vocab_size=300",
     "upcycle": "",
 }

@@ -13,6 +13,16 @@ def test_a_table_reads_as_plain_text_and_as_markdown():
     assert all(line.replace("\\|", "").count("|") == 5 for line in lines)
 
 
+def test_columns_of_words_stand_to_the_left():
+    lines = markdown(("name", "word", "n"), [("b", "c", "1")], left=2).splitlines()
+    assert lines == ["| name | word |  n |", "| ---- | ---- | -: |", "| b    | c    |  1 |"]
+
+
+def test_every_column_has_a_dash_below_its_heading():
+    """GitHub reads no table whose second line has a colon alone."""
+    assert markdown(("T", "K"), [("1", "2")]).splitlines()[1] == "| -- | -: |"
+
+
 def test_a_pipe_gets_markdown(monkeypatch, capsys):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     print_table(("model", "loss"), [("moe", "3.2")])
