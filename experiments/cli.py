@@ -9,6 +9,7 @@ A command is a function of its config:
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import signal
@@ -61,7 +62,7 @@ def command(
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(each, verbatim) for each in sys.argv[1:]]
             arguments = get_args_parser().parse_args()
-            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun)
+            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete)
             hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
             if after and arguments.multirun:
                 refuse(after, results)
@@ -104,9 +105,10 @@ def literal(argument: str, verbatim: tuple[str, ...]) -> str:
     return f"{key}='{value}'"
 
 
-def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool) -> None:
+def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool, complete: bool = True) -> None:
     """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice; `sweeps`: whether an
-    override may have several values, each of which is checked. Raises `BadInput`."""
+    override may have several values. Then the settings of every job are checked, so that none is refused after others
+    have run for hours. Raises `BadInput`."""
     groups = {path.name: sorted(each.stem for each in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         try:
@@ -130,11 +132,11 @@ def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool)
             for choice in (each.partition("=")[2] for each in lines if key in groups):
                 if choice not in (*groups[key], "null"):
                     raise BadInput(f"{key}={choice} does not exist; {nearest(choice, groups[key])}.")
-        first = [lines[0] for lines in options]
-        check_composition(name, first)
-        for i, lines in enumerate(options):
-            for line in lines[1:]:
-                check_composition(name, [*first[:i], line, *first[i + 1 :]])
+        jobs = list(itertools.product(*options))
+        for job in jobs:
+            tree = compose(name, list(job))
+            if len(jobs) > 1:
+                check_job(tree, schema, complete, [line for line, lines in zip(job, options, strict=True) if lines[1:]])
 
 
 def singles(override: Override) -> list[str]:
@@ -144,10 +146,22 @@ def singles(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def check_composition(name: str, overrides: list[str]) -> None:
-    """Refuse overrides, each of one value, that Hydra cannot compose. Raises `BadInput`."""
+def check_job(tree: DictConfig, schema: type, complete: bool, swept: list[str]) -> None:
+    """Refuse a job of a sweep by what `typed` refuses, naming its own values `swept`. Raises `BadInput`."""
     try:
-        hydra.compose(name, overrides=overrides)
+        OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException:  # what only a running job knows, like its number
+        return
+    try:
+        typed(tree, schema, complete)
+    except BadInput as bad:
+        raise BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {' '.join(swept)}).") from None
+
+
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    """Hydra's composition of overrides that have one value each. Raises `BadInput` where there is none."""
+    try:
+        return hydra.compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise BadInput(sentence(cause)) from None

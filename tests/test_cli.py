@@ -89,6 +89,9 @@ REFUSED = {
     "router=softmax,sigmoid": "router=softmax,sigmoid has several values: add --multirun",
     "-m seed=0,abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
     "-m router=softmax,sigmiod": "router=sigmiod does not exist; did you mean sigmoid.",
+    "-m seed=0,-1": "seed=-1 is out of range: accepted is a finite number of at least 0 (in the sweep's job seed=-1).",
+    "-m model.moe.k=2,99 seed=0,1": "model.moe.k=99 exceeds model.moe.n_experts=16",
+    "-m model.moe.k=1,2 router=softmax-raw,softmax": "router.renormalize=true with model.moe.k=1 makes every weight 1",
     "-m router=glob(x*)": "router=glob(x*) matches nothing; accepted here: base, ",
     "-m seed=interval(0,1)": "cannot read the command line: ",
     "--multirun seed=0,1 optim.lrr=1": "optim.lrr is not a setting",
@@ -166,6 +169,21 @@ def test_a_multirun_trains_every_combination(command):
         (0, "softmax"), (0, "sigmoid"), (1, "softmax"), (1, "sigmoid"),
     ]  # fmt: skip
     assert [cfg.run for cfg in configs] == [f"runs/{cfg.router.name}-{cfg.seed}" for cfg in configs]
+
+
+def test_an_impossible_job_ends_a_sweep_before_its_first_one(command):
+    status, _, err, configs = command("-m", "router=softmax,gshard", "model.moe.k=2,3", "seed=0,1", "run=runs/${seed}")
+    assert (status, configs) == (2, [])
+    assert err == (
+        "error: router.second=random needs model.moe.k=2, and it is 3 "
+        "(in the sweep's job router=gshard model.moe.k=3 seed=0).\n"
+    )
+
+
+def test_what_only_a_running_job_knows_is_left_to_it(command):
+    status, _, err, configs = command("-m", "seed=0,1", "run=runs/${hydra:job.num}")
+    assert (status, err) == (0, "")
+    assert [cfg.run for cfg in configs] == ["runs/0", "runs/1"]
 
 
 def test_a_sweep_over_all_choices_of_a_group(command):

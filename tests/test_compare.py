@@ -229,8 +229,8 @@ def test_comparisons_share_the_twins_of_one_size(root):
     tree = settings(root, twins=str(root / "twins"))
     tree["train"] |= {"steps": 2, "eval_every": 0}
     said, twins, results = [], [], []
-    for i, (router, k) in enumerate((("softmax", 2), ("hash", 2), ("softmax", 1))):
-        own = {"run": str(root / f"sharing{i}"), "router": {"name": router}}
+    for i, (router, k) in enumerate((("softmax", 2), ("sigmoid", 2), ("softmax", 1))):
+        own = {"run": str(root / f"sharing{i}"), "router": {"name": router, "renormalize": False}}
         own |= {"balance": {"aux": 0.0, "z": 0.0}, "model": tree["model"] | {"moe": tree["model"]["moe"] | {"k": k}}}
         results.append(compare(build(tree | own, CompareConfig), said.append))
         twins.append({path.name for path in (root / "twins").iterdir()})
@@ -268,17 +268,17 @@ def test_a_sweep_ends_in_one_table(root, monkeypatch, capsys, tmp_path):
     ]
     given += [f"data.cache={root / 'cache'}", "model.context=32", "model.d_model=16", "model.d_ff=32", "optim.warmup=1"]
     given += ["train.steps=2", "train.batch_size=2", "train.eval_tokens=512", "train.threads=1", "train.precision=fp32"]
-    monkeypatch.setattr(sys, "argv", ["compare", "-m", *given, "router=softmax,hash", "seed=0,1"])
+    monkeypatch.setattr(sys, "argv", ["compare", "-m", *given, "router=softmax,sigmoid", "seed=0,1"])
     for _ in range(2):  # the second time everything is there
         GlobalHydra.instance().clear()
         command.main()
         table = (tmp_path / "runs" / "routers" / "table.md").read_text()
         assert f"\n{table}table: runs/routers/table.md\n" in capsys.readouterr().out
-        assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {"softmax", "hash", "dense twin"}
+        assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {"softmax", "sigmoid", "dense twin"}
     folders = sorted(
         path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "routers").iterdir() if path.is_dir()
     )
-    assert folders == ["", "hash-seed0", "hash-seed1", "softmax-seed0", "softmax-seed1"]
+    assert folders == ["", "sigmoid-seed0", "sigmoid-seed1", "softmax-seed0", "softmax-seed1"]
     assert len(list((tmp_path / "runs" / "routers" / "twins").iterdir())) == 2
 
 

@@ -167,6 +167,19 @@ def test_a_dense_twin_is_within_one_percent_and_differs_in_the_feed_forward_alon
 
 
 @pytest.mark.parametrize("match", MATCHES)
+def test_a_twin_matches_what_the_router_costs_too(match):
+    cfg, router = _preset("cpu-nano"), RouterConfig("soft")
+    twin, plain = presets.dense_twin(cfg, match, router), presets.dense_twin(cfg, match)
+    aim = {
+        "active_params": presets.size(cfg, router).active,
+        "total_params": presets.size(cfg, router).total,
+        "flops": presets.flops(cfg, router).forward,
+    }[match]
+    assert abs(_measure(twin, match) / aim - 1) <= 0.01
+    assert twin.d_ff > plain.d_ff
+
+
+@pytest.mark.parametrize("match", MATCHES)
 def test_a_twin_takes_any_width_where_no_multiple_of_8_fits(model_config, match):
     cfg = model_config(n_layers=6, d_model=32, moe=MoEConfig(n_experts=7, k=3, d_expert=7))
     twin = presets.dense_twin(cfg, match)
