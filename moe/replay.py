@@ -17,15 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config import BadInput, Config, layer_moe, lookup, moe_layers
-from moe.run import read_config
+from moe.config import FREE, BadInput, Config, layer_moe, moe_layers, to_dict
+from moe.run import flat, read_config
 
 NOT_RECORDED = -128  # what a step holds before it is written; no router gives it
-# The same step must have the same tokens, and as many MoE layers.
-SAME = (
-    "seed", "tokenizer", "data.name", "data.path", "data.domains", "data.max_mb", "data.val_fraction", "data.clean",
-    "model.context", "model.n_layers", "train.batch_size",
-)  # fmt: skip
+# What decides a step's tokens: settings whose names begin like this.
+SAME = ("seed", "tokenizer.", "data.", "model.context", "train.batch_size")
 
 
 def path_of(folder: Path, layer: int) -> Path:
@@ -90,12 +87,12 @@ class Replay:
     def __init__(self, cfg: Config) -> None:
         self.folder = Path(cfg.balance.recorded)
         own = read_config(self.folder)
-        for key in SAME:
-            before, here = lookup(own, key), lookup(cfg, key)
-            if before != here:
+        before, here = (tokens_of(each) for each in (own, cfg))
+        for key, value in here.items():
+            if before[key] != value:
                 raise BadInput(
-                    f"balance.recorded={self.folder} was trained with {key}={before}, and here it is {here}: a replay "
-                    "needs the same batches."
+                    f"balance.recorded={self.folder} was trained with {key}={before[key]}, and here it is {value}: a "
+                    "replay needs the same batches."
                 )
         self.layers = moe_layers(cfg.model)
         self.files = [self._read(cfg, layer) for layer in self.layers]
@@ -120,9 +117,9 @@ class Replay:
                 f"{path} has {file.shape[2]} choices for every token, and router.name={cfg.router.name} makes {wide}: "
                 "a replay needs as many."
             )
-        if len(file) < cfg.train.steps or (file[cfg.train.steps - 1] == NOT_RECORDED).any():
-            there = int((file[:, 0, 0] != NOT_RECORDED).sum())
-            raise BadInput(f"{path} has {there} steps of the train.steps={cfg.train.steps}: a replay needs them all.")
+        there = int((file[: cfg.train.steps, 0, 0] != NOT_RECORDED).sum())
+        if there < cfg.train.steps:
+            raise BadInput(f"{path} has {there} of the train.steps={cfg.train.steps}: a replay needs them all.")
         if file[: cfg.train.steps].max() >= most:
             raise BadInput(f"{path} names expert {file.max()}, and layer {layer} has {most} experts, from 0.")
         return file
@@ -130,6 +127,11 @@ class Replay:
     def step(self, step: int, device: torch.device) -> list[Tensor]:
         """The choices of a step (from 1), (B·S, K) int64 for every MoE layer in order."""
         return [torch.from_numpy(file[step - 1].astype(np.int64)).to(device) for file in self.files]
+
+
+def tokens_of(cfg: Config) -> dict[str, Any]:
+    """The settings that decide a step's tokens, by their full names."""
+    return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in FREE}
 
 
 def n_choices(cfg: Config, layer: int) -> int | None:

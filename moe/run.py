@@ -69,7 +69,7 @@ def create(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 
 def check_same(old: Config, new: Config) -> None:
     """Refuse to go on with settings other than the run's own: the result would be neither run's."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     for key in dict.fromkeys([*after, *before]):
         if any(key == free or key.startswith(f"{free}.") for free in FREE):
             continue
@@ -90,11 +90,12 @@ def check_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

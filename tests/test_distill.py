@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_runs import files, settings, train
+from small_runs import fate, files, settings, train, train_until
 from torch.testing import assert_close
 
 from moe.config import BadInput
@@ -100,6 +100,15 @@ def test_a_weight_of_zero_changes_no_bit_of_what_is_learnt(corpus, teacher, tmp_
     assert taught["val"] == alone["val"]
     assert "distill" in taught
     assert "distill" not in alone
+
+
+def test_a_killed_run_with_a_teacher_goes_on_as_if_nothing_had_been(corpus, teacher, tmp_path):
+    changes = DENSE | {"distill.teacher": str(teacher)}
+    train(settings(corpus, tmp_path / "whole", changes))
+    cfg = settings(corpus, tmp_path / "killed", changes | {"resume": True})
+    train_until(cfg, 5)
+    train(cfg)
+    assert fate(tmp_path / "killed") == fate(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def test_a_router_that_takes_as_many_as_it_likes_is_replayed_too(router, corpus,
     assert fate(tmp_path / "again") == fate(tmp_path / "own")
 
 
+def test_a_killed_replay_goes_on_with_the_steps_that_are_left(recorded, corpus, tmp_path):
+    changes = OTHER | _again(recorded)
+    train(settings(corpus, tmp_path / "whole", changes))
+    cfg = settings(corpus, tmp_path / "killed", changes | {"resume": True})
+    train_until(cfg, 5)
+    train(cfg)
+    assert fate(tmp_path / "killed") == fate(tmp_path / "whole")
+
+
 def _damage(recorded, folder, how):
     shutil.copytree(recorded, folder)
     path = path_of(folder, 1)
@@ -119,6 +128,10 @@ def _damage(recorded, folder, how):
             there = np.load(path)
             there[3:] = NOT_RECORDED
             np.save(path, there)
+        case "begun late":
+            there = np.load(path)
+            there[:2] = NOT_RECORDED
+            np.save(path, there)
         case "pickled":
             np.save(path, np.array([[None]], dtype=object), allow_pickle=True)
     return folder
@@ -133,7 +146,8 @@ def _damage(recorded, folder, how):
         ("pickled", "experts-1.npy is damaged: "),
         ("an expert too many", "names expert 4, and layer 1 has 4 experts, from 0"),
         ("another shape", "(7, 64, 2), and not (steps, 128, K) integers"),
-        ("unfinished", "has 3 steps of the train.steps=7"),
+        ("unfinished", "has 3 of the train.steps=7"),
+        ("begun late", "has 5 of the train.steps=7"),
     ],
 )
 def test_choices_that_cannot_be_taken_again_are_refused_before_the_run_is_there(how, words, recorded, corpus, tmp_path):
@@ -149,12 +163,16 @@ def test_choices_that_cannot_be_taken_again_are_refused_before_the_run_is_there(
     [
         ({"seed": 1}, "was trained with seed=0, and here it is 1: a replay needs the same batches"),
         ({"train.batch_size": 8}, "was trained with train.batch_size=4"),
+        ({"data.val_fraction": 0.2}, "was trained with data.val_fraction=0.15, and here it is 0.2"),
         ({"balance.recorded": "nowhere"}, "run=nowhere is not a run's folder"),
         ({"balance.recorded": ""}, "force=recorded and the folder of the recorded run go together"),
         ({"balance.force": "none"}, "force=recorded and the folder of the recorded run go together"),
         ({"balance.tile": 4}, "balance.tile=4 and balance.force=recorded: choose one of them"),
         ({"router.name": "expert-choice"}, "balance.force=recorded has no meaning for router.name=expert-choice"),
-        ({"model.moe.k": 1}, "has 2 choices for every token, and router.name=softmax makes 1"),
+        (
+            {"model.moe.k": 1, "router.renormalize": False},
+            "has 2 choices for every token, and router.name=softmax makes 1",
+        ),
         ({"router.name": "relu"}, "has 2 choices for every token, and router.name=relu makes 4"),
     ],
 )

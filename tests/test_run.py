@@ -69,7 +69,7 @@ CHANGED = {
     "seed": 1,
     "dispatch": "reference",
     "model.n_layers": 3,
-    "model.moe.k": 1,
+    "model.moe.k": 3,
     "model.vocab_size": 300,
     "router.name": "sigmoid",
     "balance.aux": 0.5,
