@@ -10,7 +10,7 @@ from router_presets import presets_of_routers
 from small_runs import settings, silent
 
 from moe import data
-from moe.config import BalanceConfig, MoEConfig, RouterConfig
+from moe.config import BalanceConfig, MoEConfig
 from moe.evaluate import causal_leak, evaluate
 from moe.metrics import layer_metrics
 from moe.model import Transformer
@@ -177,8 +177,8 @@ def test_routing_is_of_the_whole_validation_set(both):
 
 def test_tokens_that_no_expert_took_are_counted(corpus, dataset):
     """Experts that choose as many tokens as they have room for leave some to nobody."""
-    cfg = settings(corpus, "", {"model.vocab_size": V, "model.init_std": 0.3, "model.moe.k": 1})
-    cfg.router, cfg.balance = RouterConfig("expert-choice"), BalanceConfig(aux=0)
+    changes = {"router.name": "expert-choice", "balance.aux": 0.0, "model.moe.k": 1}
+    cfg = settings(corpus, "", {"model.vocab_size": V, "model.init_std": 0.3} | changes)
     skipping = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0)
     found = measure(skipping, dataset).load["routing"][0]
     assert 0 < found["skipped"] < 1

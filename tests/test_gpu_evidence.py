@@ -343,7 +343,7 @@ def test_the_readmes_routing_section_shows_the_most_tokens(tmp_path):
         "command": "python -m experiments.bench suite=routing",
     }  # fmt: skip
     text = readme.routing([row | {"T": 1024}, row | {"T": 16384}])
-    assert "| 16,384 | 8 | 2 |" in text
+    assert "| 16,384 |  8 |  2 |" in text
     assert "1,024" not in text
     assert "2.00×" in text
     assert "25%" in text
