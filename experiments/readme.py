@@ -90,7 +90,7 @@ def sweep_of_routers(found: list[dict[str, Any]]) -> str:
     first = found[0]
     names = [each.name for each in dataclasses.fields(sweep.Line)]
     lines = [sweep.Line(**{name: row[name] for name in names}) for row in found]
-    table = markdown(sweep.HEADINGS, map(sweep.cells, lines))
+    table = markdown(*sweep.table(lines))
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`; {where}\n"
 

@@ -20,9 +20,10 @@ from experiments import tables, verdict
 from moe.run import write_atomically
 
 SEEDS = ("seed", "seeds")
+BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it
 HEADINGS = (
-    "", "Validation loss", "Against its twin", "MaxVio", "Effective experts", "Skipped", "Dropped in training",
-    "Tokens/s", "Causal leak",
+    "", "Validation loss", "Against its twin", f"Against {BASELINE}", "MaxVio", "Effective experts", "Skipped",
+    "Dropped in training", "Tokens/s", "Causal leak",
 )  # fmt: skip
 
 
@@ -48,6 +49,8 @@ class Line:
     differences: list[float]  # of the loss to the dense twin's with the same seed
     difference: float | None
     difference_half: float | None
+    against: float | None  # the same difference to the loss of `BASELINE`
+    against_half: float | None
     max_vio: float | None
     effective_experts: float | None
     skipped: float | None  # share of the tokens
@@ -59,15 +62,15 @@ class Line:
 def report(jobs: Sequence[Job]) -> None:
     """Print the table of a sweep, and write it into the folder that its comparisons' folders are in."""
     found = lines(jobs)
-    rows = [cells(line) for line in found]
+    headings, rows = table(found)
     first = jobs[0].result
     folder = Path(first["folder"]).parent
     source = {key: first[key] for key in ("command", "commit", "dirty", "device", "versions")}
     numbers = [dataclasses.asdict(line) | source for line in found]
-    write_atomically(folder / "table.md", tables.markdown(HEADINGS, rows))
+    write_atomically(folder / "table.md", tables.markdown(headings, rows))
     write_atomically(folder / "table.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     print()
-    tables.print_table(HEADINGS, rows)
+    tables.print_table(headings, rows)
     leaking = [line.label for line in found if (line.leak or 0) > verdict.LEAK]
     if leaking:
         print(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
@@ -85,23 +88,35 @@ def lines(jobs: Sequence[Job]) -> list[Line]:
         whose[result["twin"]][label] = None
         for each in result["by_seed"]:
             twins[result["twin"]].setdefault(each["seed"], each["dense"])
-    found = [
-        line(label, [each["seed"] for each in group], *([each[kind] for each in group] for kind in ("moe", "dense")))
-        for label, group in groups.items()
-    ]
+    baseline = {each["seed"]: each["moe"]["loss"] for each in groups.get(BASELINE, [])}
+    found = []
+    for label, group in groups.items():
+        moe, dense = ([each[kind] for each in group] for kind in ("moe", "dense"))
+        other = baseline if label != BASELINE else {}
+        found.append(line(label, [each["seed"] for each in group], moe, dense, other))
     usual = max(twins, key=lambda twin: len(whose[twin]))
     for twin, by_seed in twins.items():
         label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
-        found.append(line(label, list(by_seed), list(by_seed.values())))
+        found.append(line(label, list(by_seed), list(by_seed.values()), (), baseline))
     return sorted(found, key=lambda each: each.loss)
 
 
-def line(label: str, seeds: list[int], runs: list[dict[str, Any]], twins: Sequence[dict[str, Any]] = ()) -> Line:
-    """A line from `experiments.verdict.measured` of every seed's run, and of its dense twin's."""
+def line(
+    label: str,
+    seeds: list[int],
+    runs: list[dict[str, Any]],
+    twins: Sequence[dict[str, Any]],
+    baseline: dict[int, float],
+) -> Line:
+    """A line from `experiments.verdict.measured` of every seed's run, of its dense twin's, and the baseline's losses by
+    seed."""
     losses = [run["loss"] for run in runs]
     differences = [run["loss"] - twin["loss"] for run, twin in zip(runs, twins, strict=True)] if twins else []
     loss, loss_half = _interval(losses)
     difference, difference_half = _interval(differences) if differences else (None, None)
+    against, against_half = None, None
+    if baseline and baseline.keys() >= set(seeds):
+        against, against_half = _interval([each - baseline[seed] for seed, each in zip(seeds, losses, strict=True)])
     leaks = [run["leak"] for run in runs if run["leak"] is not None]
     return Line(
         label=label,
@@ -112,6 +127,8 @@ def line(label: str, seeds: list[int], runs: list[dict[str, Any]], twins: Sequen
         differences=differences,
         difference=difference,
         difference_half=difference_half,
+        against=against,
+        against_half=against_half,
         **{name: verdict.mean([run[name] for run in runs]) for name in (*verdict.ROUTING, "dropped")},
         tokens_per_s=sum(run["tokens_per_s"] for run in runs) / len(runs),
         leak=max(leaks) if leaks else None,
@@ -139,17 +156,20 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [label or "MoE" for label in called]
 
 
+def table(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows; nobody is compared with a baseline that the sweep does not have."""
+    rows, at = [list(cells(line)) for line in found], HEADINGS.index(f"Against {BASELINE}")
+    shown = [i for i in range(len(HEADINGS)) if i != at or any(line.against is not None for line in found)]
+    return [HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
 def cells(line: Line) -> tuple[str, ...]:
     """What the table says of a line."""
-    loss = f"{line.loss:.3f}" + ("" if line.loss_half is None else f" ± {line.loss_half:.3f}")
-    difference = "" if line.difference is None else verdict.signed(line.difference)
-    if line.difference is not None and line.difference_half is not None:
-        low, high = line.difference - line.difference_half, line.difference + line.difference_half
-        difference += f" ({verdict.signed(low)} to {verdict.signed(high)})"
     return (
         line.label,
-        loss,
-        difference,
+        f"{line.loss:.3f}" + ("" if line.loss_half is None else f" ± {line.loss_half:.3f}"),
+        _difference(line.difference, line.difference_half),
+        _difference(line.against, line.against_half),
         tables.number(line.max_vio, ".2f"),
         tables.number(line.effective_experts, ".2f"),
         tables.number(line.skipped, ".1%"),
@@ -157,3 +177,10 @@ def cells(line: Line) -> tuple[str, ...]:
         f"{line.tokens_per_s:,.0f}",
         "" if line.leak is None else verdict.scientific(line.leak),
     )
+
+
+def _difference(mean: float | None, half: float | None) -> str:
+    """A difference with its interval, as far as they are known."""
+    if mean is None or half is None:
+        return "" if mean is None else verdict.signed(mean)
+    return f"{verdict.signed(mean)} ({verdict.signed(mean - half)} to {verdict.signed(mean + half)})"

@@ -56,6 +56,28 @@ def test_the_difference_to_the_twin_is_paired_by_seed(jobs):
     assert line.difference_half < line.loss_half  # what the seeds have in common is gone
 
 
+def test_everyone_is_compared_with_softmax_seed_by_seed(jobs):
+    found = {line.label: line for line in lines(jobs[3:] + jobs[:3])}  # in whatever order they come
+    losses = {label: dict(zip(line.seeds, line.losses, strict=True)) for label, line in found.items()}
+    assert found["softmax"].against is found["softmax"].against_half is None
+    for label in ("expert-choice", "dense twin"):
+        interval = verdict.t_interval([losses[label][seed] - losses["softmax"][seed] for seed in (0, 1, 2)])
+        own = found[label].against, found[label].against_half
+        assert own == pytest.approx((interval.mean, interval.high - interval.mean))
+
+
+def test_a_router_with_a_seed_that_softmax_lacks_is_not_compared_with_it(jobs):
+    found = {line.label: line for line in lines(jobs[1:])}
+    assert found["softmax"].seeds == [1, 2]
+    assert found["expert-choice"].against is None
+
+
+def test_a_sweep_without_softmax_has_no_column_for_it(tmp_path):
+    headings, rows = sweep.table(lines([fake_job(tmp_path, f"router={name}") for name in ("hash", "base")]))
+    assert "Against softmax" not in headings
+    assert {len(row) for row in rows} == {len(headings)} == {len(HEADINGS) - 1}
+
+
 def test_routing_is_the_mean_of_layers_and_seeds_and_the_leak_the_largest(jobs):
     leaking, softmax, twin = lines(jobs)
     assert (softmax.max_vio, softmax.effective_experts, softmax.skipped) == (1.0, 12.0, 0.125)
@@ -68,13 +90,13 @@ def test_routing_is_the_mean_of_layers_and_seeds_and_the_leak_the_largest(jobs):
 def test_one_seed_has_no_interval(tmp_path):
     line, twin = lines([fake_job(tmp_path, "router=softmax")])
     assert (line.loss_half, line.difference_half, twin.difference) == (None, None, None)
-    assert sweep.cells(line)[1:3] == ("3.240", "−0.080")
-    assert sweep.cells(twin)[1:6] == ("3.320", "", "", "", "")
+    assert sweep.cells(line)[1:4] == ("3.240", "−0.080", "")
+    assert sweep.cells(twin)[1:7] == ("3.320", "", "+0.080", "", "", "")
 
 
 def test_a_run_without_routing_over_the_validation_set_leaves_those_cells_empty(tmp_path):
     line, _ = lines([fake_job(tmp_path, "router=softmax", routing=False)])
-    assert sweep.cells(line)[3:7] == ("", "", "", "")
+    assert sweep.cells(line)[4:8] == ("", "", "", "")
 
 
 def test_routers_whose_twins_differ_have_a_line_for_each_twin_named_but_for_the_usual(tmp_path):
