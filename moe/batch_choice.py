@@ -393,6 +393,7 @@ class SoftRouter(Router):
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Mixture:
         n = context.n_sequences
+        assert n > 0, "a soft router mixes the tokens of a sequence, and there is no sequence"
         assert len(x_TD) % n == 0, f"{len(x_TD)} tokens are not {n} sequences of one length"
         with torch.autocast(x_TD.device.type, enabled=False):
             x_BSD = F.normalize(rearrange(wide(x_TD), "(b s) d -> b s d", b=n), dim=-1)

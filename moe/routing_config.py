@@ -100,7 +100,7 @@ class BalanceConfig:
     priority: str = "position"  # position | score: which rows stay when an expert is full
     overflow: str = "residual"  # residual (the row is dropped) | next (the token's next best expert with room takes it)
     tile: int = 0  # in training round every expert's rows to a multiple of this (token rounding, 2512.14080); 0: off
-    # For debugging and benchmarks. none | balanced: experts in turn, whatever the scores | recorded: in training those
+    # For debugging and benchmarks, whatever capacity is. none | balanced: experts in turn | recorded: in training those
     force: str = "none"  # that the run `recorded`, trained with log.experts=true on the same batches, took at each step
     recorded: str = ""  # its folder
 

@@ -529,6 +529,8 @@ def test_soft_has_the_slots_it_is_given_else_as_many_as_k_experts_cost(slots, n_
 def test_soft_refuses_tokens_that_are_not_sequences_of_one_length():
     with pytest.raises(AssertionError, match="7 tokens are not 2 sequences"):
         _route(_router("soft"), _x(7), n_sequences=2)
+    with pytest.raises(AssertionError, match="there is no sequence"):
+        _route(_router("soft"), _x(0), n_sequences=0)
 
 
 def test_soft_gradients_are_derivatives():
