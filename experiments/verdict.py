@@ -111,7 +111,7 @@ class Row:
     """A line of the table: a value per seed for the MoE and for its twin, None where a loss was never reached.
 
     `relation` is how the two compare: their "difference", with `interval` where one is known, or their "ratio"; or
-    "none", and then the largest value over the seeds stands for each."""
+    "none", and then the largest value over the seeds stands for each; or "alone": the twin has nothing of the kind."""
 
     label: str
     digits: int  # after the point
@@ -140,6 +140,11 @@ def table(pairs: list[Pair]) -> list[Row]:
         ends: list[float | None] = [validation_curve(pair.dense)[axis][-1] for pair in pairs]
         return Row(label, digits, [reach(pair.moe, pair.dense, axis) for pair in pairs], ends)
 
+    def alone(label: str, name: str, digits: int, factor: float = 1.0) -> list[Row]:
+        values = [measured(pair.moe)[name] for pair in pairs]
+        known = [factor * each for each in values if each is not None]
+        return [Row(label, digits, [*known], [], "alone")] if len(known) == len(values) else []
+
     leaks = [pair.moe.leak for pair in pairs], [pair.dense.leak for pair in pairs]
     rows = score("Validation")
     rows[0] = replace(rows[0], interval=loss_difference(pairs))
@@ -150,6 +155,10 @@ def table(pairs: list[Pair]) -> list[Row]:
         to_twin("Steps to the twin's final loss", 0, 0),
         to_twin("Seconds to the twin's final loss", 1, 1),
         *([] if None in leaks[0] + leaks[1] else [Row("Causal leak (logits)", 0, leaks[0], leaks[1], "none")]),
+        *alone("MaxVio of the expert load (0 is even)", "max_vio", 2),
+        *alone("Effective experts", "effective_experts", 2),
+        *alone("Tokens without an expert (%)", "skipped", 1, 100),
+        *alone("Rows dropped in training (%)", "dropped", 1, 100),
         row("Training throughput (tokens/s)", lambda summary: summary["tokens_per_s"]),
         row("Active parameters", lambda summary: summary["params"]["active"]),
         row("Total parameters", lambda summary: summary["params"]["total"]),
@@ -173,6 +182,8 @@ def mean(values: Sequence[float | None]) -> float | None:
 def cells(row: Row) -> tuple[str, str, str, str]:
     """What the table says of a row: label, MoE, twin, and their difference or ratio. Over several seeds a
     value is a mean ± half its 95% interval."""
+    if row.relation == "alone":
+        return row.label, _cell(row.moe, row.digits), "", ""
     if row.relation == "none":
         largest = [max(each for each in side if each is not None) for side in (row.moe, row.dense)]
         return row.label, scientific(largest[0]), scientific(largest[1]), ""

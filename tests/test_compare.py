@@ -212,6 +212,20 @@ def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
     assert folders[0].parent == Path("runs")
 
 
+def test_the_table_says_how_even_the_load_is_and_what_was_skipped_and_dropped(finished):
+    _, result = finished
+    layers = json.loads((Path(result["folder"]) / "moe-seed0" / "summary.json").read_text())["load"]["routing"]
+    own = {label: cells for label, *cells in result["table"]}
+    for label, name, factor in (
+        ("MaxVio of the expert load (0 is even)", "max_vio", 1),
+        ("Tokens without an expert (%)", "skipped", 100),
+    ):
+        shown, *others = own[label]
+        assert float(shown) == pytest.approx(factor * sum(each[name] for each in layers) / len(layers), abs=0.051)
+        assert others == ["", ""]
+    assert own["Rows dropped in training (%)"] == ["0.0", "", ""]
+
+
 def test_the_leak_is_measured_and_one_is_said(root, finished):
     _, result = finished
     assert result["leak"] < 1e-9

@@ -193,3 +193,14 @@ def test_several_seeds_stand_as_a_mean_and_half_an_interval():
 def test_a_loss_never_reached_has_no_ratio():
     assert cells(Row("x", 0, [None], [600.0])) == ("x", "not reached", "600", "–")
     assert cells(Row("x", 0, [None, 5.0], [600.0, 600.0]))[1] == "not reached in 1 of 2 seeds"
+
+
+def test_what_only_an_moe_has_stands_alone_in_the_table_and_is_left_out_where_it_was_not_measured():
+    pair = fake_pair()
+    assert not [row for row in table([pair]) if row.relation == "alone"]
+    shares = {"max_vio": 0.5, "effective_experts": 12.0, "skipped": 0.125}
+    pair.moe.summary["load"]["routing"] = [shares, shares | {"max_vio": 1.0}]
+    for line in pair.moe.metrics[1:]:
+        line["layers"] = [{"dropped": 0.0625}, {"dropped": 0.1875}]
+    found = {row.label: cells(row)[1:] for row in table([pair]) if row.relation == "alone"}
+    assert list(found.values()) == [("0.75", "", ""), ("12.00", "", ""), ("12.5", "", ""), ("12.5", "", "")]
