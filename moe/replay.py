@@ -34,15 +34,12 @@ class Recording:
     """Writes a run's choices, step by step; a step that is taken again after resuming is written again."""
 
     def __init__(self, folder: Path, cfg: Config) -> None:
-        self.folder, self.cfg = folder, cfg
-        self.layers = moe_layers(cfg.model) if cfg.log.experts else []
+        self.folder, self.cfg, self.layers = folder, cfg, moe_layers(cfg.model)
         self.files: list[tuple[BinaryIO, np.dtype[Any], int]] = []  # open, with the dtype and where step 1 begins
 
     def write(self, step: int, expert_TK: Sequence[Tensor]) -> None:
         """The choices of a step (from 1), those of every MoE layer in order. Raises `BadInput` when they do not fit on
         the disk."""
-        if not self.layers:
-            return
         if any(each.dim() != 2 for each in expert_TK):  # a router of one's own
             raise BadInput(
                 f"log.experts=true needs as many choices for every token, and router.name={self.cfg.router.name} gives "
