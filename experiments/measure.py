@@ -117,11 +117,16 @@ def command() -> str:
 def code() -> str:
     """Twelve hex digits of the kernels, their tiles and the model: equal digits, equal code under test."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels").glob("*.jsonl"), *(ROOT / "moe").glob("*.py")]
-    ):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in timed_files(ROOT):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def timed_files(root: Path) -> list[Path]:
+    """What a measurement depends on, at every depth: the sources of the kernels and of the library, and the tiles."""
+    return sorted(
+        [*(root / "kernels").rglob("*.py"), *(root / "kernels").glob("*.jsonl"), *(root / "moe").rglob("*.py")]
+    )
 
 
 def synchronize(device: torch.device) -> None:

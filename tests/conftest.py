@@ -8,12 +8,12 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from router_presets import Preset, presets_of_routers
-from small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 from moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from moe.layer import MoELayer
 from moe.model import Transformer
+from tests.router_presets import Preset, presets_of_routers
+from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as a kernel is defined, which is later: whoever needs one imports it

@@ -5,12 +5,12 @@ import json
 import sys
 import types
 
-import fake_cuda
 import pytest
 import torch
 
 from experiments import bench, bench_kernels, bench_layer, bench_routing, bench_train_step, floors, measure, peers, rows
 from experiments.rows import LeftOut, Rows, Wrong, run
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import types
 
-import fake_cuda
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from experiments import checks, kernel_checks, measure
 from experiments.checks import Settings
 from experiments.floors import Shape
 from experiments.rows import Absent, LeftOut, Rows, Wrong, run
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

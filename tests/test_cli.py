@@ -9,12 +9,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from small_runs import STEPS, fate, overrides, settings, train, train_until
 
 import experiments.train
 from experiments import cli
 from moe.config import BadInput, Config
 from moe.run import read_config, read_lines
+from tests.small_runs import STEPS, fate, overrides, settings, train, train_until
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_runs import fate, files, settings, train, train_until
 from torch.testing import assert_close
 
 from moe.config import BadInput
@@ -15,6 +14,7 @@ from moe.model import Transformer, next_token_loss
 from moe.run import read_lines
 from moe.tokenizer import Tokenizer
 from moe.train import compute_gradients
+from tests.small_runs import fate, files, settings, train, train_until
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

@@ -6,14 +6,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from router_presets import presets_of_routers
-from small_runs import settings, silent
 
 from moe import data
 from moe.config import BalanceConfig, MoEConfig
 from moe.evaluate import causal_leak, evaluate
 from moe.metrics import layer_metrics
 from moe.model import Transformer
+from tests.router_presets import presets_of_routers
+from tests.small_runs import settings, silent
 
 CONTEXT, K, V = 32, 2, 290
 ALL = 10**9  # more tokens than there are

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import fake_cuda
 import pytest
 import torch
 
 from experiments import floors, gpu_evidence, measure, readme, roofline, rows, summary
 from experiments.rows import Absent
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 ROOT = Path(__file__).parents[1]

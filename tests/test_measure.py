@@ -2,13 +2,13 @@
 
 import subprocess
 
-import fake_cuda
 import pytest
 import torch
 
 from experiments import measure
 from kernels import tuning
 from moe.config import BadInput
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -111,14 +111,14 @@ def test_a_copy_without_git_takes_the_commit_it_is_given(monkeypatch):
 
 
 def test_the_code_is_the_kernels_the_tiles_and_the_model(tmp_path, monkeypatch):
-    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py", "experiments/c.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py", "moe/room/b.py", "experiments/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     before = measure.code()
     (tmp_path / "experiments" / "c.py").write_text("two")
     assert measure.code() == before
-    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py"):
+    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py", "moe/room/b.py"):
         (tmp_path / name).write_text("two")
         assert measure.code() != before
         before = measure.code()

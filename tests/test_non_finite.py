@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from small_runs import SAVED, STEPS, fate, settings, silent, tensors_digest, train
 
 import moe.train
 from moe import checkpoint
 from moe.config import BadInput
 from moe.model import Transformer
 from moe.run import read_lines
+from tests.small_runs import SAVED, STEPS, fate, settings, silent, tensors_digest, train
 
 BAD = 5  # the step at which something is not finite; the last checkpoint is of step 3
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_runs import fake_pair
 
 from experiments import page
 from experiments.compare import CompareConfig, describe
 from experiments.verdict import Pair
+from tests.fake_runs import fake_pair
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
 

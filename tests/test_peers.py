@@ -5,7 +5,6 @@ import sys
 import types
 from pathlib import Path
 
-import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from experiments import bench_layer, floors, peers
 from experiments.measure import Ceilings
 from experiments.rows import Absent, Rows, Wrong, run
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 CPU = torch.device("cpu")

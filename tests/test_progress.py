@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import settings, train
 
 from moe.progress import STRIP, STRIP_WIDTH, Watch, load_strip, plain_line
+from tests.small_runs import settings, train
 
 VAL = {"loss": 2.5, "bpb": 1.25, "domains": {}}
 LINE = {

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import PRESETS
-from small_runs import STEPS, fate, settings, train, train_until
 
 from moe.config import BadInput, Config, ModelConfig, MoEConfig
 from moe.replay import NOT_RECORDED, n_choices, path_of
 from moe.routing import UNUSED
 from moe.routing_config import WITHOUT_TK
 from moe.run import read_lines
+from tests.small_runs import STEPS, fate, settings, train, train_until
 
 OTHER = {"router.name": "sigmoid", "router.selection_bias": True}
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
 import moe.train
 from moe import checkpoint, data
@@ -18,6 +17,7 @@ from moe.checkpoint import Snapshot
 from moe.config import BadInput, Config
 from moe.model import Transformer
 from moe.run import read_lines
+from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
 BIAS = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.01, "balance.aux": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {

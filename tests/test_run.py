@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
 
 import moe.train
 from moe import run
 from moe.config import BadInput, Config, to_dict
 from moe.tokenizer import Tokenizer
+from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from small_runs import STEPS, fate, noisy, settings, start, train
 
 import experiments.train
 from moe import checkpoint
 from moe.run import read_lines
 from moe.train import catch_signals
+from tests.small_runs import STEPS, fate, noisy, settings, start, train
 
 # Phase -> the step that is saved: a step and a save are finished, an evaluation is given up and made up for later.
 PHASES = {"first evaluation": 0, "step": 5, "evaluation": 4, "save": 3, "last evaluation": STEPS}

@@ -5,9 +5,11 @@ import itertools
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "moe", "experiments")
@@ -53,9 +55,8 @@ def _imports(path):
 
 
 MODULES = {_name(path): path for path in SOURCES}
-EDGES = {
-    name: {other for other in _imports(path) if other in MODULES} - set(PACKAGES) for name, path in MODULES.items()
-}
+ROOMS = {_name(path) for path in SOURCES if path.name == "__init__.py"}
+EDGES = {name: {other for other in _imports(path) if other in MODULES} - ROOMS for name, path in MODULES.items()}
 
 
 def _packages(path):
@@ -119,8 +120,8 @@ for name in ("hydra", "omegaconf", "triton"):
     sys.modules[name] = None  # importing it raises ImportError
 import kernels, moe
 for package in (kernels, moe):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if module.name not in sys.argv[1:]:
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.ispkg and module.name not in sys.argv[1:]:
             importlib.import_module(module.name)
             print(module.name)
 """
@@ -139,13 +140,13 @@ def test_moe_and_kernels_import_where_triton_hydra_and_omegaconf_are_absent():
     assert not need & {"kernels.reference", "kernels.grouped", "kernels.tuning"}
     done = subprocess.run([sys.executable, "-c", WITHOUT, *need], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    expected = {name for name in MODULES if not name.startswith("experiments") and name not in PACKAGES}
+    expected = {name for name in MODULES if not name.startswith("experiments") and name not in ROOMS}
     assert set(done.stdout.split()) == expected - need
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_opens_with_a_docstring_and_nothing_else(package):
-    tree = _tree(ROOT / package / "__init__.py")
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_package_opens_with_a_docstring_and_nothing_else(room):
+    tree = _tree(MODULES[room])
     assert ast.get_docstring(tree)
     assert len(tree.body) == 1
 
@@ -226,7 +227,11 @@ def test_no_file_names_a_machines_paths_or_a_registrys_host():
 
 
 def test_the_packages_that_are_installed_are_the_ones_there_are():
-    text = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^packages = \[(.*)\]$", text, re.MULTILINE).group(1)
-    assert sorted(re.findall(r'"(\w+)"', listed)) == sorted(PACKAGES)
-    assert all((ROOT / name / "__init__.py").is_file() for name in PACKAGES)
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert set(find_packages(str(ROOT), **find)) == ROOMS
+    folders = {_name(path.parent) for path in SOURCES}
+    assert folders == ROOMS, "a folder without __init__.py is no package"
+
+
+def test_the_tests_are_a_package_so_that_no_folder_of_theirs_hides_one_of_ours():
+    assert {path.parent for path in TESTS} == {path.parent for path in TESTS if path.name == "__init__.py"}

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from fake_runs import fake_pair
 
 from experiments import sweep, verdict
 from experiments.sweep import HEADINGS, Job, labels, lines, report
 from experiments.tables import markdown
+from tests.fake_runs import fake_pair
 
 
 def fake_job(tmp_path, overrides, seed=0, difference=-0.08, twin="aaaa", leak=0.0, routing=True) -> Job:

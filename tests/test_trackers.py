@@ -6,12 +6,12 @@ import sys
 import types
 
 import pytest
-from small_runs import STEPS, settings, train, train_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe.config import BadInput
 from moe.run import read_lines
 from moe.trackers import flatten
+from tests.small_runs import STEPS, settings, train, train_until
 
 
 def board(folder) -> dict[str, dict[int, float]]:

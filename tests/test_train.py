@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 import moe.train
 from moe import checkpoint, data
@@ -18,6 +17,7 @@ from moe.data import Batch
 from moe.model import Transformer
 from moe.run import read_lines
 from moe.train import coefficient, compute_gradients, seed_everything
+from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
 DENSE = {"model.moe": None}
 

@@ -5,7 +5,6 @@ import json
 import time
 import types
 
-import fake_cuda
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from experiments.floors import Shape
 from experiments.rows import Rows, Wrong, run
 from kernels import tuning
 from kernels.tuning import Tile
+from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
 CPU = torch.device("cpu")

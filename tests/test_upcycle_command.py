@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from small_runs import files, settings, train
 
 import experiments.upcycle
 from moe import checkpoint
 from moe.config import MoEConfig, RouterConfig
 from moe.generate import load_run
 from moe.run import read_config, read_lines
+from tests.small_runs import files, settings, train
 
 TOKENS_BS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(1))
 

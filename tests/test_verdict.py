@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from fake_runs import DOMAINS, fake_pair, fake_run
 from scipy.signal import lfilter
 from scipy.stats import ttest_rel
 
 from experiments import verdict
 from experiments.verdict import Pair, Row, block_bootstrap, cells, first_reach, sentences, t_interval, table
+from tests.fake_runs import DOMAINS, fake_pair, fake_run
 
 
 def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
