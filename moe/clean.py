@@ -6,12 +6,14 @@ that is switched off is not in the list. Cleaning clean text changes nothing.
 
 import functools
 import hashlib
+import importlib.metadata
 import re
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -21,6 +23,8 @@ from datasketch import MinHash, MinHashLSH
 from moe.config import CleanConfig
 from moe.corpus import Document
 
+VERSION = 1  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise
+LIBRARIES = ("ftfy", "beautifulsoup4", "datasketch")  # whose versions are in that key too
 SHORT_LINE = 10  # characters; shorter lines ("else:", a speaker's name) repeat without being boilerplate
 SHINGLE = 5  # words
 PERMUTATIONS = 128
@@ -46,6 +50,12 @@ class Step:
     documents_out: int
     bytes_in: int
     bytes_out: int
+
+
+def fingerprint() -> dict[str, Any]:
+    """What decides how documents are cleaned beside the settings: the versions of this file, Unicode and libraries."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"version": VERSION, "unicode": unicodedata.unidata_version, **libraries}
 
 
 def clean(documents: Iterable[Document], cfg: CleanConfig) -> tuple[list[Document], list[Step]]:

@@ -15,7 +15,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import zstandard
 from moe import blend
 from moe.config import BLEND_DOMAINS, BadInput, DataConfig
 
+VERSION = (
+    1  # of what is read here, in the key of every prepared corpus: raise it when the same source gives other documents
+)
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 BLOCK = 1 << 20  # bytes read at a time
@@ -73,13 +76,13 @@ def documents(cfg: DataConfig, cache: Path) -> Iterator[Document]:
         raise BadInput(f"data.path={cfg.path} is empty: it holds no text.")
 
 
-def source_fingerprint(cfg: DataConfig, cache: Path) -> str:
-    """A hex hash of what the corpus is made from: versions, names, sizes and times of files, settings, the code here.
+def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str] = (VERSION, blend.VERSION)) -> str:
+    """A hex hash of what the corpus is made from: versions, names, sizes and times of files, settings.
 
-    Cheap: it reads no text, and nothing in `cache`, whose files are pinned by their hash. It does not cover cleaning,
-    nor changes behind the name of a dataset on a hub. Raises `BadInput` where a path or a package is missing."""
-    facts: list[Any] = [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in (__file__, blend.__file__)]
-    facts += [cfg.name, cfg.max_mb]
+    `readers` are the versions of the code here and in blend.py. Cheap: it reads no text, and nothing in `cache`, whose
+    files are pinned by their hash. It does not cover cleaning, nor changes behind the name of a dataset on a hub.
+    Raises `BadInput` where a path or a package is missing."""
+    facts: list[Any] = [*readers, cfg.name, cfg.max_mb]
     match cfg.name:
         case "blend":
             facts += [_domains(cfg), sys.version, blend.SDIST_SHA256]

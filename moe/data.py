@@ -15,6 +15,7 @@ step): the same for any number of workers, and after any interruption.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -35,6 +36,13 @@ from moe.corpus import Document
 from moe.shards import FORMAT, SPLITS, Dataset, Split, publish
 from moe.tokenizer import train
 
+# sha256 of the files whose version 1 is the same code; see `_settings_unversioned`.
+UNVERSIONED = {
+    "clean": "e11bb1888b36ef683a758bd72241d5cd3b15ca5a6f993ef4061d7fe547b17e01",
+    "corpus": "ac0c8170a7c8f92e015d5e1582e661b029212867570164adb4d18ca7b5ba3004",
+    "blend": "cf28260939987cf260b847934f6e46a80f231332647709a814281c31e3ab3122",
+}
+
 
 def cache_root(cfg: DataConfig) -> Path:
     """Where downloads and prepared corpora are kept: `cfg.cache`, else $SWITCHYARD_CACHE, else ~/.cache/switchyard."""
@@ -47,15 +55,10 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
     `say` gets plain lines of progress. Raises `BadInput` for a corpus that is empty, too small for its tokenizer or
     leaves a split without a document, for a folder that cannot be written, and for a damaged one."""
     root = cache_root(data)
-    settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer)}
-    for where_or_how in ("cache", "workers"):
-        del settings["data"][where_or_how]
-    if tokenizer.name != "bpe":
-        del settings["tokenizer"]["vocab_size"]
-    code = hashlib.sha256(Path(clean.__file__).read_bytes()).hexdigest()
-    settings |= {"format": FORMAT, "source": corpus.source_fingerprint(data, root), "clean": code}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / "prepared" / f"{data.name}-{tokenizer.name}-{key}"
+    settings = _settings(data, tokenizer, root)
+    folder = _folder(root, settings)
+    if not folder.exists() and (unversioned := _folder(root, _settings_unversioned(data, tokenizer, root))).exists():
+        folder = unversioned
     if folder.exists():
         say(f"data: opening {folder}")
     else:
@@ -80,6 +83,33 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
     dataset = Dataset(folder)
     _describe(dataset, say)
     return dataset
+
+
+def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
+    """Everything that decides a prepared corpus' content."""
+    settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer), "format": FORMAT}
+    for where_or_how in ("cache", "workers"):
+        del settings["data"][where_or_how]
+    settings |= {"source": corpus.source_fingerprint(data, root), "clean": clean.fingerprint()}
+    if tokenizer.name == "bpe":
+        settings["tokenizer"]["trainer"] = f"rustbpe {importlib.metadata.version('rustbpe')}"
+    else:
+        del settings["tokenizer"]["vocab_size"]
+    return settings
+
+
+def _settings_unversioned(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
+    """The same from when hashes of the source files stood for their versions: such a corpus is opened as it is, and its
+    runs go on."""
+    settings = _settings(data, tokenizer, root) | {"clean": UNVERSIONED["clean"]}
+    settings["tokenizer"].pop("trainer", None)
+    settings["source"] = corpus.source_fingerprint(data, root, (UNVERSIONED["corpus"], UNVERSIONED["blend"]))
+    return settings
+
+
+def _folder(root: Path, settings: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return root / "prepared" / f"{settings['data']['name']}-{settings['tokenizer']['name']}-{key}"
 
 
 def split_documents(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def prepare_documents(tmp_path, monkeypatch):
         settings = {"cache": str(tmp_path), "clean": AS_IT_IS, "val_fraction": 0.2} | settings
         content = hashlib.sha256(repr(documents).encode()).hexdigest()
         monkeypatch.setattr(moe.data.corpus, "documents", lambda cfg, cache: iter(documents))
-        monkeypatch.setattr(moe.data.corpus, "source_fingerprint", lambda cfg, cache: content)
+        monkeypatch.setattr(moe.data.corpus, "source_fingerprint", lambda cfg, cache, *readers: content)
         return prepare(DataConfig(**settings), tokenizer, say)
 
     return build
@@ -475,3 +476,18 @@ def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
         assert starts[-1] + S + 1 <= split.n_tokens
         assert np.ptp(np.diff(starts)) <= S if count > 1 else True
         assert starts[-1] >= (windows - windows / count - 1) * S
+
+
+def test_a_corpus_prepared_before_stages_had_versions_is_opened_as_it_is(tmp_path, monkeypatch):
+    """The name is the one that hashes of the source files gave to this corpus, whose folder then is any other's."""
+    monkeypatch.chdir(tmp_path)  # the path as it is given is part of the key
+    for i in range(40):
+        path = tmp_path / "text" / f"{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(" ".join(random.Random(i).choices([f"word{n}" for n in range(500)], k=60)))
+        os.utime(path, ns=(10**18, 10**18))
+    cfg = DataConfig(name="text", path="text", cache=str(tmp_path / "cache"), val_fraction=0.2)
+    now = prepare(cfg, BYTE, silent).folder
+    before = now.with_name("text-byte-a666f9a448351dcd")
+    now.rename(before)
+    assert prepare(cfg, BYTE, silent).folder == before
