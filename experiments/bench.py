@@ -25,7 +25,11 @@ import torch
 from experiments import bench_kernels, bench_layer, bench_routing, bench_train_step, cli, measure, peers, tables, tune
 from experiments.rows import Rows, run
 from moe import machine
-from moe.config import CHOICES, BadInput, ModelConfig, TrainConfig
+from moe.config.model import ModelConfig
+from moe.config.parse import accepted
+from moe.config.run import Config
+from moe.config.train import TrainConfig
+from moe.errors import BadInput
 from moe.run import write_atomically
 
 SUITES = ("train_step", "routing", "kernels", "layer", "tune")
@@ -92,8 +96,9 @@ def check(cfg: BenchConfig) -> None:
     if cfg.suite == "train_step":
         known("peers", cfg.peers, bench_train_step.PEERS)
         known("precisions", cfg.precisions, ("fp32", "bf16"))
-        known("backends", cfg.backends, CHOICES["dispatch"])
-        known("dispatch", [cfg.dispatch], CHOICES["dispatch"])
+        dispatch = accepted(Config)["dispatch"]
+        known("backends", cfg.backends, dispatch)
+        known("dispatch", [cfg.dispatch], dispatch)
         for peer in cfg.peers:
             if importlib.util.find_spec(peer) is None:
                 raise BadInput(f"peers has {peer}, which is not installed: pip install 'moe-switchyard[bench]'.")

@@ -17,7 +17,8 @@ from experiments.bench_kernels import gate_by_hand, plan_by_hand
 from experiments.measure import relative_error
 from experiments.rows import Case, Wrong
 from kernels import grouped, reference, tuning
-from moe.config import ModelConfig, MoEConfig, RouterConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.layer import MoELayer
 from moe.routing import rows
 

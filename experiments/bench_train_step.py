@@ -19,7 +19,11 @@ from experiments import measure, tables
 from experiments.measure import Ceilings
 from experiments.rows import Absent, Case
 from moe import dispatch, presets
-from moe.config import BadInput, ModelConfig, MoEConfig, OptimConfig, RouterConfig, head_dim, nearest, parse
+from moe.config.model import ModelConfig, MoEConfig, head_dim
+from moe.config.parse import nearest, parse
+from moe.config.router import RouterConfig
+from moe.config.train import OptimConfig
+from moe.errors import BadInput
 from moe.model import Transformer, next_token_loss
 from moe.optim import build_optimizer
 

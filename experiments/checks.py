@@ -29,7 +29,8 @@ from experiments.floors import Shape
 from experiments.rows import Absent, Case, LeftOut
 from kernels import grouped, reference
 from moe import machine
-from moe.config import ModelConfig, MoEConfig, RouterConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.layer import MoELayer
 from moe.routing import rows
 

@@ -1,5 +1,5 @@
-"""From a command line to a typed config: Hydra composes `conf/<name>.yaml`, `moe.config` validates, mistakes become one
-sentence.
+"""From a command line to a typed config: Hydra composes `conf/<name>.yaml`, `moe.config` validates, mistakes
+become one sentence.
 
 A command is a function of its config:
 
@@ -30,7 +30,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import BadInput, Config, build, nearest, parse
+from moe.config.parse import nearest, parse
+from moe.config.run import Config, build
+from moe.errors import BadInput
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 REFUSED = 2  # exit status for bad input

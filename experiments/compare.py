@@ -27,8 +27,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from experiments import cli, page, sweep, tables, verdict
-from moe import config, data, machine, presets
-from moe.config import BadInput, BalanceConfig, Config, RouterConfig
+from moe import data, machine, presets
+from moe.config import run as run_config
+from moe.config.balance import BalanceConfig
+from moe.config.model import ModelConfig
+from moe.config.parse import nearest, to_dict
+from moe.config.router import RouterConfig
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.evaluate import causal_leak
 from moe.generate import load_run
 from moe.run import read_lines, write_atomically
@@ -49,7 +55,7 @@ class CompareConfig(Config):
     def __post_init__(self) -> None:
         if self.match not in verdict.LABELS:
             valid = sorted(verdict.LABELS)
-            raise BadInput(f"match={self.match} is not one of {', '.join(valid)}; {config.nearest(self.match, valid)}.")
+            raise BadInput(f"match={self.match} is not one of {', '.join(valid)}; {nearest(self.match, valid)}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise BadInput(f"seeds={self.seeds} names a seed twice: each must be there once.")
         if any(seed < 0 for seed in self.seeds):
@@ -81,7 +87,7 @@ def one_of_many(cfg: CompareConfig, choices: Mapping[str, str | None]) -> Compar
 
 def fingerprint(cfg: CompareConfig) -> str:
     """Eight hex digits of what decides the comparison's result."""
-    return config.fingerprint(dataclasses.replace(cfg, twins=""))
+    return run_config.fingerprint(dataclasses.replace(cfg, twins=""))
 
 
 def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
         for kind, own in (("moe", moe), ("dense", dense)):
             own = dataclasses.replace(own, seed=seed, run=str(folder / f"{kind}-seed{seed}"))
             if cfg.twins and kind == "dense":
-                own.run, own.resume = str(Path(cfg.twins, f"dense-{config.fingerprint(own)}")), True
+                own.run, own.resume = str(Path(cfg.twins, f"dense-{run_config.fingerprint(own)}")), True
             say(f"compare: {kind}, seed {seed}")
             try:
                 train(own, say)
@@ -117,14 +123,14 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
         pairs.append(verdict.Pair(*runs))
 
     result = describe(cfg, folder, pairs, command_line(overrides))
-    result["twin"] = config.fingerprint(dataclasses.replace(dense, seed=0))
+    result["twin"] = run_config.fingerprint(dataclasses.replace(dense, seed=0))
     write_atomically(folder / "table.md", tables.markdown(HEADINGS, result["table"]))
     write_atomically(folder / "index.html", page.render(pairs, result))
     write_atomically(folder / "compare.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
 
-def settings_of_the_two(cfg: CompareConfig, model: config.ModelConfig) -> tuple[Config, Config]:
+def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config, Config]:
     """The settings of the MoE's run and of its dense twin's, but for seed and folder. The twin has no router, and none
     of the settings of one, so that it is the twin of every MoE of its size."""
     shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
@@ -180,7 +186,7 @@ def describe(cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], comman
         "versions": summary["versions"],
         "commit": summary["commit"],
         "dirty": summary["dirty"],
-        "config": config.to_dict(cfg),
+        "config": to_dict(cfg),
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiments import cli, tables
 from moe import dispatch, machine
-from moe.config import BadInput
+from moe.errors import BadInput
 from moe.generate import LayerChoice, generate, load_run, next_tokens, stream_text, token_bytes
 from moe.tokenizer import Tokenizer
 

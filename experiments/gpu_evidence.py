@@ -40,7 +40,7 @@ from experiments import (
 )
 from experiments.rows import Absent, Case, DeviceLost, Rows, run
 from moe import machine
-from moe.config import BadInput
+from moe.errors import BadInput
 
 REFUSED, LOST, INTERRUPTED = 2, 75, 130  # exit statuses
 GRACE = 40.0  # seconds that a row may go on after its stage's time is used up

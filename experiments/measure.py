@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import tuning
 from moe import machine
-from moe.config import BadInput
+from moe.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 FLUSHED = 256 * 2**20  # bytes written to empty a GPU's cache: several times any GPU's

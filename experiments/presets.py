@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import yaml
 
 from experiments import cli, tables
-from moe.config import BadInput, ModelConfig, nearest, parse
+from moe.config.model import ModelConfig
+from moe.config.parse import nearest, parse
+from moe.errors import BadInput
 from moe.presets import flops, size
 
 

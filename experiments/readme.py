@@ -80,7 +80,7 @@ def all_routers() -> str:
     table = markdown(routers.HEADINGS, routers.rows(), routers.LEFT)
     text = (
         "Each file here is a word for `router=...`: a router with the balance and the experts it comes with. How they\n"
-        "compare is in the [README](../../README.md), what each setting means in `moe/routing_config.py`."
+        "compare is in the [README](../../README.md), what each setting means in `moe/config/router.py`."
     )
     return f"# Routers\n\n{text}\n\n{table}\n`python -m experiments.routers`\n"
 

@@ -18,7 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import cli, tables
-from moe.config import BadInput, Config, layer_moe, moe_layers, nearest
+from moe.config.model import layer_moe, moe_layers
+from moe.config.parse import nearest
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.router import build_router
 
 FOLDER = cli.CONF / "router"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments import measure
-from moe.config import BadInput
+from moe.errors import BadInput
 
 SAME = ("commit", "code", "device")  # what a kept row has in common with a new one, beside its key
 FOLDERS = re.compile(r"""(?<![\w.=])(?:/[^/\s:'"]+)+/""")  # of an absolute path

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from experiments import cli, tables
 from moe import clean, corpus, data, tokenizer
-from moe.config import Config, DataConfig, TokenizerConfig, validate
+from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.run import Config, validate
 
 
 @dataclass

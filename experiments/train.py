@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
 from moe import run
-from moe.config import Config, lookup
+from moe.config.parse import lookup
+from moe.config.run import Config
 from moe.train import train
 
 

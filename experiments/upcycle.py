@@ -35,17 +35,11 @@ from hydra.core.hydra_config import HydraConfig
 from experiments import cli
 from experiments.train import overlay
 from moe import data, machine, run
-from moe.config import (
-    BadInput,
-    BalanceConfig,
-    Config,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    layer_moe,
-    moe_layers,
-    validate,
-)
+from moe.config.balance import BalanceConfig
+from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
+from moe.config.router import RouterConfig
+from moe.config.run import Config, validate
+from moe.errors import BadInput
 from moe.generate import load_run
 from moe.model import Transformer, load_model, model_tensors
 from moe.optim import build_optimizer

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.config import ModelConfig, head_dim
+from moe.config.model import ModelConfig, head_dim
 
 
 class KVCache:

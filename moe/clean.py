@@ -20,7 +20,7 @@ import numpy as np
 from bs4 import BeautifulSoup, NavigableString
 from datasketch import MinHash, MinHashLSH
 
-from moe.config import CleanConfig
+from moe.config.data import CleanConfig
 from moe.corpus import Document
 
 VERSION = 1  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise

@@ -23,7 +23,8 @@ from typing import Any
 import zstandard
 
 from moe import blend
-from moe.config import BLEND_DOMAINS, BadInput, DataConfig
+from moe.config.data import BLEND_DOMAINS, DataConfig
+from moe.errors import BadInput
 
 VERSION = (
     1  # of what is read here, in the key of every prepared corpus: raise it when the same source gives other documents

@@ -31,8 +31,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from moe import clean, corpus
-from moe.config import BadInput, DataConfig, TokenizerConfig, to_dict
+from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.parse import to_dict
 from moe.corpus import Document
+from moe.errors import BadInput
 from moe.shards import FORMAT, SPLITS, Dataset, Split, publish
 from moe.tokenizer import train
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.config.model import MoEConfig, entering
 from moe.layer import LayerRouting
 from moe.routing import UNUSED
-from moe.routing_config import MoEConfig, entering
 
 DECAY = 0.99  # of the running mean of the cut-offs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import grouped, reference, tuning
-from moe.config import BadInput
+from moe.errors import BadInput
 from moe.experts import Experts, MixedExperts
 from moe.routing import Routing
 

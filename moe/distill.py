@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.config import BadInput, Config
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.generate import load_run
 from moe.model import Transformer
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config import moe_layers
+from moe.config.model import moe_layers
 from moe.data import validation_starts
 from moe.metrics import layer_metrics
 from moe.model import Transformer, next_token_loss

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.reference import activate
-from moe.config import ModelConfig, MoEConfig
+from moe.config.model import ModelConfig, MoEConfig
 from moe.routing import UNUSED, Routing
 
 

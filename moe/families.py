@@ -12,18 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.config import (
-    BadInput,
-    Config,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    head_dim,
-    lookup,
-    moe_layers,
-    parse,
-    validate,
-)
+from moe.config.model import ModelConfig, MoEConfig, head_dim, moe_layers
+from moe.config.parse import lookup, parse
+from moe.config.router import RouterConfig
+from moe.config.run import Config, validate
+from moe.errors import BadInput
 
 
 class Family(NamedTuple):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from moe import checkpoint
 from moe.attention import KVCache
-from moe.config import BadInput, Config, moe_layers
+from moe.config.model import moe_layers
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.layer import LayerRouting
 from moe.model import Transformer, load_model
 from moe.routing import rows

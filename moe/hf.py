@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.attention import rotary
-from moe.config import BadInput, ModelConfig, RouterConfig, head_dim, is_moe_layer
+from moe.config.model import ModelConfig, head_dim, is_moe_layer
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.families import config_to_hf, family_of, read_config
 from moe.model import Transformer
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from kernels import reference
 from moe import balance, capacity, dispatch
-from moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from moe.config.balance import BalanceConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.experts import MLP, CheapExperts, Experts, MixedExperts
 from moe.router import build_router
 from moe.routing import DROPPED, UNUSED, Context, Mixture, Router, Routing

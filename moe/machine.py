@@ -12,7 +12,8 @@ import numpy
 import psutil
 import torch
 
-from moe.config import BadInput, TrainConfig
+from moe.config.train import TrainConfig
+from moe.errors import BadInput
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 

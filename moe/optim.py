@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe.config import OptimConfig
+from moe.config.train import OptimConfig
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:

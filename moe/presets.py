@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 
 from moe.batch_choice import soft_slots
-from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, head_dim, is_moe_layer, layer_moe, moe_layers
+from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.experts import up_width
 from moe.model import Transformer
 

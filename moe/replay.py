@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config import FREE, BadInput, Config, layer_moe, moe_layers, to_dict
+from moe.config.model import layer_moe, moe_layers
+from moe.config.parse import to_dict
+from moe.config.run import FREE, Config
+from moe.errors import BadInput
 from moe.run import flat, read_config
 
 NOT_RECORDED = -128  # what a step holds before it is written; no router gives it

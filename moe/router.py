@@ -4,9 +4,10 @@ token_choice.py (a token decides alone) and batch_choice.py (the tokens of a bat
 import importlib
 
 from moe.batch_choice import BaseRouter, ExpertChoiceRouter, SinkhornRouter, SoftRouter
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.routing import Router
-from moe.routing_config import MoEConfig, RouterConfig
 from moe.token_choice import HashRouter, ReluRouter, ThresholdRouter, TopKRouter
 
 

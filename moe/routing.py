@@ -12,7 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import reference
-from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 
 # Instead of an expert's number. Both add nothing to the output, and every backend takes any negative number for them.
 DROPPED = -1  # the row wanted an expert and got none: capacity. Counted as dropped
@@ -33,7 +35,7 @@ class Routing(NamedTuple):
     Ragged families give rows (N,) and the token of each, ascending. A negative expert is none: `DROPPED` or `UNUSED`.
 
     Routers whose choice has no scores (hash) leave logits, lse and prob None; a balance term that reads them is refused
-    by `moe.routing_config`."""
+    by `moe.config.router`."""
 
     expert: Tensor  # (T, K) or (N,) int64
     weight: Tensor  # same shape, float

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from moe.config import FREE, BadInput, Config, build, fingerprint, to_dict
+from moe.config.parse import to_dict
+from moe.config.run import FREE, Config, build, fingerprint
+from moe.errors import BadInput
 from moe.tokenizer import Tokenizer
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from moe.config import BadInput
 from moe.corpus import Document
+from moe.errors import BadInput
 from moe.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; raise it when the layout, the split or the order of documents changes

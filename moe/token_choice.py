@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from kernels import reference
 from moe import balance
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 from moe.routing import UNUSED, Context, Router, Routing, probabilities
-from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
 
 COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
 

@@ -24,7 +24,8 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from moe.config import BadInput, TokenizerConfig
+from moe.config.data import TokenizerConfig
+from moe.errors import BadInput
 
 END_OF_TEXT = "<|endoftext|>"
 ONE_CHARACTER = r"(?s)."

@@ -4,7 +4,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from moe.config import BadInput, Config, to_dict
+from moe.config.parse import to_dict
+from moe.config.run import Config
+from moe.errors import BadInput
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 

@@ -27,8 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
-from moe.config import BadInput, BalanceConfig, Config, moe_layers, to_dict
+from moe.config.balance import BalanceConfig
+from moe.config.model import moe_layers
+from moe.config.parse import to_dict
+from moe.config.run import Config
 from moe.distill import distill_loss, load_teacher
+from moe.errors import BadInput
 from moe.evaluate import Evaluation, evaluate
 from moe.layer import LayerRouting
 from moe.metrics import layer_metrics

@@ -18,10 +18,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, layer_moe, moe_layers
+from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
+from moe.config.router import READS, RouterConfig
+from moe.errors import BadInput
 from moe.experts import up_width
 from moe.model import Transformer, model_tensors
-from moe.routing_config import READS
 
 METHODS = ("copy", "noise", "split", "drop")
 PER_EXPERT = re.compile(r"\.mlp\..*_E[A-Z]*$")  # tensors whose first dimension counts the experts

@@ -9,7 +9,9 @@ import hypothesis
 import pytest
 import torch
 
-from moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from moe.config.balance import BalanceConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.layer import MoELayer
 from moe.model import Transformer
 from tests.router_presets import Preset, presets_of_routers

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from moe.config import BalanceConfig, RouterConfig, parse
+from moe.config.balance import BalanceConfig
+from moe.config.parse import parse
+from moe.config.router import RouterConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -18,7 +18,7 @@ import torch
 
 import moe.train
 from moe import checkpoint, machine
-from moe.config import Config, build
+from moe.config.run import Config, build
 from moe.run import read_lines
 
 TIMINGS = ("seconds", "tokens_per_s")

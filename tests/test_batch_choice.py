@@ -22,8 +22,10 @@ from moe.batch_choice import (
     place,
     sinkhorn,
 )
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 from moe.routing import UNUSED, Context
-from moe.routing_config import BalanceConfig, MoEConfig, RouterConfig
 
 D, E = 6, 5
 CASES = ["sinkhorn", "base", "expert-choice", "expert-choice-threshold", "expert-choice-predictor"]

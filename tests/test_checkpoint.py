@@ -11,7 +11,7 @@ import torch
 
 from moe import checkpoint
 from moe.checkpoint import Snapshot
-from moe.config import BadInput
+from moe.errors import BadInput
 
 
 def snapshot(step: int) -> Snapshot:

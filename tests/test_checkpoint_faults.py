@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from moe import checkpoint
 from moe.checkpoint import Snapshot
-from moe.config import BadInput
+from moe.errors import BadInput
 
 OPERATIONS = {"mkdir", "open", "write", "serialize_file", "chmod", "fsync", "close", "rename", "unlink", "rmdir"}
 MARKER = "executed"

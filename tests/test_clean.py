@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe import clean as pipeline
 from moe.clean import clean
-from moe.config import CleanConfig
+from moe.config.data import CleanConfig
 from moe.corpus import Document
 
 OFF = CleanConfig(html=False, unicode="none", min_chars=0, max_chars=0, max_repetition=1, exact=False, near=0)

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 import experiments.train
 from experiments import cli
-from moe.config import BadInput, Config
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.run import read_config, read_lines
 from tests.small_runs import STEPS, fate, overrides, settings, train, train_until
 

@@ -18,7 +18,9 @@ from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
 from experiments.tables import markdown
 from moe import checkpoint, data, presets
-from moe.config import BadInput, Config, build, to_dict
+from moe.config.parse import to_dict
+from moe.config.run import Config, build
+from moe.errors import BadInput
 from moe.model import Transformer
 
 

@@ -13,10 +13,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments.cli import CONF, typed
-from moe.config import CHOICES, BadInput, Config, ModelConfig, build, parse, to_dict
-from moe.routing_config import ROUTERS
+from moe.config.model import ModelConfig
+from moe.config.parse import accepted, parse, to_dict
+from moe.config.router import ROUTERS
+from moe.config.run import Config, build
+from moe.errors import BadInput
 
 GROUPS = ("model", "router", "balance", "tokenizer", "data", "optim")
+LIMITS = accepted(Config)
 CHOICE_FILES = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # What a choice cannot do without.
 NEEDS = {
@@ -91,7 +95,7 @@ def test_every_choice_of_a_name_has_a_file():
     for key in ("router.name", "tokenizer.name", "data.name", "optim.schedule"):
         group = key.split(".")[0]
         named = {settings_of(path).get(key.split(".")[1]) for path in (CONF / group).glob("*.yaml")}
-        assert set(ROUTERS if group == "router" else CHOICES[key]) - named <= {"constant"}, key
+        assert set(ROUTERS if group == "router" else LIMITS[key]) - named <= {"constant"}, key
 
 
 def test_routers_and_balances_combine(compose):

@@ -12,8 +12,9 @@ import pytest
 import zstandard
 
 from moe import corpus
-from moe.config import BadInput, DataConfig
+from moe.config.data import DataConfig
 from moe.corpus import Document, documents, source_fingerprint
+from moe.errors import BadInput
 
 
 def read(path: Path | str, **settings) -> list[Document]:

@@ -18,9 +18,10 @@ import torch
 
 import moe.data
 import moe.shards
-from moe.config import BadInput, CleanConfig, DataConfig, TokenizerConfig
+from moe.config.data import CleanConfig, DataConfig, TokenizerConfig
 from moe.corpus import Document
 from moe.data import Loader, cache_root, prepare, split_documents, validation_starts
+from moe.errors import BadInput
 from moe.shards import Dataset, Split
 
 AS_IT_IS = CleanConfig(html=False, unicode="none", min_chars=0, max_repetition=1.0, exact=False, near=0.0)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import moe.shards
-from moe.config import BadInput, CleanConfig, DataConfig, TokenizerConfig
+from moe.config.data import CleanConfig, DataConfig, TokenizerConfig
 from moe.data import Loader, prepare
+from moe.errors import BadInput
 from moe.shards import Dataset
 
 

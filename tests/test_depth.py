@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from moe import presets, train
 from moe.attention import KVCache
-from moe.config import BalanceConfig, MoEConfig, RouterConfig
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig, entering
+from moe.config.router import RouterConfig
 from moe.depth import DepthRouter
 from moe.model import Block
 from moe.routing import UNUSED, rows
-from moe.routing_config import entering
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 MOE = dict(n_experts=5, k=3, d_expert=7, depth=0.4, depth_every=2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe.config import BadInput
 from moe.data import Batch
 from moe.distill import distill_loss, load_teacher
+from moe.errors import BadInput
 from moe.model import Transformer, next_token_loss
 from moe.run import read_lines
 from moe.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe import data
-from moe.config import BalanceConfig, MoEConfig
+from moe.config.balance import BalanceConfig
+from moe.config.model import MoEConfig
 from moe.evaluate import causal_leak, evaluate
 from moe.metrics import layer_metrics
 from moe.model import Transformer

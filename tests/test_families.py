@@ -10,7 +10,10 @@ import torch
 import transformers
 import yaml
 
-from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig, parse
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.parse import parse
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.families import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
 from moe.presets import dense_twin, size
 

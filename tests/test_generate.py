@@ -23,7 +23,12 @@ from experiments.generate import GenerateConfig, main, repr_token, say, show_nex
 from experiments.tables import markdown
 from moe import checkpoint
 from moe.attention import KVCache
-from moe.config import BadInput, Config, ModelConfig, MoEConfig, RouterConfig, TokenizerConfig, to_dict
+from moe.config.data import TokenizerConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.parse import to_dict
+from moe.config.router import RouterConfig
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.generate import LayerChoice, generate, load_run, next_token_distribution, next_tokens, stream_text
 from moe.layer import LayerRouting
 from moe.model import Output, Transformer, model_tensors

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.attention import rotary
-from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.families import config_from_hf, config_to_hf, family_of, read_config
 from moe.hf import from_hf, load, save, tensor_map, to_hf
 from moe.model import Transformer

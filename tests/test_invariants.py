@@ -8,7 +8,7 @@ from torch import nn
 
 from kernels import reference
 from moe.attention import KVCache
-from moe.config import RouterConfig
+from moe.config.router import RouterConfig
 from moe.model import next_token_loss
 from moe.routing import Routing
 

@@ -8,7 +8,8 @@ import torch
 
 from kernels import tuning
 from moe import balance, dispatch
-from moe.config import BadInput, RouterConfig
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moe import machine
-from moe.config import BadInput, TrainConfig
+from moe.config.train import TrainConfig
+from moe.errors import BadInput
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import torch
 
 from experiments import measure
 from kernels import tuning
-from moe.config import BadInput
+from moe.errors import BadInput
 from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted

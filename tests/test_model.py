@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moe.attention import KVCache
-from moe.config import ModelConfig, MoEConfig, RouterConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.experts import MLP
 from moe.layer import MoELayer
 from moe.model import Transformer, next_token_loss

@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moe.config import OptimConfig, RouterConfig
+from moe.config.router import RouterConfig
+from moe.config.train import OptimConfig
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 
 

@@ -11,7 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import presets as command
 from moe import presets
-from moe.config import BadInput, MoEConfig, RouterConfig, build
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.config.run import build
+from moe.errors import BadInput
 from moe.model import Transformer
 
 FOLDER = Path(__file__).parents[1] / "conf" / "model"

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import PRESETS
 
-from moe.config import BadInput, Config, ModelConfig, MoEConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import WITHOUT_TK
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.replay import NOT_RECORDED, n_choices, path_of
 from moe.routing import UNUSED
-from moe.routing_config import WITHOUT_TK
 from moe.run import read_lines
 from tests.small_runs import STEPS, fate, settings, train, train_until
 

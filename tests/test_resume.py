@@ -14,7 +14,8 @@ import torch
 import moe.train
 from moe import checkpoint, data
 from moe.checkpoint import Snapshot
-from moe.config import BadInput, Config
+from moe.config.run import Config
+from moe.errors import BadInput
 from moe.model import Transformer
 from moe.run import read_lines
 from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until

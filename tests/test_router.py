@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from moe.config import BadInput, MoEConfig, RouterConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.router import build_router
 from moe.routing import Routing
 from moe.token_choice import TopKRouter

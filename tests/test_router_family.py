@@ -13,12 +13,15 @@ from conftest import PRESETS
 from kernels import reference
 from moe import train
 from moe.attention import KVCache
-from moe.config import BadInput, BalanceConfig, MoEConfig, OptimConfig, RouterConfig
+from moe.config.balance import BalanceConfig, validate
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.config.train import OptimConfig
+from moe.errors import BadInput
 from moe.model import next_token_loss
 from moe.optim import build_optimizer
 from moe.router import build_router
 from moe.routing import DROPPED, UNUSED, Context, Mixture, Routing
-from moe.routing_config import validate
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])

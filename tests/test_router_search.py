@@ -1,6 +1,6 @@
 """A search over what goes together: every preset of conf/router with policies, sizes and widths that no preset names.
 
-`cases` draws combinations that `moe.routing_config.validate` accepts; each test holds one claim against some of them,
+`cases` draws combinations that `moe.config.balance.validate` accepts; each test holds one claim against some of them,
 others for every preset. What a layer gives is held against loops over rows that use none of its code.
 """
 
@@ -20,10 +20,12 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from moe.attention import KVCache
-from moe.config import BadInput, BalanceConfig, MoEConfig, RouterConfig
+from moe.config.balance import BalanceConfig, validate
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.router import build_router
 from moe.routing import DROPPED, UNUSED, Context, Mixture, rows
-from moe.routing_config import validate
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 # To bf16, each erring by 2^-9 at most: up, activation, down, weight, weighted row, sum.

@@ -12,7 +12,7 @@ import torch
 
 from experiments import rows
 from experiments.rows import Absent, Case, DeviceLost, LeftOut, Rows, Wrong, run
-from moe.config import BadInput
+from moe.errors import BadInput
 
 CPU = torch.device("cpu")
 COMMON = {"device": "a CPU", "commit": "c1", "code": "k1"}

@@ -9,11 +9,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe.config import BadInput, BalanceConfig, MoEConfig, OptimConfig, RouterConfig
+from moe.config.balance import BalanceConfig, validate
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.config.train import OptimConfig
+from moe.errors import BadInput
 from moe.optim import build_optimizer
 from moe.router import build_router, router_class
 from moe.routing import UNUSED, Context
-from moe.routing_config import validate
 from moe.token_choice import MIXER_EPS, HashRouter, TopKRouter, sparsemixer
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

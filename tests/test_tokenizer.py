@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe.tokenizer
-from moe.config import BadInput, TokenizerConfig
+from moe.config.data import TokenizerConfig
+from moe.errors import BadInput
 from moe.tokenizer import Tokenizer, train
 
 TEXTS = [*list(pydoc_data.topics.topics.values())[:40], "naïve café — 漢字 😀 \u0301 12345 \r\n\t"]

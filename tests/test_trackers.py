@@ -8,7 +8,7 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moe.config import BadInput
+from moe.errors import BadInput
 from moe.run import read_lines
 from moe.trackers import flatten
 from tests.small_runs import STEPS, settings, train, train_until

@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 import moe.train
 from moe import checkpoint, data
-from moe.config import BalanceConfig, build, to_dict
+from moe.config.balance import BalanceConfig
+from moe.config.parse import to_dict
+from moe.config.run import build
 from moe.data import Batch
 from moe.model import Transformer
 from moe.run import read_lines

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from moe.config import BadInput, ModelConfig, MoEConfig, RouterConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.distill import distill_loss
+from moe.errors import BadInput
 from moe.model import Transformer, load_model, model_tensors, next_token_loss
 from moe.upcycle import grow, merge, prune, to_dense, upcycle
 

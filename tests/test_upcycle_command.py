@@ -13,7 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import experiments.upcycle
 from moe import checkpoint
-from moe.config import MoEConfig, RouterConfig
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
 from moe.generate import load_run
 from moe.run import read_config, read_lines
 from tests.small_runs import files, settings, train

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from moe import config, model
-from moe.config import BadInput, Config, build, fingerprint, to_dict
-from moe.routing_config import ROUTERS
+from moe import model
+from moe.config import parse
+from moe.config.parse import Between, OneOf, accepted, to_dict
+from moe.config.router import ROUTERS
+from moe.config.run import Config, build, fingerprint
+from moe.errors import BadInput
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 MISSPELT = {  # path of the misspelt key: the key meant
     "sead": "seed",
@@ -89,9 +92,12 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),
 }
+LIMITS = accepted(Config)
+BOUNDS = {path: (limit.low, limit.high) for path, limit in LIMITS.items() if isinstance(limit, Between)}
+CHOICES = {path: limit for path, limit in LIMITS.items() if isinstance(limit, OneOf)}
 OUT_OF_RANGE = [
     (path, value)
-    for path, (low, high) in config.BOUNDS.items()
+    for path, (low, high) in BOUNDS.items()
     for value in {low - 1 if float(low).is_integer() else low / 2, high + 1 if high < 2**31 - 1 else low - 1}
 ]
 NOT_FINITE = [
@@ -282,15 +288,15 @@ def test_a_wrong_type_is_refused_by_name(path):
 def test_a_value_that_is_no_choice_is_refused_with_the_nearest(path):
     value, nearest = NOT_A_CHOICE[path]
     own = path == "router.name"
-    accepted = ", ".join(ROUTERS) + ", or module:Class for your own" if own else ", ".join(config.CHOICES[path])
-    assert _refusal({path: value}) == f"{path}={value} is not one of {accepted}; did you mean {nearest}."
+    words = ", ".join(ROUTERS) + ", or module:Class for your own" if own else ", ".join(CHOICES[path])
+    assert _refusal({path: value}) == f"{path}={value} is not one of {words}; did you mean {nearest}."
 
 
 @pytest.mark.parametrize(("path", "value"), OUT_OF_RANGE)
 def test_a_number_out_of_range_is_refused_with_the_range(path, value):
     is_float = _fields(Config)[path] is float
     message = _refusal({path: float(value) if is_float else int(value)})
-    low, high = config.BOUNDS[path]
+    low, high = BOUNDS[path]
     assert message.startswith(f"{path}=")
     assert f"{low:g}" in message
     assert high >= 2**31 - 1 or f"{high:g}" in message
@@ -323,14 +329,14 @@ def _fields(cls, prefix=""):
 
 def test_every_number_has_bounds_and_every_bound_and_choice_a_setting():
     fields = _fields(Config)
-    assert {path for path, hint in fields.items() if hint in (int, float)} == set(config.BOUNDS)
-    assert {*config.CHOICES, "router.name"} == set(NOT_A_CHOICE) <= set(fields)
+    assert {path for path, hint in fields.items() if hint in (int, float)} == set(BOUNDS)
+    assert {*CHOICES, "router.name"} == set(NOT_A_CHOICE) <= set(fields)
 
 
-@pytest.mark.parametrize("path", list(config.BOUNDS))
+@pytest.mark.parametrize("path", list(BOUNDS))
 def test_bounds_contain_the_default(path):
-    low, high = config.BOUNDS[path]
-    assert low <= config.lookup(build(_tree({})), path) <= high
+    low, high = BOUNDS[path]
+    assert low <= parse.lookup(build(_tree({})), path) <= high
 
 
 ROUND_TRIP = {
@@ -385,14 +391,14 @@ def test_the_fingerprint_sees_what_decides_the_result_and_nothing_else(path):
     cfg = build(_tree({}))
     before = fingerprint(cfg)
     group, _, key = path.rpartition(".")
-    owner = config.lookup(cfg, group) if group else cfg
+    owner = parse.lookup(cfg, group) if group else cfg
     setattr(owner, key, _other(getattr(owner, key)))
     ignored = path in NOT_IN_FINGERPRINT or path.startswith("log.")
     assert (fingerprint(cfg) == before) == ignored
 
 
 def test_a_fingerprint_is_eight_hex_digits_and_the_same_in_every_process():
-    code = "from moe.config import build, fingerprint; print(fingerprint(build({})))"
+    code = "from moe.config.run import build, fingerprint; print(fingerprint(build({})))"
     elsewhere = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.strip()
@@ -402,7 +408,7 @@ def test_a_fingerprint_is_eight_hex_digits_and_the_same_in_every_process():
 
 def test_the_settings_import_neither_torch_nor_hydra():
     code = (
-        "import sys, moe.config\n"
+        "import sys, moe.config.run\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'hydra', 'omegaconf', 'numpy', 'yaml'}))"
     )
     assert (
@@ -412,8 +418,8 @@ def test_the_settings_import_neither_torch_nor_hydra():
 
 
 def test_lookup_passes_over_a_group_that_is_absent():
-    assert config.lookup(build({}), "model.moe.k") is None
-    assert config.lookup(build(_tree({})), "model.moe.k") == 4
+    assert parse.lookup(build({}), "model.moe.k") is None
+    assert parse.lookup(build(_tree({})), "model.moe.k") == 4
 
 
 def test_defaults_are_not_shared_between_configurations():

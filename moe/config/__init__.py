@@ -1,0 +1,10 @@
+"""Every setting and every cross-field check, on the standard library alone. A file per group of settings.
+
+parse    a dict into dataclasses and back; bounds and choices
+model    the transformer and its routed experts
+router   the router, and which of its settings mean something to which
+balance  what keeps the load even
+data     sources, cleaning, tokenizer
+train    schedule, batches, teacher, checkpoints, logs
+run      all of them together: a whole run
+"""

@@ -1,0 +1,70 @@
+"""Where text comes from, how it is cleaned and tokenised."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from moe.config.parse import ANY, MANY, Between, OneOf
+from moe.errors import BadInput
+
+BLEND_DOMAINS = ("drama", "verse", "code", "docs", "math")
+
+
+@dataclass
+class TokenizerConfig:
+    name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")] = (
+        "bpe"  # byte | char | bpe | gpt2 | cl100k_base | o200k_base
+    )
+    vocab_size: Annotated[int, Between(257, MANY)] = 4096  # of a bpe trained here; the others bring their own
+
+
+@dataclass
+class CleanConfig:
+    """The cleaning pipeline's settings; every step counts documents and bytes in and out."""
+
+    html: bool = True  # turn HTML documents into text
+    unicode: Annotated[str, OneOf("NFC", "NFKC", "none")] = "NFC"  # NFC | NFKC | none
+    min_chars: Annotated[int, Between(0, MANY)] = 100
+    max_chars: Annotated[int, Between(0, MANY)] = 0  # 0: no upper limit
+    max_repetition: Annotated[float, Between(0, 1)] = (
+        0.5  # share of a document's characters in repeated lines above which it goes; 1: keep all
+    )
+    exact: bool = True  # drop exact duplicates
+    near: Annotated[float, Between(0, 1)] = (
+        0.8  # drop documents whose estimated Jaccard similarity with an earlier one is at least this; 0: off
+    )
+
+
+@dataclass
+class DataConfig:
+    name: Annotated[str, OneOf("blend", "text", "huggingface")] = "blend"  # blend | text | huggingface
+    path: str = ""  # text: a file, folder or glob; huggingface: a dataset name or folder
+    domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
+    max_mb: Annotated[float, Between(0, ANY)] = (
+        4.0  # at most this much raw text per domain (decimal megabytes); 0: all of it
+    )
+    text_field: str = "text"  # JSONL and huggingface: the field that holds the document
+    domain_field: str = ""  # JSONL and huggingface: the field that holds the domain; "": file or dataset name
+    subset: str = ""  # huggingface: the configuration name
+    split: str = "train"  # huggingface: the split
+    streaming: bool = True  # huggingface: do not download the whole set first
+    val_fraction: Annotated[float, Between(0.0001, 0.5)] = 0.05  # share of documents, by hash, held out
+    cache: str = ""  # prepared corpora; "": $SWITCHYARD_CACHE, else ~/.cache/switchyard
+    workers: Annotated[int, Between(0, 256)] = 0  # loader processes; the batches do not depend on it
+    clean: CleanConfig = field(default_factory=CleanConfig)
+
+
+def validate(cfg: DataConfig) -> None:
+    """Refuse sources and limits that do not fit together. Raises `BadInput`."""
+    for name in cfg.domains:
+        if cfg.name == "blend" and name not in BLEND_DOMAINS:
+            raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")
+    if cfg.name == "blend" and cfg.path:
+        raise BadInput(f"data.path={cfg.path} means nothing to data=blend: choose data=text or data=huggingface.")
+    if cfg.name != "blend" and not cfg.path:
+        raise BadInput(f"data.name={cfg.name} needs data.path: a file, a folder or a glob (or a dataset's name).")
+    clean = cfg.clean
+    if clean.max_chars and clean.max_chars < clean.min_chars:
+        raise BadInput(
+            f"data.clean.max_chars={clean.max_chars} is below data.clean.min_chars={clean.min_chars}: "
+            "no document would be left (0 sets no upper limit)."
+        )

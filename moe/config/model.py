@@ -1,0 +1,146 @@
+"""The shape of a model: the transformer, and the routed experts of its layers."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from moe.config.parse import ANY, MANY, Between, OneOf
+from moe.errors import BadInput
+
+
+@dataclass
+class MoEConfig:
+    """The routed experts of one MoE layer."""
+
+    n_experts: Annotated[int, Between(1, 1_000_000)] = 16  # E
+    k: Annotated[int, Between(1, 1_000_000)] = 4  # K, experts per token
+    d_expert: Annotated[int, Between(1, 100_000_000)] = 128  # F, hidden width of one expert
+    n_shared: Annotated[int, Between(0, 1_000_000)] = 0  # experts that every token passes, each of width d_expert
+    shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
+    every: Annotated[int, Between(1, 100_000)] = 1  # layer l is an MoE layer when (l + 1) % every == 0 ...
+    first_dense: Annotated[int, Between(0, 100_000)] = (
+        0  # ... and l >= first_dense; the others are dense MLPs of width d_ff
+    )
+    widths: list[int] = field(default_factory=list)  # a hidden width per expert; empty: d_expert for all (2408.10681)
+    n_experts_by_layer: list[int] = field(default_factory=list)  # E of each MoE layer; empty: n_experts for all
+    k_by_layer: list[int] = field(default_factory=list)  # K of each MoE layer; empty: k for all
+    n_null: Annotated[int, Between(0, 1_000_000)] = (
+        0  # experts that cost nothing and give 0, numbered behind the real ones (MoE++, 2410.07348)
+    )
+    n_copy: Annotated[int, Between(0, 1_000_000)] = 0  # ... that give the token back
+    n_constant: Annotated[int, Between(0, 1_000_000)] = 0  # ... that give a mix of the token and a learned vector
+    depth: Annotated[float, Between(1e-09, 1)] = (
+        1.0  # share of a sequence's tokens that enter a block at all (Mixture-of-Depths, 2404.02258) ...
+    )
+    depth_every: Annotated[int, Between(1, 100_000)] = (
+        2  # ... where the layer has experts and (l + 1) % depth_every == 0; elsewhere all do
+    )
+    depth_causal: Annotated[str, OneOf("threshold", "predictor")] = (
+        "threshold"  # threshold | predictor: how a token decides alone in evaluation
+    )
+
+    @property
+    def n_cheap(self) -> int:
+        """Null, copy and constant experts together."""
+        return self.n_null + self.n_copy + self.n_constant
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer. Zero means "derive it": n_kv_heads = n_heads, head_dim = d_model / n_heads, and
+    vocab_size = the tokenizer's."""
+
+    name: str = "cpu-small"
+    vocab_size: Annotated[int, Between(0, MANY)] = 0  # V
+    context: Annotated[int, Between(1, MANY)] = 256  # S, the longest sequence
+    n_layers: Annotated[int, Between(1, 100_000)] = 4  # L
+    d_model: Annotated[int, Between(1, 10_000_000)] = 256  # D
+    n_heads: Annotated[int, Between(1, 100_000)] = 4  # H
+    n_kv_heads: Annotated[int, Between(0, 100_000)] = 0
+    head_dim: Annotated[int, Between(0, 100_000)] = 0
+    d_ff: Annotated[int, Between(1, 100_000_000)] = 512  # width of a dense MLP
+    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = (
+        "swiglu"  # swiglu | gelu | gelu_tanh | relu2
+    )
+    norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # rms | layer
+    norm_eps: Annotated[float, Between(0, 1)] = 1e-5
+    position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rope | learned
+    rope_theta: Annotated[float, Between(1, ANY)] = 10000.0
+    qk_norm: Annotated[str, OneOf("none", "head", "full")] = (
+        "none"  # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
+    )
+    bias: bool = False  # biases on every linear map and norm (GPT-2)
+    tie_embeddings: bool = True
+    init_std: Annotated[float, Between(0, 10)] = 0.02
+    moe: MoEConfig | None = None
+
+
+def entering(moe: MoEConfig, length: int) -> int:
+    """How many tokens of a sequence of this length enter a block in training: depth · length, rounded up, at least 1.
+
+    A share is taken for the decimal it was written as: 0.07 · 100 is 7, although the float product lies above 7."""
+    return max(1, math.ceil(moe.depth * length * (1 - 1e-12)))
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Channels of one attention head."""
+    return model.head_dim or model.d_model // model.n_heads
+
+
+def is_moe_layer(model: ModelConfig, layer: int) -> bool:
+    """Whether layer `layer` (from 0) has routed experts."""
+    moe = model.moe
+    return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+
+
+def moe_layers(model: ModelConfig) -> list[int]:
+    """The layers (from 0) that have routed experts."""
+    return [layer for layer in range(model.n_layers) if is_moe_layer(model, layer)]
+
+
+def layer_moe(model: ModelConfig, layer: int) -> MoEConfig:
+    """The routed experts of MoE layer `layer` (from 0, among all layers): its own E, K and depth."""
+    assert model.moe is not None, "a dense model has no MoE layer"
+    moe, position = model.moe, moe_layers(model).index(layer)
+    return dataclasses.replace(
+        moe,
+        n_experts=moe.n_experts_by_layer[position] if moe.n_experts_by_layer else moe.n_experts,
+        k=moe.k_by_layer[position] if moe.k_by_layer else moe.k,
+        n_experts_by_layer=[],
+        k_by_layer=[],
+        depth=moe.depth if (layer + 1) % moe.depth_every == 0 else 1.0,
+    )
+
+
+def validate(model: ModelConfig) -> None:
+    """Refuse shapes that do not fit together. Raises `BadInput`."""
+    if not model.head_dim and model.d_model % model.n_heads:
+        raise BadInput(
+            f"model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}: "
+            "choose heads that divide it, or set model.head_dim."
+        )
+    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        raise BadInput(
+            f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads} (or be 0 for all of them)."
+        )
+    if model.position == "rope" and head_dim(model) % 2:
+        raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
+    moe, n_layers = model.moe, len(moe_layers(model))
+    if moe is None:
+        return
+    if not n_layers:
+        raise BadInput(
+            f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "
+            f"among model.n_layers={model.n_layers}; for a dense model set model.moe=null."
+        )
+    for name, values in (("n_experts_by_layer", moe.n_experts_by_layer), ("k_by_layer", moe.k_by_layer)):
+        if values and len(values) != n_layers:
+            raise BadInput(f"model.moe.{name}={values} needs {n_layers} numbers, one for each MoE layer.")
+        if any(value < 1 for value in values):
+            raise BadInput(f"model.moe.{name}={values} has a number below 1.")
+    if moe.depth < 1 and all(layer_moe(model, layer).depth == 1 for layer in moe_layers(model)):
+        raise BadInput(
+            f"model.moe.depth={moe.depth} with model.moe.depth_every={moe.depth_every} concerns none of the MoE layers "
+            f"{moe_layers(model)} (from 0)."
+        )

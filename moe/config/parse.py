@@ -1,0 +1,132 @@
+"""A nested dict into dataclasses, and back; what a field accepts stands beside it, as `Between` or `OneOf`.
+
+Every mistake is a `BadInput`: one sentence that names the key, the value and what would be accepted.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from moe.errors import BadInput
+
+MANY = 2**31 - 1
+ANY = math.inf  # an upper bound that is none; the value itself must be finite
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Inclusive bounds of a number."""
+
+    low: float
+    high: float
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises `BadInput` for a value outside, or one that is not finite."""
+        if not (self.low <= value <= self.high and math.isfinite(value)):
+            above = self.high >= MANY
+            accepted = (
+                f"a finite number of at least {self.low:g}" if above else f"between {self.low:g} and {self.high:g}"
+            )
+            raise BadInput(f"{key}={value} is out of range: accepted is {accepted}.")
+
+
+class OneOf(tuple[str, ...]):
+    """The words that a setting takes: `OneOf("a", "b")`."""
+
+    def __new__(cls, *words: str) -> "OneOf":
+        return super().__new__(cls, words)
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises `BadInput` for any other word, with the nearest."""
+        if value not in self:
+            close = difflib.get_close_matches(str(value), self, n=1, cutoff=0.5)
+            tail = f"; did you mean {close[0]}" if close else ""
+            raise BadInput(f"{key}={value} is not one of {', '.join(self)}{tail}.")
+
+
+def parse(cls: type[T], tree: Any, path: str = "") -> T:
+    """Fill dataclass `cls` from a dict, refusing unknown keys and wrong types. `path` names the place in messages."""
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path[:-1] or 'the configuration'}={tree!r} must be a group of settings, not a single value.")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise BadInput(f"{path}{key} is not a setting; {nearest(str(key), list(hints), path)}.")
+    values = {key: _convert(hints[key], value, f"{path}{key}") for key, value in tree.items()}
+    return cls(**values)
+
+
+def nearest(key: str, valid: list[str], path: str = "") -> str:
+    """The tail of a message about a misspelt `key`: the nearest valid one, else all of them."""
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {path}{close[0]}" if close else f"accepted here: {', '.join(sorted(valid)) or 'none'}"
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else parse(hint, value, f"{path}.")  # type: ignore[arg-type]
+    if typing.get_origin(hint) is dict:
+        _, item = typing.get_args(hint)
+        if not isinstance(value, dict):
+            raise BadInput(f"{path}={value!r} must be a group of names and values, like {{a: 1}}.")
+        return {str(key): _convert(item, each, f"{path}.{key}") for key, each in value.items()}
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        if not isinstance(value, list | tuple):
+            raise BadInput(f"{path}={value!r} must be a list of {item.__name__}, like [a,b].")
+        return [_convert(item, each, f"{path}[{i}]") for i, each in enumerate(value)]
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    raise BadInput(f"{path}={value!r} must be of type {hint.__name__}.")
+
+
+def accepted(cls: type, path: str = "") -> dict[str, Between | OneOf]:
+    """What every setting of a dataclass accepts, by its dotted name; settings that take anything are left out."""
+    limits: dict[str, Between | OneOf] = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        for arm in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(arm):
+                limits |= accepted(arm, f"{path}{name}.")  # type: ignore[arg-type]
+        if typing.get_origin(hint) is Annotated:
+            limits[f"{path}{name}"] = typing.get_args(hint)[1]
+    return limits
+
+
+def check_values(cfg: Any) -> None:
+    """Hold every value to what its field accepts; groups that are None have none. Raises `BadInput`."""
+    for path, limit in accepted(type(cfg)).items():
+        value = lookup(cfg, path)
+        if value is not None:
+            limit.check(path, value)
+
+
+def lookup(cfg: Any, path: str) -> Any:
+    """The value at a dotted path, or None where a group on the way is None."""
+    for part in path.split("."):
+        if cfg is None:
+            return None
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A plain nested dict: what `build` takes back."""
+    return dataclasses.asdict(cfg)

@@ -1,0 +1,94 @@
+"""A training run: every group of settings, filled from YAML or a plain dict and validated once, here.
+
+`build(tree)` turns a nested dict into a `Config` or raises `BadInput` with one sentence that names the key, the value
+and what would be accepted. Nothing else in the library re-checks a setting. No Hydra, no torch: cheap to import.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from moe.config import balance, data, model, train
+from moe.config.balance import BalanceConfig
+from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.model import ModelConfig, entering, layer_moe, moe_layers
+from moe.config.parse import Between, OneOf, check_values, parse, to_dict
+from moe.config.router import WITHOUT_TK, RouterConfig
+from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
+from moe.errors import BadInput
+
+# Where a run is kept, how it is watched and how fast it reads: no part of its result, and free to change on resuming.
+FREE = ("run", "resume", "log", "data.cache", "data.workers")
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
+    run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
+    resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
+    dispatch: Annotated[str, OneOf("auto", "reference", "torch", "triton")] = (
+        "auto"  # auto | reference | torch | triton: the backend of the experts
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def build(tree: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[assignment]
+    """A validated `Config` (or a command's extension of it) from a nested dict; missing keys take their defaults.
+
+    Raises `BadInput` naming the key, the value and what would be accepted."""
+    cfg = parse(cls, tree)
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    """Check every value and every impossible pair. Raises `BadInput`."""
+    check_values(cfg)
+    model.validate(cfg.model)
+    layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
+    balance.validate(layers, cfg.router, cfg.balance)
+    for moe in layers if cfg.balance.capacity else ():
+        tokens = cfg.train.batch_size // cfg.train.accumulate * entering(moe, cfg.model.context)
+        if cfg.balance.capacity * moe.k * tokens < moe.n_experts:
+            raise BadInput(
+                f"balance.capacity={cfg.balance.capacity} leaves no expert room for one token: with {tokens} tokens in "
+                f"a micro-batch, model.moe.k={moe.k} and {moe.n_experts} experts it must be at least "
+                f"{moe.n_experts / (moe.k * tokens):.3g} (0 drops nothing)."
+            )
+    for moe in layers if cfg.balance.tile else ():
+        rows = moe.k * cfg.train.batch_size // cfg.train.accumulate * entering(moe, cfg.model.context)
+        if 2 * rows < cfg.balance.tile * moe.n_experts:
+            raise BadInput(
+                f"balance.tile={cfg.balance.tile} is more than twice the {rows / moe.n_experts:.3g} rows of an expert "
+                "in a micro-batch, and would round most to none: choose a smaller tile or a larger batch."
+            )
+    if cfg.log.experts and layers and (cfg.router.name in WITHOUT_TK or cfg.balance.tile):
+        key = f"balance.tile={cfg.balance.tile}" if cfg.balance.tile else f"router.name={cfg.router.name}"
+        raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")
+    data.validate(cfg.data)
+    train.validate(cfg.optim, cfg.train)
+
+
+def fingerprint(cfg: Config) -> str:
+    """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched)."""
+    tree = to_dict(cfg)
+    for key in FREE:
+        *groups, name = key.split(".")
+        functools.reduce(dict.__getitem__, groups, tree).pop(name)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]

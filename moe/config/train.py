@@ -1,0 +1,86 @@
+"""How a model is trained, saved and watched."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from moe.config.parse import ANY, MANY, Between, OneOf
+from moe.errors import BadInput
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; warm-up, then a schedule."""
+
+    lr: Annotated[float, Between(0, ANY)] = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: Annotated[float, Between(0, 1)] = 1e-8
+    weight_decay: Annotated[float, Between(0, ANY)] = 0.1  # on matrices; never on norms, biases or selection biases
+    clip: Annotated[float, Between(0, ANY)] = 1.0  # global gradient norm; 0: off
+    schedule: Annotated[str, OneOf("cosine", "wsd", "constant")] = (
+        "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
+    )
+    warmup: Annotated[int, Between(0, MANY)] = 50  # steps
+    final: Annotated[float, Between(0, 1)] = 0.1  # learning rate at the end, as a share of lr
+    decay: Annotated[float, Between(0, 1)] = 0.2  # wsd: share of the steps spent decaying
+
+
+@dataclass
+class TrainConfig:
+    steps: Annotated[int, Between(1, 2**62)] = 600
+    batch_size: Annotated[int, Between(1, MANY)] = 8  # sequences per optimiser step, B
+    accumulate: Annotated[int, Between(1, MANY)] = 1  # micro-batches a step is split into
+    precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = (
+        "auto"  # auto | bf16 (autocast) | fp32; auto: bf16 where the processor multiplies it natively
+    )
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: Annotated[int, Between(0, 4096)] = (
+        0  # CPU threads; 0: torch's default. Recorded, because it can change the last bits
+    )
+    checkpoint_activations: bool = False
+    compile: bool = False
+    non_finite: Annotated[str, OneOf("stop", "skip")] = "stop"  # stop | skip (the step is not taken, and counted)
+    eval_every: Annotated[int, Between(0, 2**62)] = 100  # steps; 0: only at the end
+    eval_tokens: Annotated[int, Between(1, 2**62)] = (
+        65536  # validation tokens per evaluation, spread evenly over the validation split
+    )
+
+
+@dataclass
+class DistillConfig:
+    """Another run's model as a teacher (Hinton et al., 1503.02531). The loss is (1 − weight) · cross-entropy
+    + weight · temperature² · KL(teacher || model), both in nats per token, beside the routers' losses."""
+
+    teacher: str = ""  # a run's folder; "": none
+    which: str = "best"  # of its checkpoints: best (lowest validation loss) | last | step-N
+    weight: Annotated[float, Between(0, 1)] = 0.5
+    temperature: Annotated[float, Between(0.001, 1000.0)] = 1.0
+
+
+@dataclass
+class CheckpointConfig:
+    every: Annotated[int, Between(0, 2**62)] = 200  # steps; 0: only at the end and on interruption
+    keep: Annotated[int, Between(1, 1_000_000)] = 2  # the newest k; the best one by validation loss is kept besides
+
+
+@dataclass
+class LogConfig:
+    every: Annotated[int, Between(1, 2**62)] = (
+        10  # steps between plain progress lines; metrics.jsonl has a line for every step
+    )
+    experts: bool = False  # also write which experts every token took, at every step (moe/replay.py)
+    tensorboard: bool = False
+    wandb: str = ""  # project name; "": off
+    trackio: str = ""  # project name; "": off
+
+
+def validate(optim: OptimConfig, train: TrainConfig) -> None:
+    """Refuse schedules, batches and devices that cannot be. Raises `BadInput`."""
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise BadInput(f"optim.betas={optim.betas} must be two numbers in [0, 1).")
+    if optim.warmup > train.steps:
+        raise BadInput(f"optim.warmup={optim.warmup} is longer than train.steps={train.steps}.")
+    if train.batch_size % train.accumulate:
+        raise BadInput(f"train.accumulate={train.accumulate} must divide train.batch_size={train.batch_size} evenly.")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", train.device):
+        raise BadInput(f"train.device={train.device} is not one of auto, cpu, cuda, cuda:N.")
