@@ -5,11 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_plan import DEVICE, LOADS, LastProgram, far_apart, poisoned, untouched
 
 from kernels import combine as module
 from kernels.combine import UNROLLED, combine
 from kernels.plan import plan
+from tests.test_plan import DEVICE, LOADS, LastProgram, far_apart, poisoned, untouched
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LIST = ([0, 0, 0, 2, 5, 5, 9], [1, -1, 1, 0, 2, 2, -1])  # tokens 1, 3, 4, 6, 7, 8 of ten have no row, 9 no expert

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import DEVICE, LOADS, poisoned
-from test_ragged_mm import Spy
 from torch.utils.checkpoint import checkpoint
 
 from kernels import combine, grouped, ragged_mm, ragged_wgrad, reference, tuning
 from kernels import experts as module
 from kernels import plan as planning
 from kernels.experts import ACTIVATIONS, experts
+from tests.test_plan import DEVICE, LOADS, poisoned
+from tests.test_ragged_mm import Spy
 
 RESULTS = ("out", "x", "w_up", "w_down", "weight")  # of the last four, the gradients
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

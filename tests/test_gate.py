@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import DEVICE, LastProgram, far_apart, poisoned, untouched
 
 from kernels import gate as module
 from kernels import reference
 from kernels.gate import gate
+from tests.test_plan import DEVICE, LastProgram, far_apart, poisoned, untouched
 
 # What NumPy remarks on the interpreter's infinities.
 pytestmark = [

@@ -10,12 +10,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_plan import DEVICE, LOADS, far_apart, poisoned, untouched
 
 from kernels import ragged_mm as module
 from kernels import reference, tuning
 from kernels.plan import Plan, plan
 from kernels.ragged_mm import clamp, dh, down, dx, up
+from tests.test_plan import DEVICE, LOADS, far_apart, poisoned, untouched
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

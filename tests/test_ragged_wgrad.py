@@ -5,12 +5,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_plan import DEVICE, LOADS, LastProgram, far_apart, poisoned, untouched
 
 from kernels import ragged_wgrad as module
 from kernels import tuning
 from kernels.plan import Plan, plan
 from kernels.ragged_wgrad import ragged_wgrad
+from tests.test_plan import DEVICE, LOADS, LastProgram, far_apart, poisoned, untouched
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

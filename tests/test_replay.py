@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PRESETS
 
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import WITHOUT_TK
@@ -14,6 +13,7 @@ from moe.errors import BadInput
 from moe.replay import NOT_RECORDED, n_choices, path_of
 from moe.routing import UNUSED
 from moe.run import read_lines
+from tests.conftest import PRESETS
 from tests.small_runs import STEPS, fate, settings, train, train_until
 
 OTHER = {"router.name": "sigmoid", "router.selection_bias": True}

@@ -8,7 +8,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import PRESETS
 
 from kernels import reference
 from moe import train
@@ -22,6 +21,7 @@ from moe.model import next_token_loss
 from moe.optim import build_optimizer
 from moe.router import build_router
 from moe.routing import DROPPED, UNUSED, Context, Mixture, Routing
+from tests.conftest import PRESETS
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])

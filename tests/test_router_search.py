@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import PRESETS
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.router import build_router
 from moe.routing import DROPPED, UNUSED, Context, Mixture, rows
+from tests.conftest import PRESETS
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 # To bf16, each erring by 2^-9 at most: up, activation, down, weight, weighted row, sum.

@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-from conftest import PRESETS
 
 from experiments import readme, routers
+from tests.conftest import PRESETS
 
 
 def _rows():
