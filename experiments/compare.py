@@ -27,18 +27,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from experiments import cli, page, sweep, tables, verdict
-from moe import data, machine, presets
+from moe import machine, presets
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
 from moe.config.parse import nearest, to_dict
 from moe.config.router import RouterConfig
 from moe.config.run import Config
+from moe.data.loader import validation_starts
+from moe.data.prepare import prepare
+from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.evaluate import causal_leak
 from moe.generate import load_run
 from moe.run import read_lines, write_atomically
-from moe.shards import Dataset
 from moe.train import train
 
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
@@ -100,7 +102,7 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
         raise BadInput(f"run={folder} exists: continue it with resume=true, or choose another folder.")
     if cfg.model.moe is None:
         raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
-    dataset = data.prepare(cfg.data, cfg.tokenizer, say)
+    dataset = prepare(cfg.data, cfg.tokenizer, say)
     vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
     moe, dense = settings_of_the_two(cfg, dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
@@ -143,7 +145,7 @@ def measure_leak(run: Path, dataset: Dataset, device: str) -> float:
     """`moe.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
     model, _, cfg = load_run(run, "last")
     context, split = cfg.model.context, dataset.split("val")
-    read_BS1, _ = split.read(data.validation_starts(split, context, 2 * context), context)
+    read_BS1, _ = split.read(validation_starts(split, context, 2 * context), context)
     place = machine.choose_device(device)
     return causal_leak(model.to(place), torch.from_numpy(read_BS1[:, :-1]).to(place))
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from experiments import cli, tables
-from moe import clean, corpus, data, tokenizer
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.run import Config, validate
+from moe.data import clean, sources, tokenizer
+from moe.data.prepare import cache_root
 
 
 @dataclass
@@ -31,7 +32,7 @@ def main(cfg: TokenizeConfig) -> None:
     settings = [TokenizerConfig(name, cfg.vocab_size) for name in cfg.tokenizers]
     for each in settings:
         validate(Config(data=cfg.data, tokenizer=each))
-    documents, _ = clean.clean(corpus.documents(cfg.data, data.cache_root(cfg.data)), cfg.data.clean)
+    documents, _ = clean.clean(sources.documents(cfg.data, cache_root(cfg.data)), cfg.data.clean)
     texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)

@@ -34,11 +34,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
 from experiments.train import overlay
-from moe import data, machine, run
+from moe import machine, run
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
+from moe.data.loader import Loader
+from moe.data.prepare import prepare
 from moe.errors import BadInput
 from moe.generate import load_run
 from moe.model import Transformer, load_model, model_tensors
@@ -179,7 +181,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     source = sources[0][1]
     own = target_config(source, cfg, given)
     tensors, own.model = convert(cfg, own, sources)
-    dataset = data.prepare(own.data, own.tokenizer, print)
+    dataset = prepare(own.data, own.tokenizer, print)
     for name in (cfg.source, *cfg.others):
         run.check_tokenizer(Path(name), dataset.tokenizer)
     own = resolve(own, folder, dataset, machine.choose_device(own.train.device))
@@ -187,7 +189,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     seed_everything(own.seed)
     model = Transformer(own.model, own.router, own.balance)
     load_model(model, tensors)
-    loader = data.Loader(dataset.split("train"), own.train.batch_size, own.model.context, own.seed, own.data.workers)
+    loader = Loader(dataset.split("train"), own.train.batch_size, own.model.context, own.seed, own.data.workers)
     state = State(model, build_optimizer(model, own.optim), loader)
     temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
     try:

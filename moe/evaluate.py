@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moe.config.model import moe_layers
-from moe.data import validation_starts
+from moe.data.loader import validation_starts
+from moe.data.shards import Dataset
 from moe.metrics import layer_metrics
 from moe.model import Transformer, next_token_loss
 from moe.routing import rows
-from moe.shards import Dataset
 
 
 class Evaluation(NamedTuple):

@@ -18,12 +18,12 @@ from moe import checkpoint
 from moe.attention import KVCache
 from moe.config.model import moe_layers
 from moe.config.run import Config
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.layer import LayerRouting
 from moe.model import Transformer, load_model
 from moe.routing import rows
 from moe.run import read_config
-from moe.tokenizer import Tokenizer
 
 
 class LayerChoice(NamedTuple):

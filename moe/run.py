@@ -14,8 +14,8 @@ import yaml
 
 from moe.config.parse import to_dict
 from moe.config.run import FREE, Config, build, fingerprint
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.tokenizer import Tokenizer
 
 
 def default_folder(cfg: Config) -> Path:

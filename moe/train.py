@@ -26,11 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe import balance, checkpoint, data, dispatch, machine, presets, run, trackers
+from moe import balance, checkpoint, dispatch, machine, presets, run, trackers
 from moe.config.balance import BalanceConfig
 from moe.config.model import moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
+from moe.data.loader import Batch, Loader, validation_starts
+from moe.data.prepare import prepare
+from moe.data.shards import Dataset
 from moe.distill import distill_loss, load_teacher
 from moe.errors import BadInput
 from moe.evaluate import Evaluation, evaluate
@@ -41,7 +44,6 @@ from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore
 from moe.progress import Watch
 from moe.replay import Recording, Replay
 from moe.routing import Router
-from moe.shards import Dataset
 
 MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
 
@@ -52,7 +54,7 @@ class State:
 
     model: Transformer
     optimizer: torch.optim.Optimizer
-    loader: data.Loader
+    loader: Loader
     teacher: Transformer | None = None  # of cfg.distill
     replay: Replay | None = None  # of cfg.balance.recorded
     step: int = 0
@@ -110,7 +112,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     if cfg.dispatch == "auto" and cfg.model.moe:
         say(f"dispatch: {backend}, because {why}")
     cfg.dispatch = backend
-    dataset = data.prepare(cfg.data, cfg.tokenizer, say)
+    dataset = prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
     if started:
         run.check_same(run.read_config(folder), cfg)
@@ -118,8 +120,8 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
         if (folder / "summary.json").exists():
             say(f"run: {folder} is finished")
             return json.loads((folder / "summary.json").read_text())
-    loader = data.Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
-    data.validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
+    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
+    validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if not started:
@@ -248,7 +250,7 @@ def take_back_unevaluated(state: State, cfg: Config, path: Path) -> dict[str, An
     return line
 
 
-def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
+def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
     start, step = time.perf_counter(), state.step + 1
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
@@ -290,7 +292,7 @@ def take_step(state: State, batch: data.Batch, cfg: Config, root: Path) -> tuple
 
 def compute_gradients(
     model: Transformer,
-    batch: data.Batch,
+    batch: Batch,
     cfg: Config,
     progress: float = 0.0,
     teacher: Transformer | None = None,
@@ -337,7 +339,7 @@ def compute_gradients(
 
 
 def micro_batches(
-    batch: data.Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+    batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor] | None]]:
     """Tokens, targets and recorded experts of each micro-batch of a step."""
     n = cfg.train.accumulate
@@ -366,7 +368,7 @@ def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
 
 @torch.no_grad()
 def global_loads(
-    model: Transformer, batch: data.Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+    model: Transformer, batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
 ) -> list[Tensor] | None:
     """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
     expert, for each MoE layer (2501.11873). E · sum f_i P_i is linear in P: with f of the whole step, the mean of the
@@ -434,7 +436,7 @@ def autocast(cfg: Config) -> AbstractContextManager[Any]:
     return torch.autocast(kind, torch.bfloat16) if cfg.train.precision == "bf16" else nullcontext()
 
 
-def explain_non_finite(state: State, batch: data.Batch, loss: float, cfg: Config, root: Path) -> str:
+def explain_non_finite(state: State, batch: Batch, loss: float, cfg: Config, root: Path) -> str:
     """One sentence: the step, the place where a non-finite number first appears, the last good checkpoint."""
     place = first_non_finite(state.model, batch, loss, cfg)
     good = checkpoint.latest(root, lambda _: None)
@@ -446,7 +448,7 @@ def explain_non_finite(state: State, batch: data.Batch, loss: float, cfg: Config
     )
 
 
-def first_non_finite(model: Transformer, batch: data.Batch, loss: float, cfg: Config) -> str:
+def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config) -> str:
     """Where a non-finite number first appears: a parameter, else a module's output in the forward pass, else the loss,
     else (backward runs from the last layer) the last parameter in order whose gradient is not finite."""
     for name, p in model.named_parameters():

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import moe.train
 from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
 from experiments.tables import markdown
-from moe import checkpoint, data, presets
+from moe import checkpoint, presets
 from moe.config.parse import to_dict
 from moe.config.run import Config, build
+from moe.data import loader
 from moe.errors import BadInput
 from moe.model import Transformer
 
@@ -75,14 +77,14 @@ def test_the_twin_has_the_moes_active_parameters_within_a_percent(finished):
 def test_both_train_on_the_same_batches_in_the_same_order(root, monkeypatch):
     seen: list[list[int]] = []
 
-    class Recorder(data.Loader):
+    class Recorder(loader.Loader):
         def iterate(self, from_step):
             seen.append([])
             for batch in super().iterate(from_step):
                 seen[-1].append(hash(batch.tokens_BS.numpy().tobytes()))
                 yield batch
 
-    monkeypatch.setattr(data, "Loader", Recorder)
+    monkeypatch.setattr(moe.train, "Loader", Recorder)
     compare(build(settings(root, run=str(root / "recorded")), CompareConfig), say=lambda _: None)
     moe, dense = (each[:6] for each in seen)
     assert moe == dense

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe.data import Batch
+from moe.data.loader import Batch
+from moe.data.tokenizer import Tokenizer
 from moe.distill import distill_loss, load_teacher
 from moe.errors import BadInput
 from moe.model import Transformer, next_token_loss
 from moe.run import read_lines
-from moe.tokenizer import Tokenizer
 from moe.train import compute_gradients
 from tests.small_runs import fate, files, settings, train, train_until
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe import data
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
+from moe.data.prepare import prepare
 from moe.evaluate import causal_leak, evaluate
 from moe.metrics import layer_metrics
 from moe.model import Transformer
@@ -24,7 +24,7 @@ ALL = 10**9  # more tokens than there are
 def dataset(corpus):
     """Its tokens have one byte or several, and the end-of-text token none."""
     cfg = settings(corpus, "", {"tokenizer.name": "bpe", "tokenizer.vocab_size": V})
-    return data.prepare(cfg.data, cfg.tokenizer, silent)
+    return prepare(cfg.data, cfg.tokenizer, silent)
 
 
 @pytest.fixture(scope="module")

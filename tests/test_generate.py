@@ -28,11 +28,11 @@ from moe.config.model import ModelConfig, MoEConfig
 from moe.config.parse import to_dict
 from moe.config.router import RouterConfig
 from moe.config.run import Config
+from moe.data.tokenizer import train
 from moe.errors import BadInput
 from moe.generate import LayerChoice, generate, load_run, next_token_distribution, next_tokens, stream_text
 from moe.layer import LayerRouting
 from moe.model import Output, Transformer, model_tensors
-from moe.tokenizer import train
 
 BYTES = train(TokenizerConfig("byte"), [])
 CONTEXT = 12

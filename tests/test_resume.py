@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import moe.train
-from moe import checkpoint, data
+from moe import checkpoint
 from moe.checkpoint import Snapshot
 from moe.config.run import Config
+from moe.data import loader
 from moe.errors import BadInput
 from moe.model import Transformer
 from moe.run import read_lines
@@ -184,8 +185,8 @@ def skipped_steps(cfg, snapshot):
 
 @drop("loader's position")
 def loader_position(cfg, snapshot):
-    iterate = data.Loader.iterate
-    data.Loader.iterate = lambda self, from_step: iterate(self, 0)  # undone by the fixture below
+    iterate = loader.Loader.iterate
+    loader.Loader.iterate = lambda self, from_step: iterate(self, 0)  # undone by the fixture below
     return snapshot
 
 
@@ -226,7 +227,7 @@ def test_a_resume_that_drops_any_state_is_noticed(what, uninterrupted_and_killed
     shutil.copytree(killed, tmp_path / "killed")
     load = checkpoint.load
     resolved = moe.run.read_config(killed)
-    monkeypatch.setattr(data.Loader, "iterate", data.Loader.iterate)  # put back afterwards
+    monkeypatch.setattr(loader.Loader, "iterate", loader.Loader.iterate)  # put back afterwards
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: DROP[what](resolved, load(path)))
         train(cfg)

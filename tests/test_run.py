@@ -12,8 +12,8 @@ import moe.train
 from moe import run
 from moe.config.parse import to_dict
 from moe.config.run import Config
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.tokenizer import Tokenizer
 from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
 
 

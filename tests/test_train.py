@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 import moe.train
-from moe import checkpoint, data
+from moe import checkpoint
 from moe.config.balance import BalanceConfig
 from moe.config.parse import to_dict
 from moe.config.run import build
-from moe.data import Batch
+from moe.data import loader
+from moe.data.loader import Batch
 from moe.model import Transformer
 from moe.run import read_lines
 from moe.train import coefficient, compute_gradients, seed_everything
@@ -404,7 +405,7 @@ def test_timings_are_all_that_two_equal_runs_differ_in(finished):
 
 def test_a_loader_is_closed_when_a_step_fails(corpus, tmp_path, monkeypatch):
     closed = []
-    iterate = data.Loader.iterate
+    iterate = loader.Loader.iterate
 
     def watched(self, from_step):
         try:
@@ -415,7 +416,7 @@ def test_a_loader_is_closed_when_a_step_fails(corpus, tmp_path, monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(data.Loader, "iterate", watched)
+    monkeypatch.setattr(loader.Loader, "iterate", watched)
     monkeypatch.setattr(moe.train, "take_step", fail)
     with pytest.raises(ZeroDivisionError):
         train(settings(corpus, tmp_path / "run"))

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from moe.corpus import Document
+from moe.data.sources import Document
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; raise it when the layout, the split or the order of documents changes
 SHARD_TOKENS = 2**26

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from moe import corpus
 from moe.config.data import DataConfig
-from moe.corpus import Document, documents, source_fingerprint
+from moe.data import sources
+from moe.data.sources import Document, documents, source_fingerprint
 from moe.errors import BadInput
 
 
@@ -113,7 +113,7 @@ def test_a_big_plain_text_becomes_several_documents(tmp_path):
 
 
 def test_characters_across_read_blocks_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 3)
+    monkeypatch.setattr(sources, "BLOCK", 3)
     text = "aé世界🙂\nsecond line\n" * 5
     write(tmp_path / "a.txt", text)
     write(tmp_path / "b.jsonl", lines({"text": text}, {"text": "last"}))
@@ -180,7 +180,7 @@ def test_a_bad_domain_field_is_refused(tmp_path):
 
 
 def test_a_position_beyond_the_first_block_is_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 4)
+    monkeypatch.setattr(sources, "BLOCK", 4)
     assert "not UTF-8 at byte 11" in refusal(lambda: read(write(tmp_path / "a.txt", "aé世xyzab".encode() + b"\xff.")))
     assert "byte 9 is NUL" in refusal(lambda: read(write(tmp_path / "b" / "a.txt", b"123456789\0")))
 
@@ -235,13 +235,13 @@ def test_the_fingerprint_reads_no_text(tmp_path):
 
 
 def test_the_version_stands_for_what_is_read(tmp_path):
-    """Where this fails, the same files give other documents: raise moe.corpus.VERSION and add its line here."""
+    """Where this fails, the same files give other documents: raise moe.data.sources.VERSION and add its line here."""
     write(tmp_path / "root" / "one.txt", "first line\n\n" + "A paragraph of words. " * 2000 + "\n\nlast")
     write(tmp_path / "root" / "two.jsonl", lines({"text": "é", "domain": "x"}, {"text": "b", "domain": "y"}).encode())
     write(tmp_path / "root" / "b" / "three.html.gz", "<p>three</p>")
     found = read(tmp_path / "root", domain_field="domain", max_mb=0.04)
     digest = hashlib.sha256(json.dumps([[d.text, d.domain, d.name] for d in found]).encode()).hexdigest()[:16]
-    assert digest == {1: "d34bf1be6ef62462"}[corpus.VERSION]
+    assert digest == {1: "d34bf1be6ef62462"}[sources.VERSION]
 
 
 # ---------------------------------------------------------------- huggingface

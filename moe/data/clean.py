@@ -21,7 +21,7 @@ from bs4 import BeautifulSoup, NavigableString
 from datasketch import MinHash, MinHashLSH
 
 from moe.config.data import CleanConfig
-from moe.corpus import Document
+from moe.data.sources import Document
 
 VERSION = 1  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise
 LIBRARIES = ("ftfy", "beautifulsoup4", "datasketch")  # whose versions are in that key too

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import blend
 from moe.config.data import DataConfig
-from moe.corpus import documents
+from moe.data import blend
+from moe.data.sources import documents
 from moe.errors import BadInput
 
 PLAY = "A PLAY\n\nby Someone\n\nACT I.\n\nScene I. A room.\n\n{}\n\nScene II. Another room.\n\n{}\n"
@@ -261,7 +261,7 @@ def test_a_missing_package_says_how_to_go_on_without(tmp_path, monkeypatch):
 
 
 def test_the_version_stands_for_what_is_extracted(sdist, tmp_path):
-    """Where this fails, the same files give other texts: raise moe.blend.VERSION and add its line here."""
+    """Where this fails, the same files give other texts: raise moe.data.blend.VERSION and add its line here."""
     function = "def f(x):\n    '''Of f.\n\n    >>> f(1)\n    '''\n    return x  # why\n"
     source = f'\ufeff"""Module."""\nimport os\n\n\n{function}'.encode()
     found = [blend.code_without_docstrings(source), blend.docstrings(source)]

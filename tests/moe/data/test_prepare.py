@@ -1,4 +1,4 @@
-"""Claims about moe/data.py and about what moe/shards.py writes."""
+"""Claims about moe/data/prepare.py and about what moe/data/shards.py writes."""
 
 import hashlib
 import json
@@ -16,13 +16,14 @@ import psutil
 import pytest
 import torch
 
-import moe.data
-import moe.shards
+import moe.data.prepare
+import moe.data.shards
 from moe.config.data import CleanConfig, DataConfig, TokenizerConfig
-from moe.corpus import Document
-from moe.data import Loader, cache_root, prepare, split_documents, validation_starts
+from moe.data.loader import Loader, validation_starts
+from moe.data.prepare import cache_root, prepare, split_documents
+from moe.data.shards import Dataset, Split
+from moe.data.sources import Document
 from moe.errors import BadInput
-from moe.shards import Dataset, Split
 
 AS_IT_IS = CleanConfig(html=False, unicode="none", min_chars=0, max_repetition=1.0, exact=False, near=0.0)
 BYTE = TokenizerConfig("byte")
@@ -43,14 +44,14 @@ def documents_of(n: int, seed: int = 0) -> list[Document]:
 @pytest.fixture
 def prepare_documents(tmp_path, monkeypatch):
     """`prepare` on documents given as a list, with small shards."""
-    monkeypatch.setattr(moe.shards, "SHARD_TOKENS", 700)
-    monkeypatch.setattr(moe.shards, "ENCODE_CHARACTERS", 900)
+    monkeypatch.setattr(moe.data.shards, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(moe.data.shards, "ENCODE_CHARACTERS", 900)
 
     def build(documents: list[Document], tokenizer=BYTE, say=silent, **settings) -> Dataset:
         settings = {"cache": str(tmp_path), "clean": AS_IT_IS, "val_fraction": 0.2} | settings
         content = hashlib.sha256(repr(documents).encode()).hexdigest()
-        monkeypatch.setattr(moe.data.corpus, "documents", lambda cfg, cache: iter(documents))
-        monkeypatch.setattr(moe.data.corpus, "source_fingerprint", lambda cfg, cache, *readers: content)
+        monkeypatch.setattr(moe.data.prepare.sources, "documents", lambda cfg, cache: iter(documents))
+        monkeypatch.setattr(moe.data.prepare.sources, "source_fingerprint", lambda cfg, cache, *readers: content)
         return prepare(DataConfig(**settings), tokenizer, say)
 
     return build
@@ -128,8 +129,8 @@ def test_shards_of_every_tokenizer_decode_back(prepare_documents, tokenizer):
 
 def test_a_vocabulary_over_65536_is_stored_in_four_bytes(prepare_documents, monkeypatch):
     kanji = [Document(chr(0x20000 + i) * 3, "prose", str(i)) for i in range(200)]
-    large = moe.data.train(TokenizerConfig("char"), ["".join(map(chr, range(0x20000, 0x20000 + 65536)))])
-    monkeypatch.setattr(moe.data, "train", lambda cfg, texts: large)
+    large = moe.data.prepare.train(TokenizerConfig("char"), ["".join(map(chr, range(0x20000, 0x20000 + 65536)))])
+    monkeypatch.setattr(moe.data.prepare, "train", lambda cfg, texts: large)
     dataset = prepare_documents(kanji)
     assert dataset.manifest["dtype"] == "uint32"
     assert {text for text, _ in texts_of(dataset, "train") + texts_of(dataset, "val")} == {each.text for each in kanji}
@@ -170,7 +171,7 @@ def test_a_second_call_opens_the_folder_without_doing_anything_again(prepare_doc
     def must_not_run(*arguments):
         raise AssertionError("redone")
 
-    for module, name in ((moe.data.clean, "clean"), (moe.data, "train"), (moe.data, "publish")):
+    for module, name in ((moe.data.prepare.clean, "clean"), (moe.data.prepare, "train"), (moe.data.prepare, "publish")):
         monkeypatch.setattr(module, name, must_not_run)
     assert prepare_documents(documents).sha256 == first.sha256
 
@@ -204,20 +205,20 @@ def test_nothing_is_left_behind_when_preparing_fails(prepare_documents, tmp_path
     def full_disk(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(moe.shards.Tokenizer, "save", full_disk)
+    monkeypatch.setattr(moe.data.shards.Tokenizer, "save", full_disk)
     with pytest.raises(BadInput, match=rf"{tmp_path} \(No space left on device, .* MB free\).*data\.cache"):
         prepare_documents(documents_of(60))
     assert list((tmp_path / "prepared").iterdir()) == []
 
 
 def _prepare_at_once(barrier, results, prepare_it: Callable[[], Dataset]) -> None:
-    learn = moe.data.train
+    learn = moe.data.prepare.train
 
     def wait_then_train(*arguments):
         barrier.wait(timeout=60)  # both have seen that there is no folder, and neither has written
         return learn(*arguments)
 
-    moe.data.train = wait_then_train
+    moe.data.prepare.train = wait_then_train
     dataset = prepare_it()
     results.put((str(dataset.folder), dataset.sha256))
 

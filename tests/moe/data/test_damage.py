@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import moe.shards
+import moe.data.shards
 from moe.config.data import CleanConfig, DataConfig, TokenizerConfig
-from moe.data import Loader, prepare
+from moe.data.loader import Loader
+from moe.data.prepare import prepare
+from moe.data.shards import Dataset
 from moe.errors import BadInput
-from moe.shards import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def intact(tmp_path_factory) -> Path:
         name="text", path=str(root / "text"), cache=str(root), val_fraction=0.2, clean=CleanConfig(min_chars=1, near=0)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe.shards, "SHARD_TOKENS", 3000)
+        patch.setattr(moe.data.shards, "SHARD_TOKENS", 3000)
         dataset = prepare(data, TokenizerConfig("bpe", 300), say=lambda line: None)
     assert len(list(dataset.folder.glob("train-*.bin"))) >= 2
     assert dataset.domains == ["code", "prose"]
@@ -159,8 +160,8 @@ def test_tokens_of_another_width_are_refused(folder):
 
 
 def test_another_tokenizer_is_refused(folder):
-    moe.shards.Tokenizer.load(folder)
-    learned = moe.data.train(
+    moe.data.shards.Tokenizer.load(folder)
+    learned = moe.data.prepare.train(
         TokenizerConfig("bpe", 300), ["an altogether different text, " * 3 + "x" * 99, *map(str, range(999))]
     )
     learned.save(folder)

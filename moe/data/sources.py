@@ -1,6 +1,6 @@
 """Where text comes from: raw documents, each labelled with a domain, in an order that does not change.
 
-Three kinds of source, chosen by `data.name`: `blend` (`moe/blend.py`), `text` (a file, a folder or a glob of .txt, .md,
+Three kinds of source, chosen by `data.name`: `blend` (blend.py), `text` (a file, a folder or a glob of .txt, .md,
 .html and .jsonl, also compressed) and `huggingface` (whatever `datasets` can load). Documents of the first two come in
 the order of the hash of their names, so that a size limit takes a sample spread over the whole source.
 """
@@ -22,8 +22,8 @@ from typing import Any
 
 import zstandard
 
-from moe import blend
 from moe.config.data import BLEND_DOMAINS, DataConfig
+from moe.data import blend
 from moe.errors import BadInput
 
 VERSION = (

@@ -1,4 +1,4 @@
-"""Claims about moe/tokenizer.py."""
+"""Claims about moe/data/tokenizer.py."""
 
 import pydoc_data.topics
 import random
@@ -12,10 +12,10 @@ import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moe.tokenizer
+import moe.data.tokenizer
 from moe.config.data import TokenizerConfig
+from moe.data.tokenizer import Tokenizer, train
 from moe.errors import BadInput
-from moe.tokenizer import Tokenizer, train
 
 TEXTS = [*list(pydoc_data.topics.topics.values())[:40], "naïve café — 漢字 😀 \u0301 12345 \r\n\t"]
 TRAINED = {
@@ -194,7 +194,7 @@ def test_a_download_that_never_answers_is_given_up(tmp_path, monkeypatch):
     answer = threading.Event()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: answer.wait())
-    monkeypatch.setattr(moe.tokenizer, "DOWNLOAD_SECONDS", 0.01)
+    monkeypatch.setattr(moe.data.tokenizer, "DOWNLOAD_SECONDS", 0.01)
     with pytest.raises(BadInput, match="no answer within"):
         train(TokenizerConfig("gpt2"), [])
     answer.set()

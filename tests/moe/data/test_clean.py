@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe import clean as pipeline
-from moe.clean import clean
 from moe.config.data import CleanConfig
-from moe.corpus import Document
+from moe.data import clean as pipeline
+from moe.data.clean import clean
+from moe.data.sources import Document
 
 OFF = CleanConfig(html=False, unicode="none", min_chars=0, max_chars=0, max_repetition=1, exact=False, near=0)
 
@@ -33,8 +33,7 @@ def prose(seed: int, words: int = 300) -> list[str]:
 
 
 def test_the_version_stands_for_what_cleaning_does():
-    """Where this fails, the same documents come out otherwise: raise moe.clean.VERSION and add its line here. (With the
-    libraries' versions in `fingerprint` other than those pinned here, look whether they did it.)"""
+    """Where this fails, the same documents come out otherwise: raise moe.data.clean.VERSION and add its line here."""
     page = "<html><head><title>t</title></head><body><h1>Head</h1><p>one&nbsp;two<pre>a  b</pre><ul><li>x</ul></body>"
     sentences = " ".join(prose(1))
     given = [
@@ -244,7 +243,7 @@ def test_shingle_hashes_are_one_for_each_distinct_shingle():
 
 
 def test_hashes_do_not_change_from_run_to_run():
-    program = "from moe.clean import shingle_hashes; print(shingle_hashes('one two three four five six', {}))"
+    program = "from moe.data.clean import shingle_hashes; print(shingle_hashes('one two three four five six', {}))"
     run = subprocess.run(
         [sys.executable, "-c", program], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
     )

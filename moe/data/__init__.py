@@ -1,0 +1,10 @@
+"""Text to batches.
+
+sources    documents with a domain, from files or a hub
+blend      the default corpus, in five domains
+clean      the counted cleaning pipeline
+tokenizer  byte, char, BPE trained here, pretrained
+shards     packed, verified token files
+prepare    all of these once, into a folder
+loader     batches out of that folder
+"""

@@ -1,0 +1,147 @@
+"""Text to tokens: a corpus is prepared once into a verified folder.
+
+    sources.documents -> clean.clean -> split by hash -> tokenizer -> packed shards    `prepare`, into a folder
+    folder -> verified `Dataset` -> `Split` -> windows in a shuffled order            `Loader`, out of it
+
+**Split.** A document is in `val` when the first 8 bytes of its text's sha256, read as a fraction, are below
+`val_fraction`. So no text is in both splits, and adding documents moves none. The tokenizer learns from `train` alone.
+
+**Folder** (shards.py). Its name is the hash of everything that decides its content, so that a changed setting or source
+makes a new one. Documents lie in order of their hash, which mixes the domains.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.parse import to_dict
+from moe.data import clean, sources
+from moe.data.shards import FORMAT, SPLITS, Dataset, publish
+from moe.data.sources import Document
+from moe.data.tokenizer import train
+from moe.errors import BadInput
+
+# sha256 of the files whose version 1 is the same code; see `_settings_unversioned`.
+UNVERSIONED = {
+    "clean": "e11bb1888b36ef683a758bd72241d5cd3b15ca5a6f993ef4061d7fe547b17e01",
+    "corpus": "ac0c8170a7c8f92e015d5e1582e661b029212867570164adb4d18ca7b5ba3004",
+    "blend": "cf28260939987cf260b847934f6e46a80f231332647709a814281c31e3ab3122",
+}
+
+
+def cache_root(cfg: DataConfig) -> Path:
+    """Where downloads and prepared corpora are kept: `cfg.cache`, else $SWITCHYARD_CACHE, else ~/.cache/switchyard."""
+    return Path(cfg.cache or os.environ.get("SWITCHYARD_CACHE") or "~/.cache/switchyard").expanduser()
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], None] = print) -> Dataset:
+    """The prepared corpus of these settings: opened and verified if its folder exists, else built first.
+
+    `say` gets plain lines of progress. Raises `BadInput` for a corpus that is empty, too small for its tokenizer or
+    leaves a split without a document, for a folder that cannot be written, and for a damaged one."""
+    root = cache_root(data)
+    settings = _settings(data, tokenizer, root)
+    folder = _folder(root, settings)
+    if not folder.exists() and (unversioned := _folder(root, _settings_unversioned(data, tokenizer, root))).exists():
+        folder = unversioned
+    if folder.exists():
+        say(f"data: opening {folder}")
+    else:
+        say(f"data: reading, cleaning and tokenizing into {folder} (once)")
+        documents, steps = clean.clean(sources.documents(data, root), data.clean)
+        for step in steps:
+            say(
+                f"clean: {step.name}: {step.documents_in:,} -> {step.documents_out:,} documents, "
+                f"{step.bytes_in / 1e6:.2f} -> {step.bytes_out / 1e6:.2f} MB"
+            )
+        splits = split_documents(documents, data.val_fraction)
+        record = {"settings": settings, "cleaning": [asdict(step) for step in steps]}
+        learned = train(tokenizer, (document.text for document in splits["train"]))
+        try:
+            publish(folder, splits, learned, record)
+        except OSError as error:
+            free = f", {shutil.disk_usage(root).free / 1e6:,.1f} MB free" if root.is_dir() else ""
+            raise BadInput(
+                f"the prepared corpus cannot be written under {root} ({error.strerror or error}{free}): "
+                "set data.cache or SWITCHYARD_CACHE to a folder with room and write access."
+            ) from error
+    dataset = Dataset(folder)
+    _describe(dataset, say)
+    return dataset
+
+
+def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
+    """Everything that decides a prepared corpus' content."""
+    settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer), "format": FORMAT}
+    for where_or_how in ("cache", "workers"):
+        del settings["data"][where_or_how]
+    settings |= {"source": sources.source_fingerprint(data, root), "clean": clean.fingerprint()}
+    if tokenizer.name == "bpe":
+        settings["tokenizer"]["trainer"] = f"rustbpe {importlib.metadata.version('rustbpe')}"
+    else:
+        del settings["tokenizer"]["vocab_size"]
+    return settings
+
+
+def _settings_unversioned(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
+    """The same from when hashes of the source files stood for their versions: such a corpus is opened as it is, and its
+    runs go on."""
+    settings = _settings(data, tokenizer, root) | {"clean": UNVERSIONED["clean"]}
+    settings["tokenizer"].pop("trainer", None)
+    settings["source"] = sources.source_fingerprint(data, root, (UNVERSIONED["corpus"], UNVERSIONED["blend"]))
+    return settings
+
+
+def _folder(root: Path, settings: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return root / "prepared" / f"{settings['data']['name']}-{settings['tokenizer']['name']}-{key}"
+
+
+def split_documents(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:
+    """{"train": [...], "val": [...]}, each in order of the sha256 of its documents' text.
+
+    Raises `BadInput` if a split is left without a document."""
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    hashed = [(_text_sha256(document), document) for document in documents]
+    for digest, document in sorted(hashed, key=lambda pair: (pair[0], pair[1].domain, pair[1].name)):
+        splits["val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"].append(document)
+    for name in SPLITS:
+        if not splits[name]:
+            raise BadInput(
+                f"data: the {name} split got none of the {len(documents)} documents left after cleaning; add documents "
+                f"(data.max_mb, data.path), loosen data.clean, or change data.val_fraction={val_fraction:g}."
+            )
+    return splits
+
+
+def _text_sha256(document: Document) -> bytes:
+    try:
+        return hashlib.sha256(document.text.encode()).digest()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{document.name} holds half of a surrogate pair at character {error.start}, which is not text; "
+            "clean it with data.clean.unicode=NFC."
+        ) from error
+
+
+def _describe(dataset: Dataset, say: Callable[[str], None]) -> None:
+    tokenizer = dataset.tokenizer
+    learned = ", learned from the train split alone" if tokenizer.name in ("bpe", "char") else ""
+    say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens{learned}")
+    for name in SPLITS:
+        counts = dataset.manifest["splits"][name]
+        shares = ", ".join(f"{d} {n['tokens'] / counts['tokens']:.0%}" for d, n in counts["domains"].items())
+        say(
+            f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes'] / 1e6:.2f} MB, "
+            f"{counts['bytes'] / counts['tokens']:.2f} bytes per token ({shares})"
+        )
+        for domain, each in counts["domains"].items():
+            if not each["documents"]:
+                say(f"{name}: no document of domain {domain} fell into this split; add text or raise data.val_fraction")
