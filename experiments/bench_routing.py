@@ -20,7 +20,7 @@ from kernels import grouped, reference, tuning
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.layer import MoELayer
-from moe.routing import rows
+from moe.routing.contract import rows
 
 BACKENDS = ("reference", "torch", "triton")
 PARTS = ("gate", "plan", "combine")

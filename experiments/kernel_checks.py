@@ -15,7 +15,7 @@ from experiments.checks import DTYPES, Settings, draw, multiplying, poisoned, ro
 from experiments.floors import Shape
 from experiments.rows import Case, Wrong
 from kernels import reference, tuning
-from moe.routing import rows
+from moe.routing.contract import rows
 
 # score, selection bias, renormalised, (groups, groups kept): as the router's settings
 GATES = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.measure import relative_error
 from experiments.rows import Wrong
 from kernels import grouped, reference
-from moe.routing import rows
+from moe.routing.contract import rows
 
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Layout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

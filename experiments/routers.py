@@ -22,7 +22,7 @@ from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import nearest
 from moe.config.run import Config
 from moe.errors import BadInput
-from moe.router import build_router
+from moe.routing.build import build_router
 
 FOLDER = cli.CONF / "router"
 HEADINGS = ("router", "what it does", "a token takes", "later tokens: training", "evaluation", "balance terms")

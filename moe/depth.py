@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.config.model import MoEConfig, entering
 from moe.layer import LayerRouting
-from moe.routing import UNUSED
+from moe.routing.contract import UNUSED
 
 DECAY = 0.99  # of the running mean of the cut-offs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import grouped, reference, tuning
 from moe.errors import BadInput
 from moe.experts import Experts, MixedExperts
-from moe.routing import Routing
+from moe.routing.contract import Routing
 
 
 def choose(name: str, device: torch.device) -> tuple[str, str]:

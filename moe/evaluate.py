@@ -16,7 +16,7 @@ from moe.data.loader import validation_starts
 from moe.data.shards import Dataset
 from moe.metrics import layer_metrics
 from moe.model import Transformer, next_token_loss
-from moe.routing import rows
+from moe.routing.contract import rows
 
 
 class Evaluation(NamedTuple):

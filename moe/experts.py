@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels.reference import activate
 from moe.config.model import ModelConfig, MoEConfig
-from moe.routing import UNUSED, Routing
+from moe.routing.contract import UNUSED, Routing
 
 
 class MLP(nn.Module):

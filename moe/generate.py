@@ -22,7 +22,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.layer import LayerRouting
 from moe.model import Transformer, load_model
-from moe.routing import rows
+from moe.routing.contract import rows
 from moe.run import read_config
 
 

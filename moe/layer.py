@@ -7,13 +7,14 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from kernels import reference
-from moe import balance, capacity, dispatch
+from moe import dispatch
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.experts import MLP, CheapExperts, Experts, MixedExperts
-from moe.router import build_router
-from moe.routing import DROPPED, UNUSED, Context, Mixture, Router, Routing
+from moe.routing import balance, policies
+from moe.routing.build import build_router
+from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing
 
 
 class LayerRouting(NamedTuple):
@@ -175,13 +176,13 @@ class MoELayer(nn.Module):
         """The routing after what overrides or limits it: recorded experts, forced balance, capacity, token rounding."""
         cfg = self.balance
         if recorded is not None:
-            return capacity.recorded(routing, recorded)
+            return policies.recorded(routing, recorded)
         if cfg.force == "balanced":
-            return capacity.balanced(routing, n_experts)
+            return policies.balanced(routing, n_experts)
         if self.training and cfg.capacity:
-            return capacity.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow, n_tokens * self.k)
+            return policies.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow, n_tokens * self.k)
         if self.training and cfg.tile:
-            return capacity.round_to_tile(routing, n_experts, cfg.tile)
+            return policies.round_to_tile(routing, n_experts, cfg.tile)
         return routing
 
     def mix(self, x_BSD: Tensor, mixture: Mixture, backend: str) -> tuple[Tensor, LayerRouting]:

@@ -21,7 +21,7 @@ from moe.depth import DepthRouter
 from moe.errors import BadInput
 from moe.experts import MLP
 from moe.layer import LayerRouting, MoELayer
-from moe.routing import Router
+from moe.routing.contract import Router
 
 
 class Output(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe import balance, checkpoint, dispatch, machine, presets, run, trackers
+from moe import checkpoint, dispatch, machine, presets, run, trackers
 from moe.config.balance import BalanceConfig
 from moe.config.model import moe_layers
 from moe.config.parse import to_dict
@@ -43,7 +43,8 @@ from moe.model import Output, Transformer, load_model, model_tensors, next_token
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from moe.progress import Watch
 from moe.replay import Recording, Replay
-from moe.routing import Router
+from moe.routing import balance
+from moe.routing.contract import Router
 
 MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
 

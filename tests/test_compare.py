@@ -14,7 +14,6 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-import moe.train
 from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
 from experiments.tables import markdown
@@ -84,7 +83,7 @@ def test_both_train_on_the_same_batches_in_the_same_order(root, monkeypatch):
                 seen[-1].append(hash(batch.tokens_BS.numpy().tobytes()))
                 yield batch
 
-    monkeypatch.setattr(moe.train, "Loader", Recorder)
+    monkeypatch.setattr("moe.train.Loader", Recorder)
     compare(build(settings(root, run=str(root / "recorded")), CompareConfig), say=lambda _: None)
     moe, dense = (each[:6] for each in seen)
     assert moe == dense

@@ -13,7 +13,7 @@ from moe.config.model import MoEConfig, entering
 from moe.config.router import RouterConfig
 from moe.depth import DepthRouter
 from moe.model import Block
-from moe.routing import UNUSED, rows
+from moe.routing.contract import UNUSED, rows
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 MOE = dict(n_experts=5, k=3, d_expert=7, depth=0.4, depth_every=2)

@@ -10,7 +10,7 @@ from kernels import reference
 from moe.attention import KVCache
 from moe.config.router import RouterConfig
 from moe.model import next_token_loss
-from moe.routing import Routing
+from moe.routing.contract import Routing
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kernels import tuning
-from moe import balance, dispatch
+from moe import dispatch
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
+from moe.routing import balance
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from moe.config.router import WITHOUT_TK
 from moe.config.run import Config
 from moe.errors import BadInput
 from moe.replay import NOT_RECORDED, n_choices, path_of
-from moe.routing import UNUSED
+from moe.routing.contract import UNUSED
 from moe.run import read_lines
 from tests.conftest import PRESETS
 from tests.small_runs import STEPS, fate, settings, train, train_until

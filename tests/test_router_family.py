@@ -19,8 +19,8 @@ from moe.config.train import OptimConfig
 from moe.errors import BadInput
 from moe.model import next_token_loss
 from moe.optim import build_optimizer
-from moe.router import build_router
-from moe.routing import DROPPED, UNUSED, Context, Mixture, Routing
+from moe.routing.build import build_router
+from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Routing
 from tests.conftest import PRESETS
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

@@ -23,8 +23,8 @@ from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.router import build_router
-from moe.routing import DROPPED, UNUSED, Context, Mixture, rows
+from moe.routing.build import build_router
+from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, rows
 from tests.conftest import PRESETS
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

@@ -1,18 +1,21 @@
-"""The router family: which class a name means, and what it is handed. The contract is in routing.py, the routers in
-token_choice.py (a token decides alone) and batch_choice.py (the tokens of a batch compete)."""
+"""The router family: which class a name means, and what it is handed. The contract is in contract.py."""
 
 import importlib
 
-from moe.batch_choice import BaseRouter, ExpertChoiceRouter, SinkhornRouter, SoftRouter
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.routing import Router
-from moe.token_choice import HashRouter, ReluRouter, ThresholdRouter, TopKRouter
+from moe.routing.assignment import BaseRouter
+from moe.routing.contract import Router
+from moe.routing.expert_choice import ExpertChoiceRouter
+from moe.routing.sinkhorn import SinkhornRouter
+from moe.routing.soft import SoftRouter
+from moe.routing.token_choice import HashRouter, ReluRouter, ThresholdRouter, TopKRouter
 
 
 def router_class(name: str) -> type[Router]:
-    """The class that `router.name` names; `module:Class` is one of your own, a subclass of `moe.routing.Router`.
+    """The class that `router.name` names; `module:Class` is one of your own, a subclass of
+    `moe.routing.contract.Router`.
 
     Raises `BadInput` for one of your own that cannot be imported or is no router."""
     match name:
@@ -38,7 +41,7 @@ def router_class(name: str) -> type[Router]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadInput(f"router.name={name} cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Router)):
-        raise BadInput(f"router.name={name} is no subclass of moe.routing.Router.")
+        raise BadInput(f"router.name={name} is no subclass of moe.routing.contract.Router.")
     return found
 
 

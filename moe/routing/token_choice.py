@@ -1,58 +1,17 @@
 """Token-choice routers: a token decides alone, from its own state or its own id. All are causal, in training too."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import reference
-from moe import balance
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.routing import UNUSED, Context, Router, Routing, probabilities
-
-COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
-
-
-class LinearRouter(Router):
-    """Logits that are linear in the state, and the gate of a backend. No router by itself.
-
-    linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179, which projects x to a
-    lower dimension first). In training x is
-    first multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
-    least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
-
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
-        super().__init__(cfg, d_model, moe, **where)
-        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
-        self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, E). Call it outside of autocast."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD, w_ED = self.jittered(x_TD.to(dtype)), self.w_ED.to(dtype)
-        if self.gain is None:
-            return F.linear(x_TD, w_ED)
-        cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(w_ED, dim=-1))
-        return cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
-
-    def jittered(self, x_TD: Tensor) -> Tensor:
-        """x times its noise in training, x itself otherwise."""
-        if not (self.training and self.cfg.jitter):
-            return x_TD
-        return x_TD * torch.empty_like(x_TD).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
-
-    @staticmethod
-    def gate(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`reference.gate`, by the kernel of `backend`."""
-        if backend == "triton":
-            from kernels import gate as fused  # here, because Triton is not everywhere
-
-            return fused.gate(*arguments)
-        return reference.gate(*arguments)
+from moe.routing import balance
+from moe.routing.contract import UNUSED, Context, Router, Routing, probabilities
+from moe.routing.linear import LinearRouter
 
 
 class TopKRouter(LinearRouter):

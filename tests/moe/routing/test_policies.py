@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
-from moe import capacity
 from moe.config.balance import BalanceConfig
 from moe.config.router import RouterConfig
-from moe.routing import DROPPED, UNUSED, Routing, probabilities
+from moe.routing import policies
+from moe.routing.contract import DROPPED, UNUSED, Routing, probabilities
 
 SIZES = {"n_tokens": st.integers(0, 9), "n_experts": st.integers(1, 6), "seed": st.integers(0, 2**31)}
 PRIORITIES = st.sampled_from(["position", "score"])
@@ -52,10 +52,10 @@ def _same(a, b):
 
 def _every_policy(n_experts):
     for priority, overflow in EVERY_LIMIT:
-        yield f"{priority}-{overflow}", lambda r, p=priority, o=overflow: capacity.limit(r, n_experts, 0.7, p, o)
-    yield "tile", lambda r: capacity.round_to_tile(r, n_experts, 3)
-    yield "balanced", lambda r: capacity.balanced(r)
-    yield "recorded", lambda r: capacity.recorded(r, (r.expert + 1).remainder(n_experts))
+        yield f"{priority}-{overflow}", lambda r, p=priority, o=overflow: policies.limit(r, n_experts, 0.7, p, o)
+    yield "tile", lambda r: policies.round_to_tile(r, n_experts, 3)
+    yield "balanced", lambda r: policies.balanced(r)
+    yield "recorded", lambda r: policies.recorded(r, (r.expert + 1).remainder(n_experts))
 
 
 # -- capacity
@@ -65,16 +65,16 @@ def _every_policy(n_experts):
 def test_capacity_is_the_share_of_the_rows_rounded_up_exactly(hundredths, n_rows, n_experts):
     factor = hundredths / 100
     exact = math.ceil(Fraction(str(factor)) * n_rows / n_experts)
-    assert capacity.capacity(factor, n_rows, n_experts) == max(1, exact)
+    assert policies.capacity(factor, n_rows, n_experts) == max(1, exact)
 
 
 def test_capacity_keeps_a_whole_share_whole_and_refuses_a_factor_of_zero():
     assert 1.1 * 100 / 10 > 11
-    assert capacity.capacity(1.1, 100, 10) == 11
-    assert capacity.capacity(math.inf, 7, 3) == 7
-    assert capacity.capacity(0.01, 7, 3) == capacity.capacity(math.inf, 0, 3) == 1
+    assert policies.capacity(1.1, 100, 10) == 11
+    assert policies.capacity(math.inf, 7, 3) == 7
+    assert policies.capacity(0.01, 7, 3) == policies.capacity(math.inf, 0, 3) == 1
     with pytest.raises(AssertionError, match=r"factor=0\.0"):
-        capacity.capacity(0.0, 7, 3)
+        policies.capacity(0.0, 7, 3)
 
 
 # -- limit: who stays
@@ -100,9 +100,9 @@ def _oracle_stays(expert, weight, room, priority):
 def test_an_expert_keeps_its_first_or_its_heaviest_rows(n_tokens, n_experts, seed, k, factor, ragged, priority):
     before = _routing(n_tokens, n_experts, k, seed)
     before = _ragged(before) if ragged else before
-    after = capacity.limit(before, n_experts, factor, priority, "residual")
+    after = policies.limit(before, n_experts, factor, priority, "residual")
     _, expert, weight = before.rows()
-    room = capacity.capacity(factor, len(expert), n_experts)
+    room = policies.capacity(factor, len(expert), n_experts)
     assert after.rows()[1].tolist() == _oracle_stays(expert.tolist(), weight.tolist(), room, priority)
     assert after.expert.shape == before.expert.shape
     assert _same(after._replace(expert=before.expert), before)  # weights and tokens untouched
@@ -127,8 +127,8 @@ def test_a_layers_capacity_is_a_share_of_k_rows_per_token_however_many_it_takes(
 @given(**SIZES, k=st.integers(1, 3), choice=st.sampled_from(EVERY_LIMIT))
 def test_without_a_limit_nothing_changes(n_tokens, n_experts, seed, k, choice):
     routing = _routing(n_tokens, n_experts, k, seed)
-    assert _same(capacity.limit(routing, n_experts, math.inf, *choice), routing)
-    assert _same(capacity.limit(routing, n_experts, float(n_experts), *choice), routing)
+    assert _same(policies.limit(routing, n_experts, math.inf, *choice), routing)
+    assert _same(policies.limit(routing, n_experts, float(n_experts), *choice), routing)
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,7 +137,7 @@ def test_by_position_no_later_token_changes_an_earlier_ones_fate(n_tokens, n_exp
     a, b = _routing(n_tokens, n_experts, k, seed), _routing(n_tokens, n_experts, k, seed + 1)
     names = ("expert", "weight", "logits_TE")
     b = a._replace(**{name: torch.cat([getattr(a, name)[:cut], getattr(b, name)[cut:]]) for name in names})
-    a, b = (capacity.limit(r, n_experts, factor, "position", overflow) for r in (a, b))
+    a, b = (policies.limit(r, n_experts, factor, "position", overflow) for r in (a, b))
     assert torch.equal(a.expert[:cut], b.expert[:cut])
     assert torch.equal(a.weight[:cut], b.weight[:cut])
 
@@ -147,7 +147,7 @@ def test_by_score_a_later_token_pushes_an_earlier_one_out():
         logits = torch.tensor([[1.0, 0.0], [logit, 0.0]])
         expert, weight, *_ = reference.gate(logits, 1, "softmax", None, False)
         assert expert.tolist() == [[0], [0]]
-        return capacity.limit(Routing(expert, weight, None, logits), 2, 1.0, "score", "residual").expert[0].item()
+        return policies.limit(Routing(expert, weight, None, logits), 2, 1.0, "score", "residual").expert[0].item()
 
     assert first(0.5) == 0
     assert first(2.0) == DROPPED
@@ -202,8 +202,8 @@ def _oracle_next(routing, room, priority):
 )
 def test_refused_rows_go_to_the_next_best_expert_with_room(n_tokens, n_experts, seed, k, factor, priority, score):
     before = _routing(n_tokens, n_experts, k, seed, score=score)
-    after = capacity.limit(before, n_experts, factor, priority, "next")
-    room = capacity.capacity(factor, before.expert.numel(), n_experts)
+    after = policies.limit(before, n_experts, factor, priority, "next")
+    room = policies.capacity(factor, before.expert.numel(), n_experts)
     expected, left = _oracle_next(before, room, priority)
     assert after.expert.tolist() == expected
     assert max(_counts(after, n_experts)) <= room
@@ -227,14 +227,14 @@ def test_a_refused_row_passes_by_its_tokens_other_expert_although_that_has_room(
     logits = torch.tensor([[2.0, -1.0, 1.0, -1.0]] * 2 + [[1.0, 1.0, 0.5, 0.0]], dtype=torch.float64)
     expert, weight, lse, prob = reference.gate(logits, 2, "softmax")
     assert expert.tolist() == [[0, 2], [0, 2], [0, 1]]
-    after = capacity.limit(Routing(expert, weight, None, logits, lse, prob), 4, 1.0, priority, "next")  # C = 2
+    after = policies.limit(Routing(expert, weight, None, logits, lse, prob), 4, 1.0, priority, "next")  # C = 2
     assert after.expert.tolist() == [[0, 2], [0, 2], [3, 1]]
 
 
 def test_enough_room_in_total_leaves_no_row_of_one_choice_behind():
     routing = _routing(24, 6, 1, 0, holes=0.0, skew=9.0)
     assert _counts(routing, 6) == [24, 0, 0, 0, 0, 0]
-    after = capacity.limit(routing, 6, 1.0, "position", "next")
+    after = policies.limit(routing, 6, 1.0, "position", "next")
     assert _counts(after, 6) == [4] * 6
 
 
@@ -271,11 +271,11 @@ def test_overflow_to_the_next_best_needs_scores_and_a_fixed_k():
     routing = _routing(4, 3, 2, 0)
     for refused in (_ragged(routing), routing._replace(logits_TE=None)):
         with pytest.raises(ValueError, match="overflow='next' needs"):
-            capacity.limit(refused, 3, 1.0, "position", "next")
+            policies.limit(refused, 3, 1.0, "position", "next")
     with pytest.raises(ValueError, match=r"priority='random' .* position, score"):
-        capacity.limit(routing, 3, 1.0, "random", "residual")
+        policies.limit(routing, 3, 1.0, "random", "residual")
     with pytest.raises(ValueError, match=r"overflow='spill' .* residual, next"):
-        capacity.limit(routing, 3, 1.0, "score", "spill")
+        policies.limit(routing, 3, 1.0, "score", "spill")
 
 
 # -- tiles
@@ -315,7 +315,7 @@ def _oracle_tile(routing, n_experts, tile):
 def test_every_expert_has_the_nearest_whole_number_of_tiles(n_tokens, n_experts, seed, k, tile, ragged, options):
     before = _routing(n_tokens, n_experts, k, seed, score=options[0], renormalize=options[1])
     before = _ragged(before) if ragged else before
-    after = capacity.round_to_tile(before, n_experts, tile)
+    after = policies.round_to_tile(before, n_experts, tile)
     assert all(c % tile == 0 for c in _counts(after, n_experts))
     assert len(after.expert) == before.expert.numel() + n_experts * min(tile // 2, n_tokens)
     assert (after.token_N.diff() >= 0).all()
@@ -333,7 +333,7 @@ def test_half_a_tile_rounds_up_and_less_rounds_down():
     """Counts 2, 1, 0 of 8 tokens, in tiles of 4: two tokens are added to the first expert, the second loses its row."""
     logits = torch.linspace(0, 1, 24).view(8, 3).requires_grad_()
     expert = torch.tensor([[0], [0], [1]] + [[UNUSED]] * 5)
-    after = capacity.round_to_tile(_chosen(logits, expert)._replace(weight=torch.ones(8, 1)), 3, 4)
+    after = policies.round_to_tile(_chosen(logits, expert)._replace(weight=torch.ones(8, 1)), 3, 4)
     assert _counts(after, 3) == [4, 0, 0]
     assert (after.expert == DROPPED).sum() == 1
     assert (after.expert == UNUSED).sum() == 5 + 6 - 2
@@ -341,7 +341,7 @@ def test_half_a_tile_rounds_up_and_less_rounds_down():
 
 def test_without_scores_there_is_no_token_to_add():
     with pytest.raises(ValueError, match="needs a router with scores"):
-        capacity.round_to_tile(_routing(4, 3, 2, 0)._replace(logits_TE=None), 3, 2)
+        policies.round_to_tile(_routing(4, 3, 2, 0)._replace(logits_TE=None), 3, 2)
 
 
 # -- imposed experts
@@ -352,7 +352,7 @@ def test_without_scores_there_is_no_token_to_add():
 def test_forced_balance_is_even_distinct_and_keeps_each_tokens_weight(n_tokens, n_experts, seed, k, ragged):
     before = _routing(n_tokens, n_experts, k, seed)
     before = _ragged(before) if ragged else before
-    after = capacity.balanced(before)
+    after = policies.balanced(before)
     count = _counts(after, n_experts)
     assert max(count) - min(count) <= 1
     assert sum(count) == sum(_counts(before, n_experts))
@@ -369,19 +369,19 @@ def test_forced_balance_is_even_distinct_and_keeps_each_tokens_weight(n_tokens, 
 
 def test_forced_balance_deals_the_rows_in_turn():
     routing = _routing(3, 4, 2, 0, holes=0.0)
-    assert capacity.balanced(routing).expert.tolist() == [[0, 1], [2, 3], [0, 1]]
-    blind = capacity.balanced(routing._replace(logits_TE=None), 3)
+    assert policies.balanced(routing).expert.tolist() == [[0, 1], [2, 3], [0, 1]]
+    blind = policies.balanced(routing._replace(logits_TE=None), 3)
     assert blind.expert.tolist() == [[0, 1], [2, 0], [1, 2]]
     assert torch.equal(blind.weight, routing.weight)
     with pytest.raises(ValueError, match="give n_experts"):
-        capacity.balanced(routing._replace(logits_TE=None))
+        policies.balanced(routing._replace(logits_TE=None))
 
 
 @settings(max_examples=60, deadline=None)
 @given(**SIZES, k=st.integers(1, 3), score=st.sampled_from(["softmax", "sigmoid"]), renormalize=st.booleans())
 def test_replaying_a_routings_own_experts_changes_nothing(n_tokens, n_experts, seed, k, score, renormalize):
     routing = _routing(n_tokens, n_experts, k, seed, score=score, renormalize=renormalize)
-    again = capacity.recorded(routing, routing.expert)
+    again = policies.recorded(routing, routing.expert)
     assert torch.equal(again.expert, routing.expert)
     torch.testing.assert_close(again.weight, routing.weight * (routing.expert >= 0), rtol=1e-12, atol=0)
 
@@ -390,8 +390,8 @@ def test_replaying_a_routings_own_experts_changes_nothing(n_tokens, n_experts, s
 @given(**SIZES, k=st.integers(1, 3), priority=st.sampled_from(["position", "score"]))
 def test_replaying_what_capacity_left_of_a_routing_drops_the_same_rows_again(n_tokens, n_experts, seed, k, priority):
     routing = _routing(n_tokens, n_experts, k, seed, holes=0.0)
-    left = capacity.limit(routing, n_experts, 0.5, priority, "residual")
-    again = capacity.recorded(routing, left.expert)
+    left = policies.limit(routing, n_experts, 0.5, priority, "residual")
+    again = policies.recorded(routing, left.expert)
     assert torch.equal(again.expert, left.expert)
     assert torch.equal(again.weight, left.weight * (left.expert >= 0))
 
@@ -399,7 +399,7 @@ def test_replaying_what_capacity_left_of_a_routing_drops_the_same_rows_again(n_t
 def test_replayed_experts_get_their_own_probabilities_on_the_tokens_scale():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
     expert, weight, *_ = reference.gate(logits, 2, "softmax", None, True, 2.5)
-    after = capacity.recorded(
+    after = policies.recorded(
         Routing(expert, weight, None, logits), torch.tensor([[0, 1], [DROPPED, 3]], dtype=torch.int64)
     )
     assert after.expert.tolist() == [[0, 1], [DROPPED, 3]]
@@ -409,12 +409,12 @@ def test_replayed_experts_get_their_own_probabilities_on_the_tokens_scale():
 
 def test_replay_without_scores_keeps_the_weights_and_shapes_must_agree():
     routing = _routing(2, 4, 2, 0, holes=0.0)
-    blind = capacity.recorded(routing._replace(logits_TE=None), torch.tensor([[3, UNUSED], [1, 0]]))
+    blind = policies.recorded(routing._replace(logits_TE=None), torch.tensor([[3, UNUSED], [1, 0]]))
     assert blind.weight.tolist() == [[routing.weight[0, 0], 0], routing.weight[1].tolist()]
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2\)"):
-        capacity.recorded(routing, torch.zeros(2, 3, dtype=torch.int64))
+        policies.recorded(routing, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="fixed K"):
-        capacity.recorded(_ragged(routing), torch.zeros(4, dtype=torch.int64))
+        policies.recorded(_ragged(routing), torch.zeros(4, dtype=torch.int64))
 
 
 # -- every policy

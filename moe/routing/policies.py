@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from moe.routing import DROPPED, UNUSED, Routing
+from moe.routing.contract import DROPPED, UNUSED, Routing
 
 
 def capacity(factor: float, n_rows: int, n_experts: int) -> int:

@@ -6,9 +6,9 @@ import torch
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.router import build_router
-from moe.routing import Routing
-from moe.token_choice import TopKRouter
+from moe.routing.build import build_router
+from moe.routing.contract import Routing
+from moe.routing.token_choice import TopKRouter
 
 
 def _router(cfg, d=6, n_experts=5, k=3, dtype=torch.float64):
@@ -89,6 +89,6 @@ def test_rows_name_every_choice_in_token_order():
 def test_a_router_that_cannot_be_imported_is_refused():
     with pytest.raises(BadInput, match=r"router\.name=no_such:Router cannot be imported"):
         build_router(RouterConfig(name="no_such:Router"), 4, MoEConfig())
-    with pytest.raises(BadInput, match=r"router\.name=moe\.router:build_router is no subclass of moe\.routing\.Router"):
-        build_router(RouterConfig(name="moe.router:build_router"), 4, MoEConfig())
+    with pytest.raises(BadInput, match=r"router\.name=moe\.routing\.build:build_router is no subclass of moe\.routing\.contract"):
+        build_router(RouterConfig(name="moe.routing.build:build_router"), 4, MoEConfig())
     assert isinstance(build_router(RouterConfig(name="sigmoid"), 4, MoEConfig()), TopKRouter)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
-from moe import balance
+from moe.routing import balance
 
 
 @settings(max_examples=60)

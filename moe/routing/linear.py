@@ -1,0 +1,82 @@
+"""Logits that are linear in the state, or in its direction: what most routers start from."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import reference
+from moe.config.model import MoEConfig
+from moe.config.router import RouterConfig
+from moe.routing.contract import Router, Routing, probabilities
+
+COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
+
+
+class LinearRouter(Router):
+    """Logits that are linear in the state, and the gate of a backend. No router by itself.
+
+    linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179, which projects x to a
+    lower dimension first). In training x is
+    first multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
+    least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
+        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E). Call it outside of autocast."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD, w_ED = self.jittered(x_TD.to(dtype)), self.w_ED.to(dtype)
+        if self.gain is None:
+            return F.linear(x_TD, w_ED)
+        cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(w_ED, dim=-1))
+        return cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
+
+    def jittered(self, x_TD: Tensor) -> Tensor:
+        """x times its noise in training, x itself otherwise."""
+        if not (self.training and self.cfg.jitter):
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
+
+    @staticmethod
+    def gate(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`reference.gate`, by the kernel of `backend`."""
+        if backend == "triton":
+            from kernels import gate as fused  # here, because Triton is not everywhere
+
+            return fused.gate(*arguments)
+        return reference.gate(*arguments)
+
+
+FAR = 1e6  # a logit further than this below its token's best counts as this far: infinities become numbers
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 for float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """x W^T in float32 at least: (T, D), (E, D) -> (T, E)."""
+    x_TD = wide(x_TD)
+    return F.linear(x_TD, w_ED.to(x_TD.dtype))
+
+
+def bounded(logits_TE: Tensor) -> Tensor:
+    """Every token's logits less its largest, within [-FAR, 0]: (T, E) -> (T, E), finite whatever is given.
+
+    +inf is the largest there is (several are equal), -inf and NaN the smallest. Neither Sinkhorn's normalisation nor
+    the best assignment changes when a constant is added to all logits of a token."""
+    top = torch.finfo(logits_TE.dtype).max
+    finite_TE = logits_TE.nan_to_num(nan=-top, posinf=top, neginf=-top)
+    return (finite_TE - finite_TE.amax(-1, keepdim=True)).clamp_min(-FAR)
+
+
+def decision(logits_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor, score: str) -> Routing:
+    """K rows per token, and of the plain logits what the balancing losses read."""
+    prob_E = probabilities(logits_TE, score).sum(0)
+    return Routing(expert_TK, weight_TK, None, logits_TE, logits_TE.logsumexp(-1), prob_E, score)
