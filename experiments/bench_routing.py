@@ -19,7 +19,7 @@ from experiments.rows import Case, Wrong
 from kernels import grouped, reference, tuning
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.layer import MoELayer
+from moe.model.layer import MoELayer
 from moe.routing.contract import rows
 
 BACKENDS = ("reference", "torch", "triton")

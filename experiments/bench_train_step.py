@@ -18,13 +18,13 @@ import yaml
 from experiments import measure, tables
 from experiments.measure import Ceilings
 from experiments.rows import Absent, Case
-from moe import dispatch, presets
 from moe.config.model import ModelConfig, MoEConfig, head_dim
 from moe.config.parse import nearest, parse
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.errors import BadInput
-from moe.model import Transformer, next_token_loss
+from moe.model import cost, dispatch
+from moe.model.transformer import Transformer, next_token_loss
 from moe.optim import build_optimizer
 
 PEERS = ("transformers",)
@@ -100,7 +100,7 @@ def contestants(settings: Settings) -> dict[str, Build]:
     shape = (settings.batch_size, settings.model.context + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
-    twin = presets.dense_twin(settings.model, "active_params")
+    twin = cost.dense_twin(settings.model, "active_params")
     found: dict[str, Build] = {}
     for compiler in (None, settings.compiler) if settings.compiled else (None,):
         for backend in settings.backends:
@@ -193,7 +193,7 @@ def ours(name: str, cfg: ModelConfig, wanted: str, compiler: str | None, tokens:
         balancing = sum(0.01 * each.aux + 0.001 * each.z for each in output.routing)
         return next_token_loss(output.logits_BSV, tokens[:, 1:]) + balancing
 
-    return Contestant(name, presets.size(cfg).total, presets.flops(cfg).training, stepper(model, loss, tokens.device))
+    return Contestant(name, cost.size(cfg).total, cost.flops(cfg).training, stepper(model, loss, tokens.device))
 
 
 def transformers_olmoe(cfg: ModelConfig, tokens: torch.Tensor) -> Contestant:
@@ -231,7 +231,7 @@ def transformers_model(name: str, config: Any, cfg: ModelConfig, tokens: torch.T
     total = sum(p.numel() for p in model.parameters())
     inputs = tokens[:, :-1]
     step = stepper(model, lambda: model(input_ids=inputs, labels=inputs).loss, tokens.device)
-    return Contestant(name, total, presets.flops(cfg).training, step)
+    return Contestant(name, total, cost.flops(cfg).training, step)
 
 
 def stepper(model: torch.nn.Module, loss: Callable[[], torch.Tensor], device: torch.device) -> Callable[[str], None]:

@@ -31,7 +31,7 @@ from kernels import grouped, reference
 from moe import machine
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.layer import MoELayer
+from moe.model.layer import MoELayer
 from moe.routing.contract import rows
 
 # name -> (dtype, whether float32 is multiplied in tf32, the error that is always allowed: one rounding, or for exact

@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from experiments import cli, page, sweep, tables, verdict
-from moe import machine, presets
+from moe import machine
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
@@ -40,6 +40,7 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.evaluate import causal_leak
 from moe.generate import load_run
+from moe.model import cost
 from moe.run import read_lines, write_atomically
 from moe.train import train
 
@@ -137,7 +138,7 @@ def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config,
     of the settings of one, so that it is the twin of every MoE of its size."""
     shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
     moe = Config(**shared | {"model": model})
-    twin = presets.dense_twin(model, cfg.match, cfg.router)
+    twin = cost.dense_twin(model, cfg.match, cfg.router)
     return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
 
 

@@ -12,7 +12,7 @@ from experiments import cli, tables
 from moe.config.model import ModelConfig
 from moe.config.parse import nearest, parse
 from moe.errors import BadInput
-from moe.presets import flops, size
+from moe.model.cost import flops, size
 
 
 @dataclass

@@ -43,7 +43,7 @@ from moe.data.loader import Loader
 from moe.data.prepare import prepare
 from moe.errors import BadInput
 from moe.generate import load_run
-from moe.model import Transformer, load_model, model_tensors
+from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.optim import build_optimizer
 from moe.train import State, resolve, save_checkpoint, seed_everything
 from moe.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe.config.run import Config
 from moe.errors import BadInput
 from moe.generate import load_run
-from moe.model import Transformer
+from moe.model.transformer import Transformer
 
 
 def load_teacher(cfg: Config, tokenizer: str, device: torch.device) -> Transformer | None:

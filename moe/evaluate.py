@@ -15,7 +15,7 @@ from moe.config.model import moe_layers
 from moe.data.loader import validation_starts
 from moe.data.shards import Dataset
 from moe.metrics import layer_metrics
-from moe.model import Transformer, next_token_loss
+from moe.model.transformer import Transformer, next_token_loss
 from moe.routing.contract import rows
 
 

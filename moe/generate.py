@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import checkpoint
-from moe.attention import KVCache
 from moe.config.model import moe_layers
 from moe.config.run import Config
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.layer import LayerRouting
-from moe.model import Transformer, load_model
+from moe.model.attention import KVCache
+from moe.model.layer import LayerRouting
+from moe.model.transformer import Transformer, load_model
 from moe.routing.contract import rows
 from moe.run import read_config
 

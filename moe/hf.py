@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.attention import rotary
 from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.families import config_to_hf, family_of, read_config
-from moe.model import Transformer
+from moe.model.attention import rotary
+from moe.model.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

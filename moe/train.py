@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe import checkpoint, dispatch, machine, presets, run, trackers
+from moe import checkpoint, machine, run, trackers
 from moe.config.balance import BalanceConfig
 from moe.config.model import moe_layers
 from moe.config.parse import to_dict
@@ -37,9 +37,10 @@ from moe.data.shards import Dataset
 from moe.distill import distill_loss, load_teacher
 from moe.errors import BadInput
 from moe.evaluate import Evaluation, evaluate
-from moe.layer import LayerRouting
 from moe.metrics import layer_metrics
-from moe.model import Output, Transformer, load_model, model_tensors, next_token_loss
+from moe.model import cost, dispatch
+from moe.model.layer import LayerRouting
+from moe.model.transformer import Output, Transformer, load_model, model_tensors, next_token_loss
 from moe.optim import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from moe.progress import Watch
 from moe.replay import Recording, Replay
@@ -135,7 +136,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     if cfg.train.compile:
         model.compile()
     tracker = trackers.Trackers(cfg, folder, state.step)
-    size = presets.size(cfg.model, cfg.router)
+    size = cost.size(cfg.model, cfg.router)
     say(
         f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
         f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
@@ -537,8 +538,8 @@ def summarize(
         "name": Path(cfg.run).name,
         "seed": cfg.seed,
         "model": to_dict(cfg.model),
-        "params": presets.size(cfg.model, cfg.router)._asdict(),
-        "flops": presets.flops(cfg.model, cfg.router)._asdict(),
+        "params": cost.size(cfg.model, cfg.router)._asdict(),
+        "flops": cost.flops(cfg.model, cfg.router)._asdict(),
         "steps": state.step,
         "tokens": tokens,
         "seconds": state.seconds,

@@ -1,6 +1,6 @@
 """Checkpoints turned into other models: dense to MoE and back, more experts, fewer experts, many models into one.
 
-Every function takes named tensors, as `moe.model.model_tensors` gives them, with the config they belong to, and returns
+Every function takes named tensors, as `moe.model.transformer.model_tensors` gives them, with their config, and returns
 new ones for the target: all of its names and nothing else, in the dtype of `embed.weight`. The tensors handed in are
 never changed. What the target has and the source does not (a new router) is drawn as `Transformer.initialize` draws it.
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import READS, RouterConfig
 from moe.errors import BadInput
-from moe.experts import up_width
-from moe.model import Transformer, model_tensors
+from moe.model.experts import up_width
+from moe.model.transformer import Transformer, model_tensors
 
 METHODS = ("copy", "noise", "split", "drop")
 PER_EXPERT = re.compile(r"\.mlp\..*_E[A-Z]*$")  # tensors whose first dimension counts the experts

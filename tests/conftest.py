@@ -12,8 +12,8 @@ import torch
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.layer import MoELayer
-from moe.model import Transformer
+from moe.model.layer import MoELayer
+from moe.model.transformer import Transformer
 from tests.router_presets import Preset, presets_of_routers
 from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 

@@ -17,12 +17,13 @@ from hydra.core.global_hydra import GlobalHydra
 from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
 from experiments.tables import markdown
-from moe import checkpoint, presets
+from moe import checkpoint
 from moe.config.parse import to_dict
 from moe.config.run import Config, build
 from moe.data import loader
 from moe.errors import BadInput
-from moe.model import Transformer
+from moe.model import cost
+from moe.model.transformer import Transformer
 
 
 def settings(root: Path, **changes) -> dict:
@@ -195,7 +196,7 @@ def test_bad_settings_are_refused_in_one_sentence(root, changes, message):
 
 
 def test_a_twin_that_cannot_match_is_refused_before_anything_is_trained(root, monkeypatch):
-    monkeypatch.setattr(presets, "TWIN_TOLERANCE", 1e-6)
+    monkeypatch.setattr(cost, "TWIN_TOLERANCE", 1e-6)
     with pytest.raises(BadInput, match="no dense twin of model=tiny comes within"):
         compare(build(settings(root, run=str(root / "refused")), CompareConfig), say=lambda _: None)
     assert not (root / "refused").exists()

@@ -11,7 +11,7 @@ from moe.data.loader import Batch
 from moe.data.tokenizer import Tokenizer
 from moe.distill import distill_loss, load_teacher
 from moe.errors import BadInput
-from moe.model import Transformer, next_token_loss
+from moe.model.transformer import Transformer, next_token_loss
 from moe.run import read_lines
 from moe.train import compute_gradients
 from tests.small_runs import fate, files, settings, train, train_until

@@ -12,7 +12,7 @@ from moe.config.model import MoEConfig
 from moe.data.prepare import prepare
 from moe.evaluate import causal_leak, evaluate
 from moe.metrics import layer_metrics
-from moe.model import Transformer
+from moe.model.transformer import Transformer
 from tests.router_presets import presets_of_routers
 from tests.small_runs import settings, silent
 

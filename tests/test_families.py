@@ -15,7 +15,7 @@ from moe.config.parse import parse
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.families import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
-from moe.presets import dense_twin, size
+from moe.model.cost import dense_twin, size
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 PRESETS = {  # name: (family, parameters)

@@ -22,7 +22,6 @@ from experiments import cli
 from experiments.generate import GenerateConfig, main, repr_token, say, show_next
 from experiments.tables import markdown
 from moe import checkpoint
-from moe.attention import KVCache
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.parse import to_dict
@@ -31,8 +30,9 @@ from moe.config.run import Config
 from moe.data.tokenizer import train
 from moe.errors import BadInput
 from moe.generate import LayerChoice, generate, load_run, next_token_distribution, next_tokens, stream_text
-from moe.layer import LayerRouting
-from moe.model import Output, Transformer, model_tensors
+from moe.model.attention import KVCache
+from moe.model.layer import LayerRouting
+from moe.model.transformer import Output, Transformer, model_tensors
 
 BYTES = train(TokenizerConfig("byte"), [])
 CONTEXT = 12

@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.attention import rotary
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.families import config_from_hf, config_to_hf, family_of, read_config
 from moe.hf import from_hf, load, save, tensor_map, to_hf
-from moe.model import Transformer
+from moe.model.attention import rotary
+from moe.model.transformer import Transformer
 
 TOLERANCE = 1e-5  # relative, Frobenius
 LLAMA = {

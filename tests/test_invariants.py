@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kernels import reference
-from moe.attention import KVCache
 from moe.config.router import RouterConfig
-from moe.model import next_token_loss
+from moe.model.attention import KVCache
+from moe.model.transformer import next_token_loss
 from moe.routing.contract import Routing
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

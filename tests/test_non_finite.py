@@ -11,7 +11,7 @@ import torch
 import moe.train
 from moe import checkpoint
 from moe.errors import BadInput
-from moe.model import Transformer
+from moe.model.transformer import Transformer
 from moe.run import read_lines
 from tests.small_runs import SAVED, STEPS, fate, settings, silent, tensors_digest, train
 

@@ -17,7 +17,7 @@ from moe.checkpoint import Snapshot
 from moe.config.run import Config
 from moe.data import loader
 from moe.errors import BadInput
-from moe.model import Transformer
+from moe.model.transformer import Transformer
 from moe.run import read_lines
 from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 

@@ -11,13 +11,13 @@ import torch
 
 from kernels import reference
 from moe import train
-from moe.attention import KVCache
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.errors import BadInput
-from moe.model import next_token_loss
+from moe.model.attention import KVCache
+from moe.model.transformer import next_token_loss
 from moe.optim import build_optimizer
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Routing

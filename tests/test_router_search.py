@@ -18,11 +18,11 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from moe.attention import KVCache
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
+from moe.model.attention import KVCache
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, rows
 from tests.conftest import PRESETS

@@ -17,7 +17,7 @@ from moe.config.parse import to_dict
 from moe.config.run import build
 from moe.data import loader
 from moe.data.loader import Batch
-from moe.model import Transformer
+from moe.model.transformer import Transformer
 from moe.run import read_lines
 from moe.train import coefficient, compute_gradients, seed_everything
 from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train

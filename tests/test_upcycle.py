@@ -9,7 +9,7 @@ from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.distill import distill_loss
 from moe.errors import BadInput
-from moe.model import Transformer, load_model, model_tensors, next_token_loss
+from moe.model.transformer import Transformer, load_model, model_tensors, next_token_loss
 from moe.upcycle import grow, merge, prune, to_dense, upcycle
 
 TOKENS_BS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -30,7 +30,7 @@ class SoftRouter(Router):
 
     P is the size of a parameter and cannot follow the length of a sequence: `cfg.slots`, or when that is 0 the
     ceil(K·S/E), at least 1, whose experts at the model's context S cost what K experts per token cost; mixing is on top
-    (`moe.presets.flops`). (T, D) -> dispatch and
+    (`moe.model.cost.flops`). (T, D) -> dispatch and
     combine (B, S, E, P), B sequences of S = T / B tokens."""
 
     causal = causal_in_eval = per_token = fixed_k = False

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moe import model
 from moe.config import parse
 from moe.config.parse import Between, OneOf, accepted, to_dict
 from moe.config.router import ROUTERS
 from moe.config.run import Config, build, fingerprint
 from moe.errors import BadInput
+from moe.model import transformer
 
 ROOT = Path(__file__).parents[3]
 
@@ -264,7 +264,7 @@ def _no_model_is_built(monkeypatch):
     def refuse(*args):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(model.Transformer, "__init__", refuse)
+    monkeypatch.setattr(transformer.Transformer, "__init__", refuse)
 
 
 @pytest.mark.parametrize("key", MISSPELT)

@@ -89,6 +89,8 @@ def test_rows_name_every_choice_in_token_order():
 def test_a_router_that_cannot_be_imported_is_refused():
     with pytest.raises(BadInput, match=r"router\.name=no_such:Router cannot be imported"):
         build_router(RouterConfig(name="no_such:Router"), 4, MoEConfig())
-    with pytest.raises(BadInput, match=r"router\.name=moe\.routing\.build:build_router is no subclass of moe\.routing\.contract"):
+    with pytest.raises(
+        BadInput, match=r"router\.name=moe\.routing\.build:build_router is no subclass of moe\.routing\.contract"
+    ):
         build_router(RouterConfig(name="moe.routing.build:build_router"), 4, MoEConfig())
     assert isinstance(build_router(RouterConfig(name="sigmoid"), 4, MoEConfig()), TopKRouter)

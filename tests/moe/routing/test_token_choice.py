@@ -434,7 +434,7 @@ def test_frozen_is_read_by_every_router_that_says_so(name):
 
 OWN = '''
 import torch
-from moe.routing import Router, Routing
+from moe.routing.contract import Router, Routing
 
 class First(Router):
     """Every token to the experts from options.first on."""

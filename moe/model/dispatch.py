@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import grouped, reference, tuning
 from moe.errors import BadInput
-from moe.experts import Experts, MixedExperts
+from moe.model.experts import Experts, MixedExperts
 from moe.routing.contract import Routing
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels import tuning
-from moe import dispatch
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
+from moe.model import dispatch
 from moe.routing import balance
 
 CPU = torch.device("cpu")

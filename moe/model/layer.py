@@ -7,11 +7,11 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from kernels import reference
-from moe import dispatch
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.experts import MLP, CheapExperts, Experts, MixedExperts
+from moe.model import dispatch
+from moe.model.experts import MLP, CheapExperts, Experts, MixedExperts
 from moe.routing import balance, policies
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing

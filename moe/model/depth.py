@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config.model import MoEConfig, entering
-from moe.layer import LayerRouting
+from moe.model.layer import LayerRouting
 from moe.routing.contract import UNUSED
 
 DECAY = 0.99  # of the running mean of the cut-offs

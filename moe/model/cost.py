@@ -8,8 +8,8 @@ import torch
 from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.experts import up_width
-from moe.model import Transformer
+from moe.model.experts import up_width
+from moe.model.transformer import Transformer
 from moe.routing.soft import soft_slots
 
 TWIN_TOLERANCE = 0.01

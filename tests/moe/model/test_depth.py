@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe import presets, train
-from moe.attention import KVCache
+from moe import train
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig, entering
 from moe.config.router import RouterConfig
-from moe.depth import DepthRouter
-from moe.model import Block
+from moe.model import cost
+from moe.model.attention import KVCache
+from moe.model.depth import DepthRouter
+from moe.model.transformer import Block
 from moe.routing.contract import UNUSED, rows
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -286,8 +287,8 @@ def test_what_a_token_costs_is_counted_by_the_share_that_enters(model_config):
     moe = 3 * (3 * 7 * d) + 5 * d  # the K experts, and the router
     norms = 2 * d
     routers = d  # with a threshold
-    assert presets.size(half).total == presets.size(whole).total + routers
-    assert presets.size(half).active == presets.size(whole).active - round((attention + moe + norms) / 2) + routers
+    assert cost.size(half).total == cost.size(whole).total + routers
+    assert cost.size(half).active == cost.size(whole).active - round((attention + moe + norms) / 2) + routers
     scores = 4 * s * 16  # every position with every other
     saved = (2 * (attention + moe) + scores) / 2 + scores / 4 - 2 * d
-    assert presets.flops(half).forward == presets.flops(whole).forward - saved
+    assert cost.flops(half).forward == cost.flops(whole).forward - saved

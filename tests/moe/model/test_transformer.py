@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from moe.attention import KVCache
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.experts import MLP
-from moe.layer import MoELayer
-from moe.model import Transformer, next_token_loss
-from moe.presets import dense_twin
+from moe.model.attention import KVCache
+from moe.model.cost import dense_twin
+from moe.model.experts import MLP
+from moe.model.layer import MoELayer
+from moe.model.transformer import Transformer, next_token_loss
 
 
 def _model(cfg: ModelConfig, seed: int = 0) -> Transformer:

@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import presets as command
-from moe import presets
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.run import build
 from moe.errors import BadInput
-from moe.model import Transformer
+from moe.model import cost
+from moe.model.transformer import Transformer
 
-FOLDER = Path(__file__).parents[1] / "conf" / "model"
+FOLDER = Path(__file__).parents[3] / "conf" / "model"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -43,12 +43,12 @@ def _preset(name, vocab_size=4096):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_published_number_of_parameters(name):
-    assert presets.size(_preset(name)).total == PUBLISHED[name]
+    assert cost.size(_preset(name)).total == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(("name", "total"), [("gpu-50m", 50e6), ("gpu-300m", 300e6), ("gpu-1b", 1e9)])
 def test_presets_for_one_gpu_have_about_the_size_in_their_name(name, total):
-    assert presets.size(_preset(name, vocab_size=32000)).total == pytest.approx(total, rel=0.25)
+    assert cost.size(_preset(name, vocab_size=32000)).total == pytest.approx(total, rel=0.25)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -79,7 +79,7 @@ def _active(cfg):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_active_parameters_of_presets_are_the_closed_form(name):
-    assert presets.size(_preset(name)).active == _active(_preset(name))
+    assert cost.size(_preset(name)).active == _active(_preset(name))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_active_parameters_of_presets_are_the_closed_form(name):
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_active_parameters_of_patterns_are_the_closed_form(model_config, moe, activation):
     cfg = model_config(n_layers=4, moe=moe, activation=activation)
-    assert presets.size(cfg).active == _active(cfg)
+    assert cost.size(cfg).active == _active(cfg)
 
 
 def test_active_parameters_are_the_ones_with_a_gradient_from_one_token(make_model):
@@ -103,7 +103,7 @@ def test_active_parameters_are_the_ones_with_a_gradient_from_one_token(make_mode
     touched = 0
     for name, p in model.named_parameters():
         touched += sum(e.numel() for e in p.grad if e.abs().sum() > 0) if name.endswith(("EFD", "EDF")) else p.numel()
-    assert touched == presets.size(model.cfg).active
+    assert touched == cost.size(model.cfg).active
 
 
 FLOP_MODELS = {
@@ -127,7 +127,7 @@ def test_flops_are_what_torch_counts(make_model, name):
     loss = out.logits_BSV.sum() + sum(each.aux for each in out.routing)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    expected = presets.flops(model.cfg, context=8)
+    expected = cost.flops(model.cfg, context=8)
     assert forward.get_total_flops() == 2 * 8 * expected.forward
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * 8 * expected.training
 
@@ -138,22 +138,22 @@ def test_a_soft_routers_flops_are_its_slots_and_its_mixing(make_model, router):
     model, tokens = make_model(router), torch.zeros(2, 16, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         model(tokens, backend="reference")
-    assert counted.get_total_flops() == 2 * 16 * presets.flops(model.cfg, router).forward
-    assert presets.flops(model.cfg, router).forward > 1.2 * presets.flops(model.cfg).forward
+    assert counted.get_total_flops() == 2 * 16 * cost.flops(model.cfg, router).forward
+    assert cost.flops(model.cfg, router).forward > 1.2 * cost.flops(model.cfg).forward
 
 
 def test_flops_are_at_the_models_own_context_unless_told(model_config):
     cfg = model_config()
-    assert presets.flops(cfg) == presets.flops(cfg, context=16)
-    longer = presets.flops(cfg, context=17).forward - presets.flops(cfg).forward
+    assert cost.flops(cfg) == cost.flops(cfg, context=16)
+    longer = cost.flops(cfg, context=17).forward - cost.flops(cfg).forward
     assert longer == 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim
 
 
 def _measure(cfg, match):
     return {
-        "active_params": presets.size(cfg).active,
-        "total_params": presets.size(cfg).total,
-        "flops": presets.flops(cfg).forward,
+        "active_params": cost.size(cfg).active,
+        "total_params": cost.size(cfg).total,
+        "flops": cost.flops(cfg).forward,
     }[match]
 
 
@@ -161,7 +161,7 @@ def _measure(cfg, match):
 @pytest.mark.parametrize("name", [name for name in PRESETS if _preset(name).moe])
 def test_a_dense_twin_is_within_one_percent_and_differs_in_the_feed_forward_alone(name, match):
     cfg = _preset(name)
-    twin = presets.dense_twin(cfg, match)
+    twin = cost.dense_twin(cfg, match)
     assert abs(_measure(twin, match) / _measure(cfg, match) - 1) <= 0.01
     assert twin.moe is None
     assert twin.d_ff % 8 == 0
@@ -172,11 +172,11 @@ def test_a_dense_twin_is_within_one_percent_and_differs_in_the_feed_forward_alon
 @pytest.mark.parametrize("match", MATCHES)
 def test_a_twin_matches_what_the_router_costs_too(match):
     cfg, router = _preset("cpu-nano"), RouterConfig("soft")
-    twin, plain = presets.dense_twin(cfg, match, router), presets.dense_twin(cfg, match)
+    twin, plain = cost.dense_twin(cfg, match, router), cost.dense_twin(cfg, match)
     aim = {
-        "active_params": presets.size(cfg, router).active,
-        "total_params": presets.size(cfg, router).total,
-        "flops": presets.flops(cfg, router).forward,
+        "active_params": cost.size(cfg, router).active,
+        "total_params": cost.size(cfg, router).total,
+        "flops": cost.flops(cfg, router).forward,
     }[match]
     assert abs(_measure(twin, match) / aim - 1) <= 0.01
     assert twin.d_ff > plain.d_ff
@@ -185,7 +185,7 @@ def test_a_twin_matches_what_the_router_costs_too(match):
 @pytest.mark.parametrize("match", MATCHES)
 def test_a_twin_takes_any_width_where_no_multiple_of_8_fits(model_config, match):
     cfg = model_config(n_layers=6, d_model=32, moe=MoEConfig(n_experts=7, k=3, d_expert=7))
-    twin = presets.dense_twin(cfg, match)
+    twin = cost.dense_twin(cfg, match)
     assert abs(_measure(twin, match) / _measure(cfg, match) - 1) <= 0.01
 
 
@@ -198,7 +198,7 @@ def test_no_twin_within_reach_is_refused_with_how_close_it_gets(model_config):
     with pytest.raises(
         BadInput, match=r"no dense twin of model=tiny comes within 1%.*d_ff=\d+, is [+-]\d+\.\d% off"
     ) as e:
-        presets.dense_twin(cfg, "total_params")
+        cost.dense_twin(cfg, "total_params")
     assert f"{best:.1%} off" in str(e.value)
 
 
@@ -208,14 +208,14 @@ def _dense(cfg, width):
 
 def test_a_twin_of_a_dense_model_and_an_unknown_match_are_refused(model_config):
     with pytest.raises(BadInput, match=r"match=flops needs a Mixture-of-Experts model, and model=tiny has"):
-        presets.dense_twin(model_config(moe=None), "flops")
+        cost.dense_twin(model_config(moe=None), "flops")
     with pytest.raises(BadInput, match="match=params is not one of active_params, flops, total_params"):
-        presets.dense_twin(model_config(), "params")
+        cost.dense_twin(model_config(), "params")
 
 
 def test_sizes_are_those_of_a_model_that_is_built(model_config):
     cfg = model_config(moe=MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2))
-    assert presets.size(cfg).total == sum(p.numel() for p in Transformer(cfg, RouterConfig()).parameters())
+    assert cost.size(cfg).total == sum(p.numel() for p in Transformer(cfg, RouterConfig()).parameters())
 
 
 def test_the_command_prints_a_row_per_preset(monkeypatch, capsys):
@@ -224,7 +224,7 @@ def test_the_command_prints_a_row_per_preset(monkeypatch, capsys):
     command.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     for (name, total, active, context, forward, training), preset in zip(rows, ("gpt2", "olmoe-1b-7b"), strict=True):
-        size, flops = presets.size(_preset(preset)), presets.flops(_preset(preset), context=1024)
+        size, flops = cost.size(_preset(preset)), cost.flops(_preset(preset), context=1024)
         assert (name, context) == (preset, "1,024")
         assert (total, active) == (f"{size.total:,}", f"{size.active:,}")
         assert (forward, training) == (f"{flops.forward:,}", f"{flops.training:,}")

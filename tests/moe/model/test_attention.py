@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moe.attention import Attention, KVCache, rotary, rotate
+from moe.model.attention import Attention, KVCache, rotary, rotate
 
 
 def _attention(cfg, seed=0):

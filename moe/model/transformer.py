@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import Attention, KVCache, rotary
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, head_dim, layer_moe, moe_layers
 from moe.config.router import RouterConfig
-from moe.depth import DepthRouter
 from moe.errors import BadInput
-from moe.experts import MLP
-from moe.layer import LayerRouting, MoELayer
+from moe.model.attention import Attention, KVCache, rotary
+from moe.model.depth import DepthRouter
+from moe.model.experts import MLP
+from moe.model.layer import LayerRouting, MoELayer
 from moe.routing.contract import Router
 
 

@@ -1,0 +1,10 @@
+"""The network and what it costs, in the order it is built.
+
+attention    grouped-query attention, positions, KV cache
+experts      the dense MLP, shared and routed experts
+dispatch     backends over the same expert weights
+layer        the MoE layer: route, limit, dispatch, combine
+depth        which tokens enter a block at all
+transformer  blocks and the whole model
+cost         parameter and FLOP counts, the dense twin
+"""
