@@ -24,13 +24,13 @@ import torch
 
 from experiments import bench_kernels, bench_layer, bench_routing, bench_train_step, cli, measure, peers, tables, tune
 from experiments.rows import Rows, run
-from moe import machine
 from moe.config.model import ModelConfig
 from moe.config.parse import accepted
 from moe.config.run import Config
 from moe.config.train import TrainConfig
 from moe.errors import BadInput
-from moe.run import write_atomically
+from moe.run import machine
+from moe.run.jsonl import write_atomically
 
 SUITES = ("train_step", "routing", "kernels", "layer", "tune")
 INSTEAD = "suite=routing and suite=train_step run on a CPU, and sizes=smoke of the others in Triton's interpreter."

@@ -25,7 +25,7 @@ from moe.config.train import OptimConfig
 from moe.errors import BadInput
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer, next_token_loss
-from moe.optim import build_optimizer
+from moe.train.optimizer import build_optimizer
 
 PEERS = ("transformers",)
 MODELS = Path(__file__).resolve().parent.parent / "conf" / "model"

@@ -28,11 +28,11 @@ from experiments.bench_layer import choices
 from experiments.floors import Shape
 from experiments.rows import Absent, Case, LeftOut
 from kernels import grouped, reference
-from moe import machine
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.layer import MoELayer
 from moe.routing.contract import rows
+from moe.run import machine
 
 # name -> (dtype, whether float32 is multiplied in tf32, the error that is always allowed: one rounding, or for exact
 # sums a few)

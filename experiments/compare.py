@@ -27,7 +27,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from experiments import cli, page, sweep, tables, verdict
-from moe import machine
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
@@ -38,11 +37,12 @@ from moe.data.loader import validation_starts
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.errors import BadInput
-from moe.evaluate import causal_leak
-from moe.generate import load_run
+from moe.eval.evaluate import causal_leak
 from moe.model import cost
-from moe.run import read_lines, write_atomically
-from moe.train import train
+from moe.run import machine
+from moe.run.jsonl import read_lines, write_atomically
+from moe.run.load import load_run
+from moe.train.loop import train
 
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
 
@@ -143,7 +143,7 @@ def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config,
 
 
 def measure_leak(run: Path, dataset: Dataset, device: str) -> float:
-    """`moe.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
+    """`moe.eval.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
     model, _, cfg = load_run(run, "last")
     context, split = cfg.model.context, dataset.split("val")
     read_BS1, _ = split.read(validation_starts(split, context, 2 * context), context)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import cli, tables
-from moe import machine
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.generate import LayerChoice, generate, load_run, next_tokens, stream_text, token_bytes
+from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text, token_bytes
 from moe.model import dispatch
+from moe.run import machine
+from moe.run.load import load_run
 
 # Control characters would move a terminal's cursor or switch its character set: their pictures are shown instead.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}

@@ -39,8 +39,8 @@ from experiments import (
     tune,
 )
 from experiments.rows import Absent, Case, DeviceLost, Rows, run
-from moe import machine
 from moe.errors import BadInput
+from moe.run import machine
 
 REFUSED, LOST, INTERRUPTED = 2, 75, 130  # exit statuses
 GRACE = 40.0  # seconds that a row may go on after its stage's time is used up

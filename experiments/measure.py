@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
-from moe import machine
 from moe.errors import BadInput
+from moe.run import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FLUSHED = 256 * 2**20  # bytes written to empty a GPU's cache: several times any GPU's

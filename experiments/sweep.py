@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import tables, verdict
-from moe.run import write_atomically
+from moe.run.jsonl import write_atomically
 
 SEEDS = ("seed", "seeds")
 BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it

@@ -14,10 +14,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
-from moe import run
 from moe.config.parse import lookup
 from moe.config.run import Config
-from moe.train import train
+from moe.run import folder
+from moe.train.loop import train
 
 
 @cli.command("train", Config)
@@ -25,7 +25,7 @@ def main(cfg: Config) -> None:
     """Train. With `run=... resume=true` every setting that the command line does not give is the run's own."""
     given = [each.lstrip("+~").partition("=")[0] for each in HydraConfig.get().overrides.task]
     if cfg.resume and cfg.run and Path(cfg.run).exists() and "experiment" not in given:
-        cfg = overlay(run.read_config(Path(cfg.run)), cfg, given)
+        cfg = overlay(folder.read_config(Path(cfg.run)), cfg, given)
     train(cfg)
 
 

@@ -17,7 +17,7 @@
                        dense                      every layer's K busiest experts side by side, to be distilled
 
 Settings that the command line does not give are the source's own, its learning rate and number of steps among them;
-`seed` draws the routers, the noise and the batches. `moe.upcycle` says what each method does and what it preserves.
+`seed` draws the routers, the noise and the batches. `moe.convert.upcycle` says what each method does and preserves.
 """
 
 import copy
@@ -34,19 +34,21 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
 from experiments.train import overlay
-from moe import machine, run
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
+from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 from moe.data.loader import Loader
 from moe.data.prepare import prepare
 from moe.errors import BadInput
-from moe.generate import load_run
 from moe.model.transformer import Transformer, load_model, model_tensors
-from moe.optim import build_optimizer
-from moe.train import State, resolve, save_checkpoint, seed_everything
-from moe.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
+from moe.run import machine
+from moe.run.folder import check_tokenizer, create_folder
+from moe.run.load import load_run
+from moe.train.loop import resolve
+from moe.train.optimizer import build_optimizer
+from moe.train.state import State, save_checkpoint, seed_everything
 
 FROM_MOE = ("grow", "prune", "dense")
 ALL_METHODS = (*METHODS, "merge", *FROM_MOE)
@@ -183,7 +185,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     tensors, own.model = convert(cfg, own, sources)
     dataset = prepare(own.data, own.tokenizer, print)
     for name in (cfg.source, *cfg.others):
-        run.check_tokenizer(Path(name), dataset.tokenizer)
+        check_tokenizer(Path(name), dataset.tokenizer)
     own = resolve(own, folder, dataset, machine.choose_device(own.train.device))
     machine.set_threads(own.train)
     seed_everything(own.seed)
@@ -193,7 +195,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     state = State(model, build_optimizer(model, own.optim), loader)
     temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
     try:
-        run.create(temporary, own, tokenizer)
+        create_folder(temporary, own, tokenizer)
         save_checkpoint(state, own, temporary / "checkpoints", dataset, None, print)
         temporary.rename(folder)
     except OSError as error:

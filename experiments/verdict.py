@@ -15,12 +15,12 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
-ROUTING = ("max_vio", "effective_experts", "skipped")  # of `moe.metrics.layer_metrics`
+ROUTING = ("max_vio", "effective_experts", "skipped")  # of `moe.analysis.metrics.layer_metrics`
 LABELS = {"active_params": "active parameters", "total_params": "total parameters", "flops": "forward FLOPs per token"}
 
 
 class Run(NamedTuple):
-    """A finished run: its folder, `summary.json`, the lines of `metrics.jsonl`, and `moe.evaluate.causal_leak` of the
+    """A finished run: its folder, `summary.json`, the lines of `metrics.jsonl`, and `causal_leak` of the
     trained model, None where nobody measured it."""
 
     folder: str

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-import moe.train
-from moe import checkpoint, machine
+import moe.train.loop
+import moe.train.state
+import moe.train.step
 from moe.config.run import Config, build
-from moe.run import read_lines
+from moe.run import checkpoint, machine
+from moe.run.jsonl import read_lines
 
 TIMINGS = ("seconds", "tokens_per_s")
 STEPS, SAVED, EVALUATED = 7, 3, 2  # a run's steps; steps between checkpoints and between evaluations
@@ -94,9 +96,9 @@ def settings(corpus: Path, run: Path | str, changes: dict[str, Any] | None = Non
 
 
 def train(cfg: Config, say: Callable[[str], None] = silent) -> dict[str, Any]:
-    """`moe.train.train` without what only costs time here: no power fails, and nobody reads the peak memory."""
+    """`moe.train.loop.train` without what only costs time here: no power fails, and nobody reads the peak memory."""
     with mock.patch.object(machine, "reset_peak_memory"), mock.patch("os.fsync"):
-        return moe.train.train(cfg, say)
+        return moe.train.loop.train(cfg, say)
 
 
 class Killed(BaseException):
@@ -105,28 +107,28 @@ class Killed(BaseException):
 
 def train_until(cfg: Config, step: int) -> None:
     """Train, and be killed at the beginning of `step`."""
-    take_step = moe.train.take_step
+    take_step = moe.train.step.take_step
 
-    def take(state: moe.train.State, *arguments: Any) -> Any:
+    def take(state: moe.train.state.State, *arguments: Any) -> Any:
         if state.step + 1 == step:
             raise Killed
         return take_step(state, *arguments)
 
-    with mock.patch.object(moe.train, "take_step", take), pytest.raises(Killed):
+    with mock.patch.object(moe.train.step, "take_step", take), pytest.raises(Killed):
         train(cfg)
 
 
 def noisy(monkeypatch: Any) -> None:
     """Make training draw from every global generator, as dropout or a library might: gradients get noise."""
-    compute_gradients = moe.train.compute_gradients
+    compute_gradients = moe.train.step.compute_gradients
 
-    def compute(model: torch.nn.Module, *arguments: Any) -> moe.train.Gradients:
+    def compute(model: torch.nn.Module, *arguments: Any) -> moe.train.step.Gradients:
         gradients = compute_gradients(model, *arguments)
         for p in model.parameters():
             p.grad += 1e-3 * torch.randn_like(p) + 1e-4 * (random.random() + np.random.random())  # noqa: NPY002
         return gradients
 
-    monkeypatch.setattr(moe.train, "compute_gradients", compute)
+    monkeypatch.setattr(moe.train.step, "compute_gradients", compute)
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -173,7 +175,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 def start(cfg: Config, phase: str, log: Path) -> tuple[BaseProcess, Connection]:
     """A process that trains `cfg`, has reached `phase` and waits there, and a pipe: a word over it lets it go on."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all
-    context.set_forkserver_preload(["moe.train"])
+    context.set_forkserver_preload(["moe.train.loop"])
     here, there = context.Pipe()
     process = context.Process(target=child, args=(cfg, phase, log, there))
     process.start()
@@ -195,10 +197,10 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
         pipe.send(phase)
         pipe.recv()
 
-    take_step, evaluate, write = moe.train.take_step, moe.train.evaluate, checkpoint._write
-    compute_gradients, evaluations = moe.train.compute_gradients, iter(range(100))
+    take_step, evaluate, write = moe.train.step.take_step, moe.train.loop.evaluate, checkpoint._write
+    compute_gradients, evaluations = moe.train.step.compute_gradients, iter(range(100))
 
-    def stepping(state: moe.train.State, *arguments: Any) -> Any:
+    def stepping(state: moe.train.state.State, *arguments: Any) -> Any:
         if phase == "between steps" and state.step + 1 == 5:
             halt()
 
@@ -208,7 +210,7 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
                 halt()
             return gradients
 
-        with mock.patch.object(moe.train, "compute_gradients", compute):
+        with mock.patch.object(moe.train.step, "compute_gradients", compute):
             return take_step(state, *arguments)
 
     def evaluating(*arguments: Any, stop: Callable[[], bool], **keywords: Any) -> Any:
@@ -227,8 +229,8 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
         if phase == "save" and folder.name.startswith("step-00000003"):
             halt()
 
-    monkeypatch.setattr(moe.train, "take_step", stepping)
-    monkeypatch.setattr(moe.train, "evaluate", evaluating)
+    monkeypatch.setattr(moe.train.step, "take_step", stepping)
+    monkeypatch.setattr(moe.train.loop, "evaluate", evaluating)
     monkeypatch.setattr(checkpoint, "_write", writing)
     train(cfg, print)
 

@@ -14,7 +14,8 @@ import experiments.train
 from experiments import cli
 from moe.config.run import Config
 from moe.errors import BadInput
-from moe.run import read_config, read_lines
+from moe.run.folder import read_config
+from moe.run.jsonl import read_lines
 from tests.small_runs import STEPS, fate, overrides, settings, train, train_until
 
 

@@ -17,13 +17,13 @@ from hydra.core.global_hydra import GlobalHydra
 from experiments import compare as command
 from experiments.compare import HEADINGS, CompareConfig, compare
 from experiments.tables import markdown
-from moe import checkpoint
 from moe.config.parse import to_dict
 from moe.config.run import Config, build
 from moe.data import loader
 from moe.errors import BadInput
 from moe.model import cost
 from moe.model.transformer import Transformer
+from moe.run import checkpoint
 
 
 def settings(root: Path, **changes) -> dict:
@@ -84,7 +84,7 @@ def test_both_train_on_the_same_batches_in_the_same_order(root, monkeypatch):
                 seen[-1].append(hash(batch.tokens_BS.numpy().tobytes()))
                 yield batch
 
-    monkeypatch.setattr("moe.train.Loader", Recorder)
+    monkeypatch.setattr("moe.train.loop.Loader", Recorder)
     compare(build(settings(root, run=str(root / "recorded")), CompareConfig), say=lambda _: None)
     moe, dense = (each[:6] for each in seen)
     assert moe == dense

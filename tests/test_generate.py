@@ -1,4 +1,4 @@
-"""Claims about moe/generate.py and experiments/generate.py."""
+"""Claims about moe/eval/generate.py and experiments/generate.py."""
 
 import math
 import os
@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from experiments import cli
 from experiments.generate import GenerateConfig, main, repr_token, say, show_next
 from experiments.tables import markdown
-from moe import checkpoint
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.parse import to_dict
@@ -29,10 +28,13 @@ from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.data.tokenizer import train
 from moe.errors import BadInput
-from moe.generate import LayerChoice, generate, load_run, next_token_distribution, next_tokens, stream_text
+from moe.eval.generate import LayerChoice, generate, next_token_distribution, next_tokens, stream_text
 from moe.model.attention import KVCache
 from moe.model.layer import LayerRouting
 from moe.model.transformer import Output, Transformer, model_tensors
+from moe.run import checkpoint
+from moe.run.load import load_run
+from moe.train import state as state_module
 
 BYTES = train(TokenizerConfig("byte"), [])
 CONTEXT = 12
@@ -285,7 +287,7 @@ def made_run(tmp_path_factory):
         model = Transformer(cfg.model, cfg.router).initialize(step)
         meta = {"tokenizer": BYTES.fingerprint}
         state = checkpoint.Snapshot(
-            step=step, model=model_tensors(model), optimizer={}, meta=meta, rng=checkpoint.rng_state()[0]
+            step=step, model=model_tensors(model), optimizer={}, meta=meta, rng=state_module.rng_state()[0]
         )
         checkpoint.save(run / "checkpoints", state, keep=3, score=score)
     return run

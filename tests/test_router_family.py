@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kernels import reference
-from moe import train
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
@@ -18,9 +17,10 @@ from moe.config.train import OptimConfig
 from moe.errors import BadInput
 from moe.model.attention import KVCache
 from moe.model.transformer import next_token_loss
-from moe.optim import build_optimizer
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Routing
+from moe.train import step
+from moe.train.optimizer import build_optimizer
 from tests.conftest import PRESETS
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -448,12 +448,12 @@ def test_every_router_trains_and_learns_what_it_should(make_model, preset, token
         loss = next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:])
         losses.append(loss.item())
         for each in out.routing:
-            loss = loss + sum(train.coefficient(balance, key, 0.0) * value for key, value in each.losses.items())
+            loss = loss + sum(step.coefficient(balance, key, 0.0) * value for key, value in each.losses.items())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         optimizer.step()
-        train.update_routers(model, [train.layer_totals(each, tokens.numel()) for each in out.routing], balance, 0.0)
+        step.update_routers(model, [step.layer_totals(each, tokens.numel()) for each in out.routing], balance, 0.0)
     after = model.state_dict()
     assert losses[-1] < losses[0]
     assert all(each.isfinite().all() for each in after.values())
@@ -697,8 +697,8 @@ def test_a_shared_router_learns_from_all_its_layers_at_once(make_model, tokens):
     model = make_model(RouterConfig("sigmoid", selection_bias=True, shared=True))
     out = model(tokens)
     before = model.routers()[0].bias_E.clone()
-    totals = [train.layer_totals(each, tokens.numel()) for each in out.routing]
-    train.update_routers(model, totals, BalanceConfig(aux=0.0, z=0.0, bias_rate=0.125), 0.0)
+    totals = [step.layer_totals(each, tokens.numel()) for each in out.routing]
+    step.update_routers(model, totals, BalanceConfig(aux=0.0, z=0.0, bias_rate=0.125), 0.0)
     count_E = sum(each.wanted_E for each in out.routing).double()
     torch.testing.assert_close(model.routers()[0].bias_E - before, 0.125 * (count_E.mean() - count_E).sign(), **EXACT)
 

@@ -21,7 +21,8 @@ LADDER = ("config", "data", "routing", "parallel", "model", "run", "convert", "a
 # What a room leaves alone although it comes before it.
 STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data", "routing")}
 # What may touch the kernels: the rooms and files that decide where a token goes and what its experts make of it.
-TOUCH_KERNELS = ("moe.routing.contract.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer")
+TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer")
+ALONE = ("moe.parallel",)  # a room of one file, until placement on several devices moves in
 LONGEST = 450  # lines of a file that is read in one sitting
 
 
@@ -75,6 +76,13 @@ def _room(name):
     return parts[1] if parts[0] == "moe" and len(parts) == 3 else None
 
 
+def test_moe_is_rooms_in_the_order_of_the_ladder():
+    assert [room for room in LADDER if f"moe.{room}" not in ROOMS] == []
+    assert {name for name in MODULES if name.count(".") == 1 and name.startswith("moe.")} - ROOMS == {"moe.errors"}
+    mapped = re.findall(r"^(\w+)  ", ast.get_docstring(_tree(MODULES["moe"])), re.MULTILINE)
+    assert mapped == ["errors", *LADDER]
+
+
 def test_a_room_imports_only_from_rooms_above_it():
     for name, others in EDGES.items():
         if room := _room(name):
@@ -99,9 +107,7 @@ def test_the_settings_stand_on_the_standard_library_alone():
 def test_only_routing_and_the_experts_layers_touch_kernels():
     users = {name for name, path in MODULES.items() if _room(name) and "kernels" in _packages(path)}
     assert all(name.startswith(TOUCH_KERNELS) for name in users), users
-    assert {
-        other for other in EDGES.get("moe.model.experts", {"kernels.reference"}) if other.startswith("kernels")
-    } == {"kernels.reference"}
+    assert {other for other in EDGES["moe.model.experts"] if other.startswith("kernels")} == {"kernels.reference"}
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if _name(path).startswith("kernels")], ids=_name)
@@ -156,7 +162,7 @@ def test_a_rooms_docstring_maps_its_files(room):
     docstring = ast.get_docstring(_tree(MODULES[room]))
     inside = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == room}
     assert {name for name in inside if not re.search(rf"^{name}\b|  {name}  ", docstring, re.MULTILINE)} == set()
-    assert len(inside) > 1, "a room of one file is none"
+    assert len(inside) > 1 or room in ALONE, "a room of one file is none"
 
 
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=_name)
@@ -166,7 +172,7 @@ def test_every_file_opens_with_what_it_is_for(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_files_stay_short_enough_to_read(path):
-    assert len(path.read_text().splitlines()) <= (600 if _name(path) == "moe.train" else LONGEST)
+    assert len(path.read_text().splitlines()) <= (600 if _name(path) == "moe.train.loop" else LONGEST)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)

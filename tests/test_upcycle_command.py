@@ -12,11 +12,12 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.upcycle
-from moe import checkpoint
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.generate import load_run
-from moe.run import read_config, read_lines
+from moe.run import checkpoint
+from moe.run.folder import read_config
+from moe.run.jsonl import read_lines
+from moe.run.load import load_run
 from tests.small_runs import files, settings, train
 
 TOKENS_BS = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(1))

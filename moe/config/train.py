@@ -68,7 +68,7 @@ class LogConfig:
     every: Annotated[int, Between(1, 2**62)] = (
         10  # steps between plain progress lines; metrics.jsonl has a line for every step
     )
-    experts: bool = False  # also write which experts every token took, at every step (moe/replay.py)
+    experts: bool = False  # also write which experts every token took, at every step (moe/analysis/replay.py)
     tensorboard: bool = False
     wandb: str = ""  # project name; "": off
     trackio: str = ""  # project name; "": off

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe import train
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig, entering
 from moe.config.router import RouterConfig
@@ -15,6 +14,7 @@ from moe.model.attention import KVCache
 from moe.model.depth import DepthRouter
 from moe.model.transformer import Block
 from moe.routing.contract import UNUSED, rows
+from moe.train import step
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 MOE = dict(n_experts=5, k=3, d_expert=7, depth=0.4, depth_every=2)
@@ -156,8 +156,8 @@ def test_the_threshold_is_the_running_mean_of_the_cut_offs(model):
     depth, steps = model.depths()[1], [_x(seed=seed) for seed in range(6)]
     expected = None
     for first, second in zip(steps[::2], steps[1::2], strict=True):  # two micro-batches a step, of unlike size
-        totals = train.layer_totals(_run(model, first)[1], 33)
-        totals.add(train.layer_totals(_run(model, second[:2])[1], 22))
+        totals = step.layer_totals(_run(model, first)[1], 33)
+        totals.add(step.layer_totals(_run(model, second[:2])[1], 22))
         depth.update(totals.observed)
         sequences = (*first, *second[:2])
         mean = sum(sorted(_score(depth.score, x_D) for x_D in x_SD)[-5] for x_SD in sequences) / 5
@@ -170,7 +170,7 @@ def test_a_step_of_training_moves_the_threshold(make_model, tokens):
     moe = MoEConfig(**{**MOE, "depth_every": 1})
     model = make_model(RouterConfig(shared=True), moe=moe, balance=BalanceConfig()).train()
     routing = model(tokens).routing
-    train.update_routers(model, [train.layer_totals(each, 22) for each in routing], BalanceConfig(), 0.0)
+    step.update_routers(model, [step.layer_totals(each, 22) for each in routing], BalanceConfig(), 0.0)
     for depth, each in zip(model.depths(), routing, strict=True):
         assert depth.cutoff.item() == pytest.approx(each.observed["depth_cutoff"].item() / 2, rel=1e-12)
         assert depth.cutoff.item() != 0

@@ -14,10 +14,10 @@ from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.errors import BadInput
-from moe.optim import build_optimizer
 from moe.routing.build import build_router, router_class
 from moe.routing.contract import UNUSED, Context
 from moe.routing.token_choice import MIXER_EPS, HashRouter, TopKRouter, sparsemixer
+from moe.train.optimizer import build_optimizer
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 E, D, K = 5, 6, 3

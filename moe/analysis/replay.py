@@ -1,0 +1,152 @@
+"""The experts that every token took in every training step, kept on disk and taken again: routing replay.
+
+`log.experts=true` writes, for each MoE layer, routing/experts-<layer>.npy into the run's folder: (steps, B·S, K) whole
+numbers, the tokens of a step in the loader's order, whatever micro-batches they were split into. With
+`balance.force=recorded balance.recorded=<that run>` another run takes those experts at the same steps instead of its
+own router's: what is left of a difference between the two is not the routing (2507.18071, 2510.11370), and two backends
+can be timed under the same real load. The router still scores, weighs and learns.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.config.model import layer_moe, moe_layers
+from moe.config.parse import to_dict
+from moe.config.run import FREE, Config
+from moe.errors import BadInput
+from moe.run.folder import flat, read_config
+
+NOT_RECORDED = -128  # what a step holds before it is written; no router gives it
+# What decides a step's tokens: settings whose names begin like this.
+SAME = ("seed", "tokenizer.", "data.", "model.context", "train.batch_size")
+
+
+def path_of(folder: Path, layer: int) -> Path:
+    """Where the choices of a layer (from 0, among all layers) are."""
+    return folder / "routing" / f"experts-{layer}.npy"
+
+
+class Recording:
+    """Writes a run's choices, step by step; a step that is taken again after resuming is written again."""
+
+    def __init__(self, folder: Path, cfg: Config) -> None:
+        self.folder, self.cfg, self.layers = folder, cfg, moe_layers(cfg.model)
+        self.files: list[tuple[BinaryIO, np.dtype[Any], int]] = []  # open, with the dtype and where step 1 begins
+
+    def write(self, step: int, expert_TK: Sequence[Tensor]) -> None:
+        """The choices of a step (from 1), those of every MoE layer in order. Raises `BadInput` when they do not fit on
+        the disk."""
+        if any(each.dim() != 2 for each in expert_TK):  # a router of one's own
+            raise BadInput(
+                f"log.experts=true needs as many choices for every token, and router.name={self.cfg.router.name} gives "
+                "ragged rows."
+            )
+        try:
+            if not self.files:
+                self.files = [self._open(*each) for each in zip(self.layers, expert_TK, strict=True)]
+            for (file, dtype, start), each in zip(self.files, expert_TK, strict=True):
+                file.seek(start + (step - 1) * each.numel() * dtype.itemsize)
+                file.write(each.cpu().numpy().astype(dtype).tobytes())
+                file.flush()
+        except OSError as error:
+            raise BadInput(f"{self.folder / 'routing'} cannot be written ({error.strerror or error}).") from error
+
+    def _open(self, layer: int, expert_TK: Tensor) -> "tuple[BinaryIO, np.dtype[Any], int]":
+        """The layer's file, made anew unless it is there; its steps take their space on the disk at once."""
+        path, shape = path_of(self.folder, layer), (self.cfg.train.steps, *expert_TK.shape)
+        dtype = np.min_scalar_type(-max(_n_experts(self.cfg, layer), -NOT_RECORDED))
+        header = io.BytesIO()
+        about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, about)
+        start, size = len(header.getvalue()), math.prod(shape) * dtype.itemsize
+        if not (path.exists() and path.stat().st_size == start + size):
+            with open(path, "wb") as file:
+                file.write(header.getvalue())
+                for _ in range(shape[0]):
+                    file.write(np.full(shape[1:], NOT_RECORDED, dtype).tobytes())
+        return open(path, "r+b"), dtype, start
+
+    def close(self) -> None:
+        """Close the files."""
+        for file, _, _ in self.files:
+            file.close()
+
+
+class Replay:
+    """The choices of the run in `cfg.balance.recorded`.
+
+    Raises `BadInput` for a folder without them, a run whose steps had other tokens, and choices that do not fit."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.folder = Path(cfg.balance.recorded)
+        own = read_config(self.folder)
+        before, here = (tokens_of(each) for each in (own, cfg))
+        for key, value in here.items():
+            if before[key] != value:
+                raise BadInput(
+                    f"balance.recorded={self.folder} was trained with {key}={before[key]}, and here it is {value}: a "
+                    "replay needs the same batches."
+                )
+        self.layers = moe_layers(cfg.model)
+        self.files = [self._read(cfg, layer) for layer in self.layers]
+
+    def _read(self, cfg: Config, layer: int) -> "np.memmap[Any, Any]":
+        path, most = path_of(self.folder, layer), _n_experts(cfg, layer)
+        if not path.is_file():
+            raise BadInput(
+                f"balance.recorded={self.folder} has no {path.relative_to(self.folder)}: train it with "
+                "log.experts=true, and with the same MoE layers."
+            )
+        try:
+            file = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
+        n_tokens = cfg.train.batch_size * cfg.model.context
+        if file.ndim != 3 or not np.issubdtype(file.dtype, np.signedinteger) or file.shape[1] != n_tokens:
+            raise BadInput(f"{path} holds {file.dtype} of shape {file.shape}, and not (steps, {n_tokens}, K) integers.")
+        wide = n_choices(cfg, layer)
+        if wide not in (None, file.shape[2]):
+            raise BadInput(
+                f"{path} has {file.shape[2]} choices for every token, and router.name={cfg.router.name} makes {wide}: "
+                "a replay needs as many."
+            )
+        there = int((file[: cfg.train.steps, 0, 0] != NOT_RECORDED).sum())
+        if there < cfg.train.steps:
+            raise BadInput(f"{path} has {there} of the train.steps={cfg.train.steps}: a replay needs them all.")
+        if file[: cfg.train.steps].max() >= most:
+            raise BadInput(f"{path} names expert {file.max()}, and layer {layer} has {most} experts, from 0.")
+        return file
+
+    def step(self, step: int, device: torch.device) -> list[Tensor]:
+        """The choices of a step (from 1), (B·S, K) int64 for every MoE layer in order."""
+        return [torch.from_numpy(file[step - 1].astype(np.int64)).to(device) for file in self.files]
+
+
+def tokens_of(cfg: Config) -> dict[str, Any]:
+    """The settings that decide a step's tokens, by their full names."""
+    return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in FREE}
+
+
+def n_choices(cfg: Config, layer: int) -> int | None:
+    """How many experts, `UNUSED` ones included, a router names for every token; None for one of your own."""
+    most = _n_experts(cfg, layer)
+    match cfg.router.name:
+        case "relu":
+            return most
+        case "threshold" | "top-p":
+            return min(cfg.router.k_max or most, most)
+        case name if ":" in name:
+            return None
+    return layer_moe(cfg.model, layer).k
+
+
+def _n_experts(cfg: Config, layer: int) -> int:
+    moe = layer_moe(cfg.model, layer)
+    return moe.n_experts + moe.n_cheap

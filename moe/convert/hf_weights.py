@@ -1,0 +1,269 @@
+"""Weights to and from folders in transformers' format, which itself is not needed.
+
+A folder holds `config.json` (see families.py) and safetensors, whole or in shards. A tensor that is missing, of another
+shape or not part of the model is refused by name. So a model that loads computes the same function as transformers'.
+
+One map serves both directions: `tensor_map` names, for every tensor of the folder, the views into this model's tensors
+that hold it. Reading copies into the views, writing copies out of them.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe.config.model import ModelConfig, head_dim, is_moe_layer
+from moe.config.router import RouterConfig
+from moe.convert.hf_config import config_to_hf, family_of, read_config
+from moe.errors import BadInput
+from moe.model.attention import rotary
+from moe.model.transformer import Transformer
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Constants that old folders hold among the weights.
+_CONSTANT = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+
+
+def tensor_map(
+    state: Mapping[str, Tensor], cfg: ModelConfig, family: str, stacked: bool = False
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """For every tensor of the family's folders: its name, and the views into `state` that, joined along their last
+    dimension, are it.
+
+    state: this model's tensors by name (weights, or gradients). `stacked`: the experts of a layer as two tensors
+    (E, 2F, D) and (E, D, F), as transformers 5 holds them in memory; otherwise one by one, as folders hold them."""
+    if not cfg.tie_embeddings:
+        yield "lm_head.weight", [state["head.weight"]]
+    if family == "gpt2":
+        yield from _gpt2_map(state, cfg)
+        return
+    yield "model.embed_tokens.weight", [state["embed.weight"]]
+    yield "model.norm.weight", [state["norm.weight"]]
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names |= {f"attn.{each}": f"self_attn.{each}_proj" for each in "qkvo"}
+    if cfg.qk_norm != "none":
+        names |= {f"attn.{each}_norm": f"self_attn.{each}_norm" for each in "qk"}
+    mixtral = family == "mixtral" and not stacked
+    mlp = "block_sparse_moe" if mixtral else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for layer in range(cfg.n_layers):
+        a, b = f"blocks.{layer}.", f"model.layers.{layer}."
+        for ours, theirs in names.items():
+            yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"]]
+        if not is_moe_layer(cfg, layer):
+            w_gate_FD, w_up_FD = state[f"{a}mlp.up.weight"].chunk(2)
+            yield f"{b}mlp.gate_proj.weight", [w_gate_FD]
+            yield f"{b}mlp.up_proj.weight", [w_up_FD]
+            yield f"{b}mlp.down_proj.weight", [state[f"{a}mlp.down.weight"]]
+            continue
+        yield f"{b}{mlp}.gate.weight", [state[f"{a}mlp.router.w_ED"]]
+        w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
+        if stacked:
+            yield f"{b}mlp.experts.gate_up_proj", [w_up_EFD]
+            yield f"{b}mlp.experts.down_proj", [w_down_EDF]
+            continue
+        w_gate_EFD, w_up_EFD = w_up_EFD.chunk(2, dim=1)
+        for projection, w in ((gate, w_gate_EFD), (up, w_up_EFD), (down, w_down_EDF)):
+            for e, w_e in enumerate(w):
+                yield f"{b}{mlp}.experts.{e}.{projection}.weight", [w_e]
+
+
+def _gpt2_map(state: Mapping[str, Tensor], cfg: ModelConfig) -> Iterator[tuple[str, list[Tensor]]]:
+    """GPT-2's linear maps are stored (in, out), and its query, key and value as one."""
+    yield "transformer.wte.weight", [state["embed.weight"]]
+    yield "transformer.wpe.weight", [state["position.weight"]]
+    for part in ("weight", "bias"):
+        yield f"transformer.ln_f.{part}", [state[f"norm.{part}"]]
+    linear = {"attn.c_attn": ["attn.q", "attn.k", "attn.v"], "attn.c_proj": ["attn.o"]}
+    linear |= {"mlp.c_fc": ["mlp.up"], "mlp.c_proj": ["mlp.down"]}
+    for layer in range(cfg.n_layers):
+        a, b = f"blocks.{layer}.", f"transformer.h.{layer}."
+        for ours, theirs in (("attn_norm", "ln_1"), ("mlp_norm", "ln_2")):
+            for part in ("weight", "bias"):
+                yield f"{b}{theirs}.{part}", [state[f"{a}{ours}.{part}"]]
+        for theirs, fused in linear.items():
+            yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"].T for ours in fused]
+            yield f"{b}{theirs}.bias", [state[f"{a}{ours}.bias"] for ours in fused]
+
+
+def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig, family: str, stacked: bool = False) -> dict[str, Tensor]:
+    """This model's tensors (weights, or gradients) in the family's names and layouts; `stacked` as in `tensor_map`."""
+    return {name: torch.cat(views, dim=-1) for name, views in tensor_map(state, cfg, family, stacked)}
+
+
+@torch.no_grad()
+def from_hf(tensors: Mapping[str, Tensor], model: Transformer, family: str) -> None:
+    """Fill `model` in place from tensors in the family's names: a folder's, or a transformers model's `state_dict()`.
+
+    Raises `BadInput` naming the first tensor that is missing, not part of the model, or of another shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not _CONSTANT.fullmatch("." + name)}
+    targets = _targets(shapes, model, family)
+    for name, views in targets.items():
+        _copy(tensors[name], views)
+    _check_tied(targets, model)
+
+
+def _targets(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: str) -> dict[str, list[Tensor]]:
+    """The views into `model` that each named tensor fills."""
+    stacked = any(name.endswith("experts.gate_up_proj") for name in shapes)
+    missing = dict(tensor_map(model.state_dict(), model.cfg, family, stacked))
+    if model.cfg.tie_embeddings and "lm_head.weight" in shapes:  # the embedding again: kept aside, to be compared
+        missing["lm_head.weight"] = [torch.empty_like(model.embed.weight)]
+    prefix = "transformer." if family == "gpt2" else "model."
+    targets = {}
+    for name, shape in shapes.items():
+        # A folder of the bare model, without the language-model head's class around it, has no prefix.
+        full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+        views = missing.pop(full, None)
+        if views is None:
+            raise BadInput(f"tensor {name} is not part of a {family} with these settings.")
+        expected = (*views[0].shape[:-1], sum(view.shape[-1] for view in views))
+        if shape != expected:
+            raise BadInput(f"tensor {name} has shape {shape}, and the settings say {expected}.")
+        targets[name] = views
+    if missing:
+        raise BadInput(f"tensor {next(iter(missing))} is missing; a {family} with these settings has it.")
+    return targets
+
+
+def _copy(tensor: Tensor, views: list[Tensor]) -> None:
+    for view, piece in zip(views, tensor.split([view.shape[-1] for view in views], dim=-1), strict=True):
+        view.copy_(piece)
+
+
+def _check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
+    if model.cfg.tie_embeddings and "lm_head.weight" in targets:
+        (head_VD,) = targets["lm_head.weight"]
+        if not torch.equal(head_VD, model.embed.weight):
+            raise BadInput("tensor lm_head.weight differs from the embedding, although tie_word_embeddings is true.")
+
+
+@torch.no_grad()
+def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
+    """The model in a folder that transformers (or `save`) wrote, on the CPU; its settings are `read_config`'s.
+
+    Tensors are read one at a time into the model's own memory, so the peak is the model and one tensor. dtype None
+    keeps the folder's (the widest, where it mixes several). Everything is checked against the files' headers before
+    memory is asked for. Raises `BadInput` naming the setting, file or tensor; pickled weights are never opened."""
+    cfg, router = read_config(folder)
+    family = family_of(cfg, router)
+    files = _weight_files(folder)
+    shapes, held = _headers(files)
+    try:
+        with torch.device("meta"):
+            model = Transformer(cfg, router)
+        _targets(shapes, model, family)
+        model.to(held if dtype is None else dtype).to_empty(device="cpu")
+        if cfg.tie_embeddings:  # to_empty unties
+            model.head.weight = model.embed.weight
+        if cfg.position == "rope":
+            model.cos_Sd, model.sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
+        targets = _targets(shapes, model, family)
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for name in sorted(targets.keys() & file.keys()):
+                    _copy(file.get_tensor(name), targets[name])
+        _check_tied(targets, model)
+    except (BadInput, SafetensorError) as error:
+        raise BadInput(f"{folder}: {error}") from error
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        pickled = sorted(each.name for each in folder.glob("*.bin"))
+        found = f" (it has {pickled[0]}, a pickle, which is never opened)" if pickled else ""
+        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json{found}.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} is not an index of safetensors: it must be JSON with a weight_map.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadInput(f"{index}: {name!r} is not the name of a .safetensors file in the same folder.")
+        if not (folder / name).is_file():
+            raise BadInput(f"{index} names {name}, and that file is not there.")
+    return [folder / name for name in names]
+
+
+def _headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
+    """Name and shape of every tensor, and the widest dtype, without reading one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    widest: torch.dtype | None = None
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                headers = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{path} is not a whole safetensors file ({error}).") from error
+        for name, (shape, dtype) in headers.items():
+            if _CONSTANT.fullmatch("." + name):
+                continue
+            if dtype not in DTYPES:
+                raise BadInput(f"{path}: tensor {name} is {dtype}; accepted are {', '.join(DTYPES)}.")
+            if name in shapes:
+                raise BadInput(f"{path}: tensor {name} is in an earlier file too.")
+            shapes[name] = shape
+            widest = DTYPES[dtype] if widest is None else torch.promote_types(widest, DTYPES[dtype])
+    return shapes, widest or torch.float32
+
+
+@torch.no_grad()
+def save(model: Transformer, router: RouterConfig, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads and that `load` reads back bit by
+    bit, in the model's own dtype, in files of at most about `shard_bytes`.
+
+    The folder appears whole or not at all. Raises `BadInput` for a model of no family, a folder that exists and is not
+    empty, or one that cannot be written."""
+    dtype = model.embed.weight.dtype
+    tree = config_to_hf(model.cfg, router) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists already: give a new folder, or an empty one.")
+    views = dict(tensor_map(model.state_dict(), model.cfg, tree["model_type"]))
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write_shards(temporary, views, shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder} cannot be written ({error}).") from error
+    finally:  # after the rename there is nothing left to remove
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_shards(folder: Path, views: Mapping[str, list[Tensor]], shard_bytes: int) -> None:
+    """model.safetensors, or numbered shards and their index; one shard at a time is copied."""
+    size = lambda name: sum(view.nbytes for view in views[name])
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in views:
+        if shards[-1] and filled + size(name) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size(name)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        # cat copies, so that no two tensors of a file share memory, which safetensors refuses.
+        tensors = {name: torch.cat(views[name], dim=-1).cpu().contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(size, views))}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

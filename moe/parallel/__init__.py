@@ -1,0 +1,4 @@
+"""Many processes, one run.
+
+collectives  sums over the ranks
+"""

@@ -1,0 +1,8 @@
+"""What a run leaves on disk, and the machine it ran on.
+
+folder      config, tokenizer, logs: what lies where, and whether it is the same run
+jsonl       lines appended, files replaced in one move
+checkpoint  atomic, verified snapshots
+load        a run's model, read back
+machine     device, precision, memory, versions
+"""

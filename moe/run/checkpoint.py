@@ -1,0 +1,386 @@
+"""Checkpoints: a training state written whole or not at all, and never believed unless its checksums agree.
+
+A checkpoint is a folder that is written once and never changed:
+
+    step-00000123/  model.safetensors  optimizer.safetensors  rng.safetensors  meta.json  manifest.json
+
+`save` writes it as `step-00000123.tmp-<pid>`, syncs every file and the folder, and only then renames it, so a process
+killed at any point leaves the earlier checkpoints as they were. The manifest, written last, holds the size and SHA-256
+of every file, and its own SHA-256: without it, one flipped bit in a tensor file loads without a word. Tensors are
+safetensors, everything else is JSON; nothing here unpickles. Whatever is wrong with a checkpoint is a `BadInput` that
+names the file.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe.errors import BadInput
+
+FORMAT = 1  # of the folder; a reader refuses any other
+META = "meta.json"
+MANIFEST = "manifest.json"
+TENSORS = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "rng": "rng.safetensors"}
+FILES = {*TENSORS.values(), META}
+
+_FOLDER = re.compile(r"step-(\d{8,})")
+_TEMPORARY = re.compile(r"step-\d{8,}\.tmp-(\d+)")
+_MARGIN = 2**20  # bytes asked for beyond the tensors: headers, manifest, file-system blocks
+
+
+@dataclass
+class Snapshot:
+    """The state of a training run after `step` optimiser steps: all that a bitwise resume needs."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # flat names: "exp_avg/blocks.0.attn.q.weight"
+    meta: dict[str, Any]  # plain JSON: config, schedule, loader state, Python's and NumPy's RNG, versions
+    rng: dict[str, Tensor]  # torch RNG states, uint8: "cpu", "cuda:0", ...
+
+
+def save(
+    root: Path,
+    snapshot: Snapshot,
+    *,
+    keep: int,
+    score: float | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Path:
+    """Write `snapshot` as a new folder in `root`, then delete superseded checkpoints. Returns the folder.
+
+    `score` is the validation loss, lower is better; one that is not finite counts as none. Afterwards `root` holds the
+    newest `keep` (>= 1) verified checkpoints, the best by score, and any damaged ones, which are neither counted nor
+    deleted. A verified checkpoint of this step that exists already is kept and returned; a damaged one is moved aside
+    to `step-….damaged-N` with one warning, and one that cannot be deleted is warned of too. Tensors may live on any
+    device and need not be contiguous, but no two may share elements (tied weights are saved once).
+
+    Raises `BadInput`, with the bytes needed and free, when the disk is full or cannot be written: the temporary folder
+    is gone and the earlier checkpoints are untouched. Raises `ValueError` for a `meta` that JSON would alter."""
+    assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
+    final = root / f"step-{snapshot.step:08d}"
+    temporary = _temporary(final)
+    damage = None
+    if os.path.lexists(final):
+        try:
+            verify(final)
+            return final
+        except BadInput as error:
+            damage = str(error)
+    meta = _encode_meta(snapshot.meta)
+    tensors = {file: _storable(getattr(snapshot, part)) for part, file in TENSORS.items()}
+    needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + len(meta) + _MARGIN
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root)
+        if shutil.disk_usage(root).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            os.mkdir(temporary)
+            _write(temporary, tensors, meta, snapshot.step, score)
+            if damage:
+                warn(f"{damage} It is moved to {_move_aside(final)}, and step {snapshot.step} is saved anew.")
+            os.rename(temporary, final)
+        finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sync(root)
+        _sync(root.parent)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(
+            f"{final}: the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {needed:,} bytes "
+            f"and {_free(root)} are free; earlier checkpoints are untouched."
+        ) from error
+    _prune(root, final, keep, warn)
+    return final
+
+
+def load(path: Path) -> Snapshot:
+    """The snapshot in folder `path`, verified first; tensors on the CPU in memory of their own.
+
+    Raises `BadInput` naming the file and what is wrong with it."""
+    manifest = _verified(path)
+    parts = {part: _read_tensors(path / file) for part, file in TENSORS.items()}
+    return Snapshot(step=manifest["step"], meta=_parse_json(path / META, _read_bytes(path / META)), **parts)
+
+
+def latest(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest verified checkpoint in `root`, or None where there is no checkpoint at all.
+
+    Damaged ones that are newer are passed over with one call of `warn` that names the bad files. Raises `BadInput` when
+    there are checkpoints and none is good."""
+    damages = []
+    for path in _checkpoints(root):
+        try:
+            verify(path)
+        except BadInput as error:
+            damages.append(str(error))
+            continue
+        if damages:
+            warn(f"{' '.join(damages)} Falling back to {path}.")
+        return path
+    if damages:
+        raise BadInput(f"{root}: no checkpoint here is good, the newest least of all: {damages[0]}")
+    return None
+
+
+def best(root: Path) -> Path | None:
+    """The verified checkpoint with the lowest score (of equals the newest), or None where none has a score."""
+    return _best(_good(root))
+
+
+def verify(path: Path) -> None:
+    """Check folder `path` against its manifest: exactly the files it should hold, each of the size and SHA-256 written.
+
+    Raises `BadInput` naming the first bad file and what is wrong with it."""
+    _verified(path)
+
+
+# Writing
+
+
+def _encode_meta(meta: dict[str, Any]) -> bytes:
+    text = json.dumps(meta, indent=1, allow_nan=False)
+    if json.loads(text) != meta:
+        raise ValueError("meta has tuples or keys that are not strings: JSON would not give it back as it was")
+    return text.encode()
+
+
+def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
+
+
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: bytes, step: int, score: float | None) -> None:
+    """Fill `folder` and make it durable; the manifest comes last."""
+    (folder / META).write_bytes(meta)
+    mode = stat.S_IMODE(os.stat(folder / META).st_mode)
+    for file, group in tensors.items():
+        save_file(group, folder / file)
+        os.chmod(folder / file, mode)  # safetensors makes files that only their owner may read
+    files = {}
+    for file in sorted(FILES):
+        files[file] = {"sha256": _sha256(folder / file), "size": os.stat(folder / file).st_size}
+        _sync(folder / file)
+    ranked = score if score is not None and math.isfinite(score) else None
+    (folder / MANIFEST).write_bytes(_seal({"format": FORMAT, "step": step, "score": ranked, "files": files}))
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    """The manifest's bytes: `body` with its own SHA-256. One body has one spelling, so any altered byte shows."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(body | {"sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+
+
+def _move_aside(folder: Path) -> Path:
+    n = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{n}")):
+        n += 1
+    os.rename(folder, aside)
+    return aside
+
+
+def _free(root: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(root).free:,}"
+    except OSError:
+        return "an unknown number"
+
+
+# Reading
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of folder `path`, once everything in the folder agrees with it."""
+    manifest = _read_manifest(path)
+    named = _FOLDER.fullmatch(path.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise BadInput(f"{path / MANIFEST}: it is of step {manifest['step']}, which is not this folder's.")
+    with _readable(path):
+        unexpected = set(os.listdir(path)) - FILES - {MANIFEST}
+    if unexpected:
+        raise BadInput(
+            f"{path / min(unexpected)}: unexpected in a checkpoint, which holds only what its manifest lists."
+        )
+    for file, expected in manifest["files"].items():
+        size = _regular(path / file).st_size
+        if size != expected["size"]:
+            raise BadInput(f"{path / file}: {size:,} bytes, but the manifest says {expected['size']:,}.")
+        with _readable(path / file):
+            digest = _sha256(path / file)
+        if digest != expected["sha256"]:
+            raise BadInput(f"{path / file}: altered since it was written (its SHA-256 is not the manifest's).")
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of folder `path`, alone: well-formed, unaltered and of this format."""
+    if not path.is_dir():
+        raise BadInput(f"{path}: not a checkpoint folder.")
+    file = path / MANIFEST
+    raw = _read_bytes(file)
+    body = _parse_json(file, raw)
+    digest = body.pop("sha256", None)
+    match body:
+        case {"format": int(), "step": int(), "score": float() | int() | None, "files": dict(files)} if (
+            isinstance(digest, str) and len(body) == 4 and set(files) == FILES and all(map(_is_entry, files.values()))
+        ):
+            pass
+        case _:
+            raise BadInput(f"{file}: not a manifest; one gives format, step, score, and size and SHA-256 of each file.")
+    if raw != _seal(body):
+        raise BadInput(f"{file}: altered since it was written (it does not match its own SHA-256).")
+    if body["format"] != FORMAT:
+        raise BadInput(f"{file}: format {body['format']}; this version reads format {FORMAT}.")
+    return body
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {"sha256": str(), "size": int()}:
+            return len(entry) == 2
+    return False
+
+
+def _regular(file: Path) -> os.stat_result:
+    """lstat of `file`; raises `BadInput` unless it is a regular file (a link could lead anywhere, a pipe blocks)."""
+    with _readable(file):
+        status = os.lstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(f"{file}: not a regular file, as every file of a checkpoint must be.")
+    return status
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _read_bytes(file: Path) -> bytes:
+    _regular(file)
+    with _readable(file):
+        return file.read_bytes()
+
+
+def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        tree = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{file}: must hold a JSON object.")
+    return tree
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Clones, because safetensors returns views of a memory map: a file cut short later would kill the process."""
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file}: not a valid safetensors file ({error}).") from error
+
+
+# Choosing and deleting
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Folders named like a checkpoint, newest first, good or not."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BadInput(f"{root}: cannot be read ({error.strerror}); it must be a folder of checkpoints.") from error
+    steps = {name: int(found[1]) for name in names if (found := _FOLDER.fullmatch(name))}
+    return [root / name for name in sorted(steps, key=lambda name: -steps[name])]
+
+
+def _good(root: Path, trusted: Path | None = None) -> dict[Path, float | None]:
+    """The score of every verified checkpoint, newest first. `trusted` is not hashed again: it was just written."""
+    good = {}
+    for path in _checkpoints(root):
+        try:
+            manifest = _read_manifest(path) if path == trusted else _verified(path)
+        except BadInput:
+            continue
+        good[path] = manifest["score"]
+    return good
+
+
+def _best(good: dict[Path, float | None]) -> Path | None:
+    scores = {path: score for path, score in good.items() if score is not None}
+    return min(scores, key=lambda path: scores[path], default=None)
+
+
+def _prune(root: Path, new: Path, keep: int, warn: Callable[[str], None]) -> None:
+    """Delete the verified checkpoints that are not among the newest `keep`, the best, or `new`.
+
+    Each is renamed to a temporary name first, so that one half deleted is never taken for a checkpoint."""
+    good = _good(root, trusted=new)
+    kept = {new, *list(good)[:keep], _best(good)}
+    for path in good:
+        if path not in kept:
+            try:
+                os.rename(path, _temporary(path))
+                shutil.rmtree(_temporary(path))
+            except OSError as error:
+                warn(f"{path}: this superseded checkpoint cannot be deleted ({error.strerror}).")
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove what dead processes left half written or half deleted, and what this one left: it has no other save."""
+    for name in os.listdir(root):
+        found = _TEMPORARY.fullmatch(name)
+        if found and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
+            shutil.rmtree(root / name, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it exists and belongs to someone else
+        return True
+    return True

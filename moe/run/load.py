@@ -1,0 +1,52 @@
+"""A run's model, tokenizer and settings, read back from its folder."""
+
+import warnings
+from pathlib import Path
+
+from moe.config.run import Config
+from moe.data.tokenizer import Tokenizer
+from moe.errors import BadInput
+from moe.model.transformer import Transformer, load_model
+from moe.run import checkpoint
+from moe.run.folder import read_config
+
+
+def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Config]:
+    """The model (on the CPU), tokenizer and config of the run in folder `run`.
+
+    which: best (lowest validation loss) | last | step-N. Raises `BadInput` for a folder that holds no run, a checkpoint
+    that does not exist or is damaged, and a tokenizer that is not the one the checkpoint was trained with."""
+    cfg = read_config(run)
+    path = _find_checkpoint(run / "checkpoints", which)
+    snapshot = checkpoint.load(path)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    if tokenizer.fingerprint != snapshot.meta["tokenizer"]:
+        raise BadInput(
+            f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
+            f"{snapshot.meta['tokenizer']}: put that one back, or choose another run."
+        )
+    model = Transformer(cfg.model, cfg.router, cfg.balance).eval()
+    try:
+        load_model(model, snapshot.model)
+    except BadInput as error:
+        raise BadInput(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
+    return model, tokenizer, cfg
+
+
+def _find_checkpoint(root: Path, which: str) -> Path:
+    step = {path.name: int(path.name[5:]) for path in sorted(root.glob("step-*")) if path.name[5:].isdecimal()}
+    if not step:
+        raise BadInput(f"{root} has no checkpoint: the run has not saved one yet.")
+    if which == "best":
+        found = checkpoint.best(root)
+        if found is None:
+            raise BadInput(f"which=best: no good checkpoint in {root} has a validation loss; use which=last.")
+        return found
+    if which == "last":
+        newest = checkpoint.latest(root, warnings.warn)
+        assert newest is not None, f"{root} had {list(step)}"
+        return newest
+    for name in step:
+        if which in (name, f"step-{step[name]}"):
+            return root / name
+    raise BadInput(f"which={which} is not one of best, last, {', '.join(step)}.")

@@ -1,0 +1,135 @@
+"""The machine a run is on: device, precision, memory, and what to write down so that a number leads back to its run."""
+
+import ctypes
+import gc
+import platform
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import torch
+
+from moe.config.run import Config
+from moe.config.train import TrainConfig
+from moe.errors import BadInput
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of train.device; auto is the first GPU, else the CPU. Raises `BadInput` for a GPU that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"train.device={name} is not here: {torch.cuda.device_count()} CUDA devices are visible; use cpu."
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """bf16 or fp32; auto is bf16 where the processor multiplies it natively (elsewhere it is emulated, and slower)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
+
+
+def set_threads(cfg: TrainConfig) -> int:
+    """Apply train.threads; returns how many threads torch uses."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of returning it: a step frees and asks again for the same buffers, and every
+    page that comes back from the system costs a fault. No effect where the C library has no `mallopt`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own for a buffer below 1 GiB
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it: the GPU's name, or the processor's and how many cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak: freed memory goes back to the system first, so that an earlier model's is not counted."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim:
+            trim(0)
+        if _has_resettable_peak():
+            CLEAR_REFS.write_text("5")  # resets VmHWM
+
+
+def _has_resettable_peak() -> bool:
+    """Whether the system keeps a peak of the resident set that this process may reset: Linux, unless in a sandbox."""
+    try:
+        with open(CLEAR_REFS, "w"):
+            return True
+    except OSError:
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: a GPU's peak allocation, or the peak resident set of this process, since the last reset. Where the system
+    has no peak that can be reset (not Linux, or a sandbox), the present resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _has_resettable_peak():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return psutil.Process().memory_info().rss
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a number."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """{"commit": hash or None outside a checkout, "dirty": whether tracked files differ from it}."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def autocast(cfg: Config) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for fp32."""
+    kind = cfg.train.device.split(":")[0]
+    return torch.autocast(kind, torch.bfloat16) if cfg.train.precision == "bf16" else nullcontext()

@@ -1,0 +1,12 @@
+"""The one training loop and all it minimises.
+
+loop        prepare or resume a run, take its steps, evaluate, save, summarise
+step        one optimiser step: micro-batches, losses, update
+state       what a step changes, to a checkpoint and back
+non_finite  where a number that is not finite first appeared
+signals     an end that was asked for
+optimizer   AdamW and schedules
+distill     another run's model as a teacher
+progress    what a person sees while it runs
+trackers    TensorBoard and others
+"""

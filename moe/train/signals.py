@@ -1,0 +1,36 @@
+"""Signals that ask for an end: the step is finished and saved first."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Stop:
+    """The signal that asks for an end, 0 while there is none."""
+
+    number: int = 0
+
+
+@contextmanager
+def catch_signals() -> Iterator[Stop]:
+    """While inside, the first SIGINT or SIGTERM only sets `Stop.number`; the second acts as it always did."""
+    stop, before = Stop(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread: its owner handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

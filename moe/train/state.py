@@ -1,0 +1,116 @@
+"""What training changes: a state, where a checkpoint puts it, and what brings it back."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.analysis.replay import Replay
+from moe.config.parse import to_dict
+from moe.config.run import Config
+from moe.data.loader import Loader
+from moe.data.shards import Dataset
+from moe.errors import BadInput
+from moe.model.transformer import Transformer, load_model, model_tensors
+from moe.run import checkpoint, jsonl, machine
+from moe.train.optimizer import optimizer_tensors, restore_optimizer
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every global random generator: torch's as uint8 tensors (`Snapshot.rng`), Python's and NumPy's as
+    plain JSON. CUDA's are included once this process uses CUDA."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 — the global generator is what libraries draw from
+    legacy["state"]["key"] = legacy["state"]["key"].tolist()
+    return tensors, {"python": [version, list(words), gauss], "numpy": legacy}
+
+
+def set_rng_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned. A CUDA state is set where that device exists: on other hardware a resumed run
+    cannot be bitwise the same anyway."""
+    torch.set_rng_state(tensors["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda:{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})  # noqa: NPY002
+
+
+@dataclass
+class State:
+    """What a step changes, and what it reads besides."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    teacher: Transformer | None = None  # of cfg.distill
+    replay: Replay | None = None  # of cfg.balance.recorded
+    step: int = 0
+    seconds: float = 0.0  # of training: evaluation and saving left out
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def save_checkpoint(
+    state: State, cfg: Config, root: Path, dataset: Dataset, score: float | None, say: Callable[[str], None]
+) -> Path:
+    """A verified checkpoint of this moment. A model with a non-finite parameter is refused."""
+    for name, p in state.model.named_parameters():
+        if not p.isfinite().all():
+            good = checkpoint.latest(root, say)
+            raise BadInput(
+                f"step {state.step}: the parameter {name} is not finite after the update, and is not saved; the last "
+                f"good checkpoint is {good}: lower optim.lr={cfg.optim.lr}."
+            )
+    rng, generators = rng_state()
+    meta = {
+        "config": to_dict(cfg),
+        "loader": state.loader.state(state.step),
+        "rng": generators,
+        "tokenizer": dataset.tokenizer.fingerprint,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "threads": torch.get_num_threads(),
+        "versions": machine.versions(),
+    }
+    snapshot = checkpoint.Snapshot(
+        state.step, model_tensors(state.model), optimizer_tensors(state.model, state.optimizer), meta, rng
+    )
+    return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
+
+
+def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]) -> None:
+    """Put the newest good checkpoint of the run back, if there is one, and drop the log lines after it."""
+    path = checkpoint.latest(folder / "checkpoints", say)
+    if path is not None:
+        snapshot = checkpoint.load(path)
+        meta = snapshot.meta
+        state.loader.check_state(meta["loader"])
+        load_model(state.model, snapshot.model)
+        restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
+        set_rng_state(snapshot.rng, meta["rng"])
+        state.step, state.seconds = snapshot.step, meta["seconds"]
+        state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        for key, here in (("threads", threads), ("versions", machine.versions())):
+            if meta[key] != here:
+                say(f"warning: {key} was {meta[key]} and is {here}: the result may differ in its last bits.")
+    for name in ("metrics.jsonl", "routing/counts.jsonl"):
+        jsonl.keep_until(folder / name, state.step if path else -1)
+
+
+def seed_everything(seed: int) -> None:
+    """Every global generator. The model's initial weights and the loader draw from generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 — the global generator is what libraries draw from
+    torch.manual_seed(seed)

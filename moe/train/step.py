@@ -1,0 +1,229 @@
+"""One optimiser step: forward and backward over the micro-batches, checks, update."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.analysis.metrics import layer_metrics
+from moe.config.balance import BalanceConfig
+from moe.config.model import moe_layers
+from moe.config.run import Config
+from moe.data.loader import Batch
+from moe.errors import BadInput
+from moe.model.layer import LayerRouting
+from moe.model.transformer import Output, Transformer, next_token_loss
+from moe.parallel.collectives import n_ranks, summed_over_ranks
+from moe.routing import balance
+from moe.routing.contract import Router
+from moe.run.machine import autocast
+from moe.train.distill import distill_loss
+from moe.train.non_finite import explain_non_finite
+from moe.train.optimizer import learning_rate, set_learning_rate
+from moe.train.state import State
+
+MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
+
+
+@dataclass
+class Gradients:
+    """What one step's forward and backward passes gave; losses are means over the step's tokens."""
+
+    lm_loss: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)  # unweighted: of the routers, over layers; of a teacher
+    total: float = 0.0  # lm_loss and the losses with their coefficients
+    norm: float = 0.0
+    routing: list["LayerTotals"] = field(default_factory=list)  # of every MoE layer
+
+
+@dataclass
+class LayerTotals:
+    """What one MoE layer did in one step, summed over its micro-batches."""
+
+    count_E: Tensor
+    wanted_E: Tensor
+    dropped: Tensor
+    skipped: Tensor
+    tokens: int
+    observed: dict[str, Tensor]
+    expert: list[Tensor] = field(default_factory=list)  # every micro-batch's choices, where they are recorded
+
+    def add(self, other: "LayerTotals") -> None:
+        """Another micro-batch of the layer."""
+        for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens", "expert"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.observed = {name: value + other.observed.get(name, 0) for name, value in self.observed.items()}
+
+
+def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
+    """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
+    start, step = time.perf_counter(), state.step + 1
+    lr = learning_rate(cfg.optim, step, cfg.train.steps)
+    progress = state.step / cfg.train.steps
+    recorded = state.replay.step(step, next(state.model.parameters()).device) if state.replay else None
+    gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded)
+    loss = gradients.total
+    if math.isfinite(loss) and math.isfinite(gradients.norm):
+        state.skipped_in_a_row = 0
+        if cfg.optim.clip:
+            clip(state.model, gradients.norm, cfg.optim.clip)
+        set_learning_rate(state.optimizer, lr)
+        state.optimizer.step()
+        update_routers(state.model, gradients.routing, cfg.balance, progress)
+    else:
+        state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
+            raise BadInput(explain_non_finite(state, batch, loss, cfg, root))
+    state.optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    state.step, state.seconds = step, state.seconds + seconds
+    layers = moe_layers(cfg.model)
+    return {
+        "step": step,
+        "loss": loss,
+        "lm_loss": gradients.lm_loss,
+        **gradients.losses,
+        "grad_norm": gradients.norm,
+        "lr": lr,
+        "tokens_per_s": batch.targets_BS.numel() / seconds,
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "layers": [
+            layer_metrics(layer, each.count_E, int(each.dropped), int(each.skipped), each.tokens)
+            for layer, each in zip(layers, gradients.routing, strict=True)
+        ],
+    }, gradients  # fmt: skip
+
+
+def compute_gradients(
+    model: Transformer,
+    batch: Batch,
+    cfg: Config,
+    progress: float = 0.0,
+    teacher: Transformer | None = None,
+    recorded: Sequence[Tensor] | None = None,
+) -> Gradients:
+    """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
+    the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
+    instead of the routers' choice."""
+    device, n = next(model.parameters()).device, cfg.train.accumulate
+    result, loads = Gradients(), global_loads(model, batch, cfg, recorded)
+    for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
+        tokens_BS = tokens_BS.to(device)
+        with autocast(cfg):
+            output: Output = model(
+                tokens_BS,
+                backend=cfg.dispatch,
+                checkpoint_activations=cfg.train.checkpoint_activations,
+                loads=loads,
+                recorded=experts,
+            )
+        lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
+        losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
+        for each in output.routing:
+            losses |= {name: losses.get(name, 0.0) + value for name, value in each.losses.items()}
+        if teacher is not None:
+            with torch.no_grad(), autocast(cfg):
+                taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
+            losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
+        weights = loss_weights(cfg, losses, progress)
+        total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
+        (total / n).backward()
+        result.lm_loss += lm_loss.item() / n
+        for name, value in losses.items():
+            result.losses[name] = result.losses.get(name, 0.0) + value.item() / n
+        totals = [layer_totals(each, tokens_BS.numel(), cfg.log.experts) for each in output.routing]
+        for mine, other in zip(result.routing, totals, strict=False):
+            mine.add(other)
+        result.routing = result.routing or totals
+    weights = loss_weights(cfg, result.losses, progress)
+    result.total = weights["lm"] * result.lm_loss + sum(weights[name] * each for name, each in result.losses.items())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    result.norm = torch.nn.utils.get_total_norm(grads).item()
+    return result
+
+
+def micro_batches(
+    batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor] | None]]:
+    """Tokens, targets and recorded experts of each micro-batch of a step."""
+    n = cfg.train.accumulate
+    parts = zip(*(each.chunk(n) for each in recorded), strict=True) if recorded else itertools.repeat(None, n)
+    for tokens_BS, targets_BS, part in zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), parts, strict=True):
+        yield tokens_BS, targets_BS, None if part is None else list(part)
+
+
+def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False) -> LayerTotals:
+    """What of one forward pass is summed over a step."""
+    detached = {name: value.detach() for name, value in routing.observed.items()}
+    own = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
+    return LayerTotals(*own, [routing.expert] if keep_experts else [])
+
+
+def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:
+    """What each loss is multiplied with: a router's by its coefficient; "lm" by 1, or what a teacher's leaves of it."""
+    weights = {"lm": 1.0} | {name: coefficient(cfg.balance, name, progress) for name in names}
+    return weights | ({"lm": 1 - cfg.distill.weight, "distill": cfg.distill.weight} if "distill" in weights else {})
+
+
+def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
+    """What a router's loss is multiplied with: its coefficient on its schedule; 1 for a loss that has none."""
+    return balance.scheduled(getattr(cfg, name, 1.0), cfg.schedule.get(name), progress)
+
+
+@torch.no_grad()
+def global_loads(
+    model: Transformer, batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
+) -> list[Tensor] | None:
+    """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
+    expert, for each MoE layer (2501.11873). E · sum f_i P_i is linear in P: with f of the whole step, the mean of the
+    micro-batches' losses is the whole step's loss, which it is not with f of each.
+
+    f must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
+    are run once more in advance, with the same random numbers; None where a pass knows f by itself."""
+    ranks = n_ranks()
+    if cfg.balance.scope != "global" or not cfg.balance.aux or (cfg.train.accumulate == 1 and ranks == 1):
+        return None
+    device = next(model.parameters()).device
+    loads: list[Tensor] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for tokens_BS, _, experts in micro_batches(batch, cfg, recorded):
+            with autocast(cfg):
+                routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
+            wanted = [each.wanted_E for each in routing]
+            loads = [mine + other for mine, other in zip(loads, wanted, strict=True)] if loads else wanted
+    return [summed_over_ranks(each) for each in loads]
+
+
+def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: summed_over_ranks(value) for name, value in sorted(observed.items())}
+
+
+def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
+    """Let every router learn from the step's counts over all ranks; one shared between layers from their sum."""
+    found: dict[Router, LayerTotals] = {}
+    for router, each in zip(model.routers(), totals, strict=True):
+        if router in found:
+            found[router].add(each)
+        else:
+            found[router] = dataclasses.replace(each)
+    for each in found.values():
+        each.wanted_E, each.observed = summed_over_ranks(each.wanted_E), _summed(each.observed)
+    for router, each in found.items():
+        router.update(cfg, coefficient(cfg, "bias_rate", progress), each.wanted_E, each.observed)
+    for depth, each in zip(model.depths(), totals, strict=True):
+        if depth is not None:
+            depth.update(_summed(each.observed))
+
+
+def clip(model: Transformer, norm: float, limit: float) -> None:
+    """Scale every gradient so that the global norm is at most `limit`."""
+    if norm > limit:
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], limit / norm)

@@ -1,0 +1,228 @@
+"""config.json both ways, with transformers' own config classes and parameter counts as the oracle."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.parse import parse
+from moe.config.router import RouterConfig
+from moe.convert.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
+from moe.errors import BadInput
+from moe.model.cost import dense_twin, size
+
+CONF = Path(__file__).parents[3] / "conf" / "model"
+PRESETS = {  # name: (family, parameters)
+    "gpt2": ("gpt2", 124_439_808),
+    "gpt2-medium": ("gpt2", 354_823_168),
+    "gpt2-large": ("gpt2", 774_030_080),
+    "gpt2-xl": ("gpt2", 1_557_611_200),
+    "gpt3-175b": ("gpt2", 174_604_259_328),
+    "llama3-8b": ("llama", 8_030_261_248),
+    "llama3-70b": ("llama", 70_553_706_496),
+    "llama3-405b": ("llama", 405_853_388_800),
+    "mixtral-8x7b": ("mixtral", 46_702_792_704),
+    "olmoe-1b-7b": ("olmoe", 6_919_161_856),
+    "qwen3-30b-a3b": ("qwen3_moe", 30_532_122_624),
+}
+
+
+def preset(name: str) -> tuple[ModelConfig, RouterConfig]:
+    cfg = parse(ModelConfig, yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return cfg, RouterConfig(renormalize=name != "olmoe-1b-7b")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_as_many_parameters_in_transformers(name: str) -> None:
+    family, parameters = PRESETS[name]
+    cfg, router = preset(name)
+    assert family_of(cfg, router) == family
+    config = transformers.AutoConfig.for_model(**config_to_hf(cfg, router))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == FAMILIES[family].architecture
+    assert sum(p.numel() for p in model.parameters()) == size(cfg).total == parameters
+
+
+def test_every_preset_that_trains_here_can_leave_with_its_dense_twin() -> None:
+    for path in CONF.glob("*.yaml"):
+        if path.stem in PRESETS:
+            continue
+        cfg = dataclasses.replace(preset(path.stem)[0], vocab_size=512)
+        assert family_of(cfg, RouterConfig()) == "qwen3_moe"
+        assert family_of(dense_twin(cfg, "active_params"), RouterConfig()) == "qwen3"
+
+
+SMALL = ModelConfig(name="small", vocab_size=64, context=32, n_layers=4, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
+GPT2 = {"activation": "gelu_tanh", "norm": "layer", "position": "learned", "bias": True, "n_kv_heads": 4}
+MODELS = {
+    "gpt2": dataclasses.replace(SMALL, **GPT2),
+    "llama": dataclasses.replace(SMALL, rope_theta=500.0),
+    "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10),
+    "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
+    "olmoe": dataclasses.replace(SMALL, qk_norm="full", moe=MoEConfig(4, 2, 48)),
+    "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_settings_survive_config_json_and_the_config_class_of_transformers(
+    family: str, renormalize: bool, tmp_path: Path
+) -> None:
+    router = RouterConfig(renormalize=renormalize or family not in ("olmoe", "qwen3_moe"))
+    cfg = MODELS[family]
+    tree = config_to_hf(cfg, router)
+    transformers.AutoConfig.for_model(**tree).save_pretrained(tmp_path)
+    for back, routing in (config_from_hf(tree, "small"), read_config(tmp_path)):
+        full = dataclasses.replace(cfg, name=back.name, n_kv_heads=back.n_kv_heads, head_dim=back.head_dim)
+        assert back == full
+        assert config_to_hf(back, routing) == tree
+        assert routing == router
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_default_of_the_config_class_is_our_default(family: str) -> None:
+    """A key that is absent must mean what transformers takes it to mean."""
+    tree = config_to_hf(MODELS[family], RouterConfig())
+    for key in FAMILIES[family].defaults.keys() & tree.keys():
+        short = {each: value for each, value in tree.items() if each != key}
+        full = json.loads(transformers.AutoConfig.for_model(**short).to_json_string(use_diff=False))
+        assert config_to_hf(*config_from_hf(short, "small")) == config_to_hf(*config_from_hf(full, "small")), key
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("gpt2", {"activation_function": "gelu"}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"scale_attn_weights": False}),
+    ("gpt2", {"reorder_and_upcast_attn": True}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("gpt2", {"n_positions": 0}),
+    ("gpt2", {"rope_theta": 10000.0}),
+    ("llama", {"hidden_act": "gelu"}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama", {"rope_scaling": 8}),
+    ("llama", {"partial_rotary_factor": 0.5}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    ("llama", {"rope_theta": "big"}),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}),
+    ("llama", {"num_local_experts": 8}),
+    ("llama", {"pruned_heads": {"0": [1]}}),
+    ("llama", {"a_setting_of_next_year": 1}),
+    ("llama", {"hidden_size": None}),
+    ("llama", {"hidden_size": "32"}),
+    ("llama", {"num_key_value_heads": 0}),
+    ("llama", {"num_key_value_heads": 3}),
+    ("llama", {"vocab_size": 0}),
+    ("llama", {"model_type": "mamba"}),
+    ("llama", {"model_type": ["llama"]}),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("qwen3", {"layer_types": 3}),
+    ("qwen3", {"sliding_window": 16, "use_sliding_window": True}),
+    ("mixtral", {"sliding_window": 16}),
+    ("mixtral", {"router_jitter_noise": 0.1}),
+    ("mixtral", {"num_experts_per_tok": 5}),
+    ("mixtral", {"mlp_only_layers": [0]}),
+    ("olmoe", {"clip_qkv": 8.0}),
+    ("qwen3_moe", {"mlp_only_layers": [2], "decoder_sparse_step": 1}),
+    ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}),
+    ("qwen3_moe", {"mlp_only_layers": ["0"]}),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 24}),
+]
+WORDS = {  # where the sentence names this project's setting, not the key
+    "n_positions": "model.context",
+    "hidden_size": "model.d_model",
+    "num_key_value_heads": "model.n_kv_heads",
+    "num_experts_per_tok": "model.moe.k",
+}
+
+
+@pytest.mark.parametrize(("family", "change"), REFUSED, ids=lambda each: each if isinstance(each, str) else str(each))
+def test_what_this_model_does_not_have_is_refused_by_name(family: str, change: dict[str, Any], tmp_path: Path) -> None:
+    tree = config_to_hf(MODELS[family], RouterConfig())
+    config_from_hf(tree, "small")  # accepted without the change
+    (tmp_path / "config.json").write_text(json.dumps(tree | change))
+    with pytest.raises(BadInput) as caught:
+        read_config(tmp_path)
+    key = next(iter(change))
+    assert key in str(caught.value) or WORDS.get(key, key) in str(caught.value), caught.value
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": None}),
+        ("llama", {"rope_scaling": None, "attention_bias": False, "pretraining_tp": 1, "quantization_config": None}),
+        ("llama", {"_name_or_path": "somewhere", "torch_dtype": "bfloat16", "eos_token_id": [1, 2]}),
+        ("mixtral", {"sliding_window": 32}),
+        ("qwen3", {"sliding_window": 16}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 2}),
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh", "summary_type": "cls_index", "resid_pdrop": 0.1}),
+        ("olmoe", {"num_local_experts": 4, "num_experts": None}),
+    ],
+    ids=str,
+)
+def test_what_changes_no_function_is_accepted(family: str, change: dict[str, Any]) -> None:
+    tree = config_to_hf(MODELS[family], RouterConfig())
+    changed = {key: value for key, value in (tree | change).items() if value is not None or key in ("rope_scaling",)}
+    assert config_from_hf(changed, "small") == config_from_hf(tree, "small")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", '"llama"', "\udcff"])
+def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadInput, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_missing_key_is_refused_by_name() -> None:
+    for family, cfg in MODELS.items():
+        tree = config_to_hf(cfg, RouterConfig())
+        for key in FAMILIES[family].keys.values() - FAMILIES[family].defaults.keys():
+            with pytest.raises(BadInput, match=key):
+                config_from_hf({each: value for each, value in tree.items() if each != key}, "small")
+
+
+@pytest.mark.parametrize(
+    ("model", "moe", "router", "path"),
+    [
+        ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
+        ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
+        ({}, {}, {"name": "sigmoid"}, "router.name=sigmoid"),
+        ({}, {}, {"selection_bias": True}, "router.selection_bias=True"),
+        ({}, {}, {"scale": 2.5}, "router.scale=2.5"),
+        ({"activation": "relu2"}, {}, {}, "model.activation=relu2"),
+        ({"bias": True}, {}, {}, "model.bias=True"),
+        ({"norm": "layer"}, {}, {}, "model.norm=layer"),
+        ({"position": "learned"}, {}, {}, "model.position=learned"),
+        ({"qk_norm": "full"}, {"every": 2}, {}, "model.moe.every=2"),
+        ({"qk_norm": "full", "head_dim": 16}, {}, {}, "model.head_dim=16"),
+        ({"qk_norm": "none"}, {}, {"renormalize": False}, "router.renormalize=False"),
+    ],
+)
+def test_a_model_of_no_family_is_refused_by_its_first_foreign_setting(
+    model: dict[str, Any], moe: dict[str, Any], router: dict[str, Any], path: str
+) -> None:
+    experts = dataclasses.replace(MoEConfig(4, 2, 24), **moe)
+    cfg = dataclasses.replace(SMALL, moe=experts, **({"qk_norm": "head"} | model))
+    with pytest.raises(BadInput, match=path):
+        config_to_hf(cfg, RouterConfig(**router))
+
+
+def test_a_dense_model_of_no_family_is_refused() -> None:
+    for change in ({"qk_norm": "full"}, {"n_heads": 3, "n_kv_heads": 3, "head_dim": 8}, {"norm": "layer"}):
+        with pytest.raises(BadInput, match=r"no counterpart in transformers: the nearest family, llama"):
+            family_of(dataclasses.replace(SMALL, **change), RouterConfig())

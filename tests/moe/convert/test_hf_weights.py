@@ -1,0 +1,329 @@
+"""Weights against transformers itself: the same weights must give the same logits and the same gradients."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
+from moe.convert.hf_config import config_from_hf, config_to_hf, family_of, read_config
+from moe.convert.hf_weights import from_hf, load, save, tensor_map, to_hf
+from moe.errors import BadInput
+from moe.model.attention import rotary
+from moe.model.transformer import Transformer
+
+TOLERANCE = 1e-5  # relative, Frobenius
+LLAMA = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,  # OLMoE's default, 1, would stop the gradient of that token's embedding
+}
+GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
+QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-untied-narrow": ("gpt2", GPT2 | {"n_inner": 48, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}),
+    "llama": ("llama", LLAMA),
+    "llama-tied-theta": ("llama", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 100.0}}),
+    "llama-heads": ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-2}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
+    "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
+    "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
+}
+TOKENS_BS = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def theirs(variant: str) -> Any:
+    """A tiny random model of transformers whose every weight, norms and biases too, matters to the logits."""
+    model_type, settings = VARIANTS[variant]
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **settings), dtype=torch.float32
+    ).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(0.25 * noise if p.dim() > 1 or name.endswith("bias") else 1 + 0.3 * noise)
+    return model
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius distance."""
+    assert found.shape == expected.shape
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def next_token_loss(logits_BSV: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), TOKENS_BS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_every_gradient_equal_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    hf = theirs(variant)
+    hf.save_pretrained(tmp_path)
+    logits_BSV = hf(TOKENS_BS).logits
+    next_token_loss(logits_BSV).backward()
+    expected = {name: p.grad for name, p in hf.named_parameters()}
+    family = family_of(*read_config(tmp_path))
+    assert family == VARIANTS[variant][0]
+    for backend in ("reference", "torch"):
+        model = load(tmp_path)
+        out = model(TOKENS_BS, backend=backend)
+        assert all((each.count_E > 0).all() for each in out.routing)  # else an expert's weights would go untested
+        assert error(out.logits_BSV, logits_BSV) < TOLERANCE
+        next_token_loss(out.logits_BSV).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found = to_hf(grads, model.cfg, family, stacked=True)
+        assert found.keys() == expected.keys()
+        assert {name: e for name in found if (e := error(found[name], expected[name])) > TOLERANCE} == {}
+
+
+def random_model(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, RouterConfig]:
+    """This project's model with the settings of a variant and weights of its own."""
+    model_type, settings = VARIANTS[variant]
+    tree = transformers.AutoConfig.for_model(model_type, **settings).to_dict()
+    cfg, router = config_from_hf(tree, variant)
+    model = Transformer(cfg, router).initialize(3).to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return model, router
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_folder_loads_in_transformers_and_computes_the_same(variant: str, tmp_path: Path) -> None:
+    model, router = random_model(variant)
+    save(model, router, tmp_path / "out")
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert hf.config.eos_token_id is hf.config.pad_token_id is None  # no default of theirs ends or masks our texts
+    assert type(hf).__name__ == config_to_hf(model.cfg, router)["architectures"][0]
+    assert sum(p.numel() for p in hf.parameters()) == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        assert error(model(TOKENS_BS).logits_BSV, hf.eval()(TOKENS_BS).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
+@pytest.mark.parametrize("variant", ["gpt2", "qwen3_moe-first-dense", "mixtral"])
+def test_saving_and_loading_is_bitwise(variant: str, shard_bytes: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, router = random_model(variant, dtype)
+    save(model, router, tmp_path / "out", shard_bytes)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    again = load(tmp_path / "out", dtype=None)
+    state, restored = model.state_dict(), again.state_dict()
+    assert state.keys() == restored.keys()
+    for name in state:
+        assert torch.equal(state[name], restored[name])
+        assert restored[name].dtype == dtype
+    assert again.head.weight is again.embed.weight or not model.cfg.tie_embeddings
+    assert load(tmp_path / "out").embed.weight.dtype == torch.float32
+
+
+def test_transformers_loads_our_shards_in_our_dtype(tmp_path: Path) -> None:
+    model, router = random_model("mixtral", torch.bfloat16)
+    save(model, router, tmp_path / "out", 20_000)
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert hf.dtype == torch.bfloat16
+    state = hf.state_dict()
+    for name, tensor in to_hf(model.state_dict(), model.cfg, "mixtral", stacked=True).items():
+        assert torch.equal(state[name], tensor)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("how", [{"max_shard_size": "15KB"}, {"save_original_format": False}])
+def test_shards_and_stacked_experts_of_transformers_load(variant: str, how: dict[str, Any], tmp_path: Path) -> None:
+    hf = theirs(variant)
+    hf.save_pretrained(tmp_path, **how)
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in how)
+    with torch.no_grad():
+        assert error(load(tmp_path)(TOKENS_BS).logits_BSV, hf(TOKENS_BS).logits) < TOLERANCE
+
+
+def test_tensors_of_a_model_in_memory_fill_ours_and_come_back() -> None:
+    hf = theirs("qwen3_moe")
+    model, _ = random_model("qwen3_moe")
+    from_hf(hf.state_dict(), model, "qwen3_moe")
+    with torch.no_grad():
+        assert error(model(TOKENS_BS).logits_BSV, hf(TOKENS_BS).logits) < TOLERANCE
+    again = to_hf(model.state_dict(), model.cfg, "qwen3_moe", stacked=True)
+    assert all(torch.equal(again[name], tensor) for name, tensor in hf.state_dict().items())
+
+
+def test_a_folder_of_the_bare_gpt2_with_its_mask_buffers_loads(tmp_path: Path) -> None:
+    """What the first GPT-2 folders look like: no prefix, and constants among the weights."""
+    hf = theirs("gpt2")
+    hf.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool)}, path)
+    with torch.no_grad():
+        assert error(load(tmp_path)(TOKENS_BS).logits_BSV, hf(TOKENS_BS).logits) < TOLERANCE
+
+
+def test_the_balancing_loss_of_one_layer_times_k_is_that_of_transformers(tmp_path: Path) -> None:
+    """Theirs counts a token's K choices where ours takes their share; over several layers theirs pools the tokens."""
+    hf = theirs("qwen3_moe-one-layer")
+    hf.save_pretrained(tmp_path)
+    expected = hf(TOKENS_BS, output_router_logits=True).aux_loss
+    (routing,) = load(tmp_path)(TOKENS_BS).routing
+    assert expected > 3.01  # not the balanced case, in which everything agrees
+    torch.testing.assert_close(3 * routing.aux, expected)
+
+
+def test_rotary_angles_equal_those_of_transformers_far_out() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(8192)[None])
+    ours = rotary(8192, 128, 5e5)
+    assert torch.equal(torch.cat([ours[0]] * 2, -1), cos[0])
+    assert torch.equal(torch.cat([ours[1]] * 2, -1), sin[0])
+
+
+def test_every_tensor_is_mapped_exactly_once() -> None:
+    """Writing 1 into every view of the map leaves no element of the model untouched and touches none twice."""
+    for variant in VARIANTS:
+        model, router = random_model(variant)
+        state = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for stacked in (False, True):
+            for _, views in tensor_map(state, model.cfg, family_of(model.cfg, router), stacked):
+                for view in views:
+                    view += 1
+            assert all((tensor == 1 + stacked).all() for tensor in state.values()), variant
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, router = random_model("llama")
+    save(model, router, tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder: Path, *words: str) -> None:
+    """Loading raises one sentence that has all the words."""
+    with pytest.raises(BadInput) as caught:
+        load(folder)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert str(caught.value).endswith(".")
+
+
+def test_a_missing_unexpected_or_misshaped_tensor_is_refused_by_name(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = load_file(folder / "model.safetensors")[name]
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    refused(folder, name, "missing")
+    rewrite(folder, lambda tensors: tensors.update({name: kept[:-1].clone()}))
+    refused(folder, name, "(39, 32)", "(40, 32)")
+    rewrite(
+        folder, lambda tensors: tensors.update({name: kept, "model.layers.1.self_attn.q_proj.bias": torch.ones(32)})
+    )
+    refused(folder, "model.layers.1.self_attn.q_proj.bias", "not part of")
+
+
+def test_a_quantised_tensor_is_refused_by_name(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    refused(folder, "model.norm.weight", "I8", "BF16")
+
+
+def test_a_head_that_is_not_the_embedding_is_refused_where_the_settings_tie_them(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    refused(folder, "lm_head.weight", "tie_word_embeddings")
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert load(folder).cfg.tie_embeddings
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_truncated_file_is_refused(size: int, folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:size])
+    refused(folder, "model.safetensors", "not a whole")
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "never opened")
+
+
+@pytest.mark.parametrize(
+    ("index", "word"),
+    [
+        ("[]", "weight_map"),
+        ('{"weight_map": 3}', "weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "'../model.safetensors' is not the name"),
+        ('{"weight_map": {"a": "weights.bin"}}', "'weights.bin' is not the name"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors, and that file is not there"),
+        ('{"weight_map": {}}', "missing"),
+    ],
+)
+def test_an_index_that_is_not_one_is_refused(index: str, word: str, folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    refused(folder, word)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    model, router = random_model("llama")
+    save(model, router, tmp_path / "out", 15_000)
+    first, second = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+    refused(tmp_path / "out", name, second.name)
+
+
+def test_saving_never_overwrites(folder: Path) -> None:
+    model, router = random_model("llama")
+    before = {each.name: each.read_bytes() for each in folder.iterdir()}
+    with pytest.raises(BadInput, match=re.escape(f"{folder} exists already")):
+        save(model, router, folder)
+    assert before == {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+def test_a_model_of_no_family_leaves_no_folder(tmp_path: Path) -> None:
+    cfg = ModelConfig(vocab_size=16, d_model=16, n_heads=2, n_layers=1, moe=MoEConfig(4, 2, 8, n_shared=1))
+    with pytest.raises(BadInput, match=r"model\.moe\.n_shared=1"):
+        save(Transformer(cfg, RouterConfig()), RouterConfig(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, router = random_model("llama")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moe.convert.hf_weights.save_file", full)
+    with pytest.raises(BadInput, match="No space left"):
+        save(model, router, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

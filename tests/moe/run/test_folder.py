@@ -1,0 +1,257 @@
+"""Claims about a run's folder: what is refused leaves everything as it was, and what is there is whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import moe.train.step
+from moe.config.parse import to_dict
+from moe.config.run import Config
+from moe.data.tokenizer import Tokenizer
+from moe.errors import BadInput
+from moe.run import jsonl
+from moe.run.folder import check_same, create_folder, default_folder, read_config
+from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(settings(corpus, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(corpus, tmp_path_factory) -> Path:
+    """The folder of a run that was killed after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    train_until(settings(corpus, folder), 5)
+    return folder
+
+
+def no_training(monkeypatch):
+    def refuse(*arguments):
+        raise Killed("a step was taken")
+
+    monkeypatch.setattr(moe.train.step, "take_step", refuse)
+
+
+@pytest.mark.parametrize("which", ["finished", "interrupted"])
+def test_an_existing_run_is_refused_without_resume_and_left_byte_for_byte(which, corpus, request):
+    folder = request.getfixturevalue(which)
+    before = files(folder)
+    with pytest.raises(BadInput, match="exists: add resume=true to go on with it"):
+        train(settings(corpus, folder))
+    assert files(folder) == before
+
+
+def test_an_existing_folder_that_is_no_run_is_refused_and_left_as_it_was(corpus, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for resume in (False, True):
+        before = files(tmp_path)
+        with pytest.raises(BadInput, match="mine"):
+            train(settings(corpus, tmp_path / "mine", {"resume": resume}))
+        assert files(tmp_path) == before
+
+
+def test_resuming_a_finished_run_returns_its_summary_without_training(finished, corpus, monkeypatch):
+    no_training(monkeypatch)
+    before = files(finished)
+    summary = train(settings(corpus, finished, {"resume": True}))
+    assert summary == json.loads((finished / "summary.json").read_text())
+    assert files(finished) == before
+
+
+CHANGED = {
+    "seed": 1,
+    "dispatch": "reference",
+    "model.n_layers": 3,
+    "model.moe.k": 3,
+    "model.vocab_size": 300,
+    "router.name": "sigmoid",
+    "balance.aux": 0.5,
+    "optim.lr": 0.1,
+    "optim.betas": [0.8, 0.9],
+    "train.steps": STEPS + 1,
+    "train.batch_size": 8,
+    "train.precision": "bf16",
+    "train.threads": 0,
+    "checkpoint.keep": 5,
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+@pytest.mark.parametrize("which", ["finished", "interrupted"])
+def test_going_on_with_changed_settings_is_refused_naming_the_key(which, key, corpus, request, monkeypatch):
+    no_training(monkeypatch)
+    folder = request.getfixturevalue(which)
+    before = files(folder)
+    with pytest.raises(BadInput) as caught:
+        train(settings(corpus, folder, {"resume": True, key: CHANGED[key]}))
+    assert str(caught.value).startswith(f"{key}={CHANGED[key]} differs from the run's own ")
+    assert files(folder) == before
+
+
+def test_of_several_changed_settings_the_first_is_named_every_time(corpus, tmp_path):
+    old = settings(corpus, tmp_path)
+    new = settings(corpus, tmp_path, {"seed": 1, "optim.lr": 0.1, "model.n_layers": 3})
+    with pytest.raises(BadInput, match=r"^seed=1 "):
+        check_same(old, new)
+
+
+def test_where_a_run_is_kept_and_how_it_is_watched_may_change(interrupted, corpus, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "moved")
+    changes = {"resume": True, "log.every": 1, "data.workers": 1, "data.cache": str(tmp_path / "cache")}
+    assert train(settings(corpus, tmp_path / "moved", changes))["steps"] == STEPS
+
+
+REFUSED = {
+    "a vocabulary larger than the model's": ({"model.vocab_size": 100}, "model.vocab_size=100 is smaller than the 257"),
+    "a missing corpus": ({"data.path": "/nowhere"}, "data.path=/nowhere"),
+    "a training split shorter than one sequence": ({"model.context": 10**6}, "fewer than the 1000001 of one sequence"),
+    "a device that is not here": ({"train.device": "cuda:99"}, "train.device=cuda:99 is not here"),
+    "a missing tracker": ({"log.wandb": "project"}, "log.wandb=project needs the package wandb"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_leaves_no_folder(what, corpus, tmp_path, monkeypatch):
+    changes, message = REFUSED[what]
+    find_spec = moe.trackers.importlib.util.find_spec
+    monkeypatch.setattr(
+        moe.trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    with pytest.raises(BadInput) as caught:
+        train(settings(corpus, tmp_path / "runs" / "run", changes))
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_on_resuming_is_refused(tmp_path):
+    """The shards are of the data now there; the checkpoint was trained on other ones."""
+    write_texts(tmp_path / "texts")
+    cfg = settings(tmp_path, tmp_path / "run")
+    train_until(cfg, 5)
+    (tmp_path / "texts" / "chess" / "new.txt").write_text(" ".join(str(i) for i in range(500)))
+    cfg.resume = True
+    before = files(tmp_path / "run")
+    with pytest.raises(BadInput, match="the hash of the prepared corpus"):
+        train(cfg)
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("killed_at", [1, 5], ids=["before the first checkpoint", "after it"])
+def test_another_tokenizer_on_resuming_is_refused(killed_at, tmp_path):
+    """One of the same size, too. The run's own tokenizer is what its samples will be read with."""
+    write_texts(tmp_path / "texts")
+    cfg = settings(tmp_path, tmp_path / "run", {"tokenizer.name": "char"})
+    train_until(cfg, killed_at)
+    for path in (tmp_path / "texts" / "chess").iterdir():
+        path.write_text(path.read_text().replace("é", "æ"))
+    cfg.resume = True
+    before = files(tmp_path / "run")
+    with pytest.raises(BadInput, match="has another tokenizer"):
+        train(cfg)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_leaves_nothing(corpus, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BadInput, match="cannot be created"):
+        train(settings(corpus, tmp_path / "file" / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_is_created_whole_or_not_at_all(corpus, tmp_path, monkeypatch):
+    cfg = settings(corpus, tmp_path / "run")
+
+    def die(self, folder):
+        (folder / "half").write_text("a tok")
+        raise Killed
+
+    monkeypatch.setattr(Tokenizer, "save", die)
+    with pytest.raises(Killed):
+        create_folder(tmp_path / "run", cfg, Tokenizer.load(prepared_folder(corpus)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def prepared_folder(corpus: Path) -> Path:
+    train_config = settings(corpus, "")
+    return moe.data.prepare(train_config.data, train_config.tokenizer, silent).folder
+
+
+def test_a_runs_config_can_be_read_back_and_is_resolved(finished):
+    cfg = read_config(finished)
+    assert isinstance(cfg, Config)
+    assert cfg.model.vocab_size == 257
+    assert cfg.dispatch == "torch"
+    assert to_dict(cfg) == yaml.safe_load((finished / "config.yaml").read_text())
+
+
+def test_a_damaged_config_is_refused(finished, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: [")
+    with pytest.raises(BadInput, match=r"config\.yaml is damaged"):
+        read_config(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_runs_beside_it(finished):
+    with pytest.raises(BadInput, match=f"no config.yaml; .*{finished}"):
+        read_config(finished.parent / "rum")
+
+
+def test_equal_settings_have_an_equal_folder_and_others_another(corpus):
+    name = lambda changes: default_folder(settings(corpus, "", changes))
+    assert name({}) == name({"log.every": 7}) == name({"data.workers": 2}) == name({"resume": True})
+    assert len({name({}), name({"seed": 1}), name({"optim.lr": 1.0}), name({"model.moe": None})}) == 4
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    jsonl.write_atomically(path, "old")
+
+    def full(*arguments):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadInput, match="cannot be written"):
+        jsonl.write_atomically(path, "new")
+    assert files(tmp_path).keys() == {"file"}
+    assert path.read_text() == "old"
+
+
+def test_lines_are_in_the_file_as_soon_as_they_are_written(tmp_path):
+    lines = jsonl.Lines(tmp_path / "below" / "lines.jsonl")
+    lines.write({"step": 1})
+    assert jsonl.read_lines(lines.path) == [{"step": 1}]
+    lines.close()
+
+
+def test_a_last_line_cut_short_is_left_out_and_later_steps_are_dropped(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 1e-17}\n{"step": 3, "lo')
+    assert [line["step"] for line in jsonl.read_lines(path)] == [1, 2]
+    jsonl.keep_until(path, 1)
+    assert path.read_text() == '{"step": 1, "loss": 0.1}\n'
+    assert jsonl.read_lines(tmp_path / "none") == []
+
+
+def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    lines = jsonl.Lines(Path("/dev/full"))
+    with pytest.raises(BadInput, match="cannot be written"):
+        lines.write({"step": 1})
+
+
+def test_a_finished_run_has_every_file(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if "checkpoints" not in str(path)}
+    assert names == {
+        "config.yaml", "tokenizer", "tokenizer/tokenizer.json", "tokenizer/ranks.tiktoken", "metrics.jsonl",
+        "routing", "routing/counts.jsonl", "summary.json",
+    }  # fmt: skip

@@ -1,0 +1,150 @@
+"""Claims about the machine a run is on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from moe.config.train import TrainConfig
+from moe.errors import BadInput
+from moe.run import machine
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
+MB = 10**6
+
+
+def occupy(megabytes: int) -> None:
+    """Touch this much memory, and let it go."""
+    np.ones(megabytes * MB, dtype=np.uint8)
+
+
+@pytest.mark.skipif(not machine._has_resettable_peak(), reason="this system has no peak that can be reset")
+def test_a_small_run_after_a_big_one_has_its_own_peak():
+    machine.reset_peak_memory(CPU)
+    occupy(600)
+    big = machine.peak_memory(CPU)
+    machine.reset_peak_memory(CPU)
+    occupy(100)
+    small = machine.peak_memory(CPU)
+    assert big > 600 * MB
+    assert small < big - 300 * MB
+    assert small >= psutil.Process().memory_info().rss - 100 * MB
+
+
+def test_where_the_peak_cannot_be_reset_the_present_memory_is_reported(monkeypatch, tmp_path):
+    """Never an earlier run's peak: a sandbox may forbid the reset, and other systems have none."""
+    occupy(600)
+    monkeypatch.setattr(machine, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    machine.reset_peak_memory(CPU)
+    assert machine.peak_memory(CPU) == pytest.approx(psutil.Process().memory_info().rss, abs=50 * MB)
+
+
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
+    for available, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert machine.choose_device("auto").type == kind
+    assert machine.choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("name", "here", "fits"), [("cuda", 0, False), ("cuda:1", 1, False), ("cuda:1", 2, True)])
+def test_a_gpu_that_is_not_there_is_refused(name, here, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    if fits:
+        assert machine.choose_device(name) == torch.device(name)
+    else:
+        with pytest.raises(BadInput, match=rf"^train\.device={name} is not here: {here} CUDA devices are visible"):
+            machine.choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_it(capabilities, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert machine.choose_precision("auto", CPU) == precision
+    assert machine.choose_precision("fp32", CPU) == "fp32"
+    assert machine.choose_precision("bf16", CPU) == "bf16"
+
+
+def test_threads_are_set_and_reported():
+    before = torch.get_num_threads()
+    try:
+        assert machine.set_threads(TrainConfig(threads=2)) == 2 == torch.get_num_threads()
+        assert machine.set_threads(TrainConfig(threads=0)) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_processor_is_named_with_the_cores_this_process_may_use():
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+    name = machine.device_name(CPU)
+    assert name.endswith(f", {cores} cores")
+    assert len(name) > len(f", {cores} cores")
+
+
+def test_versions_name_what_can_change_a_number():
+    found = machine.versions()
+    assert found["torch"] == torch.__version__
+    assert found["numpy"] == np.__version__
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
+    git = lambda *arguments: subprocess.run(
+        ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    git("init")
+    (tmp_path / "machine.py").write_text("one")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "machine.py").write_text("two")
+    assert machine.git_state()["dirty"] is True
+
+
+def test_outside_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.git_state() == {"commit": None, "dirty": False}
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor without git
+    assert machine.git_state() == {"commit": None, "dirty": False}
+
+
+def test_no_path_of_the_system_is_needed_to_name_the_processor(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert machine.device_name(CPU)
+
+
+ALLOCATE_AND_FREE = """
+import resource, torch
+from moe import machine
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.empty(2**24).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+machine.keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATE_AND_FREE], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 8 * 2**26 / 2**22  # eight buffers of 64 MiB came back page by page (or by huge pages of 2 MiB)
+    assert after < before / 10

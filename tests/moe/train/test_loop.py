@@ -1,0 +1,445 @@
+"""Claims about the training loop: its gradients, its variants, and what it writes down."""
+
+import json
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import moe.train.step
+from moe.config.balance import BalanceConfig
+from moe.config.parse import to_dict
+from moe.config.run import build
+from moe.data import loader
+from moe.data.loader import Batch
+from moe.model.transformer import Transformer
+from moe.run import checkpoint
+from moe.run.jsonl import read_lines
+from moe.train.state import seed_everything
+from moe.train.step import coefficient, compute_gradients
+from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
+
+DENSE = {"model.moe": None}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """(folder, summary, lines said) of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    said: list[str] = []
+    summary = train(settings(corpus, folder), said.append)
+    return folder, summary, said
+
+
+def lines_of(corpus, folder, changes: dict[str, Any]):
+    """A run's metrics lines."""
+    train(settings(corpus, folder, changes))
+    return read_lines(folder / "metrics.jsonl")
+
+
+def model_and_batch(corpus, changes: dict[str, Any]):
+    """A config, its initial model in float64, and a batch of random tokens."""
+    cfg = settings(corpus, "", changes | {"model.vocab_size": 257, "dispatch": "torch"})
+    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0).double()
+    tokens = torch.randint(0, 257, (8, 33), generator=torch.Generator().manual_seed(1))
+    return cfg, model, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(8, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_gradients_of_a_dense_model_are_those_of_the_whole_batch(parts, corpus):
+    found = []
+    for n in (1, parts):
+        cfg, model, batch = model_and_batch(corpus, DENSE | {"train.accumulate": n, "train.batch_size": 8})
+        gradients = compute_gradients(model, batch, cfg)
+        found.append((gradients, {name: p.grad for name, p in model.named_parameters()}))
+    (whole, whole_grads), (split, split_grads) = found
+    for name in whole_grads:
+        torch.testing.assert_close(split_grads[name], whole_grads[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert split.lm_loss == pytest.approx(whole.lm_loss, rel=1e-12)
+    assert split.norm == pytest.approx(whole.norm, rel=1e-9)
+
+
+def test_losses_and_counts_of_micro_batches_are_means_and_sums(corpus):
+    """Against each micro-batch on its own: a balancing loss is of a micro-batch, its mean is of the step."""
+    cfg, model, batch = model_and_batch(corpus, {"train.accumulate": 4, "train.batch_size": 8})
+    result = compute_gradients(model, batch, cfg)
+    alone = []
+    for i in range(4):
+        part = Batch(batch.tokens_BS[2 * i : 2 * i + 2], batch.targets_BS[2 * i : 2 * i + 2], batch.domain_BS)
+        one = settings(corpus, "", {"train.accumulate": 1, "dispatch": "torch"})
+        alone.append(compute_gradients(model, part, one))
+    assert result.lm_loss == pytest.approx(sum(each.lm_loss for each in alone) / 4, rel=1e-12)
+    for name in ("aux", "z"):
+        assert result.losses[name] == pytest.approx(sum(each.losses[name] for each in alone) / 4, rel=1e-12)
+    for layer in range(2):
+        assert torch.equal(result.routing[layer].count_E, sum(each.routing[layer].count_E for each in alone))
+        assert result.routing[layer].count_E.sum() == 8 * 32 * 2  # T tokens, K choices
+        assert result.routing[layer].tokens == 8 * 32
+
+
+def test_the_global_balancing_loss_of_micro_batches_is_the_whole_steps(corpus):
+    """Value and gradient. The batch's own loss is another one as soon as the step has several micro-batches."""
+    changes = {"train.batch_size": 8, "balance.aux": 0.5}
+    found = {}
+    for scope, n in (("global", 1), ("global", 4), ("batch", 1), ("batch", 4)):
+        cfg, model, batch = model_and_batch(corpus, changes | {"balance.scope": scope, "train.accumulate": n})
+        result = compute_gradients(model, batch, cfg)
+        found[scope, n] = result.losses["aux"], {name: p.grad.clone() for name, p in model.named_parameters()}
+    whole_loss, whole_gradients = found["batch", 1]
+    for key in (("global", 1), ("global", 4)):
+        assert found[key][0] == pytest.approx(whole_loss, rel=1e-12), key
+        for name, gradient in whole_gradients.items():
+            torch.testing.assert_close(found[key][1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert abs(found["batch", 4][0] / whole_loss - 1) > 1e-4
+
+
+def _rank(rank: int, corpus, folder, changes) -> None:
+    """One of two processes: its half of the batch, in two micro-batches."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+    result = compute_gradients(model, half, cfg)
+    torch.save([result.losses["aux"], model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_global_balancing_loss_spans_the_ranks(corpus, tmp_path):
+    changes = {"train.batch_size": 8, "balance.aux": 0.5, "balance.scope": "global"}
+    torch.multiprocessing.spawn(_rank, (corpus, tmp_path, changes | {"train.accumulate": 2}), nprocs=2)
+    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    whole = compute_gradients(model, batch, cfg)
+    assert sum(losses) / 2 == pytest.approx(whole.losses["aux"], rel=1e-12)
+    expected = model.blocks[0].mlp.router.w_ED.grad
+    torch.testing.assert_close(sum(gradients) / 2, expected, rtol=1e-9, atol=1e-12)
+
+
+LEARNING = {
+    "bias": {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.125},
+    "l1": {"router.name": "relu", "router.l1": 0.5, "balance.aux": 0.0, "balance.z": 0.0},
+    "cut-offs": {"router.name": "expert-choice", "router.causal": "threshold"},
+    "depth": {"model.moe.depth": 0.5},
+}
+
+
+def _learn(model, batch, cfg) -> dict[str, torch.Tensor]:
+    """What the routers of a model know after a step."""
+    moe.train.step.update_routers(model, compute_gradients(model, batch, cfg).routing, cfg.balance, 0.0)
+    return {name: each for name, each in model.named_buffers() if "router." in name or "depth." in name}
+
+
+def _learning_rank(rank: int, corpus, folder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8})
+        half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+        torch.save(_learn(model, half, cfg), folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_routers_learn_the_same_on_every_rank_and_what_micro_batches_of_one_process_teach(corpus, tmp_path):
+    torch.multiprocessing.spawn(_learning_rank, (corpus, tmp_path), nprocs=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8, "train.accumulate": 2})
+        before = {key: each.clone() for key, each in model.named_buffers()}
+        expected = _learn(model, batch, cfg)
+        assert any(not torch.equal(each, before[key]) for key, each in expected.items()), name
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            assert found.keys() == expected.keys()
+            for key, each in expected.items():
+                torch.testing.assert_close(found[key], each, rtol=1e-9, atol=1e-12, msg=f"{name} {key}")
+
+
+def test_a_coefficient_follows_its_schedule():
+    cfg = BalanceConfig(aux=0.5, z=0.25, schedule={"aux": [1.0, 0.0]})
+    assert [coefficient(cfg, "aux", progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]
+    assert coefficient(cfg, "z", 0.5) == 0.25
+    assert coefficient(cfg, "l1", 0.5) == 1.0  # a router's own loss
+
+
+def test_the_gradient_is_of_the_loss_with_the_weighted_balancing_losses(corpus):
+    cfg, model, batch = model_and_batch(corpus, {"balance.aux": 0.3, "balance.z": 0.02})
+    result = compute_gradients(model, batch, cfg)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    output = model(batch.tokens_BS, backend="reference")
+    lm_loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), batch.targets_BS.flatten())
+    loss = lm_loss + sum(0.3 * each.aux + 0.02 * each.z for each in output.routing)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-12, msg=name)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    assert result.norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_clipping_scales_the_gradient_to_the_limit_and_leaves_a_small_one(corpus):
+    _, model, _ = model_and_batch(corpus, {})
+    for limit, norm_after in ((0.5, 0.5), (5.0, 2.0)):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        model.norm.weight.grad[0] = 2.0
+        moe.train.step.clip(model, 2.0, limit)
+        assert model.norm.weight.grad.norm().item() == pytest.approx(norm_after)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+def test_the_update_gets_the_clipped_gradient_and_the_log_the_norm_before(limit, corpus, tmp_path, monkeypatch):
+    norms = []
+
+    def spy(optimizer, *arguments):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(optimizer, *arguments)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    logged = [line["grad_norm"] for line in lines_of(corpus, tmp_path / "run", {"optim.clip": limit})[1:]]
+    assert max(logged) > 0.3
+    assert norms == pytest.approx([min(norm, limit) if limit else norm for norm in logged], rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_bit(finished, corpus, tmp_path):
+    folder, _, _ = finished
+    train(settings(corpus, tmp_path / "run", {"train.checkpoint_activations": True}))
+    assert fate(tmp_path / "run") == fate(folder)
+
+
+def test_a_repeated_run_is_the_same_to_the_bit_and_another_seed_is_not(finished, corpus, tmp_path):
+    folder, _, _ = finished
+    train(settings(corpus, tmp_path / "again"))
+    assert fate(tmp_path / "again") == fate(folder)
+    train(settings(corpus, tmp_path / "other", {"seed": 1}))
+    assert fate(tmp_path / "other")["model"] != fate(folder)["model"]
+
+
+def test_a_compiled_run_learns_what_an_eager_one_does(finished, corpus, tmp_path, monkeypatch):
+    """The model is traced for real; the compiler behind it, minutes of work on this machine, is not of interest."""
+    compile_module = Transformer.compile
+    monkeypatch.setattr(Transformer, "compile", lambda self: compile_module(self, backend="eager"))
+    compiled = lines_of(
+        corpus, tmp_path / "run", {"train.compile": True, "train.steps": 2, "optim.schedule": "constant"}
+    )
+    eager = lines_of(corpus, tmp_path / "eager", {"train.steps": 2, "optim.schedule": "constant"})
+    assert [line["lm_loss"] for line in compiled[1:]] == pytest.approx(
+        [line["lm_loss"] for line in eager[1:]], rel=1e-4
+    )
+    names = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", silent)).model.keys()
+    assert names == checkpoint.load(checkpoint.latest(finished[0] / "checkpoints", silent)).model.keys()
+
+
+def test_bf16_is_autocast_over_fp32_weights(corpus, tmp_path):
+    found = {}
+    for precision in ("bf16", "fp32"):
+        found[precision] = lines_of(corpus, tmp_path / precision, {"train.precision": precision})
+    losses = [[line["lm_loss"] for line in found[each][1:]] for each in ("bf16", "fp32")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    snapshot = checkpoint.load(checkpoint.latest(tmp_path / "bf16" / "checkpoints", silent))
+    assert {value.dtype for value in (*snapshot.model.values(), *snapshot.optimizer.values())} == {torch.float32}
+
+
+def test_training_learns(corpus, tmp_path):
+    """Words of a domain have letters that the others do not: far below the initial ln 257 in few steps."""
+    lines = lines_of(corpus, tmp_path / "run", {"train.steps": 40, "optim.lr": 0.01, "train.eval_every": 0})
+    assert lines[0]["val"]["loss"] == pytest.approx(math.log(257), rel=0.02)
+    assert lines[-1]["val"]["loss"] < 3.2
+
+
+# What a run writes down
+
+
+def test_metrics_have_one_line_per_step_with_every_field(finished):
+    lines = read_lines(finished[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for line in lines[1:]:
+        assert line.keys() - {"val"} == {
+            "step", "loss", "lm_loss", "aux", "z", "grad_norm", "lr", "tokens_per_s", "seconds", "skipped", "layers",
+        }  # fmt: skip
+        assert [each["layer"] for each in line["layers"]] == [0, 1]
+        for each in line["layers"]:
+            assert each.keys() == {
+                    "layer", "max_vio", "load_entropy", "effective_experts", "dead", "dropped", "skipped"
+                }  # fmt: skip
+            assert each["dropped"] == 0
+        assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["aux"] + 0.001 * line["z"], rel=1e-12)
+        assert line["tokens_per_s"] > 0
+
+
+def test_validations_are_at_the_start_at_the_end_and_every_so_often(finished):
+    lines = read_lines(finished[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val" in line] == [0, *range(EVALUATED, STEPS, EVALUATED), STEPS]
+    for line in lines:
+        if "val" in line:
+            assert line["val"].keys() == {"loss", "bpb", "domains"}
+            assert set(line["val"]["domains"]) == {"algebra", "botany", "chess"}
+
+
+def test_the_rates_that_were_used_are_the_schedules(finished, corpus):
+    cfg = settings(corpus, "")
+    lines = read_lines(finished[0] / "metrics.jsonl")
+    assert [line["lr"] for line in lines[1:]] == [
+        moe.optim.learning_rate(cfg.optim, step, STEPS) for step in range(1, STEPS + 1)
+    ]
+
+
+def test_routing_counts_are_kept_over_time(finished):
+    counts = read_lines(finished[0] / "routing" / "counts.jsonl")
+    assert [line["step"] for line in counts] == [2, 4, 6]  # log.every=2
+    lines = {line["step"]: line for line in read_lines(finished[0] / "metrics.jsonl")}
+    for line in counts:
+        assert [len(layer) for layer in line["counts"]] == [4, 4]
+        for layer, count in enumerate(line["counts"]):
+            assert sum(count) == 4 * 32 * 2
+            expected = max(count) / (sum(count) / 4) - 1
+            assert lines[line["step"]]["layers"][layer]["max_vio"] == pytest.approx(expected)
+
+
+def test_a_dense_run_has_no_routing(corpus, tmp_path):
+    lines = lines_of(corpus, tmp_path / "run", DENSE)
+    assert all(line["layers"] == [] and line["aux"] == 0 and line["loss"] == line["lm_loss"] for line in lines[1:])
+    assert read_lines(tmp_path / "run" / "routing" / "counts.jsonl") == []
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["load"] is None
+
+
+def test_only_the_layers_with_experts_are_measured(corpus, tmp_path):
+    lines = lines_of(corpus, tmp_path / "run", {"model.moe.first_dense": 1, "train.steps": 2})
+    assert [[each["layer"] for each in line["layers"]] for line in lines[1:]] == [[1], [1]]
+
+
+def test_a_summary_leads_back_to_its_run(finished):
+    folder, summary, _ = finished
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary.keys() == {
+        "name", "seed", "model", "params", "flops", "steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes",
+        "val", "val_windows", "load", "dataset", "tokenizer", "precision", "dispatch", "device", "threads", "versions",
+        "commit", "dirty", "skipped",
+    }  # fmt: skip
+    lines = read_lines(folder / "metrics.jsonl")
+    assert summary["val"] == lines[-1]["val"]
+    assert summary["steps"] == STEPS
+    assert summary["tokens"] == STEPS * 4 * 32
+    assert summary["seconds"] == lines[-1]["seconds"]
+    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert summary["threads"] == 1
+    snapshot = checkpoint.load(checkpoint.latest(folder / "checkpoints", silent))
+    assert summary["params"]["total"] == sum(t.numel() for t in snapshot.model.values())
+    assert build(snapshot.meta["config"]).seed == summary["seed"]
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(corpus, tmp_path):
+    """With a rate that destroys what was learned, the best is not among the newest."""
+    lines = lines_of(
+        corpus, tmp_path / "run", {"checkpoint.every": 1, "train.eval_every": 1, "optim.lr": 5.0, "checkpoint.keep": 2}
+    )
+    root = tmp_path / "run" / "checkpoints"
+    best = min(lines[1:], key=lambda line: line["val"]["loss"])["step"]
+    assert sorted(int(path.name[5:]) for path in root.iterdir()) == sorted({best, STEPS - 1, STEPS})
+    assert checkpoint.best(root).name == f"step-{best:08d}"
+
+
+def test_without_intermediate_checkpoints_and_evaluations_the_last_ones_are_made(corpus, tmp_path):
+    lines = lines_of(corpus, tmp_path / "run", {"checkpoint.every": 0, "train.eval_every": 0})
+    assert [line["step"] for line in lines if "val" in line] == [0, STEPS]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+
+
+def test_the_beginning_and_the_end_are_said(finished):
+    folder, summary, said = finished
+    assert any(line.startswith(f"run: {folder}  {summary['params']['total']:,} parameters") for line in said)
+    assert said[-1].startswith(f"run: {folder} is finished  val loss {summary['val']['loss']:.4f}")
+
+
+def test_training_leaves_the_callers_config_alone(corpus, tmp_path):
+    cfg = settings(corpus, tmp_path / "run", {"train.steps": 2})
+    before = to_dict(cfg)
+    train(cfg)
+    assert to_dict(cfg) == before
+
+
+def test_the_selection_bias_moves_against_the_load(corpus, tmp_path):
+    changes = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.25, "train.steps": 2}
+    train(settings(corpus, tmp_path / "run", changes | {"log.every": 1}))
+    counts = [line["counts"] for line in read_lines(tmp_path / "run" / "routing" / "counts.jsonl")]
+    snapshot = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", silent))
+    for layer in range(2):
+        steps = [torch.tensor(step[layer], dtype=torch.float64) for step in counts]
+        expected = sum(0.25 * torch.sign(count.mean() - count) for count in steps)
+        assert snapshot.model[f"blocks.{layer}.mlp.router.bias_E"].tolist() == expected.tolist()
+
+
+def test_every_global_generator_is_seeded():
+    drawn = []
+    for seed in (3, 3, 4):
+        seed_everything(seed)
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_models_compared_see_the_same_batches(corpus, tmp_path, monkeypatch):
+    """Whatever the model, a step's batch is a function of (seed, step)."""
+    seen: list[list[str]] = []
+    take_step = moe.train.step.take_step
+
+    def take(state, batch, *arguments):
+        seen[-1].append(tensors_digest({"tokens": batch.tokens_BS, "targets": batch.targets_BS}))
+        return take_step(state, batch, *arguments)
+
+    monkeypatch.setattr(moe.train.step, "take_step", take)
+    for name, changes in {"moe": {}, "dense": DENSE}.items():
+        seen.append([])
+        train(settings(corpus, tmp_path / name, changes))
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == STEPS
+
+
+def test_timings_are_all_that_two_equal_runs_differ_in(finished):
+    """What `fate` leaves out of a line is exactly the timings."""
+    line = read_lines(finished[0] / "metrics.jsonl")[1]
+    assert set(line) - set(fate(finished[0])["lines"][1]) == set(TIMINGS)
+
+
+def test_a_loader_is_closed_when_a_step_fails(corpus, tmp_path, monkeypatch):
+    closed = []
+    iterate = loader.Loader.iterate
+
+    def watched(self, from_step):
+        try:
+            yield from iterate(self, from_step)
+        finally:
+            closed.append(from_step)
+
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loader.Loader, "iterate", watched)
+    monkeypatch.setattr(moe.train.step, "take_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(settings(corpus, tmp_path / "run"))
+    assert closed == [0]
+
+
+def test_every_backend_trains_the_same_model(corpus, tmp_path):
+    changes = {"train.steps": 2, "train.eval_every": 2, "optim.warmup": 0, "log.every": 1}
+    changes |= {"model.context": 8, "train.batch_size": 2, "train.eval_tokens": 16}  # interpreted, triton is slow
+    losses = {}
+    for backend in ("reference", "torch", "triton"):
+        train(settings(corpus, tmp_path / backend, changes | {"dispatch": backend}))
+        losses[backend] = [line["loss"] for line in read_lines(tmp_path / backend / "metrics.jsonl") if "loss" in line]
+    assert losses["reference"][0] != losses["reference"][-1]
+    for backend in ("torch", "triton"):
+        np.testing.assert_allclose(losses[backend], losses["reference"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dispatch", "moe", "said"), [("auto", {}, 1), ("torch", {}, 0), ("auto", None, 0)])
+def test_auto_says_once_which_backend_it_took_and_why(corpus, tmp_path, dispatch, moe, said):
+    lines = []
+    changes = {"train.steps": 2, "optim.warmup": 0, "dispatch": dispatch} | ({"model.moe": None} if moe is None else {})
+    train(settings(corpus, tmp_path / "run", changes), lines.append)
+    found = [line for line in lines if line.startswith("dispatch: torch, because ")]
+    assert len(found) == said

@@ -1,0 +1,127 @@
+"""Claims about AdamW and the learning-rate schedules."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moe.config.router import RouterConfig
+from moe.config.train import OptimConfig
+from moe.train.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+
+
+def rates(cfg: OptimConfig, steps: int) -> list[float]:
+    return [learning_rate(cfg, step, steps) for step in range(1, steps + 1)]
+
+
+def test_cosine_in_closed_form():
+    cfg = OptimConfig(lr=2.0, warmup=4, final=0.1, schedule="cosine")
+    found = rates(cfg, 20)
+    assert found[:4] == [0.5, 1.0, 1.5, 2.0]
+    for step in range(5, 21):
+        expected = 0.2 + 1.8 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+        assert found[step - 1] == pytest.approx(expected, rel=1e-12)
+    assert found[11] == pytest.approx(1.1)  # half way between peak and end
+    assert found[-1] == pytest.approx(0.2)
+
+
+def test_wsd_in_closed_form():
+    cfg = OptimConfig(lr=1.0, warmup=2, final=0.0, decay=0.25, schedule="wsd")
+    assert rates(cfg, 16) == pytest.approx([0.5, 1.0, *[1.0] * 10, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_constant_in_closed_form():
+    assert rates(OptimConfig(lr=1.0, warmup=2, schedule="constant"), 5) == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+@given(
+    st.sampled_from(["cosine", "wsd", "constant"]),
+    st.integers(1, 200),
+    st.integers(0, 200),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_every_schedule_rises_to_the_peak_and_never_after(schedule, steps, warmup, final, decay):
+    assume(warmup <= steps)
+    cfg = OptimConfig(lr=3.0, warmup=warmup, final=final, decay=decay, schedule=schedule)
+    found = rates(cfg, steps)
+    assert all(0 <= rate <= 3 + 1e-12 for rate in found)
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(found[:warmup]))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise([3.0, *found[warmup:]]))
+    if warmup < steps and schedule != "constant":
+        assert found[-1] == pytest.approx(3 * final)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not(make_model):
+    model = make_model(bias=True, norm="layer", position="learned")
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert len(decays) == len(names)
+    for name, p in names.items():
+        free = "norm" in name or name.endswith("bias")
+        assert decays[id(p)] == (0.0 if free else 0.3), name
+    assert any("w_up_EFD" in name for name in names)
+
+
+def test_a_selection_bias_is_no_parameter_of_the_optimiser(make_model):
+    model = make_model(RouterConfig(selection_bias=True))
+    held = {id(p) for group in build_optimizer(model, OptimConfig()).param_groups for p in group["params"]}
+    assert not held & {id(buffer) for buffer in model.buffers()}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def with_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def test_steps_are_adamws(make_model):
+    """Against the update rule written out (1711.05101, algorithm 2), decay apart from the gradient."""
+    cfg = OptimConfig(lr=0.01, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)
+    model = make_model(dtype=torch.float64)
+    optimizer = build_optimizer(model, cfg)
+    value = {name: p.detach().clone() for name, p in model.named_parameters()}
+    m = {name: torch.zeros_like(v) for name, v in value.items()}
+    v = {name: torch.zeros_like(x) for name, x in value.items()}
+    for step in range(1, 5):
+        with_gradients(model, step)
+        rate = 0.01 * step
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            m[name] = 0.8 * m[name] + 0.2 * p.grad
+            v[name] = 0.9 * v[name] + 0.1 * p.grad**2
+            decay = 0.2 if p.dim() >= 2 else 0.0
+            update = (m[name] / (1 - 0.8**step)) / ((v[name] / (1 - 0.9**step)).sqrt() + 1e-6)
+            value[name] = value[name] - rate * decay * value[name] - rate * update
+            torch.testing.assert_close(p.detach(), value[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_optimisers_state_makes_the_round_trip(make_model):
+    """A restored optimiser takes the same next step, to the bit, and shares no memory with what it was given."""
+    cfg = OptimConfig()
+    one, two = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    first, second = build_optimizer(one, cfg), build_optimizer(two, cfg)
+    for step in range(3):
+        with_gradients(one, step)
+        first.step()
+    two.load_state_dict(one.state_dict())
+    state = optimizer_tensors(one, first)
+    assert {key.split("/")[0] for key in state} == {"exp_avg", "exp_avg_sq", "step"}
+    assert len(state) == 3 * len(list(one.parameters()))
+    restore_optimizer(two, second, state)
+    for model, optimizer in ((one, first), (two, second)):
+        with_gradients(model, 9)
+        optimizer.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_new_optimiser_has_no_state(make_model):
+    model = make_model()
+    assert optimizer_tensors(model, build_optimizer(model, OptimConfig())) == {}
