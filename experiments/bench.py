@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 
-from experiments import bench_kernels, bench_layer, bench_routing, bench_train_step, cli, measure, peers, tables, tune
-from experiments.rows import Rows, run
+from experiments import cli
+from experiments.pages import tables
+from experiments.suites import facts, kernels, layer, peers, routing, timing, tune
+from experiments.suites import train_step as train_step_suite
+from experiments.suites.cases import Rows, run
 from moe.config.model import ModelConfig
 from moe.config.parse import accepted
 from moe.config.run import Config
@@ -43,7 +46,7 @@ class BenchConfig:
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
-    model: ModelConfig = field(default_factory=bench_train_step.bench_model)  # train_step; model=NAME takes a preset
+    model: ModelConfig = field(default_factory=train_step_suite.bench_model)  # train_step; model=NAME takes a preset
     dispatch: str = "auto"  # train_step
     backends: list[str] = field(default_factory=list)  # train_step: instead of dispatch, our MoE on each
     compiled: bool = False  # train_step: our models once more under torch.compile
@@ -52,7 +55,7 @@ class BenchConfig:
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])  # train_step
     rounds: int = 5
     steps: int = 3  # train_step: timed steps per contestant and round, after one untimed
-    loads: list[str] = field(default_factory=lambda: list(bench_layer.LOADS))  # layer
+    loads: list[str] = field(default_factory=lambda: list(layer.LOADS))  # layer
     counts: str = ""  # layer: routing/counts.jsonl of a run, for the recorded load
     width: int = 256  # routing: D
     d_expert: int = 128  # routing: F of the layer that routing is a share of
@@ -67,9 +70,9 @@ class BenchConfig:
 def main(cfg: BenchConfig) -> None:
     """Run a suite, print its table, write its rows."""
     check(cfg)
-    device = measure.find_device(cfg.device, "device")
+    device = timing.find_device(cfg.device, "device")
     if cfg.suite in ("kernels", "layer", "tune"):
-        measure.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
+        timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
     machine.set_threads(TrainConfig(threads=cfg.threads))
     machine.keep_freed_memory()  # for every contestant alike
     cfg.out = cfg.out or f"experiments/results/{cfg.suite}.jsonl"
@@ -92,9 +95,9 @@ def check(cfg: BenchConfig) -> None:
         raise BadInput(f"budget={cfg.budget:g} is out of range: accepted is at least 0 seconds.")
     if cfg.suite == "layer":
         known("peers", cfg.peers, peers.PEERS)
-        known("loads", cfg.loads, bench_layer.LOADS)
+        known("loads", cfg.loads, layer.LOADS)
     if cfg.suite == "train_step":
-        known("peers", cfg.peers, bench_train_step.PEERS)
+        known("peers", cfg.peers, train_step_suite.PEERS)
         known("precisions", cfg.precisions, ("fp32", "bf16"))
         dispatch = accepted(Config)["dispatch"]
         known("backends", cfg.backends, dispatch)
@@ -117,16 +120,16 @@ def known(key: str, values: list[str], valid: Any) -> None:
 
 def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
-    full, rows = cfg.sizes == "full", Rows(Path(cfg.out), measure.facts(device), cfg.resume)
+    full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suite: Any
     given: dict[str, Any]
     match cfg.suite:
         case "routing":
-            suite, given = bench_routing, {"width": cfg.width, "d_expert": cfg.d_expert}
+            suite, given = routing, {"width": cfg.width, "d_expert": cfg.d_expert}
         case "kernels":
-            suite, given = bench_kernels, {}
+            suite, given = kernels, {}
         case "layer":
-            suite, given = bench_layer, {"loads": cfg.loads, "counts": Path(cfg.counts) if cfg.counts else None}
+            suite, given = layer, {"loads": cfg.loads, "counts": Path(cfg.counts) if cfg.counts else None}
             given |= {"names": cfg.peers} if cfg.peers else {}
         case _:
             suite, given = tune, {"kept": rows.kept}
@@ -139,13 +142,13 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
 
 def train_step(cfg: BenchConfig, device: torch.device) -> None:
     """Tokens per second of whole training steps: ours, our dense twin's, and each peer's on the same shapes."""
-    settings = bench_train_step.Settings(
+    settings = train_step_suite.Settings(
         device, cfg.model, cfg.backends or [cfg.dispatch], cfg.compiled, cfg.compiler, cfg.peers, cfg.precisions,
-        cfg.batch_size, cfg.rounds, cfg.steps, measure.ceilings(device) if device.type == "cuda" else None,
+        cfg.batch_size, cfg.rounds, cfg.steps, timing.ceilings(device) if device.type == "cuda" else None,
     )  # fmt: skip
-    common = measure.facts(device) | {"threads": torch.get_num_threads()}
-    rows = [row | common for row in bench_train_step.measured(settings)]
-    tables.print_table(*bench_train_step.table(rows))
+    common = facts.facts(device) | {"threads": torch.get_num_threads()}
+    rows = [row | common for row in train_step_suite.measured(settings)]
+    tables.print_table(*train_step_suite.table(rows))
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))

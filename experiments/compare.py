@@ -8,7 +8,7 @@
 
 Writes into `run` (default runs/compare-<hash of the settings>): moe-seed0, dense-seed0, ... (a run's folder each),
 compare.json (every number), table.md, and index.html, a page that needs nothing else. The comparisons of a sweep are
-runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and end in a table (`experiments.sweep`).
+runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and end in a table.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from experiments import cli, page, sweep, tables, verdict
+from experiments import cli
+from experiments.pages import compare_page, sweep_table, tables
+from experiments.stats import verdict
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
@@ -65,8 +67,8 @@ class CompareConfig(Config):
             raise BadInput(f"seeds={self.seeds} has a negative one: accepted is at least 0.")
 
 
-@cli.command("compare", CompareConfig, after=sweep.report)
-def main(cfg: CompareConfig) -> sweep.Job:
+@cli.command("compare", CompareConfig, after=sweep_table.report)
+def main(cfg: CompareConfig) -> sweep_table.Job:
     """Compare, then print the table and the verdict."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
@@ -77,7 +79,7 @@ def main(cfg: CompareConfig) -> sweep.Job:
     for sentence in result["sentences"]:
         print(sentence)
     print(f"page: {Path(result['folder'], 'index.html')}")
-    return sweep.Job(list(hydra.overrides.task), result)
+    return sweep_table.Job(list(hydra.overrides.task), result)
 
 
 def one_of_many(cfg: CompareConfig, choices: Mapping[str, str | None]) -> CompareConfig:
@@ -128,7 +130,7 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
     result = describe(cfg, folder, pairs, command_line(overrides))
     result["twin"] = run_config.fingerprint(dataclasses.replace(dense, seed=0))
     write_atomically(folder / "table.md", tables.markdown(HEADINGS, result["table"]))
-    write_atomically(folder / "index.html", page.render(pairs, result))
+    write_atomically(folder / "index.html", compare_page.render(pairs, result))
     write_atomically(folder / "compare.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 

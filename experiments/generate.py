@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import cli, tables
+from experiments import cli
+from experiments.pages import tables
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text, token_bytes

@@ -26,19 +26,12 @@ from typing import Any
 
 import torch
 
-from experiments import (
-    bench_kernels,
-    bench_layer,
-    bench_train_step,
-    checks,
-    kernel_checks,
-    measure,
-    roofline,
-    summary,
-    tables,
-    tune,
-)
-from experiments.rows import Absent, Case, DeviceLost, Rows, run
+from experiments.pages import tables
+from experiments.suites import evidence, facts, kernel_checks, layer_checks, roofline, timing, tune
+from experiments.suites import kernels as kernels_suite
+from experiments.suites import layer as layer_suite
+from experiments.suites import train_step as train_step_suite
+from experiments.suites.cases import Absent, Case, DeviceLost, Rows, run
 from moe.errors import BadInput
 from moe.run import machine
 
@@ -75,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, required=True, help="folder for rows, created if it is not there")
-    found.add_argument("--stage", nargs="+", choices=summary.STAGES, default=list(summary.STAGES))
+    found.add_argument("--stage", nargs="+", choices=evidence.STAGES, default=list(evidence.STAGES))
     found.add_argument("--sizes", choices=("full", "smoke"), default="full", help="smoke: tiny, to see that it runs")
     found.add_argument("--device", default="cuda", help="cuda, or cpu for Triton's interpreter")
     found.add_argument("--budget", type=float, default=500.0, help="seconds per stage after which no row is started")
@@ -87,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be run. Raises `BadInput`."""
-    device = measure.find_device(arguments.device, "--device")
+    device = timing.find_device(arguments.device, "--device")
     if not arguments.budget > 0:
         raise BadInput(f"--budget {arguments.budget:g} is out of range: accepted are seconds above 0.")
     if device.type == "cpu" and arguments.sizes == "full":
@@ -97,7 +90,7 @@ def check(arguments: argparse.Namespace) -> None:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined, which is later, here and in children
     instead = "--device cpu --sizes smoke runs the code in Triton's interpreter."
-    measure.check_kernels("gpu_evidence", device, arguments.sizes == "full", instead)
+    timing.check_kernels("gpu_evidence", device, arguments.sizes == "full", instead)
 
 
 def whole(arguments: argparse.Namespace, name: str) -> bool:
@@ -114,7 +107,7 @@ def whole(arguments: argparse.Namespace, name: str) -> bool:
             raise KeyboardInterrupt
         if status == 1:  # a mistake in this code, not in a row: it would be made again
             return False
-        Rows(summary.path_of(arguments.out, name), common(arguments, name), resume=True)  # notes what it died of
+        Rows(evidence.path_of(arguments.out, name), common(arguments, name), resume=True)  # notes what it died of
         print(f"{name}: the process ended with status {status}", flush=True)
     return False
 
@@ -125,7 +118,7 @@ def attempt(arguments: argparse.Namespace, name: str, left: float) -> int:
     command += ["--stage", name, "--sizes", arguments.sizes, "--device", arguments.device, "--budget", f"{left:.2f}"]
     command += ["--commit", arguments.commit] if arguments.commit else []
     command += ["--counts", str(arguments.counts.resolve())] if arguments.counts else []
-    child = subprocess.Popen(command, cwd=measure.ROOT)
+    child = subprocess.Popen(command, cwd=facts.ROOT)
     try:
         return child.wait(left + GRACE)
     except subprocess.TimeoutExpired:
@@ -141,9 +134,9 @@ def attempt(arguments: argparse.Namespace, name: str, left: float) -> int:
 def stage(arguments: argparse.Namespace) -> int:
     """Go through one stage's rows in this process and print its table; the exit status."""
     (name,) = arguments.stage
-    device = measure.find_device(arguments.device, "--device")
+    device = timing.find_device(arguments.device, "--device")
     machine.keep_freed_memory()
-    rows = Rows(summary.path_of(arguments.out, name), common(arguments, name), resume=True)
+    rows = Rows(evidence.path_of(arguments.out, name), common(arguments, name), resume=True)
     build, suite = SUITES[name]
     try:
         cases = build(arguments, device, rows)
@@ -151,8 +144,8 @@ def stage(arguments: argparse.Namespace) -> int:
     except DeviceLost as lost:
         print(f"{name}: the device is lost: {lost}", flush=True)
         return LOST
-    if suite is bench_train_step:
-        tables.print_table(*bench_train_step.table(found))
+    if suite is train_step_suite:
+        tables.print_table(*train_step_suite.table(found))
     else:
         tables.print_table(suite.HEADINGS, map(suite.cells, found))
     return 0
@@ -160,33 +153,33 @@ def stage(arguments: argparse.Namespace) -> int:
 
 def common(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """What every row of a stage carries. The command leaves out where the rows went."""
-    device = measure.find_device(arguments.device, "--device")
+    device = timing.find_device(arguments.device, "--device")
     words = ["python -m experiments.gpu_evidence --out DIR --stage", name, "--sizes", arguments.sizes]
-    return measure.facts(device, arguments.commit) | {"command": " ".join(words), "stage": name}
+    return facts.facts(device, arguments.commit) | {"command": " ".join(words), "stage": name}
 
 
 def correctness(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[Case]:
     """Kernel by kernel, then the layer."""
-    settings = checks.settings(device, arguments.sizes == "full")
-    yield from itertools.chain(kernel_checks.cases(settings), checks.cases(settings))
+    settings = layer_checks.settings(device, arguments.sizes == "full")
+    yield from itertools.chain(kernel_checks.cases(settings), layer_checks.cases(settings))
 
 
 def kernels(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[Case]:
     """Gate, plan, combine."""
-    yield from bench_kernels.cases(bench_kernels.settings(device, arguments.sizes == "full"))
+    yield from kernels_suite.cases(kernels_suite.settings(device, arguments.sizes == "full"))
 
 
 def layer(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[Case]:
     """Experts against peers."""
-    yield from bench_layer.cases(bench_layer.settings(device, arguments.sizes == "full", counts=arguments.counts))
+    yield from layer_suite.cases(layer_suite.settings(device, arguments.sizes == "full", counts=arguments.counts))
 
 
 def train_step(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[Case]:
     """Whole steps, preset by preset."""
     full = arguments.sizes == "full"
-    ceilings = measure.ceilings(device, full=full)
+    ceilings = timing.ceilings(device, full=full)
     for name in MODELS if full else ("smoke",):
-        yield from bench_train_step.cases(bench_train_step.settings(device, full, name, ceilings))
+        yield from train_step_suite.cases(train_step_suite.settings(device, full, name, ceilings))
 
 
 def tuned(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[Case]:
@@ -197,29 +190,29 @@ def tuned(arguments: argparse.Namespace, device: torch.device, rows: Rows) -> It
 
 Build = Callable[[argparse.Namespace, torch.device, Rows], Iterator[Case]]
 SUITES: dict[str, tuple[Build, Any]] = {
-    "correctness": (correctness, checks),
-    "kernels": (kernels, bench_kernels),
-    "layer": (layer, bench_layer),
-    "train_step": (train_step, bench_train_step),
+    "correctness": (correctness, layer_checks),
+    "kernels": (kernels, kernels_suite),
+    "layer": (layer, layer_suite),
+    "train_step": (train_step, train_step_suite),
     "tune": (tuned, tune),
 }
 
 
 def conclude(arguments: argparse.Namespace) -> None:
     """Draw the roofline and print what all rows of this code come to."""
-    found = summary.read(arguments.out, measure.code())
+    found = evidence.read(arguments.out, facts.code())
     try:
         roofline.draw(found, arguments.out / "roofline.png")
     except Absent as absent:
         print(f"roofline.png: not drawn, {absent}")
-    for line in summary.wrong(found):
+    for line in evidence.wrong(found):
         print(line)
     if tiles := [row for row in found if row["stage"] == "tune"]:
-        device = measure.find_device(arguments.device, "--device")
+        device = timing.find_device(arguments.device, "--device")
         tune.conclude(tiles, device, arguments.out / tune.name(device))
-    tables.print_table(summary.STAGE_HEADINGS, summary.stages(found))
-    if lines := summary.targets(found):
-        tables.print_table(summary.TARGET_HEADINGS, lines)
+    tables.print_table(evidence.STAGE_HEADINGS, evidence.stages(found))
+    if lines := evidence.targets(found):
+        tables.print_table(evidence.TARGET_HEADINGS, lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from experiments import cli, tables
+from experiments import cli
+from experiments.pages import tables
 from moe.config.model import ModelConfig
 from moe.config.parse import nearest, parse
 from moe.errors import BadInput

@@ -9,8 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import bench_routing, bench_train_step, compare, routers, rows, summary, sweep
-from experiments.tables import markdown
+from experiments import compare, routers
+from experiments.pages import sweep_table
+from experiments.pages.tables import markdown
+from experiments.suites import cases, evidence, train_step
+from experiments.suites import routing as routing_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -36,9 +39,9 @@ def sections() -> dict[str, str]:
         "demo": comparison(read("demo.json")),
         "seeds": comparison(read("three-seeds.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
-        "routing": routing(rows.read(RESULTS / "routing.jsonl")),
+        "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
-        "gpu": gpu(summary.read(RESULTS)),
+        "gpu": gpu(evidence.read(RESULTS)),
         "next": f"```\n{(RESULTS / 'next.txt').read_text()}```\n",
     }
 
@@ -61,7 +64,7 @@ def benchmark(found: list[dict[str, Any]]) -> str:
     shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     source = f"`{first['command']}`, {shape}; {where}"
-    return f"{markdown(*bench_train_step.table(found))}\n{source}\n"
+    return f"{markdown(*train_step.table(found))}\n{source}\n"
 
 
 def routing(found: list[dict[str, Any]]) -> str:
@@ -69,7 +72,7 @@ def routing(found: list[dict[str, Any]]) -> str:
     if not found:
         return "Not yet measured: `python -m experiments.bench suite=routing`.\n"
     most = max(row["T"] for row in found)
-    table = markdown(bench_routing.HEADINGS, (bench_routing.cells(row) for row in found if row["T"] == most))
+    table = markdown(routing_suite.HEADINGS, (routing_suite.cells(row) for row in found if row["T"] == most))
     first = found[0]
     where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
@@ -88,9 +91,9 @@ def all_routers() -> str:
 def sweep_of_routers(found: list[dict[str, Any]]) -> str:
     """A line per router of `conf/router`, and the dense twins'."""
     first = found[0]
-    names = [each.name for each in dataclasses.fields(sweep.Line)]
-    lines = [sweep.Line(**{name: row[name] for name in names}) for row in found]
-    table = markdown(*sweep.table(lines))
+    names = [each.name for each in dataclasses.fields(sweep_table.Line)]
+    lines = [sweep_table.Line(**{name: row[name] for name in names}) for row in found]
+    table = markdown(*sweep_table.table(lines))
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`; {where}\n"
 
@@ -104,13 +107,13 @@ def gpu(found: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {names[name]}" for name in ("driver", "torch", "triton", "cuda") if names.get(name))
     commits = ", ".join(dict.fromkeys(commit(row) for row in found))
     parts = [f"{first['device']}, {versions}; {commits}\n"]
-    parts.append(markdown(summary.STAGE_HEADINGS, summary.stages(found)))
-    if lines := summary.layer(found):
-        parts.append(markdown(summary.LAYER_HEADINGS, lines))
+    parts.append(markdown(evidence.STAGE_HEADINGS, evidence.stages(found)))
+    if lines := evidence.layer(found):
+        parts.append(markdown(evidence.LAYER_HEADINGS, lines))
     if steps := [row for row in found if row["stage"] == "train_step"]:
-        parts.append(markdown(*bench_train_step.table(steps)))
-    if lines := summary.targets(found):
-        parts.append(markdown(summary.TARGET_HEADINGS, lines))
+        parts.append(markdown(*train_step.table(steps)))
+    if lines := evidence.targets(found):
+        parts.append(markdown(evidence.TARGET_HEADINGS, lines))
     if (RESULTS / "roofline.png").exists():
         parts.append("![FLOP per byte against TF/s](experiments/results/roofline.png)\n")
     return "\n".join(parts) + f"\n`{first['command'].partition(' --stage')[0]}`\n"

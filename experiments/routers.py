@@ -17,7 +17,8 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments import cli, tables
+from experiments import cli
+from experiments.pages import tables
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import nearest
 from moe.config.run import Config

@@ -32,7 +32,7 @@ from triton.knobs import NvidiaTool
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import experts, gate, tuning
+from kernels import fused, gate, tuning
 
 TABLE = Path(__file__).with_name("aot.txt")
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma", "LDGSTS", "UTMALDG")  # four matrix units, two asynchronous copies
@@ -170,12 +170,12 @@ def _layer(case: Case) -> None:
     rows = (t * k,) if case.ragged else (t, k)
     token_N = _new(t * k, dtype=torch.int64) if case.ragged else None
     start_T1 = _new(t + 1, dtype=torch.int64) if case.ragged else None
-    routing = list(experts._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
+    routing = list(fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
     x_TD, w_down_EDF = _new(t, d, dtype=dtype), _new(e, d, f, dtype=dtype)
     w_up_EFD = _new(e, case.width, d, dtype=dtype)
     rest = (_new(*rows), routing, start_T1, case.activation, tf32)
-    out_TD, z = experts._forward._init_fn(x_TD, w_up_EFD, w_down_EDF, *rest)
-    experts._backward._init_fn(out_TD, x_TD, z, w_up_EFD, w_down_EDF, *rest)
+    out_TD, z = fused._forward._init_fn(x_TD, w_up_EFD, w_down_EDF, *rest)
+    fused._backward._init_fn(out_TD, x_TD, z, w_up_EFD, w_down_EDF, *rest)
 
 
 def _route(t: int, e: int, k: int, score: str, groups: int, k_groups: int) -> None:
@@ -183,7 +183,7 @@ def _route(t: int, e: int, k: int, score: str, groups: int, k_groups: int) -> No
     bias_E = _new(e) if score == "sigmoid" else None
     expert, *outputs = gate._forward._init_fn(_new(t, e), k, score, bias_E, True, 1.0, groups, k_groups, 2)
     gate._backward._init_fn(_new(t, e), expert, *outputs, score, True, 1.0)
-    experts._plan._init_fn(expert, None, e, torch.bfloat16, False)
+    fused._plan._init_fn(expert, None, e, torch.bfloat16, False)
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,6 +15,7 @@ from moe.config.router import RouterConfig
 from moe.model.layer import MoELayer
 from moe.model.transformer import Transformer
 from tests.router_presets import Preset, presets_of_routers
+from tests.small_models import made_run, run  # noqa: F401 — fixtures: a run with untrained weights
 from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 if not torch.cuda.is_available():

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 
-from experiments import measure
+from experiments.suites import timing
 from kernels import tuning
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def captured(function, device):
             if isinstance(old, torch.Tensor):
                 old.copy_(new)
 
-    return measure.Captured(replay, result)
+    return timing.Captured(replay, result)
 
 
 PROPERTIES = types.SimpleNamespace(major=9, minor=0, multi_processor_count=3)
@@ -87,8 +87,8 @@ PROPERTIES = types.SimpleNamespace(major=9, minor=0, multi_processor_count=3)
 
 def install(monkeypatch, graphs=True):
     """Patch torch.cuda for a test; -> a context in which "cuda" is usable. graphs: with `captured` from this file."""
-    monkeypatch.setattr(measure, "check_kernels", lambda *given: None)  # it would refuse to interpret on a GPU
-    monkeypatch.setattr(measure, "FLUSHED", 1024)
+    monkeypatch.setattr(timing, "check_kernels", lambda *given: None)  # it would refuse to interpret on a GPU
+    monkeypatch.setattr(timing, "FLUSHED", 1024)
     monkeypatch.setattr(gc, "collect", lambda: None)  # after every row it frees a GPU's memory; here it takes its time
     fakes = {
         "is_available": lambda: True,
@@ -116,5 +116,5 @@ def install(monkeypatch, graphs=True):
     monkeypatch.setattr(tuning, "architecture", lambda device: "interpreter")  # its tiles suit what runs here
     monkeypatch.setattr(tuning, "obstacle", lambda device: None)
     if graphs:
-        monkeypatch.setattr(measure, "captured", captured)
+        monkeypatch.setattr(timing, "captured", captured)
     return OnTheCpu()

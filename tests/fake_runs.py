@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.verdict import Pair, Run
+from experiments.stats.verdict import Pair, Run
 
 DOMAINS = ("drama", "verse", "code")
 

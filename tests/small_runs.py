@@ -114,7 +114,7 @@ def train_until(cfg: Config, step: int) -> None:
             raise Killed
         return take_step(state, *arguments)
 
-    with mock.patch.object(moe.train.step, "take_step", take), pytest.raises(Killed):
+    with mock.patch.object(moe.train.loop, "take_step", take), pytest.raises(Killed):
         train(cfg)
 
 
@@ -229,7 +229,7 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
         if phase == "save" and folder.name.startswith("step-00000003"):
             halt()
 
-    monkeypatch.setattr(moe.train.step, "take_step", stepping)
+    monkeypatch.setattr(moe.train.loop, "take_step", stepping)
     monkeypatch.setattr(moe.train.loop, "evaluate", evaluating)
     monkeypatch.setattr(checkpoint, "_write", writing)
     train(cfg, print)

@@ -38,7 +38,7 @@ SMALLER = {
     "gpu_evidence": "--stage kernels",
     "presets": "",
     "routers": "",
-    "tokenize": "vocab_size=300",
+    "tokenizers": "vocab_size=300",
     "upcycle": "",
 }
 
@@ -63,7 +63,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     name = module.partition(".")[2]
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
-    if not goes_on and name in ("train", "compare", "tokenize"):
+    if not goes_on and name in ("train", "compare", "tokenizers"):
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]

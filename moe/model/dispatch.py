@@ -35,7 +35,7 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
         return _apply_mixed(experts, x_TD, routing, backend)
     w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
     if backend == "triton":
-        from kernels import experts as fused  # here, because Triton is not everywhere
+        from kernels import fused  # here, because Triton is not everywhere
 
         rows = (routing.token_N, routing.expert, routing.weight)
         return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, activation, _tf32())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import moe.train.loop
 import moe.train.step
 from moe.config.parse import to_dict
 from moe.config.run import Config
@@ -38,7 +39,7 @@ def no_training(monkeypatch):
     def refuse(*arguments):
         raise Killed("a step was taken")
 
-    monkeypatch.setattr(moe.train.step, "take_step", refuse)
+    monkeypatch.setattr(moe.train.loop, "take_step", refuse)
 
 
 @pytest.mark.parametrize("which", ["finished", "interrupted"])

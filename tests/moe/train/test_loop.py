@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import moe.train.loop
 import moe.train.step
 from moe.config.balance import BalanceConfig
 from moe.config.parse import to_dict
@@ -390,7 +391,7 @@ def test_models_compared_see_the_same_batches(corpus, tmp_path, monkeypatch):
         seen[-1].append(tensors_digest({"tokens": batch.tokens_BS, "targets": batch.targets_BS}))
         return take_step(state, batch, *arguments)
 
-    monkeypatch.setattr(moe.train.step, "take_step", take)
+    monkeypatch.setattr(moe.train.loop, "take_step", take)
     for name, changes in {"moe": {}, "dense": DENSE}.items():
         seen.append([])
         train(settings(corpus, tmp_path / name, changes))
@@ -418,7 +419,7 @@ def test_a_loader_is_closed_when_a_step_fails(corpus, tmp_path, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(loader.Loader, "iterate", watched)
-    monkeypatch.setattr(moe.train.step, "take_step", fail)
+    monkeypatch.setattr(moe.train.loop, "take_step", fail)
     with pytest.raises(ZeroDivisionError):
         train(settings(corpus, tmp_path / "run"))
     assert closed == [0]

@@ -84,7 +84,7 @@ def poison(monkeypatch):
                     for p in state.model.parameters():
                         p._backward_hooks = None
 
-        monkeypatch.setattr(moe.train.step, "take_step", take)
+        monkeypatch.setattr(moe.train.loop, "take_step", take)
         return seen
 
     return arrange
@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_from_its_last_good_checkpoint(poison, corpus, tmp
         poison(poison_loss, BAD)
         with pytest.raises(BadInput):
             train(settings(corpus, tmp_path / "run"))
-        patch.setattr(moe.train.step, "take_step", take_step)
+        patch.setattr(moe.train.loop, "take_step", take_step)
         train(settings(corpus, tmp_path / "run", {"resume": True}))
     assert fate(tmp_path / "run") == fate(tmp_path / "whole")
 
@@ -191,7 +191,7 @@ def test_a_compiled_model_is_looked_into_all_the_same(poison, corpus, tmp_path, 
     monkeypatch.setattr(Transformer, "compile", lambda self: compile_module(self, backend="eager"))
     poison(partial(poison_parameter, "norm.weight"), BAD)
     explain, first = moe.train.non_finite.explain_non_finite, []
-    monkeypatch.setattr(moe.train.non_finite, "explain_non_finite", lambda *a: first.append(a) or explain(*a))
+    monkeypatch.setattr(moe.train.step, "explain_non_finite", lambda *a: first.append(a) or explain(*a))
     with pytest.raises(BadInput):
         train(settings(corpus, tmp_path / "run", {"train.compile": True}))
     state, batch, loss, cfg, _ = first[0]

@@ -18,7 +18,7 @@ from moe.config.run import Config
 from moe.data import loader
 from moe.errors import BadInput
 from moe.model.transformer import Transformer
-from moe.run import checkpoint
+from moe.run import checkpoint, machine
 from moe.run.checkpoint import Snapshot
 from moe.run.jsonl import read_lines
 from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
@@ -86,7 +86,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_only_writes_th
         with pytest.raises(Killed):
             train(killed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe.train.step, "take_step", die)
+        patch.setattr(moe.train.loop, "take_step", die)
         train(resumed(killed))
     assert fate(tmp_path / "killed") == fate(whole)
 
@@ -219,7 +219,7 @@ def skip_step(patch, *steps):
             inner_patch.setattr(moe.train.step, "compute_gradients", compute)
             return take_step(state, *arguments)
 
-    patch.setattr(moe.train.step, "take_step", take)
+    patch.setattr(moe.train.loop, "take_step", take)
 
 
 @pytest.mark.parametrize("what", DROP)
@@ -280,7 +280,7 @@ def test_resuming_after_a_damaged_checkpoint_goes_on_from_the_one_before(corpus,
 def test_other_threads_or_versions_on_resuming_are_warned_of(corpus, tmp_path, monkeypatch):
     cfg = settings(corpus, tmp_path / "run")
     train_until(cfg, 5)
-    monkeypatch.setattr(moe.machine, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "another"})
     said = []
     train(resumed(cfg), said.append)
     assert any(line.startswith("warning: versions was") and "another" in line for line in said)

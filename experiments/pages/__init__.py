@@ -1,0 +1,6 @@
+"""Tables and pages from finished runs.
+
+tables        one table, two readers
+sweep_table   a line per comparison of a sweep
+compare_page  a comparison as a page
+"""

@@ -1,0 +1,187 @@
+"""One table of a sweep of comparisons: a line per router (or whatever else was swept), and one for the dense twin.
+
+    python -m experiments.compare -m experiment=routers router=softmax,hash,expert-choice seed=0,1,2
+
+Comparisons that differ in their seed alone are one line. Nothing here trains: a line is made of what
+`experiments.compare` returned. It is printed, and written beside the comparisons' folders: table.md, and table.json
+with every number.
+"""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.pages import tables
+from experiments.stats import statistics, verdict
+from moe.run.jsonl import write_atomically
+
+SEEDS = ("seed", "seeds")
+BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it
+HEADINGS = (
+    "", "Validation loss", "Against its twin", f"Against {BASELINE}", "MaxVio", "Effective experts", "Skipped",
+    "Dropped in training", "Tokens/s", "Causal leak",
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One comparison of a sweep: the overrides it was started with, and what compare.json holds."""
+
+    overrides: list[str]
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. A list has a number for each of `seeds`; None is what was not measured, as a dense model's
+    routing is not. Intervals are of 95%, Student's t over seeds; routing is of the whole validation set, the mean over
+    MoE layers and seeds, but for `dropped`, which is of all training steps, as evaluation drops nothing; `leak` is the
+    largest over seeds."""
+
+    label: str
+    seeds: list[int]
+    losses: list[float]  # nats per token
+    loss: float
+    loss_half: float | None  # half the interval
+    differences: list[float]  # of the loss to the dense twin's with the same seed
+    difference: float | None
+    difference_half: float | None
+    against: float | None  # the same difference to the loss of `BASELINE`
+    against_half: float | None
+    max_vio: float | None
+    effective_experts: float | None
+    skipped: float | None  # share of the tokens
+    dropped: float | None  # share of the rows
+    tokens_per_s: float
+    leak: float | None
+
+
+def report(jobs: Sequence[Job]) -> None:
+    """Print the table of a sweep, and write it into the folder that its comparisons' folders are in."""
+    found = lines(jobs)
+    headings, rows = table(found)
+    first = jobs[0].result
+    folder = Path(first["folder"]).parent
+    source = {key: first[key] for key in ("command", "commit", "dirty", "device", "versions")}
+    numbers = [dataclasses.asdict(line) | source for line in found]
+    write_atomically(folder / "table.md", tables.markdown(headings, rows))
+    write_atomically(folder / "table.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    print()
+    tables.print_table(headings, rows)
+    leaking = [line.label for line in found if (line.leak or 0) > verdict.LEAK]
+    if leaking:
+        print(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
+    print(f"table: {folder / 'table.md'}")
+
+
+def lines(jobs: Sequence[Job]) -> list[Line]:
+    """The table's lines, the lowest loss first. Where comparisons have different dense twins, as with another K, each
+    twin has a line; "dense twin" alone is that of the most."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    twins: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # by what they are, then by seed
+    whose: dict[str, dict[str, None]] = defaultdict(dict)
+    for label, (_, result) in zip(labels([job.overrides for job in jobs]), jobs, strict=True):
+        groups[label] += result["by_seed"]
+        whose[result["twin"]][label] = None
+        for each in result["by_seed"]:
+            twins[result["twin"]].setdefault(each["seed"], each["dense"])
+    baseline = {each["seed"]: each["moe"]["loss"] for each in groups.get(BASELINE, [])}
+    found = []
+    for label, group in groups.items():
+        moe, dense = ([each[kind] for each in group] for kind in ("moe", "dense"))
+        other = baseline if label != BASELINE else {}
+        found.append(line(label, [each["seed"] for each in group], moe, dense, other))
+    usual = max(twins, key=lambda twin: len(whose[twin]))
+    for twin, by_seed in twins.items():
+        label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
+        found.append(line(label, list(by_seed), list(by_seed.values()), (), baseline))
+    return sorted(found, key=lambda each: each.loss)
+
+
+def line(
+    label: str,
+    seeds: list[int],
+    runs: list[dict[str, Any]],
+    twins: Sequence[dict[str, Any]],
+    baseline: dict[int, float],
+) -> Line:
+    """A line from `verdict.measured` of every seed's run, of its dense twin's, and the baseline's losses by
+    seed."""
+    losses = [run["loss"] for run in runs]
+    differences = [run["loss"] - twin["loss"] for run, twin in zip(runs, twins, strict=True)] if twins else []
+    loss, loss_half = _interval(losses)
+    difference, difference_half = _interval(differences) if differences else (None, None)
+    against, against_half = None, None
+    if baseline and baseline.keys() >= set(seeds):
+        against, against_half = _interval([each - baseline[seed] for seed, each in zip(seeds, losses, strict=True)])
+    leaks = [run["leak"] for run in runs if run["leak"] is not None]
+    return Line(
+        label=label,
+        seeds=seeds,
+        losses=losses,
+        loss=loss,
+        loss_half=loss_half,
+        differences=differences,
+        difference=difference,
+        difference_half=difference_half,
+        against=against,
+        against_half=against_half,
+        **{name: statistics.mean([run[name] for run in runs]) for name in (*verdict.ROUTING, "dropped")},
+        tokens_per_s=sum(run["tokens_per_s"] for run in runs) / len(runs),
+        leak=max(leaks) if leaks else None,
+    )
+
+
+def _interval(values: list[float]) -> tuple[float, float | None]:
+    """The mean and half its interval, None from one value."""
+    mean, _, high = statistics.t_interval(values)
+    return mean, high - mean if math.isfinite(high) else None
+
+
+def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What to call each job, from its overrides: the values of what varies over the jobs, the seed left out. A router
+    goes by its name, anything else with its key."""
+    given = []
+    for overrides in jobs:
+        pairs = (each.lstrip("+~").partition("=") for each in overrides)
+        given.append({key: value for key, _, value in pairs if key not in SEEDS})
+    varying = [key for key in given[0] if len({each.get(key) for each in given}) > 1] or ["router"]
+    called = [
+        " ".join(each[key] if key == "router" else f"{key}={each[key]}" for key in varying if key in each)
+        for each in given
+    ]
+    return [label or "MoE" for label in called]
+
+
+def table(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows; nobody is compared with a baseline that the sweep does not have."""
+    rows, at = [list(cells(line)) for line in found], HEADINGS.index(f"Against {BASELINE}")
+    shown = [i for i in range(len(HEADINGS)) if i != at or any(line.against is not None for line in found)]
+    return [HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """What the table says of a line."""
+    return (
+        line.label,
+        f"{line.loss:.3f}" + ("" if line.loss_half is None else f" ± {line.loss_half:.3f}"),
+        _difference(line.difference, line.difference_half),
+        _difference(line.against, line.against_half),
+        tables.number(line.max_vio, ".2f"),
+        tables.number(line.effective_experts, ".2f"),
+        tables.number(line.skipped, ".1%"),
+        tables.number(line.dropped, ".1%"),
+        f"{line.tokens_per_s:,.0f}",
+        "" if line.leak is None else verdict.scientific(line.leak),
+    )
+
+
+def _difference(mean: float | None, half: float | None) -> str:
+    """A difference with its interval, as far as they are known."""
+    if mean is None or half is None:
+        return "" if mean is None else verdict.signed(mean)
+    return f"{verdict.signed(mean)} ({verdict.signed(mean - half)} to {verdict.signed(mean + half)})"

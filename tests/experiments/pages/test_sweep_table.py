@@ -1,0 +1,136 @@
+"""Claims about the table of a sweep, from comparisons that nobody trained."""
+
+import json
+
+import pytest
+
+from experiments.pages import sweep_table
+from experiments.pages.sweep_table import HEADINGS, Job, labels, lines, report
+from experiments.pages.tables import markdown
+from experiments.stats import statistics, verdict
+from tests.fake_runs import fake_pair
+
+
+def fake_job(tmp_path, overrides, seed=0, difference=-0.08, twin="aaaa", leak=0.0, routing=True) -> Job:
+    """A comparison of one seed; its MoE's layers have MaxVio 0.5 and 1.5."""
+    moe, dense = fake_pair(difference=difference, seed=seed)
+    if routing:
+        shares = {"effective_experts": 12.0, "dropped": 0.0, "skipped": 0.125}
+        moe.summary["load"]["routing"] = [{"layer": i, "max_vio": 0.5 + i, **shares} for i in range(2)]
+        for line in moe.metrics[1:]:  # in training, by layer and by step
+            share = 0.25 if line["step"] % 2 else 0.5
+            line["layers"] = [{"dropped": share}, {"dropped": share + 0.25}]
+    numbers = {"moe": verdict.measured(moe._replace(leak=leak)), "dense": verdict.measured(dense._replace(leak=0.0))}
+    source = {
+        "command": "python -m experiments.compare -m",
+        "commit": "0123abc",
+        "dirty": False,
+        "device": "a processor",
+    }
+    result = {"folder": str(tmp_path / f"{overrides}-{seed}"), "by_seed": [{"seed": seed, **numbers}], "twin": twin}
+    return Job([*overrides.split(), f"seed={seed}"], result | source | {"versions": {}})
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Two routers with three seeds each; the second is better and leaks."""
+    found = []
+    for router, difference, leak in (("softmax", -0.01, 0.0), ("expert-choice", -0.2, 0.03)):
+        for seed in (0, 1, 2):
+            overrides = f"experiment=routers router={router}"
+            found.append(fake_job(tmp_path, overrides, seed, difference - 0.01 * seed, leak=leak * seed))
+    return found
+
+
+def test_there_is_a_line_per_router_and_one_for_the_twin_the_lowest_loss_first(jobs):
+    found = lines(jobs)
+    assert [line.label for line in found] == ["expert-choice", "softmax", "dense twin"]
+    assert [line.seeds for line in found] == [[0, 1, 2]] * 3
+    assert [line.loss for line in found] == sorted(line.loss for line in found)
+
+
+def test_the_difference_to_the_twin_is_paired_by_seed(jobs):
+    line = next(each for each in lines(jobs) if each.label == "softmax")
+    assert line.differences == pytest.approx([-0.01, -0.02, -0.03])
+    interval = statistics.t_interval([-0.01, -0.02, -0.03])
+    assert (line.difference, line.difference_half) == pytest.approx((interval.mean, interval.high - interval.mean))
+    assert line.difference_half < line.loss_half  # what the seeds have in common is gone
+
+
+def test_everyone_is_compared_with_softmax_seed_by_seed(jobs):
+    found = {line.label: line for line in lines(jobs[3:] + jobs[:3])}  # in whatever order they come
+    losses = {label: dict(zip(line.seeds, line.losses, strict=True)) for label, line in found.items()}
+    assert found["softmax"].against is found["softmax"].against_half is None
+    for label in ("expert-choice", "dense twin"):
+        interval = statistics.t_interval([losses[label][seed] - losses["softmax"][seed] for seed in (0, 1, 2)])
+        own = found[label].against, found[label].against_half
+        assert own == pytest.approx((interval.mean, interval.high - interval.mean))
+
+
+def test_a_router_with_a_seed_that_softmax_lacks_is_not_compared_with_it(jobs):
+    found = {line.label: line for line in lines(jobs[1:])}
+    assert found["softmax"].seeds == [1, 2]
+    assert found["expert-choice"].against is None
+
+
+def test_a_sweep_without_softmax_has_no_column_for_it(tmp_path):
+    headings, rows = sweep_table.table(lines([fake_job(tmp_path, f"router={name}") for name in ("hash", "base")]))
+    assert "Against softmax" not in headings
+    assert {len(row) for row in rows} == {len(headings)} == {len(HEADINGS) - 1}
+
+
+def test_routing_is_the_mean_of_layers_and_seeds_and_the_leak_the_largest(jobs):
+    leaking, softmax, twin = lines(jobs)
+    assert (softmax.max_vio, softmax.effective_experts, softmax.skipped) == (1.0, 12.0, 0.125)
+    assert softmax.dropped == 0.5  # of training: 0.25 and 0.5 in one layer, 0.5 and 0.75 in the other
+    assert (twin.max_vio, twin.effective_experts, twin.dropped, twin.skipped) == (None, None, None, None)
+    assert (leaking.leak, softmax.leak, twin.leak) == (0.06, 0.0, 0.0)
+    assert (softmax.tokens_per_s, twin.tokens_per_s) == (3000, 5000)
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    line, twin = lines([fake_job(tmp_path, "router=softmax")])
+    assert (line.loss_half, line.difference_half, twin.difference) == (None, None, None)
+    assert sweep_table.cells(line)[1:4] == ("3.240", "−0.080", "")
+    assert sweep_table.cells(twin)[1:7] == ("3.320", "", "+0.080", "", "", "")
+
+
+def test_a_run_without_routing_over_the_validation_set_leaves_those_cells_empty(tmp_path):
+    line, _ = lines([fake_job(tmp_path, "router=softmax", routing=False)])
+    assert sweep_table.cells(line)[4:8] == ("", "", "", "")
+
+
+def test_routers_whose_twins_differ_have_a_line_for_each_twin_named_but_for_the_usual(tmp_path):
+    found = [fake_job(tmp_path, f"router={name}", twin=twin) for name, twin in (("a", "k2"), ("b", "k1"), ("c", "k2"))]
+    assert {line.label for line in lines(found)} == {"a", "b", "c", "dense twin", "dense twin of b"}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "called"),
+    [
+        (["router=a seed=0", "router=a seed=1", "router=b seed=0"], ["a", "a", "b"]),
+        (["experiment=routers router=a", "experiment=routers router=b"], ["a", "b"]),
+        (["router=a optim.lr=1", "router=a optim.lr=2"], ["optim.lr=1", "optim.lr=2"]),
+        (["router=a model.moe.k=1", "router=b model.moe.k=2"], ["a model.moe.k=1", "b model.moe.k=2"]),
+        (["router=a seed=0", "router=a seed=1"], ["a", "a"]),
+        (["seed=0", "seed=1"], ["MoE", "MoE"]),
+        (["+router=a", "+router=b"], ["a", "b"]),
+    ],
+)
+def test_a_line_is_called_by_what_varies_but_for_the_seed(jobs, called):
+    assert labels([each.split() for each in jobs]) == called
+
+
+def test_the_table_is_printed_and_written_with_every_number(jobs, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    report(jobs)
+    out = capsys.readouterr().out
+    table = markdown(HEADINGS, [sweep_table.cells(line) for line in lines(jobs)])
+    assert table in out
+    assert "Not comparable, because the router sees later tokens: expert-choice.\n" in out
+    assert out.endswith(f"table: {tmp_path / 'table.md'}\n")
+    assert (tmp_path / "table.md").read_text() == table
+    first, *others = json.loads((tmp_path / "table.json").read_text())
+    assert (first["label"], first["seeds"], first["leak"]) == ("expert-choice", [0, 1, 2], 0.06)
+    assert (first["commit"], first["device"]) == ("0123abc", "a processor")
+    assert len(others) == 2

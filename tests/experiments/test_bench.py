@@ -1,0 +1,162 @@
+"""The benchmarks time what they say, and refuse what they do not know."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from experiments import bench
+from experiments.suites import cases, timing, train_step
+from experiments.suites.cases import Rows, run
+from experiments.suites.train_step import preset
+from moe.errors import BadInput
+
+TINY = [
+    "model.vocab_size=64", "model.context=16", "model.n_layers=2", "model.d_model=32", "model.n_heads=2",
+    "model.d_ff=64", "model.moe.n_experts=4", "model.moe.k=2", "model.moe.d_expert=32", "batch_size=2", "rounds=1",
+    "steps=2",
+]  # fmt: skip
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def command(monkeypatch, *overrides):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench", *overrides])
+    bench.main()
+
+
+def train(monkeypatch, *overrides):
+    command(monkeypatch, *TINY, *overrides)
+
+
+def test_every_contestant_has_a_row_per_precision_with_where_it_ran(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "rows.jsonl"
+    train(monkeypatch, "peers=[transformers]", f"out={out}")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ["switchyard MoE", "switchyard dense twin", "transformers OLMoE", "transformers Llama (dense)"]
+    assert [(row["precision"], row["model"]) for row in rows] == [(p, name) for p in ("fp32", "bf16") for name in names]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert row["steps"] == 2
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["shape"] == {"batch": 2, "context": 16, "D": 32, "L": 2, "E": 4, "K": 2, "F": 32, "V": 64}
+        assert {"commit", "dirty", "device", "threads", "command"} <= row.keys()
+        assert f"{row['tokens_per_s']:,.0f}" in printed
+
+
+def test_peers_have_the_parameters_of_what_they_are_compared_with(monkeypatch, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    train(monkeypatch, "peers=[transformers]", "precisions=[fp32]", f"out={out}")
+    total = {row["model"]: row["parameters"] for row in map(json.loads, out.read_text().splitlines())}
+    assert total["switchyard MoE"] == total["transformers OLMoE"]
+    qk_norms = 2 * 2 * 32  # two layers, queries and keys, D: Llama has none
+    assert total["switchyard dense twin"] == total["transformers Llama (dense)"] + qk_norms
+
+
+def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
+    clock = iter([0.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 2.0, 0.0, 10.0, 0.0, 4.0])
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(clock))
+    out = tmp_path / "rows.jsonl"
+    train(monkeypatch, "precisions=[fp32]", "steps=3", f"out={out}")
+    moe, twin = (json.loads(line) for line in out.read_text().splitlines())
+    assert moe["tokens_per_s"] == 2 * 16 / 2.0
+    assert twin["tokens_per_s"] == 2 * 16 / 4.0
+    assert (moe["moe_speed_over_this"], twin["moe_speed_over_this"]) == (1.0, 2.0)
+
+
+def test_a_training_step_changes_the_weights(monkeypatch):
+    cfg = train_step.bench_model()
+    cfg.context, cfg.vocab_size, cfg.d_model, cfg.n_layers = 8, 32, 32, 1
+    model = train_step.Transformer(cfg, train_step.RouterConfig()).initialize(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.arange(8)[None]
+    train_step.stepper(model, lambda: model(tokens).logits_BSV.square().mean(), tokens.device)("fp32")
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if "router" not in name)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("suite=kernel", "suite=kernel is not one of train_step, routing, kernels, layer, tune"),
+        ("peers=[megatron]", "peers has 'megatron'; accepted are transformers"),
+        ("precisions=[fp8]", "precisions has 'fp8'; accepted are fp32, bf16"),
+        ("model.moe=null", "model.moe=null"),
+        ("backends=[cuda]", "backends has 'cuda'; accepted are auto, reference, torch, triton"),
+        ("model.vocab_size=0", "model.vocab_size=0 leaves it to a tokenizer"),
+        ("model=olmoe", "model=olmoe does not exist; did you mean olmoe-1b-7b"),
+        ("sizes=tiny", "sizes=tiny is not one of full, smoke"),
+        ("rounds=0", "rounds=0 is out of range: accepted is at least 1"),
+        ("budget=-1", "budget=-1 is out of range"),
+        ("device=tpu", "device=tpu is no device"),
+        ("device=cuda", "CUDA devices are visible"),
+        ("rouds=2", "did you mean rounds"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(override, words, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    arguments = [override] if override.startswith(("model.moe=null", "model=")) else [*TINY, override]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert words in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_said_to_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["bench", "peers=[transformers]"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "not installed: pip install" in capsys.readouterr().err
+
+
+def test_our_model_on_several_backends_and_compiled_beside_its_twin(monkeypatch, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    backends = ("backends=[reference,torch]", "compiled=true", "compiler=eager", "model.n_layers=1")
+    train(monkeypatch, *backends, "precisions=[fp32]", "steps=1", f"out={out}")
+    names = [row["model"] for row in cases.read(out)]
+    assert names == [
+        "switchyard MoE (reference)", "switchyard MoE (torch)", "switchyard dense twin",
+        "switchyard MoE (reference, compiled)", "switchyard MoE (torch, compiled)", "switchyard dense twin (compiled)",
+    ]  # fmt: skip
+    assert all("mfu" not in row for row in cases.read(out))
+
+
+def test_a_preset_is_chosen_by_name(monkeypatch, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    small = ["model=cpu-nano", "model.vocab_size=64", "model.context=8", "batch_size=1", "rounds=1", "steps=1"]
+    command(monkeypatch, *small, "precisions=[fp32]", f"out={out}")
+    preset_ = preset("cpu-nano", 64)
+    assert cases.read(out)[0]["shape"]["D"] == preset_.d_model
+    assert (preset_.vocab_size, preset("olmoe-1b-7b", 64).vocab_size) == (64, 50304)
+    with pytest.raises(BadInput, match="model=cpu-nan is not in conf/model; did you mean cpu-nano"):
+        preset("cpu-nan", 64)
+
+
+def test_mfu_is_the_models_flops_over_the_matmul_rate_and_in_bf16_alone():
+    settings = train_step.settings(CPU, False, "", timing.Ceilings(1.0, 1e6, 0.0))
+    each = train_step.Contestant("m", 10, 500, lambda precision: None, {"bf16": [2.0], "fp32": [2.0]})
+    found = train_step.row(each, each, "bf16", settings)
+    assert found["tokens_per_s"] == 16 / 2.0
+    assert found["mfu"] == 8.0 * 500 / 1e6
+    assert "mfu" not in train_step.row(each, each, "fp32", settings)
+    headings, (cells,) = train_step.table([found])
+    assert (headings[-1], cells[-1]) == ("MFU", "0.4%")
+
+
+def test_for_a_gpu_a_preset_is_trained_on_both_backends_with_peers():
+    settings = train_step.settings(CUDA, True, "gpu-50m", None)
+    assert (settings.model.name, settings.model.vocab_size, settings.precisions) == ("gpu-50m", 32768, ("bf16",))
+    assert settings.batch_size * settings.model.context == 16384
+
+
+def test_a_training_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    settings = train_step.settings(CPU, False, "", None)
+    absent = [case for case in train_step.cases(settings) if case.key["model"] == "transformers OLMoE"]
+    (row,) = run(absent, Rows(tmp_path / "r.jsonl", {}, resume=False), CPU)
+    assert (row["status"], row["error"]) == ("absent", "transformers not installed")
+    assert "absent" in train_step.table([row])[1][0]

@@ -1,0 +1,327 @@
+"""Claims about experiments/compare.py, on two small models trained for a few steps."""
+
+import dataclasses
+import inspect
+import json
+import json.encoder
+import pydoc_data.topics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments import compare as command
+from experiments.compare import HEADINGS, CompareConfig, compare
+from experiments.pages.tables import markdown
+from moe.config.parse import to_dict
+from moe.config.run import Config, build
+from moe.data import loader
+from moe.errors import BadInput
+from moe.model import cost
+from moe.model.transformer import Transformer
+from moe.run import checkpoint
+
+
+def settings(root: Path, **changes) -> dict:
+    """A comparison of a few seconds on the corpus under `root`."""
+    model = {"name": "tiny", "context": 64, "n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 64}
+    tree = {
+        "run": str(root / "compare"),
+        "model": model | {"moe": {"n_experts": 4, "k": 2, "d_expert": 32}},
+        "tokenizer": {"name": "byte"},
+        "data": {"name": "text", "path": str(root / "texts"), "val_fraction": 0.2, "cache": str(root / "cache")},
+        "optim": {"warmup": 2},
+        "train": {"steps": 6, "batch_size": 4, "precision": "fp32", "eval_every": 3, "eval_tokens": 1024, "threads": 1},
+    }
+    return tree | changes
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with texts of two domains."""
+    root = tmp_path_factory.mktemp("compare")
+    texts = {
+        "docs": list(pydoc_data.topics.topics.values())[:30],
+        "code": [inspect.getsource(each) for each in (json, json.encoder, textwrap, inspect, subprocess)]
+        + [inspect.getsource(each) for each in vars(textwrap.TextWrapper).values() if inspect.isfunction(each)],
+    }
+    for domain, documents in texts.items():
+        (root / "texts" / domain).mkdir(parents=True)
+        for i, document in enumerate(documents):
+            (root / "texts" / domain / f"{i}.txt").write_text(document)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(root):
+    """The comparison, trained: its config and what it returned."""
+    cfg = build(settings(root), CompareConfig)
+    return cfg, compare(cfg, say=lambda _: None, overrides=["train.steps=6", "resume=true"])
+
+
+def summary(cfg: Config, kind: str) -> dict:
+    return json.loads(Path(cfg.run, f"{kind}-seed0", "summary.json").read_text())
+
+
+def test_the_twin_has_the_moes_active_parameters_within_a_percent(finished):
+    cfg, _ = finished
+    moe, dense = summary(cfg, "moe"), summary(cfg, "dense")
+    assert dense["model"]["moe"] is None
+    assert dense["params"]["total"] == pytest.approx(moe["params"]["active"], rel=0.01)
+
+
+def test_both_train_on_the_same_batches_in_the_same_order(root, monkeypatch):
+    seen: list[list[int]] = []
+
+    class Recorder(loader.Loader):
+        def iterate(self, from_step):
+            seen.append([])
+            for batch in super().iterate(from_step):
+                seen[-1].append(hash(batch.tokens_BS.numpy().tobytes()))
+                yield batch
+
+    monkeypatch.setattr("moe.train.loop.Loader", Recorder)
+    compare(build(settings(root, run=str(root / "recorded")), CompareConfig), say=lambda _: None)
+    moe, dense = (each[:6] for each in seen)
+    assert moe == dense
+    assert len(set(moe)) == 6
+
+
+def test_both_start_from_the_weights_they_have_in_common(finished):
+    cfg, _ = finished
+    weights = []
+    for kind in ("moe", "dense"):
+        model_cfg = build({"model": summary(cfg, kind)["model"]}).model
+        weights.append(dict(Transformer(model_cfg, cfg.router).initialize(cfg.seed).named_parameters()))
+    common = {
+        name for name in weights[0].keys() & weights[1].keys() if weights[0][name].shape == weights[1][name].shape
+    }
+    assert {"embed.weight", "norm.weight"} < common
+    assert any("attn" in name for name in common)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in common)
+
+
+def test_both_are_evaluated_on_the_same_windows(finished):
+    cfg, _ = finished
+    moe, dense = summary(cfg, "moe"), summary(cfg, "dense")
+    tokens = [{name: each["tokens"] for name, each in run["val"]["domains"].items()} for run in (moe, dense)]
+    assert tokens[0] == tokens[1]
+    assert len(moe["val_windows"]) == len(dense["val_windows"]) > 1
+    for run in (moe, dense):
+        assert sum(run["val_windows"]) / len(run["val_windows"]) == pytest.approx(run["val"]["loss"])
+
+
+def test_what_is_saved_is_what_is_returned(finished):
+    cfg, result = finished
+    folder = Path(cfg.run)
+    saved = json.loads((folder / "compare.json").read_text())
+    assert saved["sentences"] == result["sentences"]
+    assert [tuple(row) for row in saved["table"]] == result["table"]
+    assert saved["runs"] == {"moe": ["moe-seed0"], "dense": ["dense-seed0"]}
+    assert build(saved["config"], CompareConfig) == cfg
+    assert (folder / "table.md").read_text() == markdown(HEADINGS, result["table"])
+    assert result["sentences"][0] in (folder / "index.html").read_text().replace("&#39;", "'")
+    assert saved["command"] == "python -m experiments.compare train.steps=6"
+    for kind in ("moe", "dense"):
+        assert checkpoint.latest(folder / f"{kind}-seed0" / "checkpoints", print) is not None
+
+
+def test_resume_reuses_finished_runs(finished, monkeypatch):
+    cfg, result = finished
+    files = {path: path.stat().st_mtime_ns for path in Path(cfg.run).glob("*-seed0/**/*") if path.is_file()}
+    monkeypatch.setattr(Transformer, "initialize", lambda *_: pytest.fail("a finished run was trained again"))
+    again = compare(build(to_dict(cfg) | {"resume": True}, CompareConfig), say=lambda _: None)
+    assert again["numbers"] == result["numbers"]
+    assert again["sentences"] == result["sentences"]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_an_interrupted_comparison_stops_says_how_to_go_on_and_ends_the_same(root, finished, monkeypatch):
+    _, result = finished
+    tree = settings(root, run=str(root / "interrupted"))
+    train, said = command.train, []
+
+    def interrupted(cfg, say):
+        if cfg.model.moe is None:
+            raise SystemExit(130)
+        return train(cfg, say)
+
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        compare(build(tree, CompareConfig), said.append, ["run=interrupted"])
+    assert said[-1].endswith("python -m experiments.compare run=interrupted resume=true")
+    assert not (root / "interrupted" / "compare.json").exists()
+
+    monkeypatch.setattr(command, "train", train)
+    again = compare(build(tree | {"resume": True}, CompareConfig), said.append)
+    assert again["numbers"][0] == result["numbers"][0]
+
+
+def test_each_seed_has_its_pair_and_the_interval_is_over_seeds(root):
+    tree = settings(root, run=str(root / "seeds"), seeds=[3, 5])
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    result = compare(build(tree, CompareConfig), say=lambda _: None)
+    assert result["runs"] == {"moe": ["moe-seed3", "moe-seed5"], "dense": ["dense-seed3", "dense-seed5"]}
+    assert "over 2 seeds)" in result["sentences"][0]
+    moe = result["numbers"][0]["moe"]
+    assert moe[0] != moe[1]
+
+
+def test_an_existing_folder_is_refused_and_left_alone(finished):
+    cfg, _ = finished
+    before = Path(cfg.run, "compare.json").read_bytes()
+    with pytest.raises(BadInput, match="exists: continue it with resume=true"):
+        compare(cfg)
+    assert Path(cfg.run, "compare.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match": "flop"}, "match=flop is not one of active_params, flops, total_params; did you mean flops."),
+        ({"seeds": [1, 1]}, "seeds=\\[1, 1\\] names a seed twice"),
+        ({"seeds": [-1]}, "seeds=\\[-1\\] has a negative one"),
+        ({"seed_s": [1]}, "seed_s is not a setting; did you mean seeds"),
+        ({"model": {"moe": None}}, "model.moe=null leaves nothing to compare"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(root, changes, message):
+    with pytest.raises(BadInput, match=message):
+        compare(build(settings(root, run=str(root / "refused")) | changes, CompareConfig))
+    assert not (root / "refused").exists()
+
+
+def test_a_twin_that_cannot_match_is_refused_before_anything_is_trained(root, monkeypatch):
+    monkeypatch.setattr(cost, "TWIN_TOLERANCE", 1e-6)
+    with pytest.raises(BadInput, match="no dense twin of model=tiny comes within"):
+        compare(build(settings(root, run=str(root / "refused")), CompareConfig), say=lambda _: None)
+    assert not (root / "refused").exists()
+
+
+def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(command, "train", lambda cfg, say: pytest.fail(cfg.run))
+    folders = []
+    for changes in ({}, {"match": "flops"}, {"seeds": [0, 1]}, {"log": {"every": 7}}):
+        tree = settings(root, run="") | changes
+        with pytest.raises(pytest.fail.Exception) as stopped:
+            compare(build(tree, CompareConfig), say=lambda _: None)
+        folders.append(Path(str(stopped.value)).parent)
+    assert len(set(folders)) == 3
+    assert folders[0] == folders[3]
+    assert folders[0].parent == Path("runs")
+
+
+def test_the_table_says_how_even_the_load_is_and_what_was_skipped_and_dropped(finished):
+    _, result = finished
+    layers = json.loads((Path(result["folder"]) / "moe-seed0" / "summary.json").read_text())["load"]["routing"]
+    own = {label: cells for label, *cells in result["table"]}
+    for label, name, factor in (
+        ("MaxVio of the expert load (0 is even)", "max_vio", 1),
+        ("Tokens without an expert (%)", "skipped", 100),
+    ):
+        shown, *others = own[label]
+        assert float(shown) == pytest.approx(factor * sum(each[name] for each in layers) / len(layers), abs=0.051)
+        assert others == ["", ""]
+    assert own["Rows dropped in training (%)"] == ["0.0", "", ""]
+
+
+def test_the_leak_is_measured_and_one_is_said(root, finished):
+    _, result = finished
+    assert result["leak"] < 1e-9
+    assert "Causal leak (logits)" in [label for label, *_ in result["table"]]
+    assert not any("sees later tokens" in each for each in result["sentences"])
+    tree = settings(root, run=str(root / "leaking"), router={"name": "expert-choice"}, balance={"aux": 0.0})
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    again = compare(build(tree, CompareConfig), say=lambda _: None)
+    assert again["leak"] > 1e-6
+    assert "The router sees later tokens (" in again["sentences"][1]
+    assert again["by_seed"][0]["moe"]["leak"] == again["leak"] > again["by_seed"][0]["dense"]["leak"]
+
+
+def test_comparisons_share_the_twins_of_one_size(root):
+    tree = settings(root, twins=str(root / "twins"))
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    said, twins, results = [], [], []
+    for i, (router, k) in enumerate((("softmax", 2), ("sigmoid", 2), ("softmax", 1))):
+        own = {"run": str(root / f"sharing{i}"), "router": {"name": router, "renormalize": False}}
+        own |= {"balance": {"aux": 0.0, "z": 0.0}, "model": tree["model"] | {"moe": tree["model"]["moe"] | {"k": k}}}
+        results.append(compare(build(tree | own, CompareConfig), said.append))
+        twins.append({path.name for path in (root / "twins").iterdir()})
+    assert [len(each) for each in twins] == [1, 1, 2]
+    assert [each["runs"]["moe"] for each in results] == [["moe-seed0"]] * 3
+    dense = [each["runs"]["dense"][0] for each in results]
+    assert dense[0] == dense[1] == f"../twins/{twins[0].pop()}" != dense[2]
+    assert results[0]["twin"] == results[1]["twin"] != results[2]["twin"]
+    assert results[0]["by_seed"][0]["dense"] == results[1]["by_seed"][0]["dense"]
+    assert sum(line.endswith("is finished") and "twins" in line for line in said) == 1
+
+
+def test_a_sweeps_jobs_have_folders_of_their_own_and_twins_beside_them(root):
+    cfg = build(settings(root, run=""), CompareConfig)
+    one = command.one_of_many(cfg, {"router": "gshard", "experiment": "routers"})
+    assert one.run.startswith("runs/routers/gshard-seed0-")
+    assert one.twins == "runs/routers/twins"
+    assert command.one_of_many(cfg, {"router": "gshard", "experiment": None}).run.startswith("runs/sweep/gshard-seed0-")
+    own = dataclasses.replace(cfg, run="here/a", twins="there")
+    assert command.one_of_many(own, {"router": "gshard"}) == own
+    other = dataclasses.replace(cfg, match="flops", twins="elsewhere")
+    runs = {command.one_of_many(each, {"router": "gshard"}).run for each in (cfg, own, other)}
+    assert len(runs) == 3
+
+
+def test_a_sweep_ends_in_one_table(root, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    given = [
+        "experiment=routers",
+        "tokenizer=byte",
+        "data=text",
+        f"data.path={root / 'texts'}",
+        "data.val_fraction=0.2",
+    ]
+    given += [f"data.cache={root / 'cache'}", "model.context=32", "model.d_model=16", "model.d_ff=32", "optim.warmup=1"]
+    given += ["train.steps=2", "train.batch_size=2", "train.eval_tokens=512", "train.threads=1", "train.precision=fp32"]
+    monkeypatch.setattr(sys, "argv", ["compare", "-m", *given, "router=softmax,sigmoid", "seed=0,1"])
+    for _ in range(2):  # the second time everything is there
+        GlobalHydra.instance().clear()
+        command.main()
+        table = (tmp_path / "runs" / "routers" / "table.md").read_text()
+        assert f"\n{table}table: runs/routers/table.md\n" in capsys.readouterr().out
+        assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {"softmax", "sigmoid", "dense twin"}
+    folders = sorted(
+        path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "routers").iterdir() if path.is_dir()
+    )
+    assert folders == ["", "sigmoid-seed0", "sigmoid-seed1", "softmax-seed0", "softmax-seed1"]
+    assert len(list((tmp_path / "runs" / "routers" / "twins").iterdir())) == 2
+
+
+def test_the_command_line_refuses_a_misspelt_key_and_names_the_right_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", "mach=flops"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert capsys.readouterr().err == "error: mach is not a setting; did you mean match.\n"
+
+
+def test_the_command_line_prints_the_table_the_verdict_and_where_the_page_is(finished, monkeypatch, capsys):
+    cfg, result = finished
+    given = [f"run={cfg.run}", "resume=true", "tokenizer=byte", "data=text", f"data.path={cfg.data.path}"]
+    given += [f"data.{key}={getattr(cfg.data, key)}" for key in ("val_fraction", "cache")]
+    given += [
+        f"model.{key}={getattr(cfg.model, key)}"
+        for key in ("name", "context", "n_layers", "d_model", "n_heads", "d_ff")
+    ]
+    given += ["model.qk_norm=none", "model.moe.n_experts=4", "model.moe.k=2", "model.moe.d_expert=32", "optim.warmup=2"]
+    given += [f"train.{key}={getattr(cfg.train, key)}" for key in ("steps", "batch_size", "precision", "threads")]
+    given += [f"train.{key}={getattr(cfg.train, key)}" for key in ("eval_every", "eval_tokens")]
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["compare", *given])
+    command.main()
+    out = capsys.readouterr().out
+    assert markdown(HEADINGS, result["table"]) in out
+    assert "\n".join(result["sentences"]) in out
+    assert out.endswith(f"page: {cfg.run}/index.html\n")

@@ -1,0 +1,353 @@
+"""The command for a GPU machine: it starts anywhere, goes on where it stopped, and says what all rows come to."""
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import gpu_evidence, readme
+from experiments.suites import cases, evidence, facts, roofline, shapes
+from experiments.suites.cases import Absent
+from tests import fake_cuda
+
+pytestmark = fake_cuda.interpreted
+ROOT = Path(__file__).parents[2]
+SMOKE = ("--device", "cpu", "--sizes", "smoke")
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _child(folder, stage, *given):
+    """Run one stage here."""
+    with pytest.raises(SystemExit) as ended:
+        gpu_evidence.main(["--out", str(folder), "--stage", stage, "--child", *SMOKE, *given])
+    return ended.value.code
+
+
+WITHOUT = """
+import sys
+for name in ("hydra", "omegaconf", "rustbpe", "ftfy", "bs4", "datasketch", "zstandard", "transformers", "matplotlib"):
+    sys.modules[name] = None  # importing it raises ImportError
+from experiments import gpu_evidence
+gpu_evidence.main(["--out", sys.argv[1], "--stage", "kernels", "--child", "--device", "cpu", "--sizes", "smoke"])
+"""
+
+
+def test_it_runs_where_hydra_and_whatever_a_gpu_machine_lacks_are_absent(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(_lines(tmp_path / "gpu-kernels.jsonl")) == 6
+
+
+def test_a_row_says_where_it_was_made(tmp_path, monkeypatch):
+    with fake_cuda.install(monkeypatch), pytest.raises(SystemExit, match="0"):
+        gpu_evidence.main(
+            ["--out", str(tmp_path), "--stage", "kernels", "--child", "--sizes", "smoke", "--commit", "x"]
+        )
+    for row in _lines(tmp_path / "gpu-kernels.jsonl"):
+        assert row["device"] == "NVIDIA H100 80GB HBM3"
+        assert {"driver", "versions", "commit", "dirty", "code", "stage", "seconds", "status"} <= row.keys()
+        assert row["command"] == "python -m experiments.gpu_evidence --out DIR --stage kernels --sizes smoke"
+        assert str(tmp_path) not in json.dumps(row)
+
+
+def _started(folder, *given):
+    """The command in a process of its own, once its first row is written."""
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu_evidence",
+        "--out",
+        str(folder),
+        "--stage",
+        "kernels",
+        *SMOKE,
+        *given,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = folder / "gpu-kernels.jsonl"
+    until = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return process
+
+
+def test_a_kill_leaves_whole_lines_and_the_next_run_makes_the_rest(tmp_path):
+    process = _started(tmp_path, "--child")
+    process.kill()
+    process.communicate()
+    path = tmp_path / "gpu-kernels.jsonl"
+    before = _lines(path)
+    assert 1 <= len(before) < 6
+    assert _child(tmp_path, "kernels") == 0
+    after = _lines(path)
+    assert after[: len(before)] == before
+    assert len([row for row in after if row["status"] == "measured"]) == 6
+    assert [row["error"] for row in after if row["status"] != "measured"] in (
+        [], ["the process died while measuring this"],
+    )  # fmt: skip
+    assert not path.with_suffix(".running").exists()
+    assert _child(tmp_path, "kernels") == 0
+    assert _lines(path) == after
+
+
+def test_another_commit_makes_all_rows_again(tmp_path, monkeypatch):
+    assert _child(tmp_path, "kernels") == 0
+    monkeypatch.setattr(facts.machine, "git_state", lambda: {"commit": "another", "dirty": False})
+    assert _child(tmp_path, "kernels") == 0
+    commits = [row["commit"] for row in _lines(tmp_path / "gpu-kernels.jsonl")]
+    assert commits.count("another") == 6
+    assert len(commits) == 12
+
+
+def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(tmp_path):
+    process = _started(tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in out
+    assert 1 <= len(_lines(tmp_path / "gpu-kernels.jsonl")) < 6
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path):
+    assert _child(tmp_path, "kernels", "--budget", "0.0001") == 0
+    found = _lines(tmp_path / "gpu-kernels.jsonl")
+    assert {row["status"] for row in found} == {"left out"}
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--device", "cpu"], "only at --sizes smoke"),
+        ([], "--device=cuda is not here"),
+        (["--device", "tpu"], "--device=tpu is no device"),
+        ([*SMOKE, "--budget", "0"], "--budget 0 is out of range"),
+        ([*SMOKE, "--stage", "kernel"], "invalid choice: 'kernel'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_a_sentence(given, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as ended:
+        gpu_evidence.main(["--out", str(tmp_path), *given])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_evidence.main(["--out", str(tmp_path / "file"), *SMOKE])
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def _arguments(folder, *given):
+    return gpu_evidence.parser().parse_args(["--out", str(folder), *SMOKE, *given])
+
+
+def test_a_process_that_dies_is_started_again_and_its_row_noted(tmp_path, monkeypatch):
+    statuses = iter([-11, gpu_evidence.LOST, 0])
+    monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left: next(statuses))
+    (tmp_path / "gpu-layer.running").write_text('{"suite": "layer", "shape": "x"}')
+    assert gpu_evidence.whole(_arguments(tmp_path), "layer")
+    (row,) = _lines(tmp_path / "gpu-layer.jsonl")
+    assert (row["shape"], row["died"], row["stage"]) == ("x", True, "layer")
+
+
+def test_a_stage_ends_when_its_time_is_used_up_or_its_code_is_broken(tmp_path, monkeypatch):
+    arguments = _arguments(tmp_path)
+    for status, whole in ((1, False), (gpu_evidence.REFUSED, False), (0, True)):
+        monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left, status=status: status)
+        assert gpu_evidence.whole(arguments, "layer") == whole
+    tries = []
+    monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left: tries.append(left) or -9)
+    assert not gpu_evidence.whole(arguments, "layer")
+    assert len(tries) == gpu_evidence.RESTARTS
+    clock, statuses = iter([0.0, 10.0, 600.0]), iter([-9, 0])
+    monkeypatch.setattr(gpu_evidence.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left: tries.append(left) or next(statuses))
+    assert gpu_evidence.whole(arguments, "layer")
+    assert tries[-2:] == [490.0, 0.01]  # time enough to list what is left out
+
+
+def test_a_row_that_does_not_end_is_killed(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(gpu_evidence.sys, "executable", str(program))
+    monkeypatch.setattr(gpu_evidence, "GRACE", 0.1)
+    assert gpu_evidence.attempt(_arguments(tmp_path), "layer", 0.1) == -signal.SIGKILL
+    assert "is killed" in capsys.readouterr().out
+
+
+def test_a_device_that_is_lost_ends_the_process_with_its_own_status(tmp_path, monkeypatch):
+    def lost(*given):
+        raise cases.DeviceLost("x")
+
+    monkeypatch.setattr(gpu_evidence, "run", lost)
+    assert _child(tmp_path, "kernels") == gpu_evidence.LOST
+
+
+def test_all_stages_run_in_processes_of_their_own_and_a_summary_follows(tmp_path, monkeypatch, capsys):
+    """Each as a call of the stage here; the processes are tested above."""
+    seen = []
+
+    def attempt(arguments, name, left):
+        child = _arguments(arguments.out, "--stage", name, "--child", "--budget", "0.0001")
+        seen.append(name)
+        return gpu_evidence.stage(child)
+
+    monkeypatch.setattr(gpu_evidence, "attempt", attempt)
+    gpu_evidence.main(["--out", str(tmp_path), *SMOKE])
+    assert seen == list(evidence.STAGES)
+    out = capsys.readouterr().out
+    assert "roofline.png: not drawn, no measured rows" in out
+    for name in evidence.STAGES:
+        assert f"== {name}\n" in out
+        assert (tmp_path / f"gpu-{name}.jsonl").exists()
+    assert (tmp_path / "tuning-interpreter.jsonl").exists()
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_a_stage_that_broke_off_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left: int(name == "layer"))
+    with pytest.raises(SystemExit, match="1"):
+        gpu_evidence.main(["--out", str(tmp_path), *SMOKE])
+    assert "error: layer broke off" in capsys.readouterr().err
+
+
+def _rows():
+    """What a GPU might give."""
+    common = {
+        "device": "NVIDIA H100", "driver": "580", "versions": {"torch": "2.11", "triton": "3.6.0", "cuda": "13.0"},
+        "commit": "c" * 40, "dirty": False, "code": "k",
+        "command": "python -m experiments.gpu_evidence --out DIR --stage x",
+    }  # fmt: skip
+    ceilings = {"copy": 3e12, "matmul": 8e14, "launch": 5e-6}
+    found = []
+    for name, shape in shapes.SHAPES.items():
+        for contestant, ratio in (("triton", None), ("liger", 1.3)):
+            row = {"stage": "layer", "suite": "layer", "shape": name, "load": "uniform", "contestant": contestant}
+            row |= {
+                "status": "measured",
+                **shape._asdict(),
+                "ceilings": ceilings,
+                "forward_tf": 500.0,
+                "backward_tf": None,
+            }
+            row |= {"forward_of_bmm": 0.8, "backward_of_bmm": None, "seconds": 2.0}
+            row |= {"ours_over_this": ratio} if ratio else {}
+            row["targets"] = [shapes.target("promise forward TF/s", 500.0, shapes.PROMISE[name].forward)]
+            found.append(common | row)
+    row = {"stage": "layer", "suite": "layer", "shape": "every", "load": "every", "contestant": "sonicmoe"}
+    found.append(common | row | {"status": "absent", "error": "sonicmoe not installed", "seconds": 0.0})
+    for us in (40.0, 60.0):
+        row = {
+            "stage": "kernels",
+            "suite": "kernels",
+            "op": "gate_plan",
+            "T": int(us),
+            "status": "measured",
+            "seconds": 1.0,
+        }
+        found.append(common | row | {"targets": [shapes.target("gate and plan, µs", us, 50.0, at_most=True)]})
+    row = {"stage": "kernels", "suite": "kernels", "op": "combine", "T": 16, "K": 8, "D": 64, "status": "measured"}
+    found.append(common | row | {"us": 9.0, "eager_us": 20.0, "bytes": 1000, "ceilings": ceilings, "targets": []})
+    row = {"stage": "correctness", "suite": "correctness", "check": "layer", "dtype": "bf16", "status": "wrong"}
+    found.append(common | row | {"error": "errors exceed bounds: dx", "seconds": 1.0})
+    row = {"stage": "train_step", "suite": "train_step", "preset": "gpu-1b", "model": "switchyard MoE (triton)"}
+    row |= {
+        "precision": "bf16",
+        "status": "measured",
+        "parameters": 10,
+        "tokens_per_s": 5.0,
+        "moe_speed_over_this": 1.0,
+    }
+    found.append(common | row | {"mfu": 0.41, "seconds": 1.0})
+    return found
+
+
+def _written(folder):
+    for row in _rows():
+        with open(evidence.path_of(folder, row["stage"]), "a") as file:
+            file.write(json.dumps(row) + "\n")
+    return evidence.read(folder)
+
+
+def test_the_summary_counts_rows_and_targets_and_keeps_the_last_of_a_key(tmp_path):
+    found = _written(tmp_path)
+    assert len(found) == len(_rows())
+    redone = _rows()[-2] | {"status": "measured"}
+    with open(tmp_path / "gpu-correctness.jsonl", "a") as file:
+        file.write(json.dumps(redone | {"seconds": 3.0}) + "\n")
+    assert len(evidence.read(tmp_path)) == len(found)
+    assert evidence.wrong(evidence.read(tmp_path)) == []
+    assert evidence.wrong(found) == ["wrong: correctness layer bf16: errors exceed bounds: dx"]
+    assert evidence.read(tmp_path, code="other") == []
+    assert evidence.stages(found)[2] == ("layer", "10", "", "", "1", "", "20")
+    targets = evidence.targets(found)
+    assert ("kernels", "gate and plan, µs", "gate_plan", "1 of 2", "60", "50") in targets
+    assert ("layer", "promise forward TF/s", "mixtral uniform", "0 of 2", "500", "560") in targets
+    assert ("layer", "promise forward TF/s", "small uniform", "2 of 2", "500", "300") in targets
+    lines = evidence.layer(found)
+    assert ("olmoe", "uniform", "liger", "500", "", "0.80, ", "1.30×") in lines
+    assert ("every", "every", "sonicmoe", "absent", "", "", "") in lines
+
+
+def test_the_roofline_is_drawn_of_layers_and_combines(tmp_path, monkeypatch):
+    roofline.draw(_rows(), tmp_path / "new" / "roofline.png")
+    assert (tmp_path / "new" / "roofline.png").stat().st_size > 10_000
+    with pytest.raises(Absent, match="no measured rows"):
+        roofline.draw([], tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(Absent, match="matplotlib not installed"):
+        roofline.draw(_rows(), tmp_path / "x.png")
+
+
+def test_the_readme_says_not_yet_measured_with_the_command_that_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "Not yet measured: `python -m experiments.bench suite=routing`" in readme.routing(cases.read(tmp_path / "x"))
+    assert "Not yet measured: `python -m experiments.gpu_evidence" in readme.gpu(evidence.read(tmp_path))
+
+
+def test_the_readmes_section_has_tables_where_it_was_and_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = readme.gpu(_written(tmp_path))
+    assert text.startswith("NVIDIA H100, driver 580, torch 2.11, triton 3.6.0, cuda 13.0; commit cccccccccc\n")
+    assert "| olmoe" in text
+    assert "| gpu-1b: switchyard MoE (triton) |" in text
+    assert "41.0%" in text
+    assert "1 of 2" in text
+    assert "roofline" not in text
+    (tmp_path / "roofline.png").write_text("")
+    assert "![FLOP per byte against TF/s](experiments/results/roofline.png)" in readme.gpu(evidence.read(tmp_path))
+    assert text.endswith("`python -m experiments.gpu_evidence --out DIR`\n")
+
+
+def test_the_readmes_routing_section_shows_the_most_tokens(tmp_path):
+    total = {"by hand": 2e-3, "reference": 4e-3, "torch": 1e-3}
+    row = {
+        "E": 8, "K": 2, "D": 256, "F": 128, "status": "measured", "total_s": total, "routing_of_layer": 0.25,
+        "by_hand_over_this": {"by hand": 1.0, "reference": 0.5, "torch": 2.0}, "device": "a CPU", "commit": None,
+        "versions": {"torch": "2.13"}, "dirty": None, "code": "k", "threads": 2,
+        "command": "python -m experiments.bench suite=routing",
+    }  # fmt: skip
+    text = readme.routing([row | {"T": 1024}, row | {"T": 16384}])
+    assert "| 16,384 |  8 |  2 |" in text
+    assert "1,024" not in text
+    assert "2.00×" in text
+    assert "25%" in text
+    assert text.endswith(
+        "`python -m experiments.bench suite=routing`, D=256, F=128; a CPU, 2 threads, torch 2.13, code k\n"
+    )

@@ -1,0 +1,169 @@
+"""Claims about compiling ahead of time: what is compiled, what is refused, and how many blocks fit."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels import aot, tuning
+
+ROOT = Path(__file__).parents[2]
+NONE = dict.fromkeys(aot.INSTRUCTIONS, 0)
+UP = aot.Row(
+    "sm_90", "up", "16bit", "many", "even", "128x256x64 w8 s4 tma", tma=True, registers=180, spilled=0, shared=196640,
+    blocks=1, counts={**NONE, "HGMMA": 4, "UTMALDG": 4},
+)  # fmt: skip
+PLACE = UP._replace(use="place", tile="w8", tma=False, counts=NONE)
+
+
+def _run(**environment):
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.aot"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean | environment)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The command's run over all targets: minutes."""
+    return _run()
+
+
+@pytest.mark.timeout(3600)
+def test_every_kernel_compiles_well_for_every_gpu_and_as_the_table_says(compiled):
+    assert compiled.returncode == 0, compiled.stdout[-2000:] + compiled.stderr
+
+
+@pytest.mark.timeout(3600)
+def test_every_tile_of_the_tuning_table_is_compiled(compiled):
+    listed = {tuple(line.split()[:4]) for line in compiled.stdout.splitlines()}
+    for arch, kind, load, use in tuning.table():
+        names = ("wgrad_down", "wgrad_up") if use == "wgrad" else (use,)
+        assert arch == "interpreter" or {(arch, name, kind, load) for name in names} <= listed
+
+
+@pytest.mark.timeout(3600)
+def test_kernels_without_tiles_are_compiled_for_every_gpu(compiled):
+    listed = {tuple(line.split()[:2]) for line in compiled.stdout.splitlines()}
+    uses = ("count", "scan", "place", "gate", "gate_backward", "combine_weighted", "combine_plain")
+    assert {(name, use) for name in aot.TARGETS for use in uses} <= listed
+
+
+def test_the_interpreter_is_refused_in_one_sentence():
+    done = _run(TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "TRITON_INTERPRET is set: there is nothing to compile; unset it."
+    assert not done.stdout
+
+
+def test_a_kernel_that_is_well_is_passed():
+    assert aot.check([UP, PLACE]) == []
+
+
+@pytest.mark.parametrize("row", [UP, PLACE, UP._replace(shape="odd")], ids=["up", "place", "odd"])
+def test_a_spill_fails_and_is_named(row):
+    (sentence,) = aot.check([UP, row._replace(spilled=20)])
+    assert sentence == f"{row.use} (16bit, many, {row.shape}, {row.tile}) on sm_90 spills 20 bytes per thread."
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("sm_80", 166912), ("sm_86", 101376), ("sm_90", 232448), ("sm_100", 232448), ("gfx942", 65536)],
+)
+def test_more_shared_memory_than_a_block_may_take_fails(name, limit):
+    row = PLACE._replace(target=name, shared=limit)
+    assert aot.check([row]) == []
+    (sentence,) = aot.check([row._replace(shared=limit + 1)])
+    assert sentence.endswith(f"on {name} takes {limit + 1} bytes of shared memory; a block may take {limit}.")
+
+
+@pytest.mark.parametrize("use", ["up", "down", "dh", "dx", "wgrad_down", "wgrad_up"])
+@pytest.mark.parametrize(
+    ("name", "matrix"),
+    [("sm_80", "HMMA"), ("sm_86", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")],
+)
+def test_a_matmul_needs_its_gpus_own_matrix_instruction(name, matrix, use):
+    for kind in ("16bit", "tf32"):
+        row = PLACE._replace(target=name, use=use, type=kind, shared=1024)
+        assert aot.check([row._replace(counts={**NONE, matrix: 1})]) == []
+        others = {**dict.fromkeys(aot.INSTRUCTIONS, 9), matrix: 0}
+        (sentence,) = aot.check([row._replace(counts=others)])
+        assert sentence.endswith(f"on {name} has no {matrix} instruction.")
+
+
+def test_exact_float32_and_kernels_that_multiply_nothing_need_no_matrix_instruction():
+    assert aot.check([UP._replace(type="fp32", tma=False, counts=NONE), PLACE]) == []
+
+
+def test_tma_that_was_asked_for_and_not_used_fails_but_for_odd_sizes():
+    row = UP._replace(counts={**UP.counts, "UTMALDG": 0})
+    (sentence,) = aot.check([row])
+    assert sentence.endswith("asks for tma and has no UTMALDG instruction.")
+    assert aot.check([row._replace(shape="odd"), row._replace(tma=False)]) == []
+
+
+def test_a_table_that_differs_fails_with_a_diff():
+    then, now = aot.render([UP, PLACE]), aot.render([UP._replace(registers=181), PLACE])
+    assert aot.compare(then, then) == ([], "")
+    (sentence,), diff = aot.compare(now, then)
+    assert "--write" in sentence
+    assert diff.count("\n") == 5  # two names, a place, the line as it was and as it is
+    assert [(line[:10], line.split()[9]) for line in diff.splitlines()[3:]] == [
+        ("-sm_90  up", "180"),
+        ("+sm_90  up", "181"),
+    ]
+
+
+def test_tables_of_two_triton_versions_are_not_compared_and_it_says_so(monkeypatch):
+    then = aot.render([UP])
+    monkeypatch.setattr(triton, "__version__", "9.9.9")
+    wrong, remark = aot.compare(aot.render([UP._replace(registers=181)]), then)
+    assert wrong == []
+    assert "9.9.9" in remark
+    assert "not compared" in remark
+
+
+def test_the_kept_table_has_a_column_for_every_number():
+    header, first = aot.render([UP]).splitlines()[1:]
+    assert len(header.split()) == len(aot.HEADER)
+    start = {name: header.index(name) for name in ("regs", "spill", "shared", "blocks", "HGMMA", "UTMALDG")}
+    read = {name: first[at:].split()[0] for name, at in start.items()}
+    assert read == dict(regs="180", spill=".", shared="196640", blocks="1", HGMMA="4", UTMALDG="4")
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "warps", "shared", "columns", "blocks", "limit"),
+    [
+        ("sm_80", 97, 4, 6144, 0, 4, "registers: 104 a lane leave 4 warps to each of 4 parts"),
+        ("sm_90", 128, 8, 1024, 0, 2, "registers: 128 a lane leave 4 warps to each of 4 parts"),
+        ("sm_90", 129, 8, 1024, 0, 1, "registers: 136 a lane leave 3 warps to each of 4 parts"),
+        ("sm_90", 32, 4, 76800, 0, 3, "shared memory: 3 (75 + 1) KiB fill 228"),
+        ("sm_90", 32, 4, 76801, 0, 2, "shared memory: a byte more and 3 do not"),
+        ("sm_86", 16, 8, 0, 0, 6, "warps: 48 / 8"),
+        ("sm_86", 16, 1, 0, 0, 16, "blocks"),
+        ("sm_100", 64, 4, 1024, 256, 2, "tensor memory: 512 / 256 columns"),
+        ("gfx942", 128, 4, 16384, 0, 4, "registers and shared memory: 4 each"),
+        ("gfx942", 294, 4, 0, 0, 1, "registers: 296 a lane leave 1 warp to each of 4 parts"),
+        ("gfx942", 8, 4, 0, 0, 8, "warps: 32 / 4"),
+    ],
+)
+def test_blocks_of_a_multiprocessor_agree_with_a_count_by_hand(name, registers, warps, shared, columns, blocks, limit):
+    assert aot.blocks_per_multiprocessor(aot.TARGETS[name], registers, warps, shared, columns) == blocks, limit
+
+
+def test_compiling_leaves_nothing_behind_whatever_happens_inside():
+    cpu = torch.device("cpu")
+    state = lambda: (JITFunction.run, driver._active, triton.knobs.cache.dir, tuning.architecture(cpu))
+    before = state()
+    with contextlib.suppress(KeyError), aot.compiling("sm_90") as launches:
+        assert driver.active.get_current_target().arch == 90
+        assert not set(state()) & set(before)
+        raise KeyError
+    assert launches == []
+    assert state() == before

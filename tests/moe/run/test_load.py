@@ -1,0 +1,77 @@
+"""A run read back: the weights of the checkpoint asked for, and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moe.config.data import TokenizerConfig
+from moe.data.tokenizer import train
+from moe.errors import BadInput
+from moe.run.load import load_run
+from tests.small_models import BYTES, tiny
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 5), ("last", 12), ("step-9", 9), ("step-00000009", 9)])
+def test_a_run_loads_with_the_weights_of_the_checkpoint_asked_for(made_run, which, step):
+    model, tokenizer, cfg = load_run(made_run, which)
+    saved = load_file(made_run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], each) for name, each in saved.items())
+    assert model.head.weight is model.embed.weight
+    assert tokenizer.fingerprint == BYTES.fingerprint
+    assert cfg.model == tiny()
+
+
+@pytest.mark.parametrize("which", ["step-7", "newest", "step-", "../step-9"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(made_run, which):
+    with pytest.raises(BadInput, match=rf"which={which} is not one of best, last, step-00000005, step-0"):
+        load_run(made_run, which)
+
+
+def test_another_tokenizer_is_refused_naming_both(run):
+    other = train(TokenizerConfig("char"), ["é"])
+    other.save(run / "tokenizer")
+    with pytest.raises(BadInput) as refused:
+        load_run(run)
+    assert other.fingerprint in str(refused.value)
+    assert BYTES.fingerprint in str(refused.value)
+
+
+def test_a_missing_run_is_refused_with_the_runs_beside_it(made_run):
+    with pytest.raises(BadInput, match=r"frist is not a run's folder.*; there are .*runs.*/first\."):
+        load_run(made_run.parent / "frist")
+
+
+def test_a_folder_of_runs_is_refused_with_the_runs_inside_it(made_run):
+    with pytest.raises(BadInput, match=r"it has no config.yaml; there are .*/first\."):
+        load_run(made_run.parent)
+
+
+def test_a_missing_run_with_none_beside_it_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"none/x is not a run's folder: it has no config.yaml\."):
+        load_run(tmp_path / "none" / "x")
+
+
+def test_a_run_without_a_checkpoint_is_refused(run):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(BadInput, match="has no checkpoint"):
+        load_run(run)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(run):
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value, named in (("d_ff", 24, "down.weight"), ("n_layers", 3, "blocks.3"), ("qk_norm", "head", "q_norm")):
+        changed = tree | {"model": tree["model"] | {key: value}}
+        (run / "config.yaml").write_text(yaml.safe_dump(changed))
+        with pytest.raises(BadInput, match=rf"does not fit .*config.yaml: .*{named}"):
+            load_run(run)
+
+
+@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"just text"])
+def test_a_damaged_config_is_refused(run, content):
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(BadInput):
+        load_run(run)
