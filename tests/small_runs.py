@@ -107,7 +107,7 @@ class Killed(BaseException):
 
 def train_until(cfg: Config, step: int) -> None:
     """Train, and be killed at the beginning of `step`."""
-    take_step = moe.train.step.take_step
+    take_step = moe.train.loop.take_step
 
     def take(state: moe.train.state.State, *arguments: Any) -> Any:
         if state.step + 1 == step:
@@ -197,7 +197,7 @@ def child(cfg: Config, phase: str, log: Path, pipe: Connection) -> None:
         pipe.send(phase)
         pipe.recv()
 
-    take_step, evaluate, write = moe.train.step.take_step, moe.train.loop.evaluate, checkpoint._write
+    take_step, evaluate, write = moe.train.loop.take_step, moe.train.loop.evaluate, checkpoint._write
     compute_gradients, evaluations = moe.train.step.compute_gradients, iter(range(100))
 
     def stepping(state: moe.train.state.State, *arguments: Any) -> Any:

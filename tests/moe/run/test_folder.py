@@ -10,8 +10,10 @@ import yaml
 
 import moe.train.loop
 import moe.train.step
+import moe.train.trackers
 from moe.config.parse import to_dict
 from moe.config.run import Config
+from moe.data.prepare import prepare
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.run import jsonl
@@ -124,9 +126,9 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refusal_leaves_no_folder(what, corpus, tmp_path, monkeypatch):
     changes, message = REFUSED[what]
-    find_spec = moe.trackers.importlib.util.find_spec
+    find_spec = moe.train.trackers.importlib.util.find_spec
     monkeypatch.setattr(
-        moe.trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+        moe.train.trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
     )
     with pytest.raises(BadInput) as caught:
         train(settings(corpus, tmp_path / "runs" / "run", changes))
@@ -184,7 +186,7 @@ def test_a_run_is_created_whole_or_not_at_all(corpus, tmp_path, monkeypatch):
 
 def prepared_folder(corpus: Path) -> Path:
     train_config = settings(corpus, "")
-    return moe.data.prepare(train_config.data, train_config.tokenizer, silent).folder
+    return prepare(train_config.data, train_config.tokenizer, silent).folder
 
 
 def test_a_runs_config_can_be_read_back_and_is_resolved(finished):

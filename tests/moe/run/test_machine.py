@@ -126,7 +126,7 @@ def test_no_path_of_the_system_is_needed_to_name_the_processor(monkeypatch):
 
 ALLOCATE_AND_FREE = """
 import resource, torch
-from moe import machine
+from moe.run import machine
 torch.set_num_threads(1)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

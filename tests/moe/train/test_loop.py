@@ -20,6 +20,7 @@ from moe.data.loader import Batch
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
 from moe.run.jsonl import read_lines
+from moe.train.optimizer import learning_rate
 from moe.train.state import seed_everything
 from moe.train.step import coefficient, compute_gradients
 from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
@@ -283,9 +284,7 @@ def test_validations_are_at_the_start_at_the_end_and_every_so_often(finished):
 def test_the_rates_that_were_used_are_the_schedules(finished, corpus):
     cfg = settings(corpus, "")
     lines = read_lines(finished[0] / "metrics.jsonl")
-    assert [line["lr"] for line in lines[1:]] == [
-        moe.optim.learning_rate(cfg.optim, step, STEPS) for step in range(1, STEPS + 1)
-    ]
+    assert [line["lr"] for line in lines[1:]] == [learning_rate(cfg.optim, step, STEPS) for step in range(1, STEPS + 1)]
 
 
 def test_routing_counts_are_kept_over_time(finished):

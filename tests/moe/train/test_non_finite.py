@@ -12,9 +12,10 @@ import moe.train.loop
 import moe.train.non_finite
 import moe.train.step
 from moe.errors import BadInput
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, model_tensors
 from moe.run import checkpoint
 from moe.run.jsonl import read_lines
+from moe.train.optimizer import optimizer_tensors
 from tests.small_runs import SAVED, STEPS, fate, settings, silent, tensors_digest, train
 
 BAD = 5  # the step at which something is not finite; the last checkpoint is of step 3
@@ -38,7 +39,7 @@ def poison_router(field, state, patch):
 
 def poison_loss(state, patch):
     """With gradients that are finite all the same."""
-    loss = moe.train.loop.next_token_loss
+    loss = moe.train.step.next_token_loss
     patch.setattr(moe.train.step, "next_token_loss", lambda *arguments: loss(*arguments) + math.inf)
 
 
@@ -91,7 +92,7 @@ def poison(monkeypatch):
 
 
 def checkpoint_tensors(state):
-    return moe.train.loop.model_tensors(state.model) | moe.train.loop.optimizer_tensors(state.model, state.optimizer)
+    return model_tensors(state.model) | optimizer_tensors(state.model, state.optimizer)
 
 
 BIAS = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.01}

@@ -20,6 +20,7 @@ from moe.errors import BadInput
 from moe.model.transformer import Transformer
 from moe.run import checkpoint, machine
 from moe.run.checkpoint import Snapshot
+from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
 from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
@@ -228,7 +229,7 @@ def test_a_resume_that_drops_any_state_is_noticed(what, uninterrupted_and_killed
     cfg = resumed(dataclasses.replace(cfg, run=str(tmp_path / "killed")))
     shutil.copytree(killed, tmp_path / "killed")
     load = checkpoint.load
-    resolved = moe.run.read_config(killed)
+    resolved = read_config(killed)
     monkeypatch.setattr(loader.Loader, "iterate", loader.Loader.iterate)  # put back afterwards
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: DROP[what](resolved, load(path)))
