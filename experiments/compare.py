@@ -12,15 +12,12 @@ runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and 
 """
 
 import dataclasses
-import json
-import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -42,8 +39,9 @@ from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model import cost
 from moe.run import machine
-from moe.run.jsonl import read_lines, write_atomically
+from moe.run.jsonl import write_atomically, write_json
 from moe.run.load import load_run
+from moe.run.summary import read_metrics, read_summary
 from moe.train.loop import train
 
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
@@ -75,10 +73,10 @@ def main(cfg: CompareConfig) -> sweep_table.Job:
         cfg = one_of_many(cfg, hydra.runtime.choices)
     result = compare(cfg, overrides=sys.argv[1:])
     print()
-    tables.print_table(HEADINGS, result["table"])
-    for sentence in result["sentences"]:
+    tables.print_table(HEADINGS, result.table)
+    for sentence in result.sentences:
         print(sentence)
-    print(f"page: {Path(result['folder'], 'index.html')}")
+    print(f"page: {Path(result.folder, 'index.html')}")
     return sweep_table.Job(list(hydra.overrides.task), result)
 
 
@@ -95,7 +93,9 @@ def fingerprint(cfg: CompareConfig) -> str:
     return run_config.fingerprint(dataclasses.replace(cfg, twins=""))
 
 
-def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def compare(
+    cfg: CompareConfig, say: Callable[[str], None] = print, overrides: Sequence[str] = ()
+) -> verdict.Comparison:
     """Train a pair of models per seed and write the comparison: what `compare.json` holds.
 
     `overrides` is the command line to repeat it with. With `cfg.resume` finished runs are reused and others continued.
@@ -127,11 +127,11 @@ def compare(cfg: CompareConfig, say: Callable[[str], None] = print, overrides: S
             runs.append(run._replace(folder=os.path.relpath(own.run, folder), leak=leak))
         pairs.append(verdict.Pair(*runs))
 
-    result = describe(cfg, folder, pairs, command_line(overrides))
-    result["twin"] = run_config.fingerprint(dataclasses.replace(dense, seed=0))
-    write_atomically(folder / "table.md", tables.markdown(HEADINGS, result["table"]))
+    twin = run_config.fingerprint(dataclasses.replace(dense, seed=0))
+    result = describe(cfg, folder, pairs, command_line(overrides), twin)
+    write_atomically(folder / "table.md", tables.markdown(HEADINGS, result.table))
     write_atomically(folder / "index.html", compare_page.render(pairs, result))
-    write_atomically(folder / "compare.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "compare.json", dataclasses.asdict(result))
     return result
 
 
@@ -161,38 +161,32 @@ def command_line(overrides: Sequence[str]) -> str:
 
 def read_run(folder: Path) -> verdict.Run:
     """A finished run from its folder."""
-    summary = json.loads((folder / "summary.json").read_text())
-    return verdict.Run(folder.name, summary, read_lines(folder / "metrics.jsonl"))
+    return verdict.Run(folder.name, read_summary(folder), read_metrics(folder))
 
 
-def describe(cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], command: str) -> dict[str, Any]:
-    """Everything the comparison found, ready for JSON. An interval without a bound has null there."""
-    rows = verdict.table(pairs)
-    numbers = []
-    for row in rows:
-        number = dataclasses.asdict(row)
-        if row.interval:
-            number["interval"] = [value if math.isfinite(value) else None for value in row.interval]
-        numbers.append(number)
-    summary = pairs[0].moe.summary
-    return {
-        "sentences": verdict.sentences(pairs, cfg.match),
-        "table": [verdict.cells(row) for row in rows],
-        "numbers": numbers,
-        "leak": max(pair.moe.leak or 0.0 for pair in pairs),
-        "by_seed": [
-            {"seed": moe.summary["seed"], "moe": verdict.measured(moe), "dense": verdict.measured(dense)}
-            for moe, dense in pairs
+def describe(
+    cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], command: str, twin: str = ""
+) -> verdict.Comparison:
+    """Everything the comparison found. `twin`: the fingerprint of the dense twin's settings, whatever the seed."""
+    rows, summary = verdict.table(pairs), pairs[0].moe.summary
+    return verdict.Comparison(
+        sentences=verdict.sentences(pairs, cfg.match),
+        table=[list(verdict.cells(row)) for row in rows],
+        numbers=[dataclasses.asdict(row) | {"interval": row.interval and list(row.interval)} for row in rows],
+        folder=str(folder),
+        runs={"moe": [pair.moe.folder for pair in pairs], "dense": [pair.dense.folder for pair in pairs]},
+        command=command,
+        commit=summary.commit,
+        dirty=summary.dirty,
+        config=to_dict(cfg),
+        leak=max(pair.moe.leak or 0.0 for pair in pairs),
+        by_seed=[
+            verdict.SeedResult(moe.summary.seed, verdict.measured(moe), verdict.measured(dense)) for moe, dense in pairs
         ],
-        "folder": str(folder),
-        "runs": {"moe": [pair.moe.folder for pair in pairs], "dense": [pair.dense.folder for pair in pairs]},
-        "command": command,
-        "device": summary["device"],
-        "versions": summary["versions"],
-        "commit": summary["commit"],
-        "dirty": summary["dirty"],
-        "config": to_dict(cfg),
-    }
+        twin=twin,
+        device=summary.device,
+        versions=summary.versions,
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from typing import Any
 from experiments import compare, routers
 from experiments.pages import sweep_table
 from experiments.pages.tables import markdown
+from experiments.stats.verdict import Comparison
 from experiments.suites import cases, evidence, train_step
 from experiments.suites import routing as routing_suite
+from moe.run.jsonl import record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -36,8 +38,8 @@ def filled(text: str) -> str:
 def sections() -> dict[str, str]:
     """The text of every section by name."""
     return {
-        "demo": comparison(read("demo.json")),
-        "seeds": comparison(read("three-seeds.json")),
+        "demo": comparison("demo.json"),
+        "seeds": comparison("three-seeds.json"),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
@@ -51,11 +53,12 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def comparison(result: dict[str, Any]) -> str:
-    """A comparison's verdict and its table, with the command that made it."""
-    table = markdown(compare.HEADINGS, result["table"])
-    source = f"`{result['command']}`, {commit(result)}"
-    return f"> {' '.join(result['sentences'])}\n\n{table}\n{source}\n"
+def comparison(name: str) -> str:
+    """A comparison's verdict and its table, with the command that made it, from a results file."""
+    result = record(Comparison, read(name), name)
+    table = markdown(compare.HEADINGS, result.table)
+    source = f"`{result.command}`, {commit(dataclasses.asdict(result))}"
+    return f"> {' '.join(result.sentences)}\n\n{table}\n{source}\n"
 
 
 def benchmark(found: list[dict[str, Any]]) -> str:

@@ -21,14 +21,12 @@ Settings that the command line does not give are the source's own, its learning 
 """
 
 import copy
-import json
 import os
 import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -46,6 +44,7 @@ from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import machine
 from moe.run.folder import check_tokenizer, create_folder
 from moe.run.load import load_run
+from moe.run.summary import read_summary
 from moe.train.loop import resolve
 from moe.train.optimizer import build_optimizer
 from moe.train.state import State, save_checkpoint, seed_everything
@@ -148,11 +147,11 @@ def convert(cfg: UpcycleConfig, own: Config, sources: Sequence[tuple[Tensors, Co
 
 def _validation_counts(folder: Path) -> list[list[int]]:
     """For every MoE layer, the rows of each expert in the last validation of a finished run."""
-    try:
-        load: dict[str, Any] = json.loads((folder / "summary.json").read_text())["load"]
-    except (OSError, ValueError, KeyError):
-        raise BadInput(f"source={folder} is not finished: which experts are busy is in its summary.json.") from None
-    return [[sum(column) for column in zip(*by_domain, strict=True)] for by_domain in load["counts"]]
+    if not (folder / "summary.json").is_file():
+        raise BadInput(f"source={folder} is not finished: which experts are busy is in its summary.json.")
+    load = read_summary(folder).load
+    assert load is not None, "only a Mixture of Experts gets here"
+    return load.expert_counts()
 
 
 def _busiest(folder: Path, target: ModelConfig) -> list[list[int]]:

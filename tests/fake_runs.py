@@ -1,12 +1,15 @@
 """Finished runs that nobody trained, for the tests of what is made of finished runs."""
 
-import json
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from experiments.stats.verdict import Pair, Run
+from moe.run.jsonl import record, to_text
+from moe.run.summary import LayerMetrics, Summary, line_from_json, line_to_json, write_summary
 
 DOMAINS = ("drama", "verse", "code")
 
@@ -60,6 +63,8 @@ def fake_run(
         "val": val(steps),
         "val_windows": [float(each) for each in windows] if windows is not None else [final] * 64,
         "load": {"layers": list(layers), "domains": list(domains), "counts": counts} if layers else None,
+        "dataset": "5eed",
+        "tokenizer": "70cea",
         "precision": "bf16",
         "device": "a processor",
         "threads": 2,
@@ -69,7 +74,8 @@ def fake_run(
         "dispatch": "torch",
         "skipped": 0,
     }
-    return Run(name, summary, metrics)
+    lines = [line_from_json(line) for line in metrics]
+    return Run(name, record(Summary, summary, name), lines)
 
 
 def fake_pair(difference=-0.08, noise=0.02, seed=0, moe_speed=3000.0, n_windows=64, **both) -> Pair:
@@ -85,8 +91,22 @@ def fake_pair(difference=-0.08, noise=0.02, seed=0, moe_speed=3000.0, n_windows=
     )
 
 
+def with_routing(run: Run, max_vio: tuple[float, ...], effective_experts: float, skipped: float) -> None:
+    """Give the run's MoE layers, one per `max_vio`, what the last validation says of routing."""
+    run.summary.load.routing[:] = [
+        LayerMetrics(i, value, 0.5, effective_experts, 0, 0.0, skipped) for i, value in enumerate(max_vio)
+    ]
+
+
+def with_dropped(run: Run, shares: Callable[[int], Sequence[float]]) -> None:
+    """Give every step of the run MoE layers with these shares of dropped rows."""
+    for i, line in enumerate(run.metrics[1:], 1):
+        layers = [LayerMetrics(j, 0.0, 1.0, 1.0, 0, share, 0.0) for j, share in enumerate(shares(line.step))]
+        run.metrics[i] = dataclasses.replace(line, layers=layers)
+
+
 def write_run(run: Run, folder: Path) -> None:
     """The files of a run that a comparison reads."""
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps(run.summary))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.metrics))
+    write_summary(folder, run.summary)
+    (folder / "metrics.jsonl").write_text("".join(to_text(line_to_json(line)) + "\n" for line in run.metrics))

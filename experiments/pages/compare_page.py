@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from experiments.stats import verdict
-from experiments.stats.verdict import Pair, Run
+from experiments.stats.verdict import Comparison, Pair, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BINS = 120  # a training curve is drawn as at most this many means
@@ -21,13 +21,14 @@ CLIP = 4.0  # a heat map's colours end at this ratio and at its inverse
 NAMES = {"moe": "MoE", "dense": "dense twin"}
 
 
-def render(pairs: list[Pair], result: dict[str, Any]) -> str:
+def render(pairs: list[Pair], result: Comparison) -> str:
     """The page about `pairs`; `result` is what compare.json holds: numbers, words, settings."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     summary = pairs[0].moe.summary
-    load = summary["load"]
-    share_LdE = [shares(counts) for counts in load["counts"]]
-    layers = [f"layer {layer}" for layer in load["layers"]]
+    load = summary.load
+    assert load is not None, "a comparison has a Mixture of Experts"
+    share_LdE = [shares(counts) for counts in load.counts]
+    layers = [f"layer {layer}" for layer in load.layers]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         result=result,
         summary=summary,
@@ -36,19 +37,19 @@ def render(pairs: list[Pair], result: dict[str, Any]) -> str:
         bin=bin_width(pairs[0].moe),
         layer_map=heat_map(layers, [share_dE[0] for share_dE in share_LdE]),
         domain_maps=[
-            (layer, heat_map(["all text", *load["domains"]], share_dE, by_domain(share_dE)))
+            (layer, heat_map(["all text", *load.domains], share_dE, by_domain(share_dE)))
             for layer, share_dE in zip(layers, share_LdE, strict=True)
         ],
         specialists=[
-            (layer, specialists(load["domains"], share_dE)) for layer, share_dE in zip(layers, share_LdE, strict=True)
+            (layer, specialists(load.domains, share_dE)) for layer, share_dE in zip(layers, share_LdE, strict=True)
         ],
-        domains=load["domains"],
+        domains=load.domains,
         n_experts=share_LdE[0].shape[1],
         legend=[
             shade(2.0**power) | {"ratio": name}
             for power, name in zip(range(-2, 3), ("¼× or less", "½×", "1×", "2×", "4× or more"), strict=True)
         ],
-        settings=json.dumps(result["config"], indent=1),
+        settings=json.dumps(result.config, indent=1),
     )
 
 
@@ -60,10 +61,10 @@ def bin_width(run: Run) -> int:
 def training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
     """Means of `axis` ("step" or "seconds") and of the language-model loss (nats per token) over `bin_width` steps.
     Steps without a finite loss (skipped ones) are left out."""
-    lines = [line for line in run.metrics if line.get("lm_loss") is not None]
+    lines = [line for line in run.metrics if line.lm_loss is not None]
     width = bin_width(run)
     groups = [lines[i : i + width] for i in range(0, len(lines), width)]
-    mean = lambda key: [float(np.mean([line[key] for line in group])) for group in groups]
+    mean = lambda key: [float(np.mean([getattr(line, key) for line in group])) for group in groups]
     return mean(axis), mean("lm_loss")
 
 

@@ -8,17 +8,17 @@ with every number.
 """
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.pages import tables
 from experiments.stats import statistics, verdict
-from moe.run.jsonl import write_atomically
+from experiments.stats.verdict import Measured, SeedResult
+from moe.run.jsonl import write_atomically, write_json
 
 SEEDS = ("seed", "seeds")
 BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it
@@ -32,7 +32,7 @@ class Job(NamedTuple):
     """One comparison of a sweep: the overrides it was started with, and what compare.json holds."""
 
     overrides: list[str]
-    result: dict[str, Any]
+    result: verdict.Comparison
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def report(jobs: Sequence[Job]) -> None:
     found = lines(jobs)
     headings, rows = table(found)
     first = jobs[0].result
-    folder = Path(first["folder"]).parent
-    source = {key: first[key] for key in ("command", "commit", "dirty", "device", "versions")}
+    folder = Path(first.folder).parent
+    source = {name: getattr(first, name) for name in ("command", "commit", "dirty", "device", "versions")}
     numbers = [dataclasses.asdict(line) | source for line in found]
     write_atomically(folder / "table.md", tables.markdown(headings, rows))
-    write_atomically(folder / "table.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "table.json", numbers)
     print()
     tables.print_table(headings, rows)
     leaking = [line.label for line in found if (line.leak or 0) > verdict.LEAK]
@@ -81,20 +81,20 @@ def report(jobs: Sequence[Job]) -> None:
 def lines(jobs: Sequence[Job]) -> list[Line]:
     """The table's lines, the lowest loss first. Where comparisons have different dense twins, as with another K, each
     twin has a line; "dense twin" alone is that of the most."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    twins: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # by what they are, then by seed
+    groups: dict[str, list[SeedResult]] = defaultdict(list)
+    twins: dict[str, dict[int, Measured]] = defaultdict(dict)  # by what they are, then by seed
     whose: dict[str, dict[str, None]] = defaultdict(dict)
     for label, (_, result) in zip(labels([job.overrides for job in jobs]), jobs, strict=True):
-        groups[label] += result["by_seed"]
-        whose[result["twin"]][label] = None
-        for each in result["by_seed"]:
-            twins[result["twin"]].setdefault(each["seed"], each["dense"])
-    baseline = {each["seed"]: each["moe"]["loss"] for each in groups.get(BASELINE, [])}
+        groups[label] += result.by_seed
+        whose[result.twin][label] = None
+        for pair in result.by_seed:
+            twins[result.twin].setdefault(pair.seed, pair.dense)
+    baseline = {pair.seed: pair.moe.loss for pair in groups.get(BASELINE, [])}
     found = []
     for label, group in groups.items():
-        moe, dense = ([each[kind] for each in group] for kind in ("moe", "dense"))
         other = baseline if label != BASELINE else {}
-        found.append(line(label, [each["seed"] for each in group], moe, dense, other))
+        seeds = [pair.seed for pair in group]
+        found.append(line(label, seeds, [pair.moe for pair in group], [pair.dense for pair in group], other))
     usual = max(twins, key=lambda twin: len(whose[twin]))
     for twin, by_seed in twins.items():
         label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
@@ -105,20 +105,20 @@ def lines(jobs: Sequence[Job]) -> list[Line]:
 def line(
     label: str,
     seeds: list[int],
-    runs: list[dict[str, Any]],
-    twins: Sequence[dict[str, Any]],
+    runs: list[Measured],
+    twins: Sequence[Measured],
     baseline: dict[int, float],
 ) -> Line:
     """A line from `verdict.measured` of every seed's run, of its dense twin's, and the baseline's losses by
     seed."""
-    losses = [run["loss"] for run in runs]
-    differences = [run["loss"] - twin["loss"] for run, twin in zip(runs, twins, strict=True)] if twins else []
+    losses = [run.loss for run in runs]
+    differences = [run.loss - twin.loss for run, twin in zip(runs, twins, strict=True)] if twins else []
     loss, loss_half = _interval(losses)
     difference, difference_half = _interval(differences) if differences else (None, None)
     against, against_half = None, None
     if baseline and baseline.keys() >= set(seeds):
         against, against_half = _interval([each - baseline[seed] for seed, each in zip(seeds, losses, strict=True)])
-    leaks = [run["leak"] for run in runs if run["leak"] is not None]
+    leaks = [run.leak for run in runs if run.leak is not None]
     return Line(
         label=label,
         seeds=seeds,
@@ -130,8 +130,8 @@ def line(
         difference_half=difference_half,
         against=against,
         against_half=against_half,
-        **{name: statistics.mean([run[name] for run in runs]) for name in (*verdict.ROUTING, "dropped")},
-        tokens_per_s=sum(run["tokens_per_s"] for run in runs) / len(runs),
+        **{name: statistics.mean([getattr(run, name) for run in runs]) for name in (*verdict.ROUTING, "dropped")},
+        tokens_per_s=sum(run.tokens_per_s for run in runs) / len(runs),
         leak=max(leaks) if leaks else None,
     )
 

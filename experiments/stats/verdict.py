@@ -6,12 +6,13 @@ every difference is paired: same initial weights where they have them in common,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.stats.statistics import Interval, block_bootstrap, mean, t_interval
+from moe.run.summary import MetricsLine, Summary
 
 LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
 ROUTING = ("max_vio", "effective_experts", "skipped")  # of `moe.analysis.metrics.layer_metrics`
@@ -19,12 +20,12 @@ LABELS = {"active_params": "active parameters", "total_params": "total parameter
 
 
 class Run(NamedTuple):
-    """A finished run: its folder, `summary.json`, the lines of `metrics.jsonl`, and `causal_leak` of the
-    trained model, None where nobody measured it."""
+    """A finished run: its folder, what it says of itself, and `causal_leak` of the trained model, None where nobody
+    measured it."""
 
     folder: str
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    summary: Summary
+    metrics: list[MetricsLine]
     leak: float | None = None
 
 
@@ -37,10 +38,16 @@ class Pair(NamedTuple):
 
 def validation_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
     """Steps, training seconds, and validation loss (nats per token) at each evaluation, in order."""
-    lines = [line for line in run.metrics if "val" in line and line["step"] < run.summary["steps"]]
-    lines.append({"step": run.summary["steps"], "seconds": run.summary["seconds"], "val": run.summary["val"]})
-    steps = [float(line["step"]) for line in lines]
-    return steps, [line["seconds"] for line in lines], [line["val"]["loss"] for line in lines]
+    end = run.summary
+    points = [
+        (float(line.step), line.seconds, line.val.loss) for line in run.metrics if line.val and line.step < end.steps
+    ]
+    points.append((float(end.steps), end.seconds, end.val.loss))
+    return (
+        [float(step) for step, _, _ in points],
+        [seconds for _, seconds, _ in points],
+        [loss for _, _, loss in points],
+    )
 
 
 def first_reach(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
@@ -58,13 +65,13 @@ def loss_difference(pairs: list[Pair]) -> Interval:
     """Final validation loss of the MoE minus its twin's. Over seeds where there are several, else over validation
     windows. Raises ValueError if the two were not evaluated on the same windows."""
     for moe, dense in pairs:
-        windows = len(moe.summary["val_windows"]), len(dense.summary["val_windows"])
+        windows = len(moe.summary.val_windows), len(dense.summary.val_windows)
         if windows[0] != windows[1]:
             raise ValueError(f"{moe.folder} has {windows[0]} validation windows and {dense.folder} {windows[1]}")
     if len(pairs) > 1:
-        return t_interval([moe.summary["val"]["loss"] - dense.summary["val"]["loss"] for moe, dense in pairs])
+        return t_interval([moe.summary.val.loss - dense.summary.val.loss for moe, dense in pairs])
     (moe, dense) = pairs[0]
-    return block_bootstrap(np.subtract(moe.summary["val_windows"], dense.summary["val_windows"]))
+    return block_bootstrap(np.subtract(moe.summary.val_windows, dense.summary.val_windows))
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,16 @@ class Row:
 def table(pairs: list[Pair]) -> list[Row]:
     """Everything the comparison measured, a row per quantity."""
 
-    def row(label: str, value: Callable[[dict[str, Any]], float], digits: int = 0, relation: str = "ratio") -> Row:
+    def row(label: str, value: Callable[[Summary], float], digits: int = 0, relation: str = "ratio") -> Row:
         moe, dense = [value(pair.moe.summary) for pair in pairs], [value(pair.dense.summary) for pair in pairs]
         several = relation == "difference" and len(pairs) > 1
         return Row(label, digits, [*moe], [*dense], relation, t_interval(np.subtract(moe, dense)) if several else None)
 
     def score(label: str, domain: str = "") -> list[Row]:
-        val = lambda summary: summary["val"]["domains"][domain] if domain else summary["val"]
+        of = lambda summary: summary.val.domains[domain] if domain else summary.val
         return [
-            row(f"{label} loss (nats per token)", lambda summary: val(summary)["loss"], 3, "difference"),
-            row(f"{label} bits per byte", lambda summary: val(summary)["bpb"], 3, "difference"),
+            row(f"{label} loss (nats per token)", lambda summary: of(summary).loss, 3, "difference"),
+            row(f"{label} bits per byte", lambda summary: of(summary).bpb, 3, "difference"),
         ]
 
     def to_twin(label: str, digits: int, axis: int) -> Row:
@@ -102,14 +109,14 @@ def table(pairs: list[Pair]) -> list[Row]:
         return Row(label, digits, [reach(pair.moe, pair.dense, axis) for pair in pairs], ends)
 
     def alone(label: str, name: str, digits: int, factor: float = 1.0) -> list[Row]:
-        values = [measured(pair.moe)[name] for pair in pairs]
-        known = [factor * each for each in values if each is not None]
+        values = [getattr(measured(pair.moe), name) for pair in pairs]
+        known = [factor * value for value in values if value is not None]
         return [Row(label, digits, [*known], [], "alone")] if len(known) == len(values) else []
 
     leaks = [pair.moe.leak for pair in pairs], [pair.dense.leak for pair in pairs]
     rows = score("Validation")
     rows[0] = replace(rows[0], interval=loss_difference(pairs))
-    for domain in pairs[0].moe.summary["val"]["domains"]:
+    for domain in pairs[0].moe.summary.val.domains:
         rows += score(f"{domain}:", domain)
     return [
         *rows,
@@ -120,18 +127,18 @@ def table(pairs: list[Pair]) -> list[Row]:
         *alone("Effective experts", "effective_experts", 2),
         *alone("Tokens without an expert (%)", "skipped", 1, 100),
         *alone("Rows dropped in training (%)", "dropped", 1, 100),
-        row("Training throughput (tokens/s)", lambda summary: summary["tokens_per_s"]),
-        row("Active parameters", lambda summary: summary["params"]["active"]),
-        row("Total parameters", lambda summary: summary["params"]["total"]),
-        row("Forward FLOPs per token", lambda summary: summary["flops"]["forward"]),
-        row("Peak memory (MiB)", lambda summary: summary["peak_memory_bytes"] / 2**20),
+        row("Training throughput (tokens/s)", lambda summary: summary.tokens_per_s),
+        row("Active parameters", lambda summary: summary.params.active),
+        row("Total parameters", lambda summary: summary.params.total),
+        row("Forward FLOPs per token", lambda summary: summary.flops.forward),
+        row("Peak memory (MiB)", lambda summary: summary.peak_memory_bytes / 2**20),
     ]
 
 
 def reach(run: Run, other: Run, axis: int) -> float | None:
     """Steps (axis 0) or training seconds (axis 1) `run` took to the final validation loss of `other`."""
     curve = validation_curve(run)
-    return first_reach(curve[axis], curve[2], other.summary["val"]["loss"])
+    return first_reach(curve[axis], curve[2], other.summary.val.loss)
 
 
 def cells(row: Row) -> tuple[str, str, str, str]:
@@ -177,19 +184,61 @@ def scientific(value: float) -> str:
     return f"{value:.1e}" if value else "0"
 
 
-def measured(run: Run) -> dict[str, float | None]:
-    """What tells a run from others like it, by name: its final loss, speed and leak, its routing over the whole
-    validation set, the mean of its MoE layers, and the share of rows dropped over all of training (capacity limits
-    nothing in evaluation); None for what it does not have."""
-    layers = (run.summary["load"] or {}).get("routing", [])
-    dropped = [layer["dropped"] for line in run.metrics for layer in line.get("layers", [])]
-    return {
-        "loss": run.summary["val"]["loss"],
-        **{name: float(np.mean([each[name] for each in layers])) if layers else None for name in ROUTING},
-        "dropped": float(np.mean(dropped)) if dropped else None,
-        "tokens_per_s": run.summary["tokens_per_s"],
-        "leak": run.leak,
-    }
+@dataclass(frozen=True)
+class Measured:
+    """What tells a run from others like it. None is what it does not have: a dense model's routing, a leak that nobody
+    measured."""
+
+    loss: float  # of the whole validation text, nats per token
+    max_vio: float | None  # this and the next two: of the whole validation text, the mean of its MoE layers
+    effective_experts: float | None
+    skipped: float | None  # share of the tokens
+    dropped: float | None  # share of the rows, over all of training: capacity limits nothing in evaluation
+    tokens_per_s: float
+    leak: float | None
+
+
+def measured(run: Run) -> Measured:
+    """The same of a finished run."""
+    layers = run.summary.load.routing if run.summary.load else []
+    dropped = [layer.dropped for line in run.metrics for layer in line.layers or []]
+    return Measured(
+        loss=run.summary.val.loss,
+        **{name: float(np.mean([getattr(layer, name) for layer in layers])) if layers else None for name in ROUTING},
+        dropped=float(np.mean(dropped)) if dropped else None,
+        tokens_per_s=run.summary.tokens_per_s,
+        leak=run.leak,
+    )
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """The two runs of one seed, in short."""
+
+    seed: int
+    moe: Measured
+    dense: Measured
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What compare.json holds: the verdict in words, the numbers below it, and how to get them again."""
+
+    sentences: list[str]
+    table: list[list[str]]  # `cells` of every row
+    numbers: list[dict[str, Any]]  # every `Row`; an interval without a bound has null there
+    folder: str
+    runs: dict[str, list[str]]  # "moe" and "dense": the runs' folders, a run per seed
+    command: str
+    commit: str | None
+    dirty: bool
+    config: dict[str, Any]
+    # What results of earlier versions do not have.
+    leak: float = 0.0  # the largest of the MoEs'
+    by_seed: list[SeedResult] = field(default_factory=list)
+    twin: str = ""  # a fingerprint: comparisons with the same have the same dense twins
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def sentences(pairs: list[Pair], match: str) -> list[str]:
@@ -211,13 +260,13 @@ def _leak_sentence(pairs: list[Pair]) -> list[str]:
 def _loss_sentence(pairs: list[Pair]) -> str:
     difference = loss_difference(pairs)
     summary = pairs[0].moe.summary
-    loss = np.mean([pair.moe.summary["val"]["loss"] for pair in pairs])
+    loss = np.mean([pair.moe.summary.val.loss for pair in pairs])
     if len(pairs) > 1:
         scope, average = f"over {len(pairs)} seeds", " on average"
     else:
-        scope = f"over {len(summary['val_windows'])} windows of validation text; it does not cover the choice of seed"
+        scope = f"over {len(summary.val_windows)} windows of validation text; it does not cover the choice of seed"
         average = ""
-    after = f"after {summary['steps']:,} steps"
+    after = f"after {summary.steps:,} steps"
     what = f"{loss:.3f} nats per token{average}"
     if not math.isfinite(difference.low):
         return (
@@ -268,8 +317,8 @@ def _end(pairs: list[Pair], which: str) -> tuple[float, float]:
 def _match_sentence(pairs: list[Pair], match: str) -> str:
     moe, dense = pairs[0].moe.summary, pairs[0].dense.summary
     ratio = lambda value: f"{value(moe) / value(dense):.2f}×"
-    active, total = ratio(lambda run: run["params"]["active"]), ratio(lambda run: run["params"]["total"])
-    flops, speed = ratio(lambda run: run["flops"]["forward"]), ratio(lambda run: run["tokens_per_s"])
+    active, total = ratio(lambda run: run.params.active), ratio(lambda run: run.params.total)
+    flops, speed = ratio(lambda run: run.flops.forward), ratio(lambda run: run.tokens_per_s)
     return (
         f"The twin matches the MoE's {LABELS[match]}: the MoE has {active} its active and "
         f"{total} its total parameters, costs {flops} its FLOPs per token, "

@@ -22,9 +22,12 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     commit: of a tree that is a copy without its .git; whether such a tree is dirty is unknown (None), and `code`, a
     hash of what was timed, says which one it was."""
     state = machine.git_state()
-    if state["commit"] is None:
-        state = {"commit": commit, "dirty": None}
-    return {"device": machine.device_name(device), "driver": driver(device), "versions": versions(), **state} | {
+    return {
+        "device": machine.device_name(device),
+        "driver": driver(device),
+        "versions": versions(),
+        "commit": state.commit or commit,
+        "dirty": state.dirty if state.commit else None,
         "code": code(),
         "command": command(),
     }

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe.run.summary import LayerMetrics
+
 
 def max_violation(count_E: Tensor) -> float:
     """max_i c_i / mean c − 1: 0 when even (MaxVio, 2408.15664, eq. 4). No routed row gives 0."""
@@ -32,15 +34,15 @@ def effective_experts(count_E: Tensor) -> float:
     return math.exp(torch.special.entr(count_E.double() / count_E.sum()).sum().item())
 
 
-def layer_metrics(layer: int, count_E: Tensor, dropped: int, skipped: int, tokens: int) -> dict[str, float]:
-    """One layer's entry in a metrics line. The window is what was counted: one optimiser step, its micro-batches
-    summed, or a whole validation. dropped: share of the rows; skipped: share of the tokens that no expert took."""
-    return {
-        "layer": layer,
-        "max_vio": max_violation(count_E),
-        "load_entropy": load_entropy(count_E),
-        "effective_experts": effective_experts(count_E),
-        "dead": dead_experts(count_E),
-        "dropped": dropped / max(1, int(count_E.sum()) + dropped),
-        "skipped": skipped / max(1, tokens),
-    }
+def layer_metrics(layer: int, count_E: Tensor, dropped: int, skipped: int, tokens: int) -> LayerMetrics:
+    """What to say of one layer. The window is what was counted: one optimiser step, its micro-batches summed, or a
+    whole validation. `dropped` counts rows, `skipped` tokens that no expert took."""
+    return LayerMetrics(
+        layer=layer,
+        max_vio=max_violation(count_E),
+        load_entropy=load_entropy(count_E),
+        effective_experts=effective_experts(count_E),
+        dead=dead_experts(count_E),
+        dropped=dropped / max(1, int(count_E.sum()) + dropped),
+        skipped=skipped / max(1, tokens),
+    )

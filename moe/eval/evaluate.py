@@ -1,5 +1,8 @@
 """Validation: loss and bits per byte in total and by domain, which expert served which domain, and whether a model
-sees later tokens."""
+sees later tokens.
+
+d counts the text's domains.
+"""
 
 import copy
 import math
@@ -15,20 +18,19 @@ from moe.analysis.metrics import layer_metrics
 from moe.config.model import moe_layers
 from moe.data.loader import validation_starts
 from moe.data.shards import Dataset
+from moe.model.layer import LayerRouting
 from moe.model.transformer import Transformer, next_token_loss
 from moe.routing.contract import rows
+from moe.run.summary import DomainScore, ExpertLoad, LayerMetrics, Validation
 
 
 class Evaluation(NamedTuple):
-    """`val`: loss (nats per token), bpb (bits per byte) and the same by domain. `windows`: mean nats per token of each
-    validation window. `load`: routed rows by (MoE layer, domain, expert), and for every MoE layer the
-    `moe.analysis.metrics.layer_metrics` of the whole validation set as "routing"; None for a dense model.
+    """What a validation found: the scores, the mean nats per token of each window of the text, and where the experts'
+    rows went (None for a dense model)."""
 
-    E counts null, copy and constant experts too. A soft router's rows are every token at every expert."""
-
-    val: dict[str, Any]
+    val: Validation
     windows: list[float]
-    load: dict[str, Any] | None
+    load: ExpertLoad | None
 
 
 @torch.inference_mode()
@@ -49,72 +51,107 @@ def evaluate(
     Bits per byte count the text's own bytes: the end-of-text token has none, and its loss counts."""
     context, split = model.cfg.context, dataset.split("val")
     device = next(model.parameters()).device
-    byte_V = torch.from_numpy(dataset.tokenizer.token_bytes).to(device)
-    n_domains = len(dataset.domains)
-    nats, tokens, size = (torch.zeros(n_domains, dtype=torch.float64, device=device) for _ in range(3))
-    windows: list[Tensor] = []
-    loads: list[Tensor] = []
-    totals: list[tuple[Tensor, Tensor, Tensor]] = []  # of every MoE layer: rows per expert, dropped, skipped
+    text, layers = TextTally(dataset, device), [LayerTally(layer, dataset, device) for layer in moe_layers(model.cfg)]
     starts = validation_starts(split, context, n_tokens)
     for chunk in np.array_split(starts, math.ceil(len(starts) / batch_size)):
         if stop():
             return None
-        read_BS1, domain_BS = (torch.from_numpy(each).to(device) for each in split.read(chunk, context))
-        domain_T, targets_BS = domain_BS.flatten().long(), read_BS1[:, 1:]
+        read_BS1, domain_BS = (torch.from_numpy(array).to(device) for array in split.read(chunk, context))
         with eval_mode(model), autocast():
             output = model(read_BS1[:, :-1], backend=backend)
-        loss_BS = next_token_loss(output.logits_BSV, targets_BS, reduction="none").double()
-        windows.append(loss_BS.mean(-1))
-        nats.index_add_(0, domain_T, loss_BS.flatten())
-        tokens.index_add_(0, domain_T, torch.ones_like(domain_T, dtype=torch.float64))
-        size.index_add_(0, domain_T, byte_V[targets_BS.flatten()].double())
-        for position, routing in enumerate(output.routing):
-            if position == len(loads):
-                loads.append(torch.zeros(n_domains, routing.count_E.numel(), dtype=torch.int64, device=device))
-            token_N, expert_N, _ = rows(routing.token_N, routing.expert, routing.weight)
-            routed = expert_N >= 0
-            index = (domain_T[token_N[routed]], expert_N[routed])
-            loads[position].index_put_(index, torch.ones_like(index[1]), accumulate=True)
-            own = routing.count_E, routing.dropped, routing.skipped
-            if position == len(totals):
-                totals.append(own)
-            else:
-                totals[position] = tuple(a + b for a, b in zip(totals[position], own, strict=True))  # type: ignore[assignment]
+        text.add(output.logits_BSV, read_BS1[:, 1:], domain_BS)
+        for layer, routing in zip(layers, output.routing, strict=True):
+            layer.add(routing, domain_BS)
+    return Evaluation(
+        text.validation(), torch.cat(text.windows).tolist(), expert_load(layers, dataset, text.n_tokens())
+    )
 
-    def score(nats: float, tokens: float, size: float) -> dict[str, float]:
-        return {"loss": nats / tokens, "bpb": nats / math.log(2) / max(1.0, size)}
 
-    domains = {
-        name: score(nats[i].item(), tokens[i].item(), size[i].item()) | {"tokens": int(tokens[i])}
-        for i, name in enumerate(dataset.domains)
-        if tokens[i]
-    }
-    load = None
-    if loads:
-        layers, n_tokens = moe_layers(model.cfg), int(tokens.sum())
-        load = {
-            "layers": layers,
-            "domains": dataset.domains,
-            "counts": [each.tolist() for each in loads],
-            "routing": [
-                layer_metrics(layer, count_E, int(dropped), int(skipped), n_tokens)
-                for layer, (count_E, dropped, skipped) in zip(layers, totals, strict=True)
-            ],
+class TextTally:
+    """Nats, tokens and bytes by domain, and the loss of every window, summed over batches on the device."""
+
+    def __init__(self, dataset: Dataset, device: torch.device) -> None:
+        self.domains = dataset.domains
+        self.bytes_V = torch.from_numpy(dataset.tokenizer.token_bytes).to(device)
+        zeros = lambda: torch.zeros(len(dataset.domains), dtype=torch.float64, device=device)
+        self.nats, self.tokens, self.bytes = zeros(), zeros(), zeros()  # by domain
+        self.windows: list[Tensor] = []
+
+    def add(self, logits_BSV: Tensor, targets_BS: Tensor, domain_BS: Tensor) -> None:
+        """A batch; `domain_BS` says whose text each target is."""
+        domain_T = domain_BS.flatten().long()
+        loss_BS = next_token_loss(logits_BSV, targets_BS, reduction="none").double()
+        self.windows.append(loss_BS.mean(-1))
+        self.nats.index_add_(0, domain_T, loss_BS.flatten())
+        self.tokens.index_add_(0, domain_T, torch.ones_like(domain_T, dtype=torch.float64))
+        self.bytes.index_add_(0, domain_T, self.bytes_V[targets_BS.flatten()].double())
+
+    def n_tokens(self) -> int:
+        """Targets so far."""
+        return int(self.tokens.sum())
+
+    def validation(self) -> Validation:
+        """The scores of all the text, and of each domain that it had."""
+        columns = zip(self.domains, self.nats.tolist(), self.tokens.tolist(), self.bytes.tolist(), strict=True)
+        domains = {
+            name: DomainScore(*_score(nats, tokens, n_bytes), int(tokens))
+            for name, nats, tokens, n_bytes in columns
+            if tokens
         }
-    val = score(nats.sum().item(), tokens.sum().item(), size.sum().item()) | {"domains": domains}
-    return Evaluation(val, torch.cat(windows).tolist(), load)
+        return Validation(*_score(*(sums.sum().item() for sums in (self.nats, self.tokens, self.bytes))), domains)
+
+
+def _score(nats: float, tokens: float, n_bytes: float) -> tuple[float, float]:
+    """(nats per token, bits per byte)."""
+    return nats / tokens, nats / math.log(2) / max(1.0, n_bytes)
+
+
+class LayerTally:
+    """One MoE layer's rows by domain and expert, summed over batches on the device."""
+
+    def __init__(self, layer: int, dataset: Dataset, device: torch.device) -> None:
+        self.layer, self.n_domains = layer, len(dataset.domains)
+        self.rows_dE: Tensor | None = None
+        self.count_E = self.dropped = self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, routing: LayerRouting, domain_BS: Tensor) -> None:
+        """A batch; `domain_BS` says whose text each token is followed by."""
+        if self.rows_dE is None:
+            self.rows_dE = torch.zeros_like(routing.count_E).repeat(self.n_domains, 1)
+        token_N, expert_N, _ = rows(routing.token_N, routing.expert, routing.weight)
+        routed = expert_N >= 0
+        index = domain_BS.flatten().long()[token_N[routed]], expert_N[routed]
+        self.rows_dE.index_put_(index, torch.ones_like(index[1]), accumulate=True)
+        self.count_E = self.count_E + routing.count_E
+        self.dropped, self.skipped = self.dropped + routing.dropped, self.skipped + routing.skipped
+
+    def metrics(self, n_tokens: int) -> LayerMetrics:
+        """What to say of the layer over all the text."""
+        return layer_metrics(self.layer, self.count_E, int(self.dropped), int(self.skipped), n_tokens)
+
+
+def expert_load(layers: list[LayerTally], dataset: Dataset, n_tokens: int) -> ExpertLoad | None:
+    """Where the rows of all MoE layers went; None for a dense model."""
+    if not layers:
+        return None
+    return ExpertLoad(
+        layers=[tally.layer for tally in layers],
+        domains=dataset.domains,
+        counts=[tally.rows_dE.tolist() for tally in layers if tally.rows_dE is not None],
+        routing=[tally.metrics(n_tokens) for tally in layers],
+    )
 
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """The whole model in eval mode while inside; afterwards every module in the mode it was in."""
-    training = [each for each in model.modules() if each.training]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for each in training:
-            each.training = True
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 folder      config, tokenizer, logs: what lies where, and whether it is the same run
 jsonl       lines appended, files replaced in one move
+summary     what a run says of itself in numbers: a metrics line, and the summary at its end
 checkpoint  atomic, verified snapshots
 load        a run's model, read back
 machine     device, precision, memory, versions

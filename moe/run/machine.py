@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import psutil
@@ -114,8 +114,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state() -> dict[str, Any]:
-    """{"commit": hash or None outside a checkout, "dirty": whether tracked files differ from it}."""
+class GitState(NamedTuple):
+    """Which code this is: the commit, None outside a checkout, and whether tracked files differ from it."""
+
+    commit: str | None
+    dirty: bool
+
+
+def git_state() -> GitState:
+    """The state of the checkout that this file is in."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -126,7 +133,7 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return GitState(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")))
 
 
 def autocast(cfg: Config) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ step        one optimiser step: micro-batches, losses, update
 state       what a step changes, to a checkpoint and back
 non_finite  where a number that is not finite first appeared
 signals     an end that was asked for
+recorder    what a step leaves in the run's files, in trackers and on the screen
 optimizer   AdamW and schedules
 distill     another run's model as a teacher
 progress    what a person sees while it runs

@@ -6,18 +6,16 @@ says how to go on. A loss or gradient that is not finite never reaches a paramet
 """
 
 import copy
-import json
+import dataclasses
 import shlex
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from moe.analysis.replay import Recording, Replay
+from moe.analysis.replay import Replay
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.data.loader import Loader, validation_starts
@@ -30,22 +28,25 @@ from moe.model.transformer import Transformer
 from moe.run import jsonl, machine
 from moe.run.folder import check_same, check_tokenizer, create_folder, default_folder, read_config
 from moe.run.machine import autocast
+from moe.run.summary import MetricsLine, Summary, line_from_json, read_summary, write_summary
 from moe.train import trackers
 from moe.train.distill import load_teacher
 from moe.train.optimizer import build_optimizer
-from moe.train.progress import Watch
+from moe.train.recorder import Recorder
 from moe.train.signals import Stop, catch_signals
 from moe.train.state import State, restore, save_checkpoint, seed_everything
 from moe.train.step import take_step
 
 
-def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
+def train(cfg: Config, say: Callable[[str], None] = print) -> Summary:
     """Train, resume, or (if it is finished) only read the run of `cfg`. Returns its summary, as in summary.json.
 
     Raises `BadInput` for anything a person can correct; `SystemExit` with 128 + the signal's number after SIGINT or
     SIGTERM, once the step is saved."""
     cfg = copy.deepcopy(cfg)
     code = machine.git_state()  # now: by the end the files may be others than those imported
+
+    # What is asked for and cannot be had is refused before anything costs time.
     trackers.check(cfg)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
@@ -58,6 +59,8 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     if cfg.dispatch == "auto" and cfg.model.moe:
         say(f"dispatch: {backend}, because {why}")
     cfg.dispatch = backend
+
+    # The text, and with it the last settings that were open; a run that is there must have had the same.
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
     if started:
@@ -65,13 +68,17 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
         check_tokenizer(folder, dataset.tokenizer)
         if (folder / "summary.json").exists():
             say(f"run: {folder} is finished")
-            return json.loads((folder / "summary.json").read_text())
+            return read_summary(folder)
+
+    # Everything else that may be refused, and only then the folder.
     loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
     validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if not started:
         create_folder(folder, cfg, dataset.tokenizer)
+
+    # The state of the beginning, or of the last checkpoint.
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
@@ -79,23 +86,23 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     restore(state, folder, threads, say)
     if cfg.train.compile:
         model.compile()
-    tracker = trackers.Trackers(cfg, folder, state.step)
+
     size = cost.size(cfg.model, cfg.router)
     say(
         f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
         f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
     )
-    with closing(tracker), catch_signals() as stop:
-        final = run_steps(state, cfg, folder, dataset, tracker, stop)
+    with catch_signals() as stop:
+        final = run_steps(state, cfg, folder, dataset, stop)
     if final is None:
         say(
             f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
             f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
         )
         raise SystemExit(128 + stop.number)
-    summary = summarize(state, cfg, dataset, final, device, threads) | code
-    jsonl.write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
-    say(f"run: {folder} is finished  val loss {final.val['loss']:.4f}  bits per byte {final.val['bpb']:.4f}")
+    summary = summarize(state, cfg, dataset, final, device, threads, code)
+    write_summary(folder, summary)
+    say(f"run: {folder} is finished  val loss {summary.val.loss:.4f}  bits per byte {summary.val.bpb:.4f}")
     return summary
 
 
@@ -114,69 +121,60 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device) -
     return cfg
 
 
-def run_steps(
-    state: State, cfg: Config, folder: Path, dataset: Dataset, tracker: trackers.Trackers, stop: "Stop"
-) -> Evaluation | None:
+def run_steps(state: State, cfg: Config, folder: Path, dataset: Dataset, stop: Stop) -> Evaluation | None:
     """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved)."""
-    root, last = folder / "checkpoints", None
-    waiting = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
-    lines, counts = jsonl.Lines(folder / "metrics.jsonl"), jsonl.Lines(folder / "routing" / "counts.jsonl")
-    choices = Recording(folder, cfg)
-
-    def validate() -> Evaluation | None:
-        return evaluate(
-            state.model,
-            dataset,
-            n_tokens=cfg.train.eval_tokens,
-            batch_size=cfg.train.batch_size // cfg.train.accumulate,
-            backend=cfg.dispatch,
-            autocast=partial(autocast, cfg),
-            stop=lambda: bool(stop.number),
-        )
-
-    name = folder.name if len(folder.name) <= 24 else f"{folder.name[:23]}…"
-    with (
-        closing(lines),
-        closing(counts),
-        closing(choices),
-        Watch(name, cfg.train.steps, state.step, cfg.log.every) as watch,
-    ):
-
-        def record(line: dict[str, Any], loads: list[Tensor]) -> None:
-            lines.write(line)
-            tracker.log(line)
-            watch.step(line, loads)
-
-        def save(score: float | None) -> None:
-            path = save_checkpoint(state, cfg, root, dataset, score, watch.say)
-            if stop.number:
-                watch.say(f"checkpoint: {path}")
-
-        if waiting:
-            last = validate()
-            record(waiting | ({"val": last.val} if last else {}), [])
+    final = None
+    unevaluated = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
+    with Recorder(cfg, folder, state.step) as recorder:
+        if unevaluated:
+            final = validate(state, cfg, dataset, stop)
+            recorder.record(with_validation(unevaluated, final))
         with closing(state.loader.iterate(state.step)) as batches:
             for batch in batches if state.step < cfg.train.steps and not stop.number else ():
-                line, gradients = take_step(state, batch, cfg, root)
+                line, gradients = take_step(state, batch, cfg, folder / "checkpoints")
                 if evaluates(state.step, cfg):
-                    last = validate()
-                    line |= {"val": last.val} if last else {}
-                loads = [each.count_E for each in gradients.routing]
-                record(line, loads)
-                if cfg.log.experts:
-                    choices.write(state.step, [torch.cat(each.expert) for each in gradients.routing])
-                if loads and state.step % cfg.log.every == 0:
-                    counts.write({"step": state.step, "counts": [each.tolist() for each in loads]})
-                at_end = state.step == cfg.train.steps
-                if at_end or stop.number or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-                    save(line["val"]["loss"] if "val" in line else None)
-                    if at_end or stop.number:  # within: a signal since the line above must not end an unsaved step
+                    final = validate(state, cfg, dataset, stop)
+                    line = with_validation(line, final)
+                recorder.record(line, gradients.routing)
+                at_end = state.step == cfg.train.steps or bool(stop.number)
+                if at_end or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
+                    save(state, cfg, folder, dataset, line, recorder, stop)
+                    # `at_end` from before the save: a signal since then must not end a step that is not saved.
+                    if at_end or stop.number:
                         break
+        if stop.number and state.step == 0:
+            save(state, cfg, folder, dataset, None, recorder, stop)
         if stop.number:
-            if state.step == 0:
-                save(None)
             return None
-        return last or validate()  # a run killed between its last checkpoint and its summary
+        return final or validate(state, cfg, dataset, stop)  # a run killed between its last checkpoint and its summary
+
+
+def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluation | None:
+    """Evaluate this moment's model; None when a signal cuts it short."""
+    return evaluate(
+        state.model,
+        dataset,
+        n_tokens=cfg.train.eval_tokens,
+        batch_size=cfg.train.batch_size // cfg.train.accumulate,
+        backend=cfg.dispatch,
+        autocast=partial(autocast, cfg),
+        stop=lambda: bool(stop.number),
+    )
+
+
+def with_validation(line: MetricsLine, evaluation: Evaluation | None) -> MetricsLine:
+    """The line with what an evaluation found, as far as there was one."""
+    return dataclasses.replace(line, val=evaluation.val) if evaluation else line
+
+
+def save(
+    state: State, cfg: Config, folder: Path, dataset: Dataset, line: MetricsLine | None, recorder: Recorder, stop: Stop
+) -> None:
+    """A checkpoint, which a person who asked for an end is told of."""
+    score = line.val.loss if line and line.val else None
+    path = save_checkpoint(state, cfg, folder / "checkpoints", dataset, score, recorder.watch.say)
+    if stop.number:
+        recorder.watch.say(f"checkpoint: {path}")
 
 
 def evaluates(step: int, cfg: Config) -> bool:
@@ -184,43 +182,53 @@ def evaluates(step: int, cfg: Config) -> bool:
     return step in (0, cfg.train.steps) or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
 
 
-def take_back_unevaluated(state: State, cfg: Config, path: Path) -> dict[str, Any] | None:
+def take_back_unevaluated(state: State, cfg: Config, path: Path) -> MetricsLine | None:
     """The metrics line of this moment if it should have a validation and has none (the run begins, or a signal cut the
     evaluation short), taken out of the file at `path`; else None."""
     written = jsonl.read_lines(path)
-    at_step = bool(written) and written[-1]["step"] == state.step
-    line = written[-1] if at_step else {"step": state.step, "seconds": state.seconds}
-    if "val" in line or not evaluates(state.step, cfg):
+    if written and written[-1]["step"] == state.step:
+        line = line_from_json(written[-1], str(path))
+    else:
+        line = MetricsLine(state.step, state.seconds)
+    if line.val or not evaluates(state.step, cfg):
         return None
     jsonl.keep_until(path, state.step - 1)
     return line
 
 
 def summarize(
-    state: State, cfg: Config, dataset: Dataset, final: Evaluation, device: torch.device, threads: int
-) -> dict[str, Any]:
+    state: State,
+    cfg: Config,
+    dataset: Dataset,
+    final: Evaluation,
+    device: torch.device,
+    threads: int,
+    code: machine.GitState,
+) -> Summary:
     """The numbers of a finished run, and what they came from."""
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
-    return {
-        "name": Path(cfg.run).name,
-        "seed": cfg.seed,
-        "model": to_dict(cfg.model),
-        "params": cost.size(cfg.model, cfg.router)._asdict(),
-        "flops": cost.flops(cfg.model, cfg.router)._asdict(),
-        "steps": state.step,
-        "tokens": tokens,
-        "seconds": state.seconds,
-        "tokens_per_s": tokens / state.seconds,
-        "peak_memory_bytes": machine.peak_memory(device),
-        "val": final.val,
-        "val_windows": final.windows,
-        "load": final.load,
-        "dataset": dataset.split("train").dataset,
-        "tokenizer": dataset.tokenizer.fingerprint,
-        "precision": cfg.train.precision,
-        "dispatch": cfg.dispatch,
-        "device": machine.device_name(device),
-        "threads": threads,
-        "versions": machine.versions(),
-        "skipped": state.skipped,
-    }
+    return Summary(
+        name=Path(cfg.run).name,
+        seed=cfg.seed,
+        model=to_dict(cfg.model),
+        params=cost.size(cfg.model, cfg.router),
+        flops=cost.flops(cfg.model, cfg.router),
+        steps=state.step,
+        tokens=tokens,
+        seconds=state.seconds,
+        tokens_per_s=tokens / state.seconds,
+        peak_memory_bytes=machine.peak_memory(device),
+        val=final.val,
+        val_windows=final.windows,
+        load=final.load,
+        dataset=dataset.split("train").dataset,
+        tokenizer=dataset.tokenizer.fingerprint,
+        precision=cfg.train.precision,
+        dispatch=cfg.dispatch,
+        device=machine.device_name(device),
+        threads=threads,
+        versions=machine.versions(),
+        skipped=state.skipped,
+        commit=code.commit,
+        dirty=code.dirty,
+    )

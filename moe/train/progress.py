@@ -2,13 +2,14 @@
 
 import sys
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
+
+from moe.run.summary import MetricsLine
 
 STRIP = "▁▂▃▄▅▆▇█"
 STRIP_WIDTH = 64  # experts shown per layer; neighbours share a column beyond that
@@ -30,16 +31,16 @@ def load_strip(count_E: Tensor) -> Text:
     return text
 
 
-def plain_line(line: dict[str, Any], steps: int) -> str:
+def plain_line(line: MetricsLine, steps: int) -> str:
     """A metrics line as a sentence for a log file."""
-    parts = [f"step {line['step']}/{steps}"]
-    if "loss" in line:
-        parts += [f"loss {line['lm_loss']:.4f}", f"{line['tokens_per_s']:,.0f} tokens/s", f"lr {line['lr']:.2e}"]
-    if line.get("layers"):
-        parts.append(f"max_vio {max(each['max_vio'] for each in line['layers']):.2f}")
-        parts.append(f"dead {sum(each['dead'] for each in line['layers'])}")
-    if "val" in line:
-        parts.append(f"val loss {line['val']['loss']:.4f} bpb {line['val']['bpb']:.4f}")
+    parts = [f"step {line.step}/{steps}"]
+    if line.lm_loss is not None:
+        parts += [f"loss {line.lm_loss:.4f}", f"{line.tokens_per_s:,.0f} tokens/s", f"lr {line.lr:.2e}"]
+    if line.layers:
+        parts.append(f"max_vio {max(metrics.max_vio for metrics in line.layers):.2f}")
+        parts.append(f"dead {sum(metrics.dead for metrics in line.layers)}")
+    if line.val:
+        parts.append(f"val loss {line.val.loss:.4f} bpb {line.val.bpb:.4f}")
     return "  ".join(parts)
 
 
@@ -74,18 +75,18 @@ class Watch:
         else:
             print(text, flush=True)
 
-    def step(self, line: dict[str, Any], counts: list[Tensor]) -> None:
+    def step(self, line: MetricsLine, counts: list[Tensor]) -> None:
         """Show one metrics line; `counts` holds each MoE layer's routed rows per expert."""
-        if "val" in line:
-            self.val = f"  val {line['val']['loss']:.3f}"
+        if line.val:
+            self.val = f"  val {line.val.loss:.3f}"
         if self.live:
-            if "loss" in line:
-                note = f"loss {line['lm_loss']:.3f}{self.val}  {line['tokens_per_s']:,.0f} tokens/s"
-                self.bar.update(self.task, completed=line["step"], note=note)
+            if line.lm_loss is not None:
+                note = f"loss {line.lm_loss:.3f}{self.val}  {line.tokens_per_s:,.0f} tokens/s"
+                self.bar.update(self.task, completed=line.step, note=note)
             strips = [
-                Text(f"layer {each['layer']:>3} ") + load_strip(count)
-                for each, count in zip(line["layers"] if counts else [], counts, strict=True)
+                Text(f"layer {metrics.layer:>3} ") + load_strip(count_E)
+                for metrics, count_E in zip((line.layers or []) if counts else [], counts, strict=True)
             ]
             self.live.update(Group(self.bar, *strips))
-        elif "val" in line or line["step"] % self.every == 0 or line["step"] == self.steps:
+        elif line.val or line.step % self.every == 0 or line.step == self.steps:
             print(plain_line(line, self.steps), flush=True)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from moe.parallel.collectives import n_ranks, summed_over_ranks
 from moe.routing import balance
 from moe.routing.contract import Router
 from moe.run.machine import autocast
+from moe.run.summary import MetricsLine
 from moe.train.distill import distill_loss
 from moe.train.non_finite import explain_non_finite
 from moe.train.optimizer import learning_rate, set_learning_rate
@@ -62,7 +62,7 @@ class LayerTotals:
         self.observed = {name: value + other.observed.get(name, 0) for name, value in self.observed.items()}
 
 
-def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[dict[str, Any], Gradients]:
+def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[MetricsLine, Gradients]:
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
     start, step = time.perf_counter(), state.step + 1
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
@@ -85,21 +85,22 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[dict
     seconds = time.perf_counter() - start
     state.step, state.seconds = step, state.seconds + seconds
     layers = moe_layers(cfg.model)
-    return {
-        "step": step,
-        "loss": loss,
-        "lm_loss": gradients.lm_loss,
-        **gradients.losses,
-        "grad_norm": gradients.norm,
-        "lr": lr,
-        "tokens_per_s": batch.targets_BS.numel() / seconds,
-        "seconds": state.seconds,
-        "skipped": state.skipped,
-        "layers": [
-            layer_metrics(layer, each.count_E, int(each.dropped), int(each.skipped), each.tokens)
-            for layer, each in zip(layers, gradients.routing, strict=True)
+    line = MetricsLine(
+        step=step,
+        seconds=state.seconds,
+        loss=loss,
+        lm_loss=gradients.lm_loss,
+        losses=gradients.losses,
+        grad_norm=gradients.norm,
+        lr=lr,
+        tokens_per_s=batch.targets_BS.numel() / seconds,
+        skipped=state.skipped,
+        layers=[
+            layer_metrics(layer, totals.count_E, int(totals.dropped), int(totals.skipped), totals.tokens)
+            for layer, totals in zip(layers, gradients.routing, strict=True)
         ],
-    }, gradients  # fmt: skip
+    )
+    return line, gradients
 
 
 def compute_gradients(

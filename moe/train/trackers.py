@@ -1,5 +1,6 @@
 """Metrics to TensorBoard, Weights & Biases and trackio, by config; each is an extra, imported when asked for."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.errors import BadInput
+from moe.run.summary import MetricsLine, line_to_json
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
@@ -21,15 +23,16 @@ def check(cfg: Config) -> None:
             )
 
 
-def flatten(line: dict[str, Any]) -> dict[str, float]:
+def flatten(line: MetricsLine) -> dict[str, float]:
     """A metrics line as flat names: loss, val/loss, val/drama/bpb, layer0/max_vio, ..."""
-    flat = {key: value for key, value in line.items() if isinstance(value, int | float)}
-    for each in line.get("layers", []):
-        flat |= {f"layer{each['layer']}/{key}": value for key, value in each.items() if key != "layer"}
-    if "val" in line:
-        flat |= {f"val/{key}": value for key, value in line["val"].items() if key != "domains"}
-        for domain, scores in line["val"]["domains"].items():
-            flat |= {f"val/{domain}/{key}": value for key, value in scores.items() if key != "tokens"}
+    flat = {name: value for name, value in line_to_json(line).items() if isinstance(value, int | float)}
+    for metrics in line.layers or []:
+        values = dataclasses.asdict(metrics)
+        flat |= {f"layer{metrics.layer}/{name}": value for name, value in values.items() if name != "layer"}
+    if line.val:
+        flat |= {"val/loss": line.val.loss, "val/bpb": line.val.bpb}
+        for domain, score in line.val.domains.items():
+            flat |= {f"val/{domain}/loss": score.loss, f"val/{domain}/bpb": score.bpb}
     return flat
 
 
@@ -58,17 +61,17 @@ class Trackers:
             trackio.init(project=cfg.log.trackio, name=run.name, resume="allow", config=to_dict(cfg))
             self.others.append(trackio)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: MetricsLine) -> None:
         """Send one metrics line."""
         flat = flatten(line)
         for key, value in flat.items() if self.board else ():
-            self.board.add_scalar(key, value, line["step"])
-        for each in self.others:
-            each.log(flat, step=line["step"])
+            self.board.add_scalar(key, value, line.step)
+        for tracker in self.others:
+            tracker.log(flat, step=line.step)
 
     def close(self) -> None:
         """Flush and finish."""
         if self.board:
             self.board.close()
-        for each in self.others:
-            each.finish()
+        for tracker in self.others:
+            tracker.finish()

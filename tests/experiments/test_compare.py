@@ -119,12 +119,12 @@ def test_what_is_saved_is_what_is_returned(finished):
     cfg, result = finished
     folder = Path(cfg.run)
     saved = json.loads((folder / "compare.json").read_text())
-    assert saved["sentences"] == result["sentences"]
-    assert [tuple(row) for row in saved["table"]] == result["table"]
+    assert saved["sentences"] == result.sentences
+    assert saved["table"] == result.table
     assert saved["runs"] == {"moe": ["moe-seed0"], "dense": ["dense-seed0"]}
     assert build(saved["config"], CompareConfig) == cfg
-    assert (folder / "table.md").read_text() == markdown(HEADINGS, result["table"])
-    assert result["sentences"][0] in (folder / "index.html").read_text().replace("&#39;", "'")
+    assert (folder / "table.md").read_text() == markdown(HEADINGS, result.table)
+    assert result.sentences[0] in (folder / "index.html").read_text().replace("&#39;", "'")
     assert saved["command"] == "python -m experiments.compare train.steps=6"
     for kind in ("moe", "dense"):
         assert checkpoint.latest(folder / f"{kind}-seed0" / "checkpoints", print) is not None
@@ -135,8 +135,8 @@ def test_resume_reuses_finished_runs(finished, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in Path(cfg.run).glob("*-seed0/**/*") if path.is_file()}
     monkeypatch.setattr(Transformer, "initialize", lambda *_: pytest.fail("a finished run was trained again"))
     again = compare(build(to_dict(cfg) | {"resume": True}, CompareConfig), say=lambda _: None)
-    assert again["numbers"] == result["numbers"]
-    assert again["sentences"] == result["sentences"]
+    assert again.numbers == result.numbers
+    assert again.sentences == result.sentences
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
@@ -158,16 +158,16 @@ def test_an_interrupted_comparison_stops_says_how_to_go_on_and_ends_the_same(roo
 
     monkeypatch.setattr(command, "train", train)
     again = compare(build(tree | {"resume": True}, CompareConfig), said.append)
-    assert again["numbers"][0] == result["numbers"][0]
+    assert again.numbers[0] == result.numbers[0]
 
 
 def test_each_seed_has_its_pair_and_the_interval_is_over_seeds(root):
     tree = settings(root, run=str(root / "seeds"), seeds=[3, 5])
     tree["train"] |= {"steps": 2, "eval_every": 0}
     result = compare(build(tree, CompareConfig), say=lambda _: None)
-    assert result["runs"] == {"moe": ["moe-seed3", "moe-seed5"], "dense": ["dense-seed3", "dense-seed5"]}
-    assert "over 2 seeds)" in result["sentences"][0]
-    moe = result["numbers"][0]["moe"]
+    assert result.runs == {"moe": ["moe-seed3", "moe-seed5"], "dense": ["dense-seed3", "dense-seed5"]}
+    assert "over 2 seeds)" in result.sentences[0]
+    moe = result.numbers[0]["moe"]
     assert moe[0] != moe[1]
 
 
@@ -218,8 +218,8 @@ def test_the_default_folder_depends_on_what_is_compared(root, monkeypatch):
 
 def test_the_table_says_how_even_the_load_is_and_what_was_skipped_and_dropped(finished):
     _, result = finished
-    layers = json.loads((Path(result["folder"]) / "moe-seed0" / "summary.json").read_text())["load"]["routing"]
-    own = {label: cells for label, *cells in result["table"]}
+    layers = json.loads((Path(result.folder) / "moe-seed0" / "summary.json").read_text())["load"]["routing"]
+    own = {label: cells for label, *cells in result.table}
     for label, name, factor in (
         ("MaxVio of the expert load (0 is even)", "max_vio", 1),
         ("Tokens without an expert (%)", "skipped", 100),
@@ -232,15 +232,15 @@ def test_the_table_says_how_even_the_load_is_and_what_was_skipped_and_dropped(fi
 
 def test_the_leak_is_measured_and_one_is_said(root, finished):
     _, result = finished
-    assert result["leak"] < 1e-9
-    assert "Causal leak (logits)" in [label for label, *_ in result["table"]]
-    assert not any("sees later tokens" in each for each in result["sentences"])
+    assert result.leak < 1e-9
+    assert "Causal leak (logits)" in [label for label, *_ in result.table]
+    assert not any("sees later tokens" in each for each in result.sentences)
     tree = settings(root, run=str(root / "leaking"), router={"name": "expert-choice"}, balance={"aux": 0.0})
     tree["train"] |= {"steps": 2, "eval_every": 0}
     again = compare(build(tree, CompareConfig), say=lambda _: None)
-    assert again["leak"] > 1e-6
-    assert "The router sees later tokens (" in again["sentences"][1]
-    assert again["by_seed"][0]["moe"]["leak"] == again["leak"] > again["by_seed"][0]["dense"]["leak"]
+    assert again.leak > 1e-6
+    assert "The router sees later tokens (" in again.sentences[1]
+    assert again.by_seed[0].moe.leak == again.leak > again.by_seed[0].dense.leak
 
 
 def test_comparisons_share_the_twins_of_one_size(root):
@@ -253,11 +253,11 @@ def test_comparisons_share_the_twins_of_one_size(root):
         results.append(compare(build(tree | own, CompareConfig), said.append))
         twins.append({path.name for path in (root / "twins").iterdir()})
     assert [len(each) for each in twins] == [1, 1, 2]
-    assert [each["runs"]["moe"] for each in results] == [["moe-seed0"]] * 3
-    dense = [each["runs"]["dense"][0] for each in results]
+    assert [each.runs["moe"] for each in results] == [["moe-seed0"]] * 3
+    dense = [each.runs["dense"][0] for each in results]
     assert dense[0] == dense[1] == f"../twins/{twins[0].pop()}" != dense[2]
-    assert results[0]["twin"] == results[1]["twin"] != results[2]["twin"]
-    assert results[0]["by_seed"][0]["dense"] == results[1]["by_seed"][0]["dense"]
+    assert results[0].twin == results[1].twin != results[2].twin
+    assert results[0].by_seed[0].dense == results[1].by_seed[0].dense
     assert sum(line.endswith("is finished") and "twins" in line for line in said) == 1
 
 
@@ -322,6 +322,6 @@ def test_the_command_line_prints_the_table_the_verdict_and_where_the_page_is(fin
     monkeypatch.setattr(sys, "argv", ["compare", *given])
     command.main()
     out = capsys.readouterr().out
-    assert markdown(HEADINGS, result["table"]) in out
-    assert "\n".join(result["sentences"]) in out
+    assert markdown(HEADINGS, result.table) in out
+    assert "\n".join(result.sentences) in out
     assert out.endswith(f"page: {cfg.run}/index.html\n")

@@ -102,7 +102,7 @@ def test_a_kill_leaves_whole_lines_and_the_next_run_makes_the_rest(tmp_path):
 
 def test_another_commit_makes_all_rows_again(tmp_path, monkeypatch):
     assert _child(tmp_path, "kernels") == 0
-    monkeypatch.setattr(facts.machine, "git_state", lambda: {"commit": "another", "dirty": False})
+    monkeypatch.setattr(facts.machine, "git_state", lambda: facts.machine.GitState("another", False))
     assert _child(tmp_path, "kernels") == 0
     commits = [row["commit"] for row in _lines(tmp_path / "gpu-kernels.jsonl")]
     assert commits.count("another") == 6

@@ -81,7 +81,7 @@ def test_an_upcycled_run_starts_as_the_dense_model_and_trains_on(arguments, moe,
     assert_same(new.double()(TOKENS_BS).logits_BSV, dense.double()(TOKENS_BS).logits_BSV, 1e-5)
     cfg.resume = True
     summary = train(cfg)
-    assert summary["steps"] == cfg.train.steps == (9 if "train.steps=9" in arguments else old.train.steps)
+    assert summary.steps == cfg.train.steps == (9 if "train.steps=9" in arguments else old.train.steps)
     lines, own = read_lines(folder / "metrics.jsonl"), read_lines(dense_run / "metrics.jsonl")
     best = min(each["val"]["loss"] for each in own if "val" in each and each["step"] in (3, 6, 7))
     assert lines[0]["step"] == 0
@@ -163,7 +163,7 @@ def test_a_grown_run_has_twice_the_experts_and_with_twice_the_k_the_same_functio
     cfg, old = read_config(folder), read_config(moe_run)
     assert (cfg.model.moe.n_experts, cfg.model.moe.k, old.model.moe.n_experts, old.model.moe.k) == (8, 4, 4, 2)
     assert_same(logits_of(folder), logits_of(moe_run), 1e-5)
-    assert trained_on(folder)["steps"] == old.train.steps
+    assert trained_on(folder).steps == old.train.steps
 
 
 def test_noise_makes_the_grown_experts_differ_in_their_routing(command, moe_run):
@@ -185,7 +185,7 @@ def test_a_pruned_run_keeps_the_experts_that_its_validation_used_most(command, m
         mine, theirs = (model.blocks[layer].mlp for model in (new, old))
         assert torch.equal(mine.experts.w_up_EFD, theirs.experts.w_up_EFD[kept])
         assert torch.equal(mine.router.w_ED, theirs.router.w_ED[kept])
-    assert trained_on(folder)["model"]["moe"]["n_experts"] == 3
+    assert trained_on(folder).model["moe"]["n_experts"] == 3
 
 
 def test_an_moe_becomes_a_dense_run_that_learns_from_it(command, moe_run):
@@ -209,7 +209,7 @@ def test_dense_runs_become_one_moe_with_an_expert_of_each(command, dense_run, co
     for e, each in enumerate((dense_run, other)):
         up = load_run(each, "last")[0].blocks[1].mlp.up.weight
         assert torch.equal(model.blocks[1].mlp.experts.w_up_EFD[e], up)
-    assert trained_on(folder)["model"]["moe"]["n_experts"] == 2
+    assert trained_on(folder).model["moe"]["n_experts"] == 2
 
 
 @pytest.mark.parametrize(

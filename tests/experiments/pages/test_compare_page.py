@@ -1,5 +1,6 @@
 """Claims about experiments/pages/compare_page.py and its template."""
 
+import dataclasses
 import html.parser
 import re
 from pathlib import Path
@@ -53,8 +54,8 @@ def one():
 def test_the_first_sentence_is_the_verdict(one):
     pairs = [fake_pair()]
     result = describe(CompareConfig(), Path("runs/x"), pairs, "")
-    assert Reader(one).text[0] == result["sentences"][0]
-    assert Reader(one).text[1:3] == result["sentences"][1:]
+    assert Reader(one).text[0] == result.sentences[0]
+    assert Reader(one).text[1:3] == result.sentences[1:]
 
 
 def test_the_page_needs_nothing_but_itself(one):
@@ -74,8 +75,8 @@ def test_every_tag_is_closed_in_order(one):
 
 def test_names_from_outside_are_text_and_never_markup():
     moe, dense = fake_pair(domains=(HOSTILE, "code"))
-    moe.summary["device"] = moe.summary["model"]["name"] = HOSTILE
-    moe.summary["versions"][HOSTILE] = HOSTILE
+    moe = moe._replace(summary=dataclasses.replace(moe.summary, device=HOSTILE))
+    moe.summary.model["name"] = moe.summary.versions[HOSTILE] = HOSTILE
     page = rendered([Pair(moe, dense)], run=HOSTILE)
     assert "<script" not in page
     reader = Reader(page)
@@ -94,9 +95,9 @@ def test_every_domain_and_every_layer_is_there(one):
 
 def test_every_number_of_the_table_is_on_the_page(one):
     text = Reader(one).text
-    for row in describe(CompareConfig(), Path("runs/x"), [fake_pair()], "")["table"]:
+    for row in describe(CompareConfig(), Path("runs/x"), [fake_pair()], "").table:
         start = text.index(row[0])
-        assert tuple(text[start : start + 4]) == row
+        assert text[start : start + 4] == row
 
 
 def test_dark_and_light_define_the_same_colours(one):
@@ -136,7 +137,7 @@ def test_a_higher_loss_is_drawn_higher_and_a_later_step_further_right():
 
 def test_a_training_curve_leaves_out_steps_without_a_finite_loss():
     moe, _ = fake_pair(steps=20, eval_every=10)
-    moe.metrics[5]["lm_loss"] = None
+    moe.metrics[5] = dataclasses.replace(moe.metrics[5], lm_loss=None)
     steps, loss = compare_page.training_curve(moe, "step")
     assert steps == [1, 2, 3, 4, *range(6, 21)]
     assert np.isfinite(loss).all()
@@ -195,9 +196,9 @@ def test_the_specialist_is_the_expert_a_domain_uses_more_than_all_text_does():
 
 def test_a_domain_without_validation_text_is_said_to_have_none():
     moe, dense = fake_pair()
-    for counts in moe.summary["load"]["counts"]:
+    for counts in moe.summary.load.counts:
         counts[1] = [0] * 16
-    assert compare_page.specialists(["a", "b", "c"], compare_page.shares(moe.summary["load"]["counts"][0]))[1] is None
+    assert compare_page.specialists(["a", "b", "c"], compare_page.shares(moe.summary.load.counts[0]))[1] is None
     assert rendered([Pair(moe, dense)]).count("no validation text") == 2
 
 

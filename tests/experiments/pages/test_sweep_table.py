@@ -4,31 +4,25 @@ import json
 
 import pytest
 
+from experiments.compare import CompareConfig, describe
 from experiments.pages import sweep_table
 from experiments.pages.sweep_table import HEADINGS, Job, labels, lines, report
 from experiments.pages.tables import markdown
-from experiments.stats import statistics, verdict
-from tests.fake_runs import fake_pair
+from experiments.stats import statistics
+from experiments.stats.verdict import Pair
+from tests.fake_runs import fake_pair, with_dropped, with_routing
 
 
 def fake_job(tmp_path, overrides, seed=0, difference=-0.08, twin="aaaa", leak=0.0, routing=True) -> Job:
     """A comparison of one seed; its MoE's layers have MaxVio 0.5 and 1.5."""
     moe, dense = fake_pair(difference=difference, seed=seed)
     if routing:
-        shares = {"effective_experts": 12.0, "dropped": 0.0, "skipped": 0.125}
-        moe.summary["load"]["routing"] = [{"layer": i, "max_vio": 0.5 + i, **shares} for i in range(2)]
-        for line in moe.metrics[1:]:  # in training, by layer and by step
-            share = 0.25 if line["step"] % 2 else 0.5
-            line["layers"] = [{"dropped": share}, {"dropped": share + 0.25}]
-    numbers = {"moe": verdict.measured(moe._replace(leak=leak)), "dense": verdict.measured(dense._replace(leak=0.0))}
-    source = {
-        "command": "python -m experiments.compare -m",
-        "commit": "0123abc",
-        "dirty": False,
-        "device": "a processor",
-    }
-    result = {"folder": str(tmp_path / f"{overrides}-{seed}"), "by_seed": [{"seed": seed, **numbers}], "twin": twin}
-    return Job([*overrides.split(), f"seed={seed}"], result | source | {"versions": {}})
+        with_routing(moe, max_vio=(0.5, 1.5), effective_experts=12.0, skipped=0.125)
+        with_dropped(moe, lambda step: (0.25, 0.5) if step % 2 else (0.5, 0.75))
+    pair = Pair(moe._replace(leak=leak), dense._replace(leak=0.0))
+    folder = tmp_path / f"{overrides}-{seed}"
+    result = describe(CompareConfig(), folder, [pair], "python -m experiments.compare -m", twin)
+    return Job([*overrides.split(), f"seed={seed}"], result)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Claims about experiments/stats/verdict.py."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.stats import ttest_rel
 from experiments.stats import verdict
 from experiments.stats.statistics import block_bootstrap, t_interval
 from experiments.stats.verdict import Pair, Row, cells, first_reach, sentences, table
-from tests.fake_runs import DOMAINS, fake_pair, fake_run
+from tests.fake_runs import DOMAINS, fake_pair, fake_run, with_dropped, with_routing
 
 
 def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
@@ -23,7 +24,7 @@ def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
 
 def test_loss_differences_over_several_seeds_are_paired():
     pairs = [fake_pair(difference=each, seed=seed) for seed, each in enumerate((-0.07, -0.08, -0.09))]
-    losses = [[run.summary["val"]["loss"] for run in pair] for pair in pairs]
+    losses = [[run.summary.val.loss for run in pair] for pair in pairs]
     expected = ttest_rel(*zip(*losses, strict=True)).confidence_interval(0.95)
     assert verdict.loss_difference(pairs) == pytest.approx((-0.08, expected.low, expected.high))
 
@@ -73,7 +74,7 @@ def test_one_value_gives_no_interval():
 
 def test_runs_on_different_validation_windows_are_refused():
     moe, dense = fake_pair()
-    dense.summary["val_windows"].pop()
+    dense.summary.val_windows.pop()
     with pytest.raises(ValueError, match="64 validation windows and dense-seed0 63"):
         verdict.loss_difference([Pair(moe, dense)])
 
@@ -95,11 +96,12 @@ def test_steps_and_seconds_to_the_twins_loss_come_from_the_same_point():
 
 def test_a_curve_has_every_evaluation_once_and_ends_with_the_summary():
     logged, unlogged = fake_run(), fake_run()
-    del unlogged.metrics[-1]["val"]  # of a run that was resumed after its last step
+    # Of a run that was resumed after its last step:
+    unlogged.metrics[-1] = dataclasses.replace(unlogged.metrics[-1], val=None)
     for run in (logged, unlogged):
         steps, _, loss = verdict.validation_curve(run)
         assert steps == [0, 100, 200, 300, 400, 500, 600]
-        assert loss[-1] == run.summary["val"]["loss"]
+        assert loss[-1] == run.summary.val.loss
 
 
 def test_a_win_of_one_seed_is_said_with_the_interval_over_validation_text():
@@ -199,9 +201,7 @@ def test_a_loss_never_reached_has_no_ratio():
 def test_what_only_an_moe_has_stands_alone_in_the_table_and_is_left_out_where_it_was_not_measured():
     pair = fake_pair()
     assert not [row for row in table([pair]) if row.relation == "alone"]
-    shares = {"max_vio": 0.5, "effective_experts": 12.0, "skipped": 0.125}
-    pair.moe.summary["load"]["routing"] = [shares, shares | {"max_vio": 1.0}]
-    for line in pair.moe.metrics[1:]:
-        line["layers"] = [{"dropped": 0.0625}, {"dropped": 0.1875}]
+    with_routing(pair.moe, max_vio=(0.5, 1.0), effective_experts=12.0, skipped=0.125)
+    with_dropped(pair.moe, lambda step: (0.0625, 0.1875))
     found = {row.label: cells(row)[1:] for row in table([pair]) if row.relation == "alone"}
     assert list(found.values()) == [("0.75", "", ""), ("12.00", "", ""), ("12.5", "", ""), ("12.5", "", "")]

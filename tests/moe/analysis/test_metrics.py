@@ -1,5 +1,7 @@
 """Claims about the routing metrics, against NumPy and by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -34,10 +36,10 @@ def test_dead_experts_are_those_without_a_row(count):
 @given(counts, st.integers(0, 10**6))
 def test_the_dropped_share_is_of_all_rows_and_the_skipped_one_of_all_tokens(count, dropped):
     entry = layer_metrics(3, torch.tensor(count), dropped, 3, 12)
-    assert entry["skipped"] == 0.25
-    assert entry["layer"] == 3
+    assert entry.skipped == 0.25
+    assert entry.layer == 3
     total = sum(count) + dropped
-    assert entry["dropped"] == pytest.approx(dropped / total if total else 0.0)
+    assert entry.dropped == pytest.approx(dropped / total if total else 0.0)
 
 
 def test_an_even_load_and_a_collapsed_one_are_the_two_ends():
@@ -54,4 +56,4 @@ def test_an_even_load_and_a_collapsed_one_are_the_two_ends():
 
 def test_an_entry_is_plain_numbers():
     entry = layer_metrics(0, torch.tensor([1, 2, 3]), 0, 0, 6)
-    assert {type(value) for value in entry.values()} <= {int, float}
+    assert {type(value) for value in dataclasses.asdict(entry).values()} <= {int, float}

@@ -71,8 +71,8 @@ def both(model, dataset):
 
 def test_loss_and_bits_per_byte_of_each_domain_are_those_summed_by_hand(both):
     result, tokens = both
-    assert len(result.val["domains"]) == 3
-    for name, scores in result.val["domains"].items():
+    assert len(result.val.domains) == 3
+    for name, scores in result.val.domains.items():
         own = [(nats, size) for domain, nats, size, _ in tokens if domain == name]
         nats = math.fsum(each for each, _ in own)
         assert scores["tokens"] == len(own)
@@ -88,33 +88,33 @@ def test_the_windows_have_tokens_of_every_size(both):
 
 def test_the_total_is_the_token_weighted_mean_of_the_domains(both):
     result, tokens = both
-    domains = result.val["domains"].values()
-    n = sum(each["tokens"] for each in domains)
+    domains = result.val.domains.values()
+    n = sum(each.tokens for each in domains)
     assert n == len(tokens)
-    assert result.val["loss"] == pytest.approx(sum(each["loss"] * each["tokens"] for each in domains) / n, rel=1e-12)
+    assert result.val.loss == pytest.approx(sum(each.loss * each.tokens for each in domains) / n, rel=1e-12)
     size = sum(size for _, _, size, _ in tokens)
-    assert result.val["bpb"] == pytest.approx(result.val["loss"] * n / math.log(2) / size, rel=1e-12)
+    assert result.val.bpb == pytest.approx(result.val.loss * n / math.log(2) / size, rel=1e-12)
 
 
 def test_windows_are_means_of_their_tokens_and_their_mean_is_the_total(both):
     result, tokens = both
     means = [math.fsum(t[1] for t in tokens[i : i + CONTEXT]) / CONTEXT for i in range(0, len(tokens), CONTEXT)]
     assert result.windows == pytest.approx(means, rel=1e-5)
-    assert np.mean(result.windows) == pytest.approx(result.val["loss"], rel=1e-6)
+    assert np.mean(result.windows) == pytest.approx(result.val.loss, rel=1e-6)
 
 
 def test_load_counts_the_experts_of_each_domains_tokens(both, dataset):
     result, tokens = both
-    assert result.load["layers"] == [0, 1]
-    assert result.load["domains"] == dataset.domains
+    assert result.load.layers == [0, 1]
+    assert result.load.domains == dataset.domains
     for layer in range(2):
         for i, name in enumerate(dataset.domains):
             expected = [0] * 4
             for domain, _, _, experts in tokens:
                 for expert in experts[layer] if domain == name else ():
                     expected[expert] += 1
-            assert result.load["counts"][layer][i] == expected
-            assert sum(expected) == K * result.val["domains"][name]["tokens"]
+            assert result.load.counts[layer][i] == expected
+            assert sum(expected) == K * result.val.domains[name].tokens
 
 
 def test_evaluation_is_deterministic(model, dataset):
@@ -153,10 +153,8 @@ def test_a_stop_gives_up_between_batches(model, dataset):
 def test_a_domain_without_a_validation_token_is_left_out(model, dataset):
     result = measure(model, dataset, n_tokens=CONTEXT)
     assert len(result.windows) == 1
-    assert 1 <= len(result.val["domains"]) < 3
-    assert [sum(row) > 0 for row in result.load["counts"][0]] == [
-        name in result.val["domains"] for name in dataset.domains
-    ]
+    assert 1 <= len(result.val.domains) < 3
+    assert [sum(row) > 0 for row in result.load.counts[0]] == [name in result.val.domains for name in dataset.domains]
 
 
 def test_a_dense_model_has_no_load(corpus, dataset):
@@ -169,9 +167,9 @@ def test_a_dense_model_has_no_load(corpus, dataset):
 
 def test_routing_is_of_the_whole_validation_set(both):
     result, tokens = both
-    assert [each["layer"] for each in result.load["routing"]] == [0, 1]
-    for layer, found in enumerate(result.load["routing"]):
-        count_E = torch.tensor(result.load["counts"][layer]).sum(0)
+    assert [each.layer for each in result.load.routing] == [0, 1]
+    for layer, found in enumerate(result.load.routing):
+        count_E = torch.tensor(result.load.counts[layer]).sum(0)
         assert count_E.sum() == K * len(tokens)
         assert found == layer_metrics(layer, count_E, 0, 0, len(tokens))
 
@@ -181,9 +179,9 @@ def test_tokens_that_no_expert_took_are_counted(corpus, dataset):
     changes = {"router.name": "expert-choice", "balance.aux": 0.0, "model.moe.k": 1}
     cfg = settings(corpus, "", {"model.vocab_size": V, "model.init_std": 0.3} | changes)
     skipping = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0)
-    found = measure(skipping, dataset).load["routing"][0]
-    assert 0 < found["skipped"] < 1
-    assert found["dropped"] == 0
+    found = measure(skipping, dataset).load.routing[0]
+    assert 0 < found.skipped < 1
+    assert found.dropped == 0
 
 
 def test_evaluation_neither_explores_nor_limits_and_leaves_every_module_in_its_mode(corpus, dataset):
@@ -195,7 +193,7 @@ def test_evaluation_neither_explores_nor_limits_and_leaves_every_module_in_its_m
     result = measure(limited, dataset)
     assert [each.training for each in limited.modules()] == before
     assert result == measure(free, dataset)
-    assert {each["dropped"] for each in result.load["routing"]} == {0.0}
+    assert {each.dropped for each in result.load.routing} == {0.0}
 
 
 def test_the_mode_comes_back_after_an_error(model, dataset):

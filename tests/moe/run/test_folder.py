@@ -18,6 +18,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.run import jsonl
 from moe.run.folder import check_same, create_folder, default_folder, read_config
+from moe.run.summary import read_summary
 from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
 
 
@@ -67,7 +68,8 @@ def test_resuming_a_finished_run_returns_its_summary_without_training(finished, 
     no_training(monkeypatch)
     before = files(finished)
     summary = train(settings(corpus, finished, {"resume": True}))
-    assert summary == json.loads((finished / "summary.json").read_text())
+    assert summary == read_summary(finished)
+    assert summary.steps == json.loads((finished / "summary.json").read_text())["steps"] == STEPS
     assert files(finished) == before
 
 
@@ -111,7 +113,7 @@ def test_of_several_changed_settings_the_first_is_named_every_time(corpus, tmp_p
 def test_where_a_run_is_kept_and_how_it_is_watched_may_change(interrupted, corpus, tmp_path):
     shutil.copytree(interrupted, tmp_path / "moved")
     changes = {"resume": True, "log.every": 1, "data.workers": 1, "data.cache": str(tmp_path / "cache")}
-    assert train(settings(corpus, tmp_path / "moved", changes))["steps"] == STEPS
+    assert train(settings(corpus, tmp_path / "moved", changes)).steps == STEPS
 
 
 REFUSED = {

@@ -106,17 +106,17 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     git("add", ".")
     git("commit", "-m", "first")
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
-    assert machine.git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert machine.git_state() == (git("rev-parse", "HEAD"), False)
     (tmp_path / "machine.py").write_text("two")
-    assert machine.git_state()["dirty"] is True
+    assert machine.git_state().dirty is True
 
 
 def test_outside_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
-    assert machine.git_state() == {"commit": None, "dirty": False}
+    assert machine.git_state() == (None, False)
     monkeypatch.setenv("PATH", str(tmp_path))  # nor without git
-    assert machine.git_state() == {"commit": None, "dirty": False}
+    assert machine.git_state() == (None, False)
 
 
 def test_no_path_of_the_system_is_needed_to_name_the_processor(monkeypatch):

@@ -1,5 +1,6 @@
 """Claims about the training loop: its gradients, its variants, and what it writes down."""
 
+import dataclasses
 import json
 import math
 import random
@@ -320,15 +321,15 @@ def test_a_summary_leads_back_to_its_run(finished):
         "commit", "dirty", "skipped",
     }  # fmt: skip
     lines = read_lines(folder / "metrics.jsonl")
-    assert summary["val"] == lines[-1]["val"]
-    assert summary["steps"] == STEPS
-    assert summary["tokens"] == STEPS * 4 * 32
-    assert summary["seconds"] == lines[-1]["seconds"]
-    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
-    assert summary["threads"] == 1
+    assert dataclasses.asdict(summary.val) == lines[-1]["val"]
+    assert summary.steps == STEPS
+    assert summary.tokens == STEPS * 4 * 32
+    assert summary.seconds == lines[-1]["seconds"]
+    assert summary.tokens_per_s == pytest.approx(summary.tokens / summary.seconds)
+    assert summary.threads == 1
     snapshot = checkpoint.load(checkpoint.latest(folder / "checkpoints", silent))
-    assert summary["params"]["total"] == sum(t.numel() for t in snapshot.model.values())
-    assert build(snapshot.meta["config"]).seed == summary["seed"]
+    assert summary.params.total == sum(t.numel() for t in snapshot.model.values())
+    assert build(snapshot.meta["config"]).seed == summary.seed
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(corpus, tmp_path):
@@ -350,8 +351,8 @@ def test_without_intermediate_checkpoints_and_evaluations_the_last_ones_are_made
 
 def test_the_beginning_and_the_end_are_said(finished):
     folder, summary, said = finished
-    assert any(line.startswith(f"run: {folder}  {summary['params']['total']:,} parameters") for line in said)
-    assert said[-1].startswith(f"run: {folder} is finished  val loss {summary['val']['loss']:.4f}")
+    assert any(line.startswith(f"run: {folder}  {summary.params.total:,} parameters") for line in said)
+    assert said[-1].startswith(f"run: {folder} is finished  val loss {summary.val.loss:.4f}")
 
 
 def test_training_leaves_the_callers_config_alone(corpus, tmp_path):

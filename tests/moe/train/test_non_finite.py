@@ -168,8 +168,8 @@ def test_a_skipped_step_is_counted_and_not_taken(place, poison, corpus, tmp_path
     for before, after in seen.values():
         assert after == before
     assert sorted(seen) == [2, BAD]
-    assert summary["skipped"] == 2
-    assert summary["steps"] == STEPS
+    assert summary.skipped == 2
+    assert summary.steps == STEPS
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped"] for line in lines[1:]] == [0, 1, 1, 1, 2, 2, 2]
     null = [None in (line["loss"], line["grad_norm"]) for line in lines[1:]]

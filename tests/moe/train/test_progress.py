@@ -1,5 +1,6 @@
 """Claims about what a person sees: plain lines in a pipe, a bar and a strip of expert load on a terminal."""
 
+import dataclasses
 import io
 import re
 import sys
@@ -11,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe.run.summary import LayerMetrics, MetricsLine, Validation
 from moe.train.progress import STRIP, STRIP_WIDTH, Watch, load_strip, plain_line
 from tests.small_runs import settings, train
 
-VAL = {"loss": 2.5, "bpb": 1.25, "domains": {}}
-LINE = {
-    "step": 10, "loss": 3.1, "lm_loss": 3.0, "aux": 1.0, "z": 2.0, "grad_norm": 0.5, "lr": 1e-3,
-    "tokens_per_s": 12345.6, "seconds": 1.0, "skipped": 0,
-    "layers": [
-        {"layer": 1, "max_vio": 0.5, "load_entropy": 0.9, "dead": 1, "dropped": 0.0},
-        {"layer": 3, "max_vio": 1.5, "load_entropy": 0.8, "dead": 2, "dropped": 0.0},
+VAL = Validation(2.5, 1.25, {})
+LINE = MetricsLine(
+    step=10, seconds=1.0, loss=3.1, lm_loss=3.0, losses={"aux": 1.0, "z": 2.0}, grad_norm=0.5, lr=1e-3,
+    tokens_per_s=12345.6, skipped=0, layers=[
+        LayerMetrics(1, max_vio=0.5, load_entropy=0.9, effective_experts=3.0, dead=1, dropped=0.0, skipped=0.0),
+        LayerMetrics(3, max_vio=1.5, load_entropy=0.8, effective_experts=2.0, dead=2, dropped=0.0, skipped=0.0),
     ],
-}  # fmt: skip
+)  # fmt: skip
 COUNTS = [torch.tensor([0, 10, 10, 20]), torch.tensor([40, 0, 0, 0])]
 
 
@@ -65,13 +66,14 @@ def test_in_a_pipe_lines_are_plain_and_as_often_as_asked(corpus, tmp_path, capsy
 
 def test_a_plain_line_sums_up_all_layers():
     assert plain_line(LINE, 20) == "step 10/20  loss 3.0000  12,346 tokens/s  lr 1.00e-03  max_vio 1.50  dead 3"
-    assert plain_line({"step": 0, "seconds": 0.0, "val": VAL}, 20) == "step 0/20  val loss 2.5000 bpb 1.2500"
-    assert plain_line(LINE | {"layers": [], "val": VAL}, 20).endswith("lr 1.00e-03  val loss 2.5000 bpb 1.2500")
+    assert plain_line(MetricsLine(0, 0.0, val=VAL), 20) == "step 0/20  val loss 2.5000 bpb 1.2500"
+    validated = dataclasses.replace(LINE, layers=[], val=VAL)
+    assert plain_line(validated, 20).endswith("lr 1.00e-03  val loss 2.5000 bpb 1.2500")
 
 
 def test_on_a_terminal_there_is_a_bar_and_a_strip_of_load_for_each_layer():
     with terminal() as out, Watch("my-run", 20, 5, 1) as watch:
-        watch.step({"step": 5, "seconds": 0.0, "val": VAL}, [])
+        watch.step(MetricsLine(5, 0.0, val=VAL), [])
         watch.step(LINE, COUNTS)
     shown = plain(out.getvalue())
     last = shown[shown.rindex("my-run") :]
@@ -85,7 +87,7 @@ def test_on_a_terminal_there_is_a_bar_and_a_strip_of_load_for_each_layer():
 
 def test_a_line_whose_evaluation_is_made_up_for_is_shown_without_its_load():
     with terminal() as out, Watch("my-run", 20, 10, 1) as watch:
-        watch.step(LINE | {"val": VAL}, [])
+        watch.step(dataclasses.replace(LINE, val=VAL), [])
     assert "loss 3.000  val 2.500" in plain(out.getvalue())
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moe.errors import BadInput
 from moe.run.jsonl import read_lines
+from moe.run.summary import DomainScore, LayerMetrics, MetricsLine, Validation, read_metrics
 from moe.train.trackers import flatten
 from tests.small_runs import STEPS, settings, train, train_until
 
@@ -29,9 +30,9 @@ def board(folder) -> dict[str, dict[int, float]]:
 def test_tensorboard_has_every_scalar_of_every_step(corpus, tmp_path):
     train(settings(corpus, tmp_path / "run", {"log.tensorboard": True}))
     found = board(tmp_path / "run")
-    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+    for line in read_metrics(tmp_path / "run"):
         for key, value in flatten(line).items():
-            assert found[key][line["step"]] == pytest.approx(value, rel=1e-6)
+            assert found[key][line.step] == pytest.approx(value, rel=1e-6)
     assert {"loss", "lm_loss", "grad_norm", "lr", "layer0/max_vio", "layer1/dead", "val/loss", "val/chess/bpb"} <= set(
         found
     )
@@ -50,14 +51,16 @@ def test_a_resumed_run_has_no_step_twice(corpus, tmp_path):
 
 
 def test_a_line_is_flattened_to_numbers_by_name():
-    line = {
-        "step": 3, "loss": 1.5,
-        "layers": [{"layer": 2, "max_vio": 0.5, "dead": 1}],
-        "val": {"loss": 2.0, "bpb": 1.0, "domains": {"code": {"loss": 3.0, "bpb": 2.0, "tokens": 64}}},
-    }  # fmt: skip
+    line = MetricsLine(
+        3, 9.0, loss=1.5, losses={"aux": 1.25},
+        layers=[LayerMetrics(2, 0.5, 0.75, 3.0, 1, 0.0, 0.125)],
+        val=Validation(2.0, 1.0, {"code": DomainScore(3.0, 2.0, 64)}),
+    )  # fmt: skip
     assert flatten(line) == {
-        "step": 3, "loss": 1.5, "layer2/max_vio": 0.5, "layer2/dead": 1, "val/loss": 2.0, "val/bpb": 1.0,
-        "val/code/loss": 3.0, "val/code/bpb": 2.0,
+        "step": 3, "seconds": 9.0, "loss": 1.5, "aux": 1.25,
+        "layer2/max_vio": 0.5, "layer2/load_entropy": 0.75, "layer2/effective_experts": 3.0, "layer2/dead": 1,
+        "layer2/dropped": 0.0, "layer2/skipped": 0.125,
+        "val/loss": 2.0, "val/bpb": 1.0, "val/code/loss": 3.0, "val/code/bpb": 2.0,
     }  # fmt: skip
 
 
@@ -89,8 +92,8 @@ def test_a_tracker_gets_the_settings_then_every_line_then_the_end(name, fake, co
     assert keywords["resume"] == "allow"
     assert keywords["config"]["model"]["vocab_size"] == 257
     assert last == ("finish", (), {})
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert logged == [("log", (flatten(line),), {"step": line["step"]}) for line in lines]
+    lines = read_metrics(tmp_path / "run")
+    assert logged == [("log", (flatten(line),), {"step": line.step}) for line in lines]
 
 
 def test_a_tracker_is_finished_when_a_run_is_stopped(fake, corpus, tmp_path):

@@ -1,0 +1,49 @@
+"""What a step leaves besides checkpoints: lines in the run's files, in trackers, and on the screen."""
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from moe.analysis.replay import Recording
+from moe.config.run import Config
+from moe.run import jsonl
+from moe.run.summary import MetricsLine, line_to_json
+from moe.train.progress import Watch
+from moe.train.step import LayerTotals
+from moe.train.trackers import Trackers
+
+NAME_WIDTH = 24  # of a run's name before its bar
+
+
+class Recorder:
+    """Use as a context manager, so that every file is closed. `step`: the last one taken."""
+
+    def __init__(self, cfg: Config, folder: Path, step: int) -> None:
+        self.cfg = cfg
+        self.lines = jsonl.Lines(folder / "metrics.jsonl")
+        self.counts = jsonl.Lines(folder / "routing" / "counts.jsonl")
+        self.choices = Recording(folder, cfg)
+        self.trackers = Trackers(cfg, folder, step)
+        name = folder.name if len(folder.name) <= NAME_WIDTH else f"{folder.name[: NAME_WIDTH - 1]}…"
+        self.watch = Watch(name, cfg.train.steps, step, cfg.log.every)
+
+    def __enter__(self) -> "Recorder":
+        self.watch.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.watch.__exit__(kind, error, trace)
+        for file in (self.choices, self.counts, self.lines, self.trackers):
+            file.close()
+
+    def record(self, line: MetricsLine, routing: list[LayerTotals] | None = None) -> None:
+        """A metrics line, and what the MoE layers did in its step; None before the first."""
+        loads = [layer.count_E for layer in routing or []]
+        self.lines.write(line_to_json(line))
+        self.trackers.log(line)
+        self.watch.step(line, loads)
+        if routing and self.cfg.log.experts:
+            self.choices.write(line.step, [torch.cat(layer.expert) for layer in routing])
+        if loads and line.step % self.cfg.log.every == 0:
+            self.counts.write({"step": line.step, "counts": [count_E.tolist() for count_E in loads]})
