@@ -147,7 +147,7 @@ def cells(row: Row) -> tuple[str, str, str, str]:
     if row.relation == "alone":
         return row.label, _cell(row.moe, row.digits), "", ""
     if row.relation == "none":
-        largest = [max(each for each in side if each is not None) for side in (row.moe, row.dense)]
+        largest = [max(value for value in side if value is not None) for side in (row.moe, row.dense)]
         return row.label, scientific(largest[0]), scientific(largest[1]), ""
     moe, dense = mean(row.moe), mean(row.dense)
     if moe is None or dense is None:
@@ -311,7 +311,7 @@ def _clock_sentence(pairs: list[Pair]) -> str:
 def _end(pairs: list[Pair], which: str) -> tuple[float, float]:
     """Steps and training seconds at the last evaluation, mean over seeds."""
     steps, seconds, _ = zip(*(validation_curve(getattr(pair, which)) for pair in pairs), strict=True)
-    return float(np.mean([each[-1] for each in steps])), float(np.mean([each[-1] for each in seconds]))
+    return float(np.mean([run_steps[-1] for run_steps in steps])), float(np.mean([run_s[-1] for run_s in seconds]))
 
 
 def _match_sentence(pairs: list[Pair], match: str) -> str:

@@ -79,10 +79,13 @@ def generate(
     cache = KVCache(model.cfg, 1, model.embed.weight.dtype, device) if use_cache else None
     window = (prompt_ids or [eot])[-context:]
     for _ in range(max_new):
+        # A full context keeps its last half, whose positions begin anew: what the cache holds is of no use.
         if len(window) > context:
             window = window[-max(1, context // 2) :]
             if cache is not None:
                 cache.length = 0
+
+        # What the model has not read yet, the distribution after it, and one draw.
         unread = window[cache.length :] if cache is not None else window
         logits_BSV = model(torch.tensor([unread], device=device), backend=backend, cache=cache).logits_BSV
         prob_BV = next_token_distribution(logits_BSV[:, -1], temperature, top_k, top_p).cpu()
@@ -97,8 +100,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text of `ids` as they come, in whole characters: the bytes of one that is not complete yet are held back, and
     dropped if the ids end inside it. Bytes that no UTF-8 text has become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for each in ids:
-        text = decoder.decode(token_bytes(tokenizer, each))
+    for token in ids:
+        text = decoder.decode(token_bytes(tokenizer, token))
         if text:
             yield text
 
@@ -120,7 +123,8 @@ def next_tokens(
     top = prob_V.topk(min(n, len(prob_V)))
     layers = moe_layers(model.cfg)
     choices = [
-        LayerChoice(layer, _experts(each, tokens_BS.shape[1] - 1)) for layer, each in zip(layers, routing, strict=True)
+        LayerChoice(layer, _experts(layer_routing, tokens_BS.shape[1] - 1))
+        for layer, layer_routing in zip(layers, routing, strict=True)
     ]
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True)), choices
 

@@ -20,18 +20,18 @@ def load_teacher(cfg: Config, tokenizer: str, device: torch.device) -> Transform
     if not cfg.distill.teacher:
         return None
     folder = Path(cfg.distill.teacher)
-    teacher, own, _ = load_run(folder, cfg.distill.which)
-    if own.fingerprint != tokenizer:
+    teacher, its_tokenizer, _ = load_run(folder, cfg.distill.which)
+    if its_tokenizer.fingerprint != tokenizer:
         raise BadInput(
-            f"distill.teacher={folder} has another tokenizer ({own.fingerprint[:12]}) than this run "
+            f"distill.teacher={folder} has another tokenizer ({its_tokenizer.fingerprint[:12]}) than this run "
             f"({tokenizer[:12]}): the two must read the same ids."
         )
-    for key, there, here in (
+    for key, teachers, students in (
         ("vocab_size", teacher.cfg.vocab_size, cfg.model.vocab_size),
         ("context", teacher.cfg.context, cfg.model.context),
     ):
-        if there < here or (key == "vocab_size" and there != here):
-            raise BadInput(f"distill.teacher={folder} has model.{key}={there}, and this run {here}.")
+        if teachers < students or (key == "vocab_size" and teachers != students):
+            raise BadInput(f"distill.teacher={folder} has model.{key}={teachers}, and this run {students}.")
     return teacher.to(device)
 
 

@@ -34,12 +34,15 @@ def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config)
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f"the parameter {name}"
-    found: list[str] = []
+
+    # The forward pass once more, with a look at the output of every module in the order they finish.
+    bad_outputs: list[str] = []
 
     def hook(name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [each for each in (output if isinstance(output, tuple) else (output,)) if isinstance(each, Tensor)]
-        if not found and not all(each.isfinite().all() for each in tensors if each.is_floating_point()):
-            found.append(f"the output of {name or 'the model'}")
+        values = output if isinstance(output, tuple) else (output,)
+        tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        if not bad_outputs and not all(tensor.isfinite().all() for tensor in tensors):
+            bad_outputs.append(f"the output of {name or 'the model'}")
 
     handles = [m.register_forward_hook(partial(hook, name)) for name, m in model.named_modules()]
     try:
@@ -51,8 +54,10 @@ def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config)
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
+    if bad_outputs:
+        return bad_outputs[0]
+
+    # It is finite, so what comes after it is not.
     if not math.isfinite(loss):
         return "the loss"
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -21,8 +21,8 @@ def catch_signals() -> Iterator[Stop]:
 
     def handle(number: int, frame: Any) -> None:
         stop.number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
     try:
         for number in before:

@@ -102,9 +102,9 @@ def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]
         set_rng_state(snapshot.rng, meta["rng"])
         state.step, state.seconds = snapshot.step, meta["seconds"]
         state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
-        for key, here in (("threads", threads), ("versions", machine.versions())):
-            if meta[key] != here:
-                say(f"warning: {key} was {meta[key]} and is {here}: the result may differ in its last bits.")
+        for key, value in (("threads", threads), ("versions", machine.versions())):
+            if meta[key] != value:
+                say(f"warning: {key} was {meta[key]} and is {value}: the result may differ in its last bits.")
     for name in ("metrics.jsonl", "routing/counts.jsonl"):
         jsonl.keep_until(folder / name, state.step if path else -1)
 

@@ -67,9 +67,13 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
     start, step = time.perf_counter(), state.step + 1
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
     progress = state.step / cfg.train.steps
+
+    # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
     recorded = state.replay.step(step, next(state.model.parameters()).device) if state.replay else None
     gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded)
     loss = gradients.total
+
+    # The update; or, where something is not finite, none at all.
     if math.isfinite(loss) and math.isfinite(gradients.norm):
         state.skipped_in_a_row = 0
         if cfg.optim.clip:
@@ -82,6 +86,8 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
             raise BadInput(explain_non_finite(state, batch, loss, cfg, root))
     state.optimizer.zero_grad(set_to_none=True)
+
+    # What the step is told by.
     seconds = time.perf_counter() - start
     state.step, state.seconds = step, state.seconds + seconds
     layers = moe_layers(cfg.model)
@@ -114,9 +120,10 @@ def compute_gradients(
     """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
     the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
     instead of the routers' choice."""
-    device, n = next(model.parameters()).device, cfg.train.accumulate
+    device, n_micro = next(model.parameters()).device, cfg.train.accumulate
     result, loads = Gradients(), global_loads(model, batch, cfg, recorded)
     for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
+        # Forward.
         tokens_BS = tokens_BS.to(device)
         with autocast(cfg):
             output: Output = model(
@@ -126,26 +133,34 @@ def compute_gradients(
                 loads=loads,
                 recorded=experts,
             )
+
+        # Losses by name: of the text, of the routers over all layers, of a teacher.
         lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
         losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
-        for each in output.routing:
-            losses |= {name: losses.get(name, 0.0) + value for name, value in each.losses.items()}
+        for routing in output.routing:
+            losses |= {name: losses.get(name, 0.0) + value for name, value in routing.losses.items()}
         if teacher is not None:
             with torch.no_grad(), autocast(cfg):
                 taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
             losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
+
+        # Backward.
         weights = loss_weights(cfg, losses, progress)
         total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
-        (total / n).backward()
-        result.lm_loss += lm_loss.item() / n
+        (total / n_micro).backward()
+
+        # Sums over the micro-batches.
+        result.lm_loss += lm_loss.item() / n_micro
         for name, value in losses.items():
-            result.losses[name] = result.losses.get(name, 0.0) + value.item() / n
-        totals = [layer_totals(each, tokens_BS.numel(), cfg.log.experts) for each in output.routing]
-        for mine, other in zip(result.routing, totals, strict=False):
-            mine.add(other)
+            result.losses[name] = result.losses.get(name, 0.0) + value.item() / n_micro
+        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts) for routing in output.routing]
+        for step_totals, micro_totals in zip(result.routing, totals, strict=False):
+            step_totals.add(micro_totals)
         result.routing = result.routing or totals
+
+    # Of the whole step: what was minimised, and the gradients' norm.
     weights = loss_weights(cfg, result.losses, progress)
-    result.total = weights["lm"] * result.lm_loss + sum(weights[name] * each for name, each in result.losses.items())
+    result.total = weights["lm"] * result.lm_loss + sum(weights[name] * value for name, value in result.losses.items())
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     result.norm = torch.nn.utils.get_total_norm(grads).item()
     return result
@@ -156,7 +171,7 @@ def micro_batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor] | None]]:
     """Tokens, targets and recorded experts of each micro-batch of a step."""
     n = cfg.train.accumulate
-    parts = zip(*(each.chunk(n) for each in recorded), strict=True) if recorded else itertools.repeat(None, n)
+    parts = zip(*(expert.chunk(n) for expert in recorded), strict=True) if recorded else itertools.repeat(None, n)
     for tokens_BS, targets_BS, part in zip(batch.tokens_BS.chunk(n), batch.targets_BS.chunk(n), parts, strict=True):
         yield tokens_BS, targets_BS, None if part is None else list(part)
 
@@ -164,8 +179,8 @@ def micro_batches(
 def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False) -> LayerTotals:
     """What of one forward pass is summed over a step."""
     detached = {name: value.detach() for name, value in routing.observed.items()}
-    own = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
-    return LayerTotals(*own, [routing.expert] if keep_experts else [])
+    counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
+    return LayerTotals(*counts, [routing.expert] if keep_experts else [])
 
 
 def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:
@@ -198,9 +213,9 @@ def global_loads(
         for tokens_BS, _, experts in micro_batches(batch, cfg, recorded):
             with autocast(cfg):
                 routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
-            wanted = [each.wanted_E for each in routing]
-            loads = [mine + other for mine, other in zip(loads, wanted, strict=True)] if loads else wanted
-    return [summed_over_ranks(each) for each in loads]
+            wanted = [layer.wanted_E for layer in routing]
+            loads = [load_E + wanted_E for load_E, wanted_E in zip(loads, wanted, strict=True)] if loads else wanted
+    return [summed_over_ranks(load_E) for load_E in loads]
 
 
 def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,19 +224,19 @@ def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
     """Let every router learn from the step's counts over all ranks; one shared between layers from their sum."""
-    found: dict[Router, LayerTotals] = {}
-    for router, each in zip(model.routers(), totals, strict=True):
-        if router in found:
-            found[router].add(each)
+    by_router: dict[Router, LayerTotals] = {}
+    for router, layer in zip(model.routers(), totals, strict=True):
+        if router in by_router:
+            by_router[router].add(layer)
         else:
-            found[router] = dataclasses.replace(each)
-    for each in found.values():
-        each.wanted_E, each.observed = summed_over_ranks(each.wanted_E), _summed(each.observed)
-    for router, each in found.items():
-        router.update(cfg, coefficient(cfg, "bias_rate", progress), each.wanted_E, each.observed)
-    for depth, each in zip(model.depths(), totals, strict=True):
+            by_router[router] = dataclasses.replace(layer)
+    for layer in by_router.values():
+        layer.wanted_E, layer.observed = summed_over_ranks(layer.wanted_E), _summed(layer.observed)
+    for router, layer in by_router.items():
+        router.update(cfg, coefficient(cfg, "bias_rate", progress), layer.wanted_E, layer.observed)
+    for depth, layer in zip(model.depths(), totals, strict=True):
         if depth is not None:
-            depth.update(_summed(each.observed))
+            depth.update(_summed(layer.observed))
 
 
 def clip(model: Transformer, norm: float, limit: float) -> None:
