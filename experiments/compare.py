@@ -100,6 +100,7 @@ def compare(
 
     `overrides` is the command line to repeat it with. With `cfg.resume` finished runs are reused and others continued.
     Raises `BadInput` for a model without experts, a twin that cannot match, or a folder that exists."""
+    # What cannot be compared is refused before anything is trained.
     folder = Path(cfg.run or f"runs/compare-{fingerprint(cfg)}")
     if folder.exists() and not cfg.resume:
         raise BadInput(f"run={folder} exists: continue it with resume=true, or choose another folder.")
@@ -109,24 +110,26 @@ def compare(
     vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
     moe, dense = settings_of_the_two(cfg, dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
+    # Two runs per seed.
     pairs = []
     for seed in cfg.seeds or [cfg.seed]:
         runs = []
-        for kind, own in (("moe", moe), ("dense", dense)):
-            own = dataclasses.replace(own, seed=seed, run=str(folder / f"{kind}-seed{seed}"))
+        for kind, settings in (("moe", moe), ("dense", dense)):
+            run_cfg = dataclasses.replace(settings, seed=seed, run=str(folder / f"{kind}-seed{seed}"))
             if cfg.twins and kind == "dense":
-                own.run, own.resume = str(Path(cfg.twins, f"dense-{run_config.fingerprint(own)}")), True
+                run_cfg.run, run_cfg.resume = str(Path(cfg.twins, f"dense-{run_config.fingerprint(run_cfg)}")), True
             say(f"compare: {kind}, seed {seed}")
             try:
-                train(own, say)
+                train(run_cfg, say)
             except SystemExit:
                 say(f"The comparison is not finished. Go on with it: {command_line(overrides)} resume=true")
                 raise
-            run = read_run(Path(own.run))
-            leak = measure_leak(Path(own.run), dataset, cfg.train.device)
-            runs.append(run._replace(folder=os.path.relpath(own.run, folder), leak=leak))
+            run = read_run(Path(run_cfg.run))
+            leak = measure_leak(Path(run_cfg.run), dataset, cfg.train.device)
+            runs.append(run._replace(folder=os.path.relpath(run_cfg.run, folder), leak=leak))
         pairs.append(verdict.Pair(*runs))
 
+    # What they say, for people and for machines.
     twin = run_config.fingerprint(dataclasses.replace(dense, seed=0))
     result = describe(cfg, folder, pairs, command_line(overrides), twin)
     write_atomically(folder / "table.md", tables.markdown(HEADINGS, result.table))

@@ -113,11 +113,14 @@ def table(pairs: list[Pair]) -> list[Row]:
         known = [factor * value for value in values if value is not None]
         return [Row(label, digits, [*known], [], "alone")] if len(known) == len(values) else []
 
-    leaks = [pair.moe.leak for pair in pairs], [pair.dense.leak for pair in pairs]
+    # Losses first: the one that the verdict is about with the interval that the verdict has, then each domain's.
     rows = score("Validation")
     rows[0] = replace(rows[0], interval=loss_difference(pairs))
     for domain in pairs[0].moe.summary.val.domains:
         rows += score(f"{domain}:", domain)
+
+    # Then what it took, what routing did, and what was held equal.
+    leaks = [pair.moe.leak for pair in pairs], [pair.dense.leak for pair in pairs]
     return [
         *rows,
         to_twin("Steps to the twin's final loss", 0, 0),
@@ -261,6 +264,7 @@ def _loss_sentence(pairs: list[Pair]) -> str:
     difference = loss_difference(pairs)
     summary = pairs[0].moe.summary
     loss = np.mean([pair.moe.summary.val.loss for pair in pairs])
+    # What the interval covers.
     if len(pairs) > 1:
         scope, average = f"over {len(pairs)} seeds", " on average"
     else:
@@ -268,6 +272,8 @@ def _loss_sentence(pairs: list[Pair]) -> str:
         average = ""
     after = f"after {summary.steps:,} steps"
     what = f"{loss:.3f} nats per token{average}"
+
+    # No interval, one with 0 in it, or a difference.
     if not math.isfinite(difference.low):
         return (
             f"There is too little validation text to tell the MoE and its dense twin apart {after}: the MoE's loss, "

@@ -75,9 +75,9 @@ def test_loss_and_bits_per_byte_of_each_domain_are_those_summed_by_hand(both):
     for name, scores in result.val.domains.items():
         own = [(nats, size) for domain, nats, size, _ in tokens if domain == name]
         nats = math.fsum(each for each, _ in own)
-        assert scores["tokens"] == len(own)
-        assert scores["loss"] == pytest.approx(nats / len(own), rel=1e-5)
-        assert scores["bpb"] == pytest.approx(nats / math.log(2) / sum(size for _, size in own), rel=1e-5)
+        assert scores.tokens == len(own)
+        assert scores.loss == pytest.approx(nats / len(own), rel=1e-5)
+        assert scores.bpb == pytest.approx(nats / math.log(2) / sum(size for _, size in own), rel=1e-5)
 
 
 def test_the_windows_have_tokens_of_every_size(both):

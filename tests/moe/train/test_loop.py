@@ -21,6 +21,7 @@ from moe.data.loader import Batch
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
 from moe.run.jsonl import read_lines
+from moe.run.summary import read_summary
 from moe.train.optimizer import learning_rate
 from moe.train.state import seed_everything
 from moe.train.step import coefficient, compute_gradients
@@ -314,11 +315,11 @@ def test_only_the_layers_with_experts_are_measured(corpus, tmp_path):
 
 def test_a_summary_leads_back_to_its_run(finished):
     folder, summary, _ = finished
-    assert summary == json.loads((folder / "summary.json").read_text())
-    assert summary.keys() == {
+    assert summary == read_summary(folder)
+    assert json.loads((folder / "summary.json").read_text()).keys() == {
         "name", "seed", "model", "params", "flops", "steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes",
         "val", "val_windows", "load", "dataset", "tokenizer", "precision", "dispatch", "device", "threads", "versions",
-        "commit", "dirty", "skipped",
+        "commit", "dirty", "skipped", "schema",
     }  # fmt: skip
     lines = read_lines(folder / "metrics.jsonl")
     assert dataclasses.asdict(summary.val) == lines[-1]["val"]
