@@ -21,6 +21,7 @@ from experiments import cli
 from experiments.pages import tables
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import nearest
+from moe.config.router import facts
 from moe.config.run import Config
 from moe.errors import BadInput
 from moe.routing.build import build_router
@@ -79,7 +80,7 @@ def _taken(cfg: Config, fixed_k: bool) -> str:
     """How many experts a token takes in evaluation."""
     assert cfg.model.moe is not None
     e, k = cfg.model.moe.n_experts, cfg.model.moe.k
-    if cfg.router.name == "soft":
+    if facts(cfg.router).choices == "mixture":
         return "a mix of all"
     if not fixed_k:
         return "as many as it wants"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
+from moe.config.router import n_choices
 from moe.config.run import FREE, Config
 from moe.errors import BadInput
 from moe.run.folder import flat, read_config
@@ -111,7 +112,7 @@ class Replay:
         n_tokens = cfg.train.batch_size * cfg.model.context
         if file.ndim != 3 or not np.issubdtype(file.dtype, np.signedinteger) or file.shape[1] != n_tokens:
             raise BadInput(f"{path} holds {file.dtype} of shape {file.shape}, and not (steps, {n_tokens}, K) integers.")
-        wide = n_choices(cfg, layer)
+        wide = n_choices(cfg.router, layer_moe(cfg.model, layer))
         if wide not in (None, file.shape[2]):
             raise BadInput(
                 f"{path} has {file.shape[2]} choices for every token, and router.name={cfg.router.name} makes {wide}: "
@@ -132,19 +133,6 @@ class Replay:
 def tokens_of(cfg: Config) -> dict[str, Any]:
     """The settings that decide a step's tokens, by their full names."""
     return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in FREE}
-
-
-def n_choices(cfg: Config, layer: int) -> int | None:
-    """How many experts, `UNUSED` ones included, a router names for every token; None for one of your own."""
-    most = _n_experts(cfg, layer)
-    match cfg.router.name:
-        case "relu":
-            return most
-        case "threshold" | "top-p":
-            return min(cfg.router.k_max or most, most)
-        case name if ":" in name:
-            return None
-    return layer_moe(cfg.model, layer).k
 
 
 def _n_experts(cfg: Config, layer: int) -> int:

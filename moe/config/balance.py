@@ -5,7 +5,7 @@ from typing import Annotated
 
 from moe.config.model import MoEConfig
 from moe.config.parse import ANY, MANY, Between, OneOf
-from moe.config.router import SCORELESS, WITHOUT_TK, RouterConfig, validate_router
+from moe.config.router import RouterConfig, facts, validate_router
 from moe.errors import BadInput
 
 SCORE_TERMS = ("aux", "z", "importance", "load", "entropy", "spread", "bandpass")
@@ -64,7 +64,8 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
         raise BadInput(
             f"balance.bias_rate={balance.bias_rate} needs a selection bias to update: set router.selection_bias=true."
         )
-    if router.name in SCORELESS:
+    about = facts(router)
+    if not about.scored:
         for name in SCORE_TERMS:
             if getattr(balance, name):
                 raise BadInput(
@@ -80,7 +81,7 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
         raise BadInput(f"balance.load={balance.load} has no estimate for router.gradient=sparsemixer.")
     policies = {"capacity": balance.capacity, "tile": balance.tile, "force": balance.force != "none"}
     for name, on in policies.items():
-        if on and (router.name in WITHOUT_TK or (name != "capacity" and router.name == "hash")):
+        if on and (not about.rectangular or (name != "capacity" and not about.scored)):
             raise BadInput(
                 f"balance.{name}={getattr(balance, name)} has no meaning for router.name={router.name}: "
                 f"set balance.{name}={'none' if name == 'force' else 0}."
@@ -102,7 +103,7 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
         raise BadInput(f"balance.tile={balance.tile} and balance.force={balance.force}: choose one of them.")
     if balance.capacity and balance.tile:
         raise BadInput(f"balance.capacity={balance.capacity} and balance.tile={balance.tile}: choose one of them.")
-    if balance.overflow == "next" and (not balance.capacity or router.name in SCORELESS):
+    if balance.overflow == "next" and (not balance.capacity or not about.scored):
         raise BadInput("balance.overflow=next needs balance.capacity above 0 and a router with scores.")
     for name, factors in balance.schedule.items():
         if name not in SCHEDULED:

@@ -1,9 +1,14 @@
-"""The settings of the router, and what each of them means to which router."""
+"""The settings of the router, and the table of what is true of each router by its name.
+
+Whoever needs to know something of a router asks `facts`; nobody compares names. A new router is one entry in `FACTS`.
+D model width · E experts · K choices per token · P slots per expert and sequence · S sequence.
+"""
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from moe.config.model import MoEConfig
 from moe.config.parse import ANY, MANY, Between, OneOf
@@ -12,81 +17,153 @@ from moe.errors import BadInput
 
 @dataclass
 class RouterConfig:
-    """Who goes where, and with what weight. `READS` says which router reads which of these."""
+    """Who goes where, and with what weight. `FACTS` says which router reads which of these."""
 
     name: str = "softmax"  # see ROUTERS; or module:Class, a router of your own
-    # logits and scores
-    logits: Annotated[str, OneOf("linear", "cosine")] = (
-        "linear"  # linear | cosine (of state and expert vector, over a learned temperature)
-    )
+
+    # --- Logits and scores
+
+    # linear | cosine (of state and expert vector, over a learned temperature)
+    logits: Annotated[str, OneOf("linear", "cosine")] = "linear"
     noisy: bool = False  # Gaussian noise of learned size on the logits in training (Shazeer 2017)
-    jitter: Annotated[float, Between(0, 0.999)] = (
-        0.0  # in training the router reads x · u, u uniform in [1 − jitter, 1 + jitter] (Switch)
-    )
+    # in training the router reads x · u, u uniform in [1 − jitter, 1 + jitter] (Switch)
+    jitter: Annotated[float, Between(0, 0.999)] = 0.0
     frozen: bool = False  # the router keeps its random initial weights
     renormalize: bool = True  # weights of a token's K experts sum to 1 (times scale)
     selection_bias: bool = False  # a bias per expert that takes part in the choice only (loss-free balancing)
     scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # factor on every weight (DeepSeek-V3's routed scaling factor)
-    groups: Annotated[int, Between(1, MANY)] = (
-        1  # equal groups of neighbouring experts; a token chooses within its k_groups best of them
-    )
+    # equal groups of neighbouring experts; a token chooses within its k_groups best of them
+    groups: Annotated[int, Between(1, MANY)] = 1
     k_groups: Annotated[int, Between(1, MANY)] = 1
-    group_top: Annotated[int, Between(1, MANY)] = (
-        2  # how many of its best experts' scores make a group's score (DeepSeek-V3: 2, DeepSeek-V2: 1)
-    )
-    second: Annotated[str, OneOf("best", "random")] = (
-        "best"  # best | random: the second expert is taken with probability min(1, 2 w_2) (GShard)
-    )
-    gradient: Annotated[str, OneOf("exact", "straight-through", "sparsemixer", "default-vector")] = (
-        "exact"  # exact | straight-through | sparsemixer | default-vector
-    )
-    # threshold and top-p
-    threshold: Annotated[float, Between(0, ANY)] = (
-        1.5  # a token takes the experts whose probability is at least this / E, at least one
-    )
+    # how many of its best experts' scores make a group's score (DeepSeek-V3: 2, DeepSeek-V2: 1)
+    group_top: Annotated[int, Between(1, MANY)] = 2
+    # best | random: the second expert is taken with probability min(1, 2 w_2) (GShard)
+    second: Annotated[str, OneOf("best", "random")] = "best"
+    # what reaches the router's weights; see moe.routing.token_choice
+    gradient: Annotated[str, OneOf("exact", "straight-through", "sparsemixer", "default-vector")] = "exact"
+
+    # --- Threshold and top-p
+
+    # a token takes the experts whose probability is at least this / E, at least one
+    threshold: Annotated[float, Between(0, ANY)] = 1.5
     top_p: Annotated[float, Between(0, 1)] = 0.4  # a token takes its best experts until their probabilities sum to this
     k_max: Annotated[int, Between(0, MANY)] = 0  # at most this many experts per token; 0: no limit
-    # relu
-    l1: Annotated[float, Between(1e-20, 1e20)] = (
-        1e-8  # initial coefficient of the L1 loss, which adapts to reach K experts per token on average
-    )
+
+    # --- ReLU
+
+    # initial coefficient of the L1 loss, which adapts to reach K experts per token on average
+    l1: Annotated[float, Between(1e-20, 1e20)] = 1e-8
     l1_factor: Annotated[float, Between(1, 100)] = 1.2  # what it is multiplied or divided by after every step
-    # sinkhorn, base, expert-choice, soft
+
+    # --- Sinkhorn, expert choice, soft
+
     iterations: Annotated[int, Between(1, 10_000)] = 8  # of Sinkhorn's normalisation
-    causal: Annotated[str, OneOf("none", "threshold", "predictor")] = (
-        "none"  # none | threshold | predictor: how expert-choice decides in evaluation, token by token
-    )
+    # none | threshold | predictor: how expert-choice decides in evaluation, token by token
+    causal: Annotated[str, OneOf("none", "threshold", "predictor")] = "none"
     decay: Annotated[float, Between(0, 1)] = 0.99  # threshold: of the running mean of every expert's cut-off
-    slots: Annotated[int, Between(0, MANY)] = (
-        0  # slots per expert and sequence of a soft router; 0: K·S/E, so that experts cost what K per token do
-    )
-    # every router
-    input: Annotated[str, OneOf("own", "previous")] = (
-        "own"  # own | previous: it reads the input of the previous MoE layer (lookahead)
-    )
+    # slots per expert and sequence of a soft router; 0: K·S/E, so that experts cost what K per token do
+    slots: Annotated[int, Between(0, MANY)] = 0
+
+    # --- Every router
+
+    # own | previous: it reads the input of the previous MoE layer (lookahead)
+    input: Annotated[str, OneOf("own", "previous")] = "own"
     shared: bool = False  # one router for all MoE layers
     options: dict[str, Any] = field(default_factory=dict)  # what a router of your own reads
 
 
-# What each router is, and which settings it reads beside those that every router reads.
+def soft_slots(router: RouterConfig, moe: MoEConfig, context: int) -> int:
+    """P, the slots per expert and sequence of a soft router."""
+    return router.slots or max(1, -(-moe.k * context // moe.n_experts))
+
+
+def _flops_of_scores(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> float:
+    """2·D for the logit of every expert; null, copy and constant ones have theirs too."""
+    return 2 * d_model * (moe.n_experts + moe.n_cheap)
+
+
+def _flops_of_mixing(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> float:
+    """6·D for every slot of the E·P: its logit, the token's part in it, and its part in the token."""
+    return 6 * d_model * moe.n_experts * soft_slots(router, moe, context)
+
+
+@dataclass(frozen=True)
+class RouterFacts:
+    """What is true of a router whatever its weights are. Held against the routers themselves by the tests."""
+
+    # the settings it reads, beside those that every router reads
+    reads: tuple[str, ...]
+    # how logits become scores; none: it has no logits, and so nothing that a balance term could read
+    score: Literal["softmax", "sigmoid", "relu", "none", "unknown"]
+    # how many experts it names for every token in training, unused ones included:
+    # k        K
+    # k_max    that many, or E where it is 0
+    # all      E
+    # ragged   more for one token than for another, in rows
+    # mixture  none: it mixes tokens into slots
+    choices: Literal["k", "k_max", "all", "ragged", "mixture", "unknown"]
+    # on whom it depends in training where a token goes
+    decides: Literal["token", "batch", "sequence", "unknown"] = "token"
+    # of routing one token forward, from (router, moe, D, S), S the model's context
+    flops: Callable[[RouterConfig, MoEConfig, int, int], float] = _flops_of_scores
+
+    @property
+    def scored(self) -> bool:
+        """Whether every token has a logit for every expert."""
+        return self.score != "none"
+
+    @property
+    def rectangular(self) -> bool:
+        """Whether it names as many experts for every token in training, so that rows are (T, K) for some K."""
+        return self.choices not in ("ragged", "mixture")
+
+
 _LINEAR = ("logits", "noisy", "jitter", "frozen", "scale", "gradient")
 _TOP_K = (*_LINEAR, "renormalize", "selection_bias", "groups", "k_groups", "group_top", "second")
-READS: dict[str, tuple[str, ...]] = {
-    "softmax": _TOP_K,
-    "sigmoid": _TOP_K,
-    "threshold": ("logits", "jitter", "frozen", "renormalize", "scale", "threshold", "k_max"),
-    "top-p": ("logits", "jitter", "frozen", "renormalize", "scale", "top_p", "k_max"),
-    "relu": ("logits", "jitter", "scale", "l1", "l1_factor"),
-    "sinkhorn": ("renormalize", "scale", "iterations"),
-    "base": (),
-    "hash": ("scale",),
-    "expert-choice": ("scale", "causal", "decay"),
-    "soft": ("slots",),
+_THRESHOLD = ("logits", "jitter", "frozen", "renormalize", "scale", "k_max")
+FACTS = {
+    "softmax": RouterFacts(_TOP_K, "softmax", "k"),
+    "sigmoid": RouterFacts(_TOP_K, "sigmoid", "k"),
+    "threshold": RouterFacts((*_THRESHOLD, "threshold"), "softmax", "k_max"),
+    "top-p": RouterFacts((*_THRESHOLD, "top_p"), "softmax", "k_max"),
+    "relu": RouterFacts(("logits", "jitter", "scale", "l1", "l1_factor"), "relu", "all"),
+    "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), "softmax", "k", "batch"),
+    "base": RouterFacts((), "sigmoid", "k", "batch"),
+    "hash": RouterFacts(("scale",), "none", "k"),
+    "expert-choice": RouterFacts(("scale", "causal", "decay"), "softmax", "ragged", "batch"),
+    "soft": RouterFacts(("slots",), "none", "mixture", "sequence", _flops_of_mixing),
 }
-ROUTERS = tuple(READS)
-ALWAYS = ("name", "input", "shared", "options")
-SCORELESS = ("hash", "soft")  # no scores that a balance term could read
-WITHOUT_TK = ("expert-choice", "soft")  # in training not K rows, or as many, for every token
+OWN = RouterFacts((), "unknown", "unknown", "unknown")  # of module:Class nothing is known
+ROUTERS = tuple(FACTS)
+ALWAYS = ("name", "input", "shared", "options")  # what every router reads
+
+
+def facts(router: RouterConfig) -> RouterFacts:
+    """What is true of this router; `OWN` for one of your own."""
+    return FACTS.get(router.name, OWN)
+
+
+def n_choices(router: RouterConfig, moe: MoEConfig) -> int | None:
+    """How many experts, `UNUSED` ones included, a router names for every token in training. None where that differs
+    from token to token, for a soft router, and for one of your own."""
+    e = moe.n_experts + moe.n_cheap
+    return {"k": moe.k, "k_max": min(router.k_max or e, e), "all": e}.get(facts(router).choices)
+
+
+def rows_per_token(router: RouterConfig, moe: MoEConfig, context: int) -> float:
+    """Rows that experts compute for a token, on average: K, also of routers that come to about K by learning, or take
+    as many as they like; E·P/S of a soft one."""
+    if facts(router).choices == "mixture":
+        return moe.n_experts * soft_slots(router, moe, context) / context
+    return moe.k
+
+
+def weight_sum(router: RouterConfig) -> float | None:
+    """What the weights of every token sum to in evaluation, whatever the logits are: scale, where they are renormalised
+    or no scores of the token's. None where it differs from token to token, and for a router of your own."""
+    about = facts(router)
+    renormalized = router.renormalize and "renormalize" in about.reads
+    return router.scale if renormalized or router.gradient == "straight-through" or not about.scored else None
 
 
 def validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
@@ -111,12 +188,13 @@ def _validate_name(router: RouterConfig) -> None:
         raise BadInput(f"router.options={router.options} is read by a router of your own only, not by {router.name}.")
     if own:
         return
+    reads = facts(router).reads
     for name, default in dataclasses.asdict(RouterConfig()).items():
         value = getattr(router, name)
-        if value != default and name not in (*READS[router.name], *ALWAYS):
+        if value != default and name not in (*reads, *ALWAYS):
             raise BadInput(
                 f"router.{name}={value} means nothing to router.name={router.name}, which reads "
-                f"{', '.join(sorted(READS[router.name])) or 'no setting of its own'}."
+                f"{', '.join(sorted(reads)) or 'no setting of its own'}."
             )
 
 
@@ -135,13 +213,16 @@ def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
         raise BadInput(f"model.moe.widths={moe.widths} has a width below 1.")
     if moe.shared_gate and not moe.n_shared:
         raise BadInput("model.moe.shared_gate=true has no shared expert to gate: set model.moe.n_shared.")
-    if moe.depth < 1 and (router.name == "soft" or router.input == "previous"):
-        key = "name=soft, which mixes whole sequences" if router.name == "soft" else "input=previous, another block's"
+    mixes = facts(router).choices == "mixture"
+    if moe.depth < 1 and (mixes or router.input == "previous"):
+        key = f"name={router.name}, which mixes whole sequences" if mixes else "input=previous, another block's"
         raise BadInput(
             f"model.moe.depth={moe.depth} lets tokens pass a block by and does not go with router.{key}: set it to 1."
         )
-    if e > moe.n_experts and router.name == "soft":
-        raise BadInput("model.moe.n_null, n_copy and n_constant need a router of rows, and router.name=soft mixes.")
+    if e > moe.n_experts and mixes:
+        raise BadInput(
+            f"model.moe.n_null, n_copy and n_constant need a router of rows, and router.name={router.name} mixes."
+        )
     if router.k_groups > router.groups:
         raise BadInput(f"router.k_groups={router.k_groups} exceeds router.groups={router.groups}.")
     if router.groups == 1:
@@ -162,7 +243,8 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
     ks = sorted({moe.k for moe in layers})
     if router.name == "base" and ks != [1]:
         raise BadInput(f"router.name=base gives every token one expert: set model.moe.k=1 (it is {ks[-1]}).")
-    top_k = router.name in ("softmax", "sigmoid", "sinkhorn") and not router.frozen
+    about = facts(router)
+    top_k = about.choices == "k" and "renormalize" in about.reads and not router.frozen
     if router.renormalize and top_k and any(moe.k == 1 < moe.n_experts + moe.n_cheap for moe in layers):
         raise BadInput(
             f"router.renormalize=true with model.moe.k=1 makes every weight {router.scale:g}, and router.name="

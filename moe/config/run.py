@@ -15,7 +15,7 @@ from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import ModelConfig, entering, layer_moe, moe_layers
 from moe.config.parse import Between, OneOf, check_values, parse, to_dict
-from moe.config.router import WITHOUT_TK, RouterConfig
+from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
 from moe.errors import BadInput
 
@@ -78,7 +78,7 @@ def validate(cfg: Config) -> None:
                 f"balance.tile={cfg.balance.tile} is more than twice the {rows / moe.n_experts:.3g} rows of an expert "
                 "in a micro-batch, and would round most to none: choose a smaller tile or a larger batch."
             )
-    if cfg.log.experts and layers and (cfg.router.name in WITHOUT_TK or cfg.balance.tile):
+    if cfg.log.experts and layers and (not facts(cfg.router).rectangular or cfg.balance.tile):
         key = f"balance.tile={cfg.balance.tile}" if cfg.balance.tile else f"router.name={cfg.router.name}"
         raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")
     data.validate(cfg.data)

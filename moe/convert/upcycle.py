@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
-from moe.config.router import READS, RouterConfig
+from moe.config.router import RouterConfig, facts, weight_sum
 from moe.errors import BadInput
 from moe.model.experts import up_width
 from moe.model.transformer import Transformer, model_tensors
@@ -311,24 +311,27 @@ def _normal(like: Tensor, seed: int, name: str) -> Tensor:
 def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
     """What a token's weights sum to: router.scale where they are renormalised, and of a hash; for raw scores what it is
     at logits of 0, on average over tokens (scale · E for relu, all of whose experts are taken at the same logit)."""
-    e, k, name = moe.n_experts, moe.k, router.name
-    if router.gradient == "straight-through" or (router.renormalize and "renormalize" in READS.get(name, ())):
-        return router.scale
+    always, about = weight_sum(router), facts(router)
+    if always is not None:
+        return always
     if router.gradient == "sparsemixer":
-        return router.scale * sum(1 / (e - taken) for taken in range(k))
-    match name:
-        case "softmax" | "sinkhorn" | "expert-choice":
-            return router.scale * k / e
-        case "sigmoid" | "base":
-            return router.scale * k / 2
+        return router.scale * sum(1 / (moe.n_experts - taken) for taken in range(moe.k))
+    n_taken = moe.n_experts if about.choices in ("k_max", "all") else moe.k  # by score alone: all, where they are equal
+    match about.score:
+        case "softmax":
+            return router.scale * n_taken / moe.n_experts
+        case "sigmoid":
+            return router.scale * n_taken / 2
         case "relu":
-            return router.scale * e
+            return router.scale * n_taken
     return router.scale
 
 
 def _slices(dense: ModelConfig, moe: MoEConfig, router: RouterConfig) -> int:
     """G, the slices that method=split cuts an MLP into. Raises `BadInput` unless whole groups of G are chosen."""
-    if router.name not in ("softmax", "sigmoid") or router.gradient == "sparsemixer":
+    about = facts(router)
+    by_score = about.scored and about.choices == "k" and about.decides == "token"
+    if not by_score or router.gradient == "sparsemixer":
         raise BadInput(
             f"method=split needs a router that takes the best K by score: router.name={router.name} with "
             f"router.gradient={router.gradient} would take parts of an MLP."
@@ -387,9 +390,10 @@ def _check_target(dense: ModelConfig, target: ModelConfig, router: RouterConfig)
 
 def _check_router(router: RouterConfig) -> None:
     """Refuse a router of whose weights nobody knows what they sum to."""
-    raw = router.name in ("threshold", "top-p") and not router.renormalize
-    if raw or router.name in ("relu", "soft"):
-        tail = " with router.renormalize=false" if raw else ""
+    about = facts(router)
+    as_it_likes = about.choices in ("k_max", "all") and weight_sum(router) is None
+    if as_it_likes or about.choices == "mixture":
+        tail = " with router.renormalize=false" if "renormalize" in about.reads else ""
         raise BadInput(
             f"router.name={router.name}{tail}: what a token's weights will sum to is not known, and so not how to "
             "scale the MLP; choose another router."
@@ -415,7 +419,7 @@ def _check_pair(tensors: Tensors, source: ModelConfig, target: ModelConfig, rout
     """Whether two MoEs differ in the numbers of experts alone."""
     if source.moe is None or target.moe is None:
         raise BadInput("the source and the target must both have model.moe.")
-    if router.name in ("hash", "soft"):
+    if not facts(router).scored:
         raise BadInput(f"router.name={router.name} has no row per expert that could be kept or copied.")
     _check_body(source, target)
     _check_plain(source.moe)

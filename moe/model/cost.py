@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 
 from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
-from moe.config.router import RouterConfig
+from moe.config.router import RouterConfig, facts, rows_per_token
 from moe.errors import BadInput
 from moe.model.experts import up_width
 from moe.model.transformer import Transformer
-from moe.routing.soft import soft_slots
 
 TWIN_TOLERANCE = 0.01
 
@@ -40,7 +39,7 @@ def size(cfg: ModelConfig, router: RouterConfig | None = None) -> Size:
     idle = 0.0
     for layer in moe_layers(cfg):
         moe, block = layer_moe(cfg, layer), model.blocks[layer]
-        unused = (moe.n_experts - _taken(moe)) * mlp_size(cfg, expert_width(moe))
+        unused = (moe.n_experts - _proper(moe.k, moe)) * mlp_size(cfg, expert_width(moe))
         inside = sum(p.numel() for name, p in block.named_parameters() if not name.startswith("depth."))
         idle += unused + (1 - moe.depth) * (inside - unused)
     return Size(total, total - round(idle))
@@ -56,10 +55,10 @@ def expert_width(moe: MoEConfig) -> float:
     return sum(moe.widths) / len(moe.widths) if moe.widths else moe.d_expert
 
 
-def _taken(moe: MoEConfig) -> float:
-    """Real experts that a token takes: K, less the share that goes to null, copy and constant ones when all are equally
-    busy; at most all of them."""
-    return moe.k * moe.n_experts / (moe.n_experts + moe.n_cheap)
+def _proper(rows: float, moe: MoEConfig) -> float:
+    """Of so many rows those that go to experts proper, and not to null, copy and constant ones, when all are equally
+    busy."""
+    return rows * moe.n_experts / (moe.n_experts + moe.n_cheap)
 
 
 def flops(cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0) -> Flops:
@@ -71,21 +70,20 @@ def flops(cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0
     counts like its scores. Routers that take as many experts as they like count as if they took K. A block that only
     some tokens enter counts by their share, and its attention is over as many positions: so it is in training, while in
     evaluation attention is computed for all and masked."""
+    router = router or RouterConfig()
     d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
     d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
     total = 2.0 * d * cfg.vocab_size
     for layer in range(cfg.n_layers):
-        share, mlp = 1.0, mlp_size(cfg, cfg.d_ff)
+        share, mlp, routing = 1.0, mlp_size(cfg, cfg.d_ff), 0.0
         if is_moe_layer(cfg, layer):
             moe = layer_moe(cfg, layer)
-            taken, n_scores = _taken(moe), moe.n_experts + moe.n_cheap
-            if router is not None and router.name == "soft":
-                slots = moe.n_experts * soft_slots(router, moe, cfg.context)
-                taken, n_scores = slots / cfg.context, 3 * slots
+            taken = _proper(rows_per_token(router, moe, cfg.context), moe)
             experts = taken * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
-            share, mlp = moe.depth, experts + d * (n_scores + moe.shared_gate)
+            routing = facts(router).flops(router, moe, d, cfg.context)
+            share, mlp = moe.depth, experts + d * moe.shared_gate
         attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
-        total += share * (attention + 2 * mlp) + (2 * d if share < 1 else 0)
+        total += share * (attention + 2 * mlp + routing) + (2 * d if share < 1 else 0)
     return Flops(round(total), 3 * round(total))
 
 

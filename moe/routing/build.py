@@ -10,7 +10,7 @@ from moe.routing.contract import Router
 from moe.routing.expert_choice import ExpertChoiceRouter
 from moe.routing.sinkhorn import SinkhornRouter
 from moe.routing.soft import SoftRouter
-from moe.routing.token_choice import HashRouter, ReluRouter, ThresholdRouter, TopKRouter
+from moe.routing.token_choice import HashRouter, ReluRouter, ThresholdRouter, TopKRouter, TopPRouter
 
 
 def router_class(name: str) -> type[Router]:
@@ -21,8 +21,10 @@ def router_class(name: str) -> type[Router]:
     match name:
         case "softmax" | "sigmoid":
             return TopKRouter
-        case "threshold" | "top-p":
+        case "threshold":
             return ThresholdRouter
+        case "top-p":
+            return TopPRouter
         case "relu":
             return ReluRouter
         case "hash":

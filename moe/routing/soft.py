@@ -9,14 +9,9 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from moe.config.model import MoEConfig
-from moe.config.router import RouterConfig
+from moe.config.router import RouterConfig, soft_slots
 from moe.routing.contract import Context, Mixture, Router
 from moe.routing.linear import wide
-
-
-def soft_slots(cfg: RouterConfig, moe: MoEConfig, context: int) -> int:
-    """P, the slots per expert and sequence of a soft router."""
-    return cfg.slots or max(1, -(-moe.k * context // moe.n_experts))
 
 
 class SoftRouter(Router):

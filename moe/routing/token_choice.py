@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kernels import reference
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
-from moe.config.router import RouterConfig
+from moe.config.router import RouterConfig, facts
 from moe.routing import balance
 from moe.routing.contract import UNUSED, Context, Router, Routing, probabilities
 from moe.routing.linear import LinearRouter
@@ -40,7 +40,7 @@ class TopKRouter(LinearRouter):
         if cfg.noisy:
             self.w_noise_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
         self.register_buffer("bias_E", torch.zeros(self.n_experts) if cfg.selection_bias else None)
-        self.fixed_k = True
+        self.fixed_k, self.score = True, facts(cfg).score
         self.smooth = cfg.gradient == "exact"
 
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008 — immutable
@@ -53,7 +53,7 @@ class TopKRouter(LinearRouter):
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
                 losses["load"] = balance.load_loss(clean_TE, logits_TE, noise_TE, self.k)
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
-                backend, logits_TE, self.k, cfg.name, self.bias_E, cfg.renormalize, cfg.scale,
+                backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize, cfg.scale,
                 cfg.groups, cfg.k_groups, cfg.group_top,
             )  # fmt: skip
             rest_TE = None
@@ -63,13 +63,13 @@ class TopKRouter(LinearRouter):
             elif cfg.gradient == "straight-through":
                 weight_TK = weight_TK + (cfg.scale / self.k - weight_TK).detach()
             elif cfg.gradient == "default-vector":
-                rest_TE = reference.scores(logits_TE, cfg.name).scatter(-1, expert_TK, 0) * cfg.scale
+                rest_TE = reference.scores(logits_TE, self.score).scatter(-1, expert_TK, 0) * cfg.scale
             if self.training and cfg.second == "random":
                 share_T = weight_TK[:, 1].detach() / weight_TK.detach().sum(-1).clamp_min(torch.finfo(lse_T.dtype).tiny)
                 taken_T = torch.rand_like(share_T) < 2 * share_T
                 second_T = torch.where(taken_T, expert_TK[:, 1], UNUSED)
                 expert_TK = torch.stack((expert_TK[:, 0], second_T), -1)
-        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, cfg.name, rest_TE, losses)
+        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, losses)
 
     @torch.no_grad()
     def update(self, cfg: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
@@ -114,14 +114,17 @@ def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tens
 
 
 class ThresholdRouter(LinearRouter):
-    """threshold, top-p: a token takes as many experts as its scores ask for, at least one.
+    """threshold: a token takes as many experts as its scores ask for, at least one.
 
-    p = softmax(z), sorted. threshold: every expert with p >= threshold / E (DynMoE, 2405.14297, learns one).
-    top-p: the best experts until their p sum to at least top_p (2403.07652, which adds balance.entropy to keep them
-    few). At most k_max of them; weights are p of the taken, divided by their sum when `renormalize`, times `scale`.
-    K itself is not read. At inference a token needs nothing but itself."""
+    p = softmax(z), sorted; every expert with p >= threshold / E (DynMoE, 2405.14297, learns one). At most k_max of
+    them; weights are p of the taken, divided by their sum when `renormalize`, times `scale`. K itself is not read. At
+    inference a token needs nothing but itself."""
 
     fixed_k = False
+
+    def asked(self, p_TK: Tensor) -> Tensor:
+        """Which of its experts, best first, a token's probabilities ask for."""
+        return p_TK >= self.cfg.threshold / self.n_experts
 
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
         cfg, e = self.cfg, self.n_experts
@@ -129,17 +132,21 @@ class ThresholdRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             expert_TK, p_TK, lse_T, prob_E = self.gate(backend, logits_TE, most, "softmax", None, False, 1.0)
-            fixed_TK = p_TK.detach()
-            if cfg.name == "threshold":
-                taken_TK = fixed_TK >= cfg.threshold / e
-            else:
-                taken_TK = fixed_TK.cumsum(-1) - fixed_TK < cfg.top_p
-            taken_TK = taken_TK | (torch.arange(most, device=x_TD.device) == 0)
+            taken_TK = self.asked(p_TK.detach()) | (torch.arange(most, device=x_TD.device) == 0)
             weight_TK = torch.where(taken_TK, p_TK, 0.0)
             if cfg.renormalize:
                 weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         expert_TK = torch.where(taken_TK, expert_TK, UNUSED)
         return Routing(expert_TK, weight_TK * cfg.scale, None, logits_TE, lse_T, prob_E)
+
+
+class TopPRouter(ThresholdRouter):
+    """top-p: a token takes its best experts until their p sum to at least top_p (2403.07652, which adds balance.entropy
+    to keep them few). The rest is as in `ThresholdRouter`."""
+
+    def asked(self, p_TK: Tensor) -> Tensor:
+        """Which of its experts, best first, a token's probabilities ask for."""
+        return p_TK.cumsum(-1) - p_TK < self.cfg.top_p
 
 
 L1_RANGE = (1e-20, 1e20)  # far from where float32 would no longer move by a factor

@@ -4,16 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
-from moe.analysis.replay import NOT_RECORDED, n_choices, path_of
-from moe.config.model import ModelConfig, MoEConfig
-from moe.config.router import WITHOUT_TK
-from moe.config.run import Config
+from moe.analysis.replay import NOT_RECORDED, path_of
 from moe.errors import BadInput
 from moe.routing.contract import UNUSED
 from moe.run.jsonl import read_lines
-from tests.conftest import PRESETS
 from tests.small_runs import STEPS, fate, settings, train, train_until
 
 OTHER = {"router.name": "sigmoid", "router.selection_bias": True}
@@ -186,23 +181,6 @@ def test_a_replay_on_other_batches_or_without_meaning_is_refused(changes, words,
         train(settings(corpus, tmp_path / "run", _again(recorded, **changes)))
     assert words in str(refusal.value)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_router_names_as_many_experts_as_is_said_of_it(name, make_layer):
-    preset = PRESETS[name]
-    moe = {"n_experts": 8, "k": 3} | preset.moe
-    moe |= {"k": 8} if moe["k"] == "all" else {}
-    layer = make_layer(preset.router, balance=preset.balance, **moe).train()
-    said = n_choices(
-        Config(model=ModelConfig(n_layers=1, moe=MoEConfig(**moe | {"depth": 1.0})), router=preset.router), 0
-    )
-    x = torch.randn(1, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    report = layer(x, "torch", tokens_BS=torch.zeros(1, 6, dtype=torch.int64))[1]
-    if preset.router.name in WITHOUT_TK:
-        assert preset.router.name == "soft" or report.token_N is not None
-    else:
-        assert report.expert.shape == (6, said)
 
 
 def test_a_dense_run_has_no_choices_to_write(corpus, tmp_path):
