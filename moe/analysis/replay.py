@@ -44,17 +44,17 @@ class Recording:
     def write(self, step: int, expert_TK: Sequence[Tensor]) -> None:
         """The choices of a step (from 1), those of every MoE layer in order. Raises `BadInput` when they do not fit on
         the disk."""
-        if any(each.dim() != 2 for each in expert_TK):  # a router of one's own
+        if any(layer_TK.dim() != 2 for layer_TK in expert_TK):  # a router of one's own
             raise BadInput(
                 f"log.experts=true needs as many choices for every token, and router.name={self.cfg.router.name} gives "
                 "ragged rows."
             )
         try:
             if not self.files:
-                self.files = [self._open(*each) for each in zip(self.layers, expert_TK, strict=True)]
-            for (file, dtype, start), each in zip(self.files, expert_TK, strict=True):
-                file.seek(start + (step - 1) * each.numel() * dtype.itemsize)
-                file.write(each.cpu().numpy().astype(dtype).tobytes())
+                self.files = [self._open(*layer) for layer in zip(self.layers, expert_TK, strict=True)]
+            for (file, dtype, start), layer_TK in zip(self.files, expert_TK, strict=True):
+                file.seek(start + (step - 1) * layer_TK.numel() * dtype.itemsize)
+                file.write(layer_TK.cpu().numpy().astype(dtype).tobytes())
                 file.flush()
         except OSError as error:
             raise BadInput(f"{self.folder / 'routing'} cannot be written ({error.strerror or error}).") from error
@@ -87,12 +87,11 @@ class Replay:
 
     def __init__(self, cfg: Config) -> None:
         self.folder = Path(cfg.balance.recorded)
-        own = read_config(self.folder)
-        before, here = (tokens_of(each) for each in (own, cfg))
-        for key, value in here.items():
-            if before[key] != value:
+        recorded = tokens_of(read_config(self.folder))
+        for key, value in tokens_of(cfg).items():
+            if recorded[key] != value:
                 raise BadInput(
-                    f"balance.recorded={self.folder} was trained with {key}={before[key]}, and here it is {value}: a "
+                    f"balance.recorded={self.folder} was trained with {key}={recorded[key]}, and here it is {value}: a "
                     "replay needs the same batches."
                 )
         self.layers = moe_layers(cfg.model)
@@ -118,9 +117,9 @@ class Replay:
                 f"{path} has {file.shape[2]} choices for every token, and router.name={cfg.router.name} makes {wide}: "
                 "a replay needs as many."
             )
-        there = int((file[: cfg.train.steps, 0, 0] != NOT_RECORDED).sum())
-        if there < cfg.train.steps:
-            raise BadInput(f"{path} has {there} of the train.steps={cfg.train.steps}: a replay needs them all.")
+        n_steps = int((file[: cfg.train.steps, 0, 0] != NOT_RECORDED).sum())
+        if n_steps < cfg.train.steps:
+            raise BadInput(f"{path} has {n_steps} of the train.steps={cfg.train.steps}: a replay needs them all.")
         if file[: cfg.train.steps].max() >= most:
             raise BadInput(f"{path} names expert {file.max()}, and layer {layer} has {most} experts, from 0.")
         return file

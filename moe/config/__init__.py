@@ -1,4 +1,5 @@
-"""Every setting and every cross-field check, on the standard library alone. A file per group of settings.
+"""Every setting and every cross-field check, on the standard library alone. A file per group of settings;
+what a setting means stands behind it, or above it where the line is full.
 
 parse    a dict into dataclasses and back; bounds and choices
 model    the transformer and its routed experts

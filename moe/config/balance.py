@@ -17,40 +17,32 @@ class BalanceConfig:
     """What keeps the load even. Coefficients of the losses added to the language-model loss; 0 switches one off."""
 
     aux: Annotated[float, Between(0, ANY)] = 0.01  # load-balancing loss, E * sum_i f_i P_i
-    scope: Annotated[str, OneOf("sequence", "batch", "global")] = (
-        "batch"  # what aux is computed over: sequence | batch (a micro-batch) | global (the optimiser step)
-    )
+    # what aux is computed over: sequence | batch (a micro-batch) | global (the optimiser step)
+    scope: Annotated[str, OneOf("sequence", "batch", "global")] = "batch"
     z: Annotated[float, Between(0, ANY)] = 0.001  # router z-loss
     importance: Annotated[float, Between(0, ANY)] = 0.0  # CV² of every expert's summed weights (Shazeer 2017)
-    load: Annotated[float, Between(0, ANY)] = (
-        0.0  # CV² of the smooth estimate of the load (Shazeer 2017); needs router.noisy
-    )
+    # CV² of the smooth estimate of the load (Shazeer 2017); needs router.noisy
+    load: Annotated[float, Between(0, ANY)] = 0.0
     entropy: Annotated[float, Between(0, ANY)] = 0.0  # mean entropy of a token's probabilities: lower is more decided
     spread: Annotated[float, Between(0, ANY)] = 0.0  # ln E minus the entropy of the mean probabilities: 0 when even
     bandpass: Annotated[float, Between(0, ANY)] = 0.0  # squared excess of E · P_i over the band [1 − band, 1 + band]
     band: Annotated[float, Between(0, ANY)] = 0.2
     bias_rate: Annotated[float, Between(0, ANY)] = 0.0  # step of the loss-free bias update; needs router.selection_bias
-    bias_step: Annotated[str, OneOf("sign", "proportional")] = (
-        "sign"  # sign (2408.15664) | proportional (to the relative excess of load)
-    )
-    # Factors on a coefficient (or bias_rate) at equal distances over the run, straight lines between: {aux: [1,1,0]}
+    # sign (2408.15664) | proportional (to the relative excess of load)
+    bias_step: Annotated[str, OneOf("sign", "proportional")] = "sign"
+    # factors on a coefficient (or bias_rate) at equal distances over the run, straight lines between: {aux: [1,1,0]}
     schedule: dict[str, list[float]] = field(default_factory=dict)
-    capacity: Annotated[float, Between(0, ANY)] = (
-        0.0  # in training an expert takes at most capacity · K · T / E rows, rounded up; 0: all
-    )
-    priority: Annotated[str, OneOf("position", "score")] = (
-        "position"  # position | score: which rows stay when an expert is full
-    )
-    overflow: Annotated[str, OneOf("residual", "next")] = (
-        "residual"  # residual (the row is dropped) | next (the token's next best expert with room takes it)
-    )
-    tile: Annotated[int, Between(0, MANY)] = (
-        0  # in training round every expert's rows to a multiple of this (token rounding, 2512.14080); 0: off
-    )
-    # For debugging and benchmarks, whatever capacity is. none | balanced: experts in turn | recorded: in training those
-    force: Annotated[str, OneOf("none", "balanced", "recorded")] = (
-        "none"  # that the run `recorded`, trained with log.experts=true on the same batches, took at each step
-    )
+    # in training an expert takes at most capacity · K · T / E rows, rounded up; 0: all
+    capacity: Annotated[float, Between(0, ANY)] = 0.0
+    # which rows stay when an expert is full: the first, or those with the highest score
+    priority: Annotated[str, OneOf("position", "score")] = "position"
+    # residual (the row is dropped) | next (the token's next best expert with room takes it)
+    overflow: Annotated[str, OneOf("residual", "next")] = "residual"
+    # in training round every expert's rows to a multiple of this (token rounding, 2512.14080); 0: off
+    tile: Annotated[int, Between(0, MANY)] = 0
+    # for debugging and benchmarks, whatever capacity is. none | balanced: experts in turn | recorded: in training those
+    # that the run `recorded`, trained with log.experts=true on the same batches, took at each step
+    force: Annotated[str, OneOf("none", "balanced", "recorded")] = "none"
     recorded: str = ""  # its folder
 
 
@@ -58,14 +50,19 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
     """Check the router, and what of the balance does not go with it. `layers`: the settings of every MoE layer; none
     for a dense model, of which no more than a known router is asked. Raises `BadInput`."""
     validate_router(layers, router)
-    if not layers:
-        return
+    if layers:
+        _validate_terms(router, balance)
+        _validate_policies(router, balance)
+        _validate_schedule(balance)
+
+
+def _validate_terms(router: RouterConfig, balance: BalanceConfig) -> None:
+    """Refuse losses and biases that the router has nothing for."""
     if balance.bias_rate > 0 and not router.selection_bias:
         raise BadInput(
             f"balance.bias_rate={balance.bias_rate} needs a selection bias to update: set router.selection_bias=true."
         )
-    about = facts(router)
-    if not about.scored:
+    if not facts(router).scored:
         for name in SCORE_TERMS:
             if getattr(balance, name):
                 raise BadInput(
@@ -79,6 +76,12 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
         )
     if balance.load and router.gradient == "sparsemixer":
         raise BadInput(f"balance.load={balance.load} has no estimate for router.gradient=sparsemixer.")
+
+
+def _validate_policies(router: RouterConfig, balance: BalanceConfig) -> None:
+    """Refuse what overrides or limits a choice where the router does not choose so, and two of them at once."""
+    # Which of them the router's rows and scores allow.
+    about = facts(router)
     policies = {"capacity": balance.capacity, "tile": balance.tile, "force": balance.force != "none"}
     for name, on in policies.items():
         if on and (not about.rectangular or (name != "capacity" and not about.scored)):
@@ -94,6 +97,7 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
                 )
         if balance.overflow == "next":
             raise BadInput("balance.overflow=next has no meaning for router.gradient=default-vector.")
+    # Which of them go together.
     if (balance.force == "recorded") != bool(balance.recorded):
         raise BadInput(
             f"balance.force={balance.force} with balance.recorded={balance.recorded!r}: force=recorded and the folder "
@@ -105,6 +109,9 @@ def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConf
         raise BadInput(f"balance.capacity={balance.capacity} and balance.tile={balance.tile}: choose one of them.")
     if balance.overflow == "next" and (not balance.capacity or not about.scored):
         raise BadInput("balance.overflow=next needs balance.capacity above 0 and a router with scores.")
+
+
+def _validate_schedule(balance: BalanceConfig) -> None:
     for name, factors in balance.schedule.items():
         if name not in SCHEDULED:
             raise BadInput(f"balance.schedule.{name} is not a coefficient; accepted here: {', '.join(SCHEDULED)}.")

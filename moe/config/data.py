@@ -11,9 +11,7 @@ BLEND_DOMAINS = ("drama", "verse", "code", "docs", "math")
 
 @dataclass
 class TokenizerConfig:
-    name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")] = (
-        "bpe"  # byte | char | bpe | gpt2 | cl100k_base | o200k_base
-    )
+    name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")] = "bpe"
     vocab_size: Annotated[int, Between(257, MANY)] = 4096  # of a bpe trained here; the others bring their own
 
 
@@ -22,26 +20,23 @@ class CleanConfig:
     """The cleaning pipeline's settings; every step counts documents and bytes in and out."""
 
     html: bool = True  # turn HTML documents into text
-    unicode: Annotated[str, OneOf("NFC", "NFKC", "none")] = "NFC"  # NFC | NFKC | none
+    unicode: Annotated[str, OneOf("NFC", "NFKC", "none")] = "NFC"
     min_chars: Annotated[int, Between(0, MANY)] = 100
     max_chars: Annotated[int, Between(0, MANY)] = 0  # 0: no upper limit
-    max_repetition: Annotated[float, Between(0, 1)] = (
-        0.5  # share of a document's characters in repeated lines above which it goes; 1: keep all
-    )
+    # share of a document's characters in repeated lines above which it goes; 1: keep all
+    max_repetition: Annotated[float, Between(0, 1)] = 0.5
     exact: bool = True  # drop exact duplicates
-    near: Annotated[float, Between(0, 1)] = (
-        0.8  # drop documents whose estimated Jaccard similarity with an earlier one is at least this; 0: off
-    )
+    # drop documents whose estimated Jaccard similarity with an earlier one is at least this; 0: off
+    near: Annotated[float, Between(0, 1)] = 0.8
 
 
 @dataclass
 class DataConfig:
-    name: Annotated[str, OneOf("blend", "text", "huggingface")] = "blend"  # blend | text | huggingface
+    name: Annotated[str, OneOf("blend", "text", "huggingface")] = "blend"
     path: str = ""  # text: a file, folder or glob; huggingface: a dataset name or folder
     domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
-    max_mb: Annotated[float, Between(0, ANY)] = (
-        4.0  # at most this much raw text per domain (decimal megabytes); 0: all of it
-    )
+    # at most this much raw text per domain (decimal megabytes); 0: all of it
+    max_mb: Annotated[float, Between(0, ANY)] = 4.0
     text_field: str = "text"  # JSONL and huggingface: the field that holds the document
     domain_field: str = ""  # JSONL and huggingface: the field that holds the domain; "": file or dataset name
     subset: str = ""  # huggingface: the configuration name

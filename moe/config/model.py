@@ -18,27 +18,23 @@ class MoEConfig:
     d_expert: Annotated[int, Between(1, 100_000_000)] = 128  # F, hidden width of one expert
     n_shared: Annotated[int, Between(0, 1_000_000)] = 0  # experts that every token passes, each of width d_expert
     shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
-    every: Annotated[int, Between(1, 100_000)] = 1  # layer l is an MoE layer when (l + 1) % every == 0 ...
-    first_dense: Annotated[int, Between(0, 100_000)] = (
-        0  # ... and l >= first_dense; the others are dense MLPs of width d_ff
-    )
+    # layer l has experts where (l + 1) % every == 0 and l >= first_dense; the others are dense MLPs of width d_ff
+    every: Annotated[int, Between(1, 100_000)] = 1
+    first_dense: Annotated[int, Between(0, 100_000)] = 0
     widths: list[int] = field(default_factory=list)  # a hidden width per expert; empty: d_expert for all (2408.10681)
     n_experts_by_layer: list[int] = field(default_factory=list)  # E of each MoE layer; empty: n_experts for all
     k_by_layer: list[int] = field(default_factory=list)  # K of each MoE layer; empty: k for all
-    n_null: Annotated[int, Between(0, 1_000_000)] = (
-        0  # experts that cost nothing and give 0, numbered behind the real ones (MoE++, 2410.07348)
-    )
-    n_copy: Annotated[int, Between(0, 1_000_000)] = 0  # ... that give the token back
-    n_constant: Annotated[int, Between(0, 1_000_000)] = 0  # ... that give a mix of the token and a learned vector
-    depth: Annotated[float, Between(1e-09, 1)] = (
-        1.0  # share of a sequence's tokens that enter a block at all (Mixture-of-Depths, 2404.02258) ...
-    )
-    depth_every: Annotated[int, Between(1, 100_000)] = (
-        2  # ... where the layer has experts and (l + 1) % depth_every == 0; elsewhere all do
-    )
-    depth_causal: Annotated[str, OneOf("threshold", "predictor")] = (
-        "threshold"  # threshold | predictor: how a token decides alone in evaluation
-    )
+    # experts that cost nothing, numbered behind the real ones: they give 0, the token back, or a mix of the token and a
+    # learned vector (MoE++, 2410.07348)
+    n_null: Annotated[int, Between(0, 1_000_000)] = 0
+    n_copy: Annotated[int, Between(0, 1_000_000)] = 0
+    n_constant: Annotated[int, Between(0, 1_000_000)] = 0
+    # share of a sequence's tokens that enter a block at all, where layer l has experts and (l + 1) % depth_every == 0;
+    # elsewhere all do (Mixture-of-Depths, 2404.02258)
+    depth: Annotated[float, Between(1e-09, 1)] = 1.0
+    depth_every: Annotated[int, Between(1, 100_000)] = 2
+    # how a token decides alone in evaluation
+    depth_causal: Annotated[str, OneOf("threshold", "predictor")] = "threshold"
 
     @property
     def n_cheap(self) -> int:
@@ -60,16 +56,13 @@ class ModelConfig:
     n_kv_heads: Annotated[int, Between(0, 100_000)] = 0
     head_dim: Annotated[int, Between(0, 100_000)] = 0
     d_ff: Annotated[int, Between(1, 100_000_000)] = 512  # width of a dense MLP
-    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = (
-        "swiglu"  # swiglu | gelu | gelu_tanh | relu2
-    )
-    norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # rms | layer
+    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = "swiglu"
+    norm: Annotated[str, OneOf("rms", "layer")] = "rms"
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5
-    position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rope | learned
+    position: Annotated[str, OneOf("rope", "learned")] = "rope"
     rope_theta: Annotated[float, Between(1, ANY)] = 10000.0
-    qk_norm: Annotated[str, OneOf("none", "head", "full")] = (
-        "none"  # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
-    )
+    # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
+    qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
     bias: bool = False  # biases on every linear map and norm (GPT-2)
     tie_embeddings: bool = True
     init_std: Annotated[float, Between(0, 10)] = 0.02
@@ -126,9 +119,13 @@ def validate(model: ModelConfig) -> None:
         )
     if model.position == "rope" and head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
-    moe, n_layers = model.moe, len(moe_layers(model))
-    if moe is None:
-        return
+    if model.moe is not None:
+        _validate_layers(model, model.moe)
+
+
+def _validate_layers(model: ModelConfig, moe: MoEConfig) -> None:
+    """Refuse an MoE without a layer of experts, and lists that do not have a number for each."""
+    n_layers = len(moe_layers(model))
     if not n_layers:
         raise BadInput(
             f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "

@@ -69,24 +69,27 @@ def nearest(key: str, valid: list[str], path: str = "") -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    # Optional groups: what they are when they are there.
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return None
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    # Groups, mappings and lists: every item in turn.
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else parse(hint, value, f"{path}.")  # type: ignore[arg-type]
     if typing.get_origin(hint) is dict:
-        _, item = typing.get_args(hint)
+        _, item_hint = typing.get_args(hint)
         if not isinstance(value, dict):
             raise BadInput(f"{path}={value!r} must be a group of names and values, like {{a: 1}}.")
-        return {str(key): _convert(item, each, f"{path}.{key}") for key, each in value.items()}
+        return {str(key): _convert(item_hint, item, f"{path}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
     if typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
+        (item_hint,) = typing.get_args(hint)
         if not isinstance(value, list | tuple):
-            raise BadInput(f"{path}={value!r} must be a list of {item.__name__}, like [a,b].")
-        return [_convert(item, each, f"{path}[{i}]") for i, each in enumerate(value)]
+            raise BadInput(f"{path}={value!r} must be a list of {item_hint.__name__}, like [a,b].")
+        return [_convert(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value)]
+    # Single values: a whole number is a float too, but a bool is never a number.
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

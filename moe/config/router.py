@@ -1,7 +1,7 @@
 """The settings of the router, and the table of what is true of each router by its name.
 
 Whoever needs to know something of a router asks `facts`; nobody compares names. A new router is one entry in `FACTS`.
-D model width · E experts · K choices per token · P slots per expert and sequence · S sequence.
+Letters beyond the glossary: P slots per expert and sequence of a soft router.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class RouterConfig:
     # --- Sinkhorn, expert choice, soft
 
     iterations: Annotated[int, Between(1, 10_000)] = 8  # of Sinkhorn's normalisation
-    # none | threshold | predictor: how expert-choice decides in evaluation, token by token
+    # whether expert-choice decides token by token in evaluation, and how
     causal: Annotated[str, OneOf("none", "threshold", "predictor")] = "none"
     decay: Annotated[float, Between(0, 1)] = 0.99  # threshold: of the running mean of every expert's cut-off
     # slots per expert and sequence of a soft router; 0: K·S/E, so that experts cost what K per token do
@@ -104,8 +104,8 @@ class RouterFacts:
     choices: Literal["k", "k_max", "all", "ragged", "mixture", "unknown"]
     # on whom it depends in training where a token goes
     decides: Literal["token", "batch", "sequence", "unknown"] = "token"
-    # of routing one token forward, from (router, moe, D, S), S the model's context
-    flops: Callable[[RouterConfig, MoEConfig, int, int], float] = _flops_of_scores
+    # what routing one token costs, from (router, moe, D, S), S the model's context
+    forward_flops: Callable[[RouterConfig, MoEConfig, int, int], float] = _flops_of_scores
 
     @property
     def scored(self) -> bool:
@@ -122,18 +122,21 @@ _LINEAR = ("logits", "noisy", "jitter", "frozen", "scale", "gradient")
 _TOP_K = (*_LINEAR, "renormalize", "selection_bias", "groups", "k_groups", "group_top", "second")
 _THRESHOLD = ("logits", "jitter", "frozen", "renormalize", "scale", "k_max")
 FACTS = {
-    "softmax": RouterFacts(_TOP_K, "softmax", "k"),
-    "sigmoid": RouterFacts(_TOP_K, "sigmoid", "k"),
-    "threshold": RouterFacts((*_THRESHOLD, "threshold"), "softmax", "k_max"),
-    "top-p": RouterFacts((*_THRESHOLD, "top_p"), "softmax", "k_max"),
-    "relu": RouterFacts(("logits", "jitter", "scale", "l1", "l1_factor"), "relu", "all"),
-    "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), "softmax", "k", "batch"),
-    "base": RouterFacts((), "sigmoid", "k", "batch"),
-    "hash": RouterFacts(("scale",), "none", "k"),
-    "expert-choice": RouterFacts(("scale", "causal", "decay"), "softmax", "ragged", "batch"),
-    "soft": RouterFacts(("slots",), "none", "mixture", "sequence", _flops_of_mixing),
+    "softmax": RouterFacts(_TOP_K, score="softmax", choices="k"),
+    "sigmoid": RouterFacts(_TOP_K, score="sigmoid", choices="k"),
+    "threshold": RouterFacts((*_THRESHOLD, "threshold"), score="softmax", choices="k_max"),
+    "top-p": RouterFacts((*_THRESHOLD, "top_p"), score="softmax", choices="k_max"),
+    "relu": RouterFacts(("logits", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),
+    "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), score="softmax", choices="k", decides="batch"),
+    "base": RouterFacts((), score="sigmoid", choices="k", decides="batch"),
+    "hash": RouterFacts(("scale",), score="none", choices="k"),
+    "expert-choice": RouterFacts(("scale", "causal", "decay"), score="softmax", choices="ragged", decides="batch"),
+    "soft": RouterFacts(
+        ("slots",), score="none", choices="mixture", decides="sequence", forward_flops=_flops_of_mixing
+    ),
 }
-OWN = RouterFacts((), "unknown", "unknown", "unknown")  # of module:Class nothing is known
+# Of module:Class nothing is known. It is taken to have scores, and to cost what they cost.
+OWN = RouterFacts((), score="unknown", choices="unknown", decides="unknown")
 ROUTERS = tuple(FACTS)
 ALWAYS = ("name", "input", "shared", "options")  # what every router reads
 
@@ -172,21 +175,25 @@ def validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
     _validate_name(router)
     for moe in layers:
         _validate_experts(moe, router)
+        _validate_groups(moe, router)
     if layers:
-        _validate_router(layers, router)
+        _validate_weights(layers, router)
+        _validate_gradient(layers, router)
+    if router.shared and len({(moe.n_experts, moe.k) for moe in layers}) > 1:
+        raise BadInput("router.shared=true needs the same n_experts and k in every MoE layer.")
 
 
 def _validate_name(router: RouterConfig) -> None:
-    own = ":" in router.name
-    if not own and router.name not in ROUTERS:
+    names_class = ":" in router.name
+    if not names_class and router.name not in ROUTERS:
         hint = difflib.get_close_matches(router.name, ROUTERS, n=1, cutoff=0.5)
         tail = f"; did you mean {hint[0]}" if hint else ""
         raise BadInput(
             f"router.name={router.name} is not one of {', '.join(ROUTERS)}, or module:Class for your own{tail}."
         )
-    if router.options and not own:
+    if router.options and not names_class:
         raise BadInput(f"router.options={router.options} is read by a router of your own only, not by {router.name}.")
-    if own:
+    if names_class:
         return
     reads = facts(router).reads
     for name, default in dataclasses.asdict(RouterConfig()).items():
@@ -199,8 +206,7 @@ def _validate_name(router: RouterConfig) -> None:
 
 
 def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
-    e = moe.n_experts + moe.n_cheap
-    if moe.k > e:
+    if moe.k > moe.n_experts + moe.n_cheap:
         raise BadInput(
             f"model.moe.k={moe.k} exceeds model.moe.n_experts={moe.n_experts}: "
             "a token cannot choose more experts than exist."
@@ -219,10 +225,14 @@ def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
         raise BadInput(
             f"model.moe.depth={moe.depth} lets tokens pass a block by and does not go with router.{key}: set it to 1."
         )
-    if e > moe.n_experts and mixes:
+    if moe.n_cheap and mixes:
         raise BadInput(
             f"model.moe.n_null, n_copy and n_constant need a router of rows, and router.name={router.name} mixes."
         )
+
+
+def _validate_groups(moe: MoEConfig, router: RouterConfig) -> None:
+    e = moe.n_experts + moe.n_cheap
     if router.k_groups > router.groups:
         raise BadInput(f"router.k_groups={router.k_groups} exceeds router.groups={router.groups}.")
     if router.groups == 1:
@@ -239,7 +249,8 @@ def _validate_experts(moe: MoEConfig, router: RouterConfig) -> None:
         raise BadInput(f"router.group_top={router.group_top} exceeds the {size} experts of a group.")
 
 
-def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
+def _validate_weights(layers: list[MoEConfig], router: RouterConfig) -> None:
+    """Refuse numbers of experts that the router does not give, and those at which its weights would be constants."""
     ks = sorted({moe.k for moe in layers})
     if router.name == "base" and ks != [1]:
         raise BadInput(f"router.name=base gives every token one expert: set model.moe.k=1 (it is {ks[-1]}).")
@@ -257,6 +268,10 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
         )
     if router.second == "random" and ks != [2]:
         raise BadInput(f"router.second=random needs model.moe.k=2, and it is {ks[-1]}.")
+
+
+def _validate_gradient(layers: list[MoEConfig], router: RouterConfig) -> None:
+    """Refuse what an estimator of the gradient cannot do."""
     if router.second == "random" and router.gradient in ("straight-through", "sparsemixer"):
         raise BadInput(
             f"router.second=random goes by the weights, which router.gradient={router.gradient} changes: choose one."
@@ -275,5 +290,3 @@ def _validate_router(layers: list[MoEConfig], router: RouterConfig) -> None:
         )
     if router.gradient == "default-vector" and layers[0].n_cheap:
         raise BadInput("router.gradient=default-vector has no vectors for null, copy and constant experts.")
-    if router.shared and len({moe.n_experts for moe in layers}) + len(ks) > 2:
-        raise BadInput("router.shared=true needs the same n_experts and k in every MoE layer.")

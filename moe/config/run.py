@@ -30,9 +30,7 @@ class Config:
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
     resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
-    dispatch: Annotated[str, OneOf("auto", "reference", "torch", "triton")] = (
-        "auto"  # auto | reference | torch | triton: the backend of the experts
-    )
+    dispatch: Annotated[str, OneOf("auto", "reference", "torch", "triton")] = "auto"  # the backend of the experts
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -17,9 +17,8 @@ class OptimConfig:
     eps: Annotated[float, Between(0, 1)] = 1e-8
     weight_decay: Annotated[float, Between(0, ANY)] = 0.1  # on matrices; never on norms, biases or selection biases
     clip: Annotated[float, Between(0, ANY)] = 1.0  # global gradient norm; 0: off
-    schedule: Annotated[str, OneOf("cosine", "wsd", "constant")] = (
-        "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
-    )
+    # cosine | wsd (warm-up, stable, decay) | constant
+    schedule: Annotated[str, OneOf("cosine", "wsd", "constant")] = "cosine"
     warmup: Annotated[int, Between(0, MANY)] = 50  # steps
     final: Annotated[float, Between(0, 1)] = 0.1  # learning rate at the end, as a share of lr
     decay: Annotated[float, Between(0, 1)] = 0.2  # wsd: share of the steps spent decaying
@@ -30,20 +29,17 @@ class TrainConfig:
     steps: Annotated[int, Between(1, 2**62)] = 600
     batch_size: Annotated[int, Between(1, MANY)] = 8  # sequences per optimiser step, B
     accumulate: Annotated[int, Between(1, MANY)] = 1  # micro-batches a step is split into
-    precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = (
-        "auto"  # auto | bf16 (autocast) | fp32; auto: bf16 where the processor multiplies it natively
-    )
+    # auto | bf16 (autocast) | fp32; auto: bf16 where the processor multiplies it natively
+    precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    threads: Annotated[int, Between(0, 4096)] = (
-        0  # CPU threads; 0: torch's default. Recorded, because it can change the last bits
-    )
+    # CPU threads; 0: torch's default. Recorded, because it can change the last bits
+    threads: Annotated[int, Between(0, 4096)] = 0
     checkpoint_activations: bool = False
     compile: bool = False
     non_finite: Annotated[str, OneOf("stop", "skip")] = "stop"  # stop | skip (the step is not taken, and counted)
     eval_every: Annotated[int, Between(0, 2**62)] = 100  # steps; 0: only at the end
-    eval_tokens: Annotated[int, Between(1, 2**62)] = (
-        65536  # validation tokens per evaluation, spread evenly over the validation split
-    )
+    # validation tokens per evaluation, spread evenly over the validation split
+    eval_tokens: Annotated[int, Between(1, 2**62)] = 65536
 
 
 @dataclass
@@ -65,9 +61,8 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    every: Annotated[int, Between(1, 2**62)] = (
-        10  # steps between plain progress lines; metrics.jsonl has a line for every step
-    )
+    # steps between plain progress lines; metrics.jsonl has a line for every step
+    every: Annotated[int, Between(1, 2**62)] = 10
     experts: bool = False  # also write which experts every token took, at every step (moe/analysis/replay.py)
     tensorboard: bool = False
     wandb: str = ""  # project name; "": off

@@ -140,8 +140,8 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
         required = {"model.moe.n_shared": 0, "router.name": "softmax", "router.selection_bias": False}
         required |= {"router.scale": 1.0, "router.groups": 1, "router.logits": "linear", "router.gradient": "exact"}
         required |= {"router.input": "own", "router.shared": False, "model.moe.shared_gate": False}
-        required |= {f"model.moe.{name}": [] for name in ("widths", "n_experts_by_layer", "k_by_layer")}
-        required |= {f"model.moe.{name}": 0 for name in ("n_null", "n_copy", "n_constant")} | {"model.moe.depth": 1.0}
+        required |= {f"model.moe.{key}": [] for key in ("widths", "n_experts_by_layer", "k_by_layer")}
+        required |= {f"model.moe.{key}": 0 for key in ("n_null", "n_copy", "n_constant")} | {"model.moe.depth": 1.0}
         if name == "mixtral":
             required["router.renormalize"] = True
         if "every" not in family.moe:
@@ -200,6 +200,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     model_type = tree.get("model_type") if isinstance(tree, dict) else None
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise BadInput(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}.")
+    # Every key that this model reads, under the spelling of the family; what is read is taken out of the tree.
     family, tree = FAMILIES[model_type], dict(tree)
     known = {*family.keys.values(), *family.moe.values()}
     for alias, key in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
@@ -215,6 +216,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     for key in ("vocab_size", *_NULLABLE):
         if values.get(key) == 0:
             raise BadInput(f"{key}=0 is out of range: accepted is at least 1.")  # 0 means "derive it" here
+    # What is more than a name for a setting: derived sizes, RoPE, windows, dense layers.
     model = {field: values[key] for field, key in family.keys.items() if (key not in _NULLABLE or values[key])}
     if model_type == "gpt2" and values["n_inner"] is None and isinstance(values["n_embd"], int):
         model["d_ff"] = 4 * values["n_embd"]
@@ -223,6 +225,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     _check_windows(tree, values, family.defaults.get("use_sliding_window", True))
     router = {"renormalize": take("norm_topk_prob") if "norm_topk_prob" in family.defaults else True}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
+    # Whatever is left must be off, and what was read must be valid settings.
     _check_off(tree, model_type)
     if family.moe:
         model["moe"] = parse(MoEConfig, {field: values[key] for field, key in family.moe.items()}, "model.moe.")

@@ -1,7 +1,8 @@
 """Weights to and from folders in transformers' format, which itself is not needed.
 
-A folder holds `config.json` (see families.py) and safetensors, whole or in shards. A tensor that is missing, of another
-shape or not part of the model is refused by name. So a model that loads computes the same function as transformers'.
+A folder holds `config.json` (see hf_config.py) and safetensors, whole or in shards. A tensor that is missing, of
+another shape or not part of the model is refused by name. So a model that loads computes the same function as
+transformers'.
 
 One map serves both directions: `tensor_map` names, for every tensor of the folder, the views into this model's tensors
 that hold it. Reading copies into the views, writing copies out of them.
@@ -41,6 +42,7 @@ def tensor_map(
 
     state: this model's tensors by name (weights, or gradients). `stacked`: the experts of a layer as two tensors
     (E, 2F, D) and (E, D, F), as transformers 5 holds them in memory; otherwise one by one, as folders hold them."""
+    # Outside of the blocks.
     if not cfg.tie_embeddings:
         yield "lm_head.weight", [state["head.weight"]]
     if family == "gpt2":
@@ -48,10 +50,11 @@ def tensor_map(
         return
     yield "model.embed_tokens.weight", [state["embed.weight"]]
     yield "model.norm.weight", [state["norm.weight"]]
+    # What the families call the parts of a block.
     names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    names |= {f"attn.{each}": f"self_attn.{each}_proj" for each in "qkvo"}
+    names |= {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
     if cfg.qk_norm != "none":
-        names |= {f"attn.{each}_norm": f"self_attn.{each}_norm" for each in "qk"}
+        names |= {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
     mixtral = family == "mixtral" and not stacked
     mlp = "block_sparse_moe" if mixtral else "mlp"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -59,12 +62,14 @@ def tensor_map(
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
         for ours, theirs in names.items():
             yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"]]
+        # A dense MLP's gate and up projection are one tensor here and two there.
         if not is_moe_layer(cfg, layer):
             w_gate_FD, w_up_FD = state[f"{a}mlp.up.weight"].chunk(2)
             yield f"{b}mlp.gate_proj.weight", [w_gate_FD]
             yield f"{b}mlp.up_proj.weight", [w_up_FD]
             yield f"{b}mlp.down_proj.weight", [state[f"{a}mlp.down.weight"]]
             continue
+        # The router and its experts, stacked or one by one.
         yield f"{b}{mlp}.gate.weight", [state[f"{a}mlp.router.w_ED"]]
         w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
         if stacked:
@@ -184,9 +189,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        pickled = sorted(each.name for each in folder.glob("*.bin"))
-        found = f" (it has {pickled[0]}, a pickle, which is never opened)" if pickled else ""
-        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json{found}.")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        tail = f" (it has {pickles[0]}, a pickle, which is never opened)" if pickles else ""
+        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json{tail}.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -207,7 +212,7 @@ def _headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype
         try:
             with safe_open(path, "pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                headers = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+                headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path} is not a whole safetensors file ({error}).") from error
         for name, (shape, dtype) in headers.items():

@@ -7,6 +7,8 @@ never changed. What the target has and the source does not (a new router) is dra
 A claim that a function is preserved is one of exact arithmetic, in evaluation and without capacity; it needs weights of
 a token's K experts whose sum is known. That is `router.scale` where they are renormalised. For raw scores the sum is
 taken at router logits of 0 (scale · K / E of probabilities, scale · K / 2 of sigmoids), and the claim holds only there.
+
+Letters beyond the glossary: U matrices of an MLP's first half, gate and up or up alone · R slices of its hidden width.
 """
 
 import dataclasses
@@ -48,14 +50,15 @@ def upcycle(
            (sparse upcycling, 2212.05055). Needs d_expert = d_ff. While the experts are
            equal the language-model loss gives renormalised weights, and so the router, no gradient
     noise  the same, and N(0, (noise · std)²) on every expert's weights, std that of the dense tensor
-    split  the hidden width is cut into G = d_ff / d_expert slices; expert e = m·G + g holds slice g, and the G experts
-           of group m have the same router row, so that the top K, a multiple of G, are whole groups:
-           sum_m w_m · sum_g slice_g(x) · G / s = MLP(x), because sum_m G · w_m = s. w_down is scaled by G / s
+    split  the hidden width is cut into R = d_ff / d_expert slices; expert e = m·R + r holds slice r, and the R experts
+           of group m have the same router row, so that the top K, a multiple of R, are whole groups:
+           sum_m w_m · sum_r slice_r(x) · R / s = MLP(x), because sum_m R · w_m = s. w_down is scaled by R / s
            (virtual groups, 2410.07524). Needs a softmax or sigmoid router
     drop   the same as copy, and in every expert a share `drop` of the hidden channels, others in each, is drawn anew
            from N(mean, std²) of the entries of the dense gate, up and down (drop-upcycling, 2502.19261)
 
     `router`: the target's; renormalised softmax if None. Raises `BadInput` for shapes and settings that do not fit."""
+    # What is asked for must make sense, and fit the checkpoint.
     router = router or RouterConfig()
     if method not in METHODS:
         raise BadInput(f"method={method} is not one of {', '.join(METHODS)}.")
@@ -65,6 +68,7 @@ def upcycle(
         raise BadInput(f"drop={drop} must be between 0 and 1.")
     _check_dense(tensors, dense)
     _check_target(dense, target, router)
+    # All but the experts is the checkpoint's, or drawn.
     result = _start(tensors, target, router, seed)
     for layer in moe_layers(target):
         moe = layer_moe(target, layer)
@@ -74,20 +78,23 @@ def upcycle(
                 f"method={method} needs experts as wide as the dense MLP: set model.moe.d_expert={dense.d_ff} (it is "
                 f"{moe.d_expert}), or method=split."
             )
+        # Copies of the MLP, or of its slices in turn.
         name = f"blocks.{layer}.mlp"
         up, down = tensors[f"{name}.up.weight"], tensors[f"{name}.down.weight"]
-        repeats, parts = moe.n_experts // n_slices, up_width(dense, 1)
-        up_EFD = rearrange(up, "(p g f) d -> g (p f) d", p=parts, g=n_slices).repeat(repeats, 1, 1)
-        down_EDF = rearrange(down, "d (g f) -> g d f", g=n_slices).repeat(repeats, 1, 1)
+        repeats, n_up = moe.n_experts // n_slices, up_width(dense, 1)
+        up_EFD = rearrange(up, "(u r f) d -> r (u f) d", u=n_up, r=n_slices).repeat(repeats, 1, 1)
+        down_EDF = rearrange(down, "d (r f) -> r d f", r=n_slices).repeat(repeats, 1, 1)
+        # What parts the copies from each other.
         if method == "noise":
             up_EFD += noise * up.std() * _normal(up_EFD, seed, f"{name}.up/noise")
             down_EDF += noise * down.std() * _normal(down_EDF, seed, f"{name}.down/noise")
         if method == "drop":
-            _redraw(up_EFD.unflatten(1, (parts, -1)), down_EDF, drop, seed, name)
+            _redraw(up_EFD.unflatten(1, (n_up, -1)), down_EDF, drop, seed, name)
+        # Scaled to the weights' sum, with one router row for all slices of a copy.
         result[f"{name}.experts.w_up_EFD"] = up_EFD
         result[f"{name}.experts.w_down_EDF"] = down_EDF * (n_slices / _weight_sum(router, moe))
-        for each in ("w_ED", "w_noise_ED"):
-            key = f"{name}.router.{each}"
+        for weight in ("w_ED", "w_noise_ED"):
+            key = f"{name}.router.{weight}"
             if key in result and n_slices > 1:
                 result[key] = result[key][::n_slices].repeat_interleave(n_slices, 0)
     return result
@@ -143,17 +150,17 @@ def grow(
 def merge(
     models: Sequence[Tensors], dense: ModelConfig, target: ModelConfig, seed: int, router: RouterConfig | None = None
 ) -> Tensors:
-    """N dense models of one shape as one MoE of N experts (branch-train-mix, 2403.07816): in every MoE layer expert i
+    """E dense models of one shape as one MoE of E experts (branch-train-mix, 2403.07816): in every MoE layer expert i
     is model i's MLP (w_down / s, s the sum of a token's weights), new routers are drawn, and everything else, dense
-    MLPs included, is the models' mean. N equal models give the dense model's logits.
+    MLPs included, is the models' mean. E equal models give the dense model's logits.
 
-    Raises `BadInput` for models that are not of the shape `dense`, and for E other than N or d_expert other than
-    d_ff."""
+    Raises `BadInput` for models that are not of the shape `dense`, and for a target of another number of experts or of
+    d_expert other than d_ff."""
     router = router or RouterConfig()
     if not models:
         raise BadInput("there is no model to merge: give at least one.")
-    for each in models:
-        _check_dense(each, dense)
+    for tensors in models:
+        _check_dense(tensors, dense)
     _check_target(dense, target, router)
     for layer in moe_layers(target):
         moe = layer_moe(target, layer)
@@ -162,12 +169,13 @@ def merge(
                 f"{len(models)} models of model.d_ff={dense.d_ff} make as many experts of that width, and the target's "
                 f"layer {layer} has {moe.n_experts} of model.moe.d_expert={moe.d_expert}."
             )
-    mean = {name: torch.stack([each[name] for each in models]).mean(0) for name in models[0]}
+    mean = {name: torch.stack([tensors[name] for tensors in models]).mean(0) for name in models[0]}
     result = _start(mean, target, router, seed)
     for layer in moe_layers(target):
         name, total = f"blocks.{layer}.mlp", _weight_sum(router, layer_moe(target, layer))
-        result[f"{name}.experts.w_up_EFD"] = torch.stack([each[f"{name}.up.weight"] for each in models])
-        result[f"{name}.experts.w_down_EDF"] = torch.stack([each[f"{name}.down.weight"] for each in models]) / total
+        result[f"{name}.experts.w_up_EFD"] = torch.stack([tensors[f"{name}.up.weight"] for tensors in models])
+        down_EDF = torch.stack([tensors[f"{name}.down.weight"] for tensors in models])
+        result[f"{name}.experts.w_down_EDF"] = down_EDF / total
     return result
 
 
@@ -193,7 +201,7 @@ def prune(
         raise BadInput(f"keep has {len(keep)} lists for {len(layers)} MoE layers: give one for each.")
     for layer, kept in zip(layers, keep, strict=True):
         e, e_new = layer_moe(source, layer).n_experts, layer_moe(target, layer).n_experts
-        if len(set(kept)) != len(kept) or not all(0 <= each < e for each in kept):
+        if len(set(kept)) != len(kept) or not all(0 <= expert < e for expert in kept):
             raise BadInput(f"keep={list(kept)} for layer {layer} must be distinct experts between 0 and {e - 1}.")
         if len(kept) != e_new:
             raise BadInput(f"keep has {len(kept)} experts for layer {layer}, and the target has {e_new} there.")
@@ -217,6 +225,7 @@ def to_dense(
     equal weights.
 
     Raises `BadInput` where the MLPs would differ in width, which one d_ff cannot say."""
+    # What has no counterpart in a dense model.
     router = router or RouterConfig()
     if source.moe is None:
         raise BadInput("the model is dense already.")
@@ -229,29 +238,31 @@ def to_dense(
     _check_plain(source.moe)
     _check_router(router)
     _check_shapes(tensors, source, router)
+    # One width for all layers.
     layers = moe_layers(source)
-    width = {(layer_moe(source, layer).k + source.moe.n_shared) * source.moe.d_expert for layer in layers}
+    widths = {(layer_moe(source, layer).k + source.moe.n_shared) * source.moe.d_expert for layer in layers}
     if len(layers) < source.n_layers:
-        width.add(source.d_ff)
-    if len(width) > 1:
-        raise BadInput(f"the dense MLPs would be of widths {sorted(width)}: one model.d_ff cannot be all of them.")
-    if counts is not None and [len(each) for each in counts] != [layer_moe(source, n).n_experts for n in layers]:
+        widths.add(source.d_ff)
+    if len(widths) > 1:
+        raise BadInput(f"the dense MLPs would be of widths {sorted(widths)}: one model.d_ff cannot be all of them.")
+    if counts is not None and [len(count) for count in counts] != [layer_moe(source, n).n_experts for n in layers]:
         raise BadInput("counts must have one list for every MoE layer, with one number for every expert.")
-    target = dataclasses.replace(source, moe=None, d_ff=width.pop())
-    result = {name: each.clone() for name, each in tensors.items() if not _in_moe(name, layers)}
-    parts = up_width(source, 1)
+    target = dataclasses.replace(source, moe=None, d_ff=widths.pop())
+    result = {name: tensor.clone() for name, tensor in tensors.items() if not _in_moe(name, layers)}
+    # The busiest experts side by side, and the shared ones behind them.
+    n_up = up_width(source, 1)
     for i, layer in enumerate(layers):
         moe, name = layer_moe(source, layer), f"blocks.{layer}.mlp"
         count_E = torch.tensor(counts[i]) if counts is not None else torch.zeros(moe.n_experts)
         chosen_K = count_E.argsort(descending=True, stable=True)[: moe.k]
-        up_PFD = rearrange(tensors[f"{name}.experts.w_up_EFD"][chosen_K], "k (p f) d -> p (k f) d", p=parts)
+        up_UFD = rearrange(tensors[f"{name}.experts.w_up_EFD"][chosen_K], "k (u f) d -> u (k f) d", u=n_up)
         down_DF = rearrange(tensors[f"{name}.experts.w_down_EDF"][chosen_K], "k d f -> d (k f)")
         down_DF = down_DF * (_weight_sum(router, moe) / moe.k)
         if moe.n_shared:
-            shared_PFD = rearrange(tensors[f"{name}.shared.up.weight"], "(p f) d -> p f d", p=parts)
-            up_PFD = torch.cat((up_PFD, shared_PFD), 1)
+            shared_UFD = rearrange(tensors[f"{name}.shared.up.weight"], "(u f) d -> u f d", u=n_up)
+            up_UFD = torch.cat((up_UFD, shared_UFD), 1)
             down_DF = torch.cat((down_DF, tensors[f"{name}.shared.down.weight"]), 1)
-        result[f"{name}.up.weight"], result[f"{name}.down.weight"] = up_PFD.flatten(0, 1), down_DF
+        result[f"{name}.up.weight"], result[f"{name}.down.weight"] = up_UFD.flatten(0, 1), down_DF
     return result, target
 
 
@@ -262,13 +273,13 @@ def _start(tensors: Tensors, target: ModelConfig, router: RouterConfig, seed: in
     """The target's tensors as `initialize` gives them, and those that `tensors` has in the same shape copied."""
     dtype = tensors["embed.weight"].dtype
     result = model_tensors(Transformer(target, router).initialize(seed))
-    for name, each in result.items():
+    for name, drawn in result.items():
         old = tensors.get(name)
-        if old is not None and old.shape == each.shape:
+        if old is not None and old.shape == drawn.shape:
             result[name] = old.clone()
-        elif each.is_floating_point():
-            result[name] = each.to(dtype)
-    return {name: each.detach() for name, each in result.items()}
+        elif drawn.is_floating_point():
+            result[name] = drawn.to(dtype)
+    return {name: tensor.detach() for name, tensor in result.items()}
 
 
 def _regroup(tensors: Tensors, target: ModelConfig, router: RouterConfig, choices: list[Tensor]) -> Tensors:
@@ -283,17 +294,17 @@ def _regroup(tensors: Tensors, target: ModelConfig, router: RouterConfig, choice
     return result
 
 
-def _redraw(up_EPFD: Tensor, down_EDF: Tensor, share: float, seed: int, name: str) -> None:
+def _redraw(up_EUFD: Tensor, down_EDF: Tensor, share: float, seed: int, name: str) -> None:
     """In place: a share of every expert's hidden channels gets new weights, of the mean and deviation of all of them in
     the gate, the up projection and the down projection. The experts are equal before, so all have the same ones."""
-    n = round(share * up_EPFD.shape[2])
-    std_P, mean_P = torch.std_mean(up_EPFD[0], dim=(1, 2), keepdim=True)
+    n = round(share * up_EUFD.shape[2])
+    std_U, mean_U = torch.std_mean(up_EUFD[0], dim=(1, 2), keepdim=True)
     std, mean = torch.std_mean(down_EDF[0])
-    for e in range(len(up_EPFD)):
+    for e in range(len(up_EUFD)):
         generator = _generator(seed, f"{name}/drop/{e}")
-        index = torch.randperm(up_EPFD.shape[2], generator=generator)[:n].to(up_EPFD.device)
-        up_PFD, down_DF = up_EPFD[e], down_EDF[e]
-        up_PFD[:, index] = mean_P + std_P * _normal(up_PFD[:, index], seed, f"{name}.up/drop/{e}")
+        index = torch.randperm(up_EUFD.shape[2], generator=generator)[:n].to(up_EUFD.device)
+        up_UFD, down_DF = up_EUFD[e], down_EDF[e]
+        up_UFD[:, index] = mean_U + std_U * _normal(up_UFD[:, index], seed, f"{name}.up/drop/{e}")
         down_DF[:, index] = mean + std * _normal(down_DF[:, index], seed, f"{name}.down/drop/{e}")
 
 
@@ -328,7 +339,7 @@ def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
 
 
 def _slices(dense: ModelConfig, moe: MoEConfig, router: RouterConfig) -> int:
-    """G, the slices that method=split cuts an MLP into. Raises `BadInput` unless whole groups of G are chosen."""
+    """R, the slices that method=split cuts an MLP into. Raises `BadInput` unless whole groups of R are chosen."""
     about = facts(router)
     by_score = about.scored and about.choices == "k" and about.decides == "token"
     if not by_score or router.gradient == "sparsemixer":
@@ -353,17 +364,17 @@ def _slices(dense: ModelConfig, moe: MoEConfig, router: RouterConfig) -> int:
 def _shapes(cfg: ModelConfig, router: RouterConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's tensors."""
     with torch.device("meta"):
-        return {name: tuple(each.shape) for name, each in model_tensors(Transformer(cfg, router)).items()}
+        return {name: tuple(tensor.shape) for name, tensor in model_tensors(Transformer(cfg, router)).items()}
 
 
 def _check_shapes(tensors: Tensors, cfg: ModelConfig, router: RouterConfig) -> None:
     expected = _shapes(cfg, router)
-    found = {name: tuple(each.shape) for name, each in tensors.items()}
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
+    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in [*expected, *held]:
+        if expected.get(name) != held.get(name):
             raise BadInput(
                 f"the checkpoint does not hold the weights of its config: {name} is "
-                f"{found.get(name, 'missing')} and should be {expected.get(name, 'absent')}."
+                f"{held.get(name, 'missing')} and should be {expected.get(name, 'absent')}."
             )
 
 
@@ -407,7 +418,7 @@ def _check_plain(moe: MoEConfig) -> None:
 
 
 def _check_body(source: ModelConfig, target: ModelConfig) -> None:
-    for key in (each.name for each in dataclasses.fields(ModelConfig)):
+    for key in (field.name for field in dataclasses.fields(ModelConfig)):
         before, after = getattr(source, key), getattr(target, key)
         if key not in ("name", "moe", "init_std") and before != after:
             raise BadInput(
@@ -423,7 +434,7 @@ def _check_pair(tensors: Tensors, source: ModelConfig, target: ModelConfig, rout
         raise BadInput(f"router.name={router.name} has no row per expert that could be kept or copied.")
     _check_body(source, target)
     _check_plain(source.moe)
-    for key in (each.name for each in dataclasses.fields(MoEConfig)):
+    for key in (field.name for field in dataclasses.fields(MoEConfig)):
         before, after = getattr(source.moe, key), getattr(target.moe, key)
         if key not in ("n_experts", "k", "n_experts_by_layer", "k_by_layer") and before != after:
             raise BadInput(f"model.moe.{key}={after} of the target differs from the source's {before}.")

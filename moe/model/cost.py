@@ -80,7 +80,7 @@ def flops(cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0
             moe = layer_moe(cfg, layer)
             taken = _proper(rows_per_token(router, moe, cfg.context), moe)
             experts = taken * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
-            routing = facts(router).flops(router, moe, d, cfg.context)
+            routing = facts(router).forward_flops(router, moe, d, cfg.context)
             share, mlp = moe.depth, experts + d * moe.shared_gate
         attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
         total += share * (attention + 2 * mlp + routing) + (2 * d if share < 1 else 0)
