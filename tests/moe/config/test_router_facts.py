@@ -123,15 +123,15 @@ def test_experts_compute_as_many_rows_as_is_said(name, make_layer):
     """Of who takes exactly K on average; the others are counted as if they did."""
     preset = PRESETS[name]
     layer, moe = _layer(make_layer, preset)
-    said = rows_per_token(preset.router, moe, CONTEXT)
-    if facts(preset.router).choices == "mixture":
-        assert said == 8 * soft_slots(preset.router, moe, CONTEXT) / CONTEXT
-    else:
-        assert said == moe.k
-    if facts(preset.router).choices in ("k", "ragged", "mixture"):
-        report = layer.eval()(_x(), "torch", tokens_BS=_ids())[1]
-        exact = preset.router.causal == "none"  # else about as many, once it has learnt
-        assert not exact or report.count_E.sum() == said * N_SEQUENCES * CONTEXT
+    said, decision = rows_per_token(preset.router, moe, CONTEXT), _decide(layer.eval().router)
+    if isinstance(decision, Mixture):
+        n_sequences, _, n_experts, n_slots = decision.dispatch_BSEP.shape
+        assert n_slots == soft_slots(preset.router, moe, CONTEXT)
+        assert said * N_SEQUENCES * CONTEXT == n_sequences * n_experts * n_slots
+        return
+    assert said == moe.k
+    if facts(preset.router).choices in ("k", "ragged") and preset.router.causal == "none":
+        assert (decision.expert >= 0).sum() == said * N_SEQUENCES * CONTEXT
 
 
 class _Watched:
