@@ -7,6 +7,7 @@ A command is a function of its config:
     def main(cfg: Config) -> None: ...
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -24,13 +25,14 @@ import hydra
 from hydra._internal.utils import get_args_parser  # what hydra.main itself reads the command line with
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config.parse import nearest, parse
+from moe.config.parse import lookup, nearest, parse
 from moe.config.run import Config, build
 from moe.errors import BadInput
 
@@ -185,6 +187,22 @@ def check_key(schema: type, key: str) -> None:
         if part not in valid:
             raise BadInput(f"{path}{part} is not a setting; {nearest(part, valid, path)}.")
         hint, path = typing.get_type_hints(hint)[part], f"{path}{part}."
+
+
+def keys_given() -> list[str]:
+    """The settings and groups that the command line of the running command gives, by their keys."""
+    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
+def overlay(own: Config, cfg: Config, keys: list[str]) -> Config:
+    """`own` with the settings and groups that `keys` name taken from `cfg`."""
+    own = copy.deepcopy(own)
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        group = lookup(own, path) if path else own
+        if hasattr(group, name):  # a group may be null in one of the two
+            setattr(group, name, lookup(cfg, key))
+    return own
 
 
 def sentence(error: BaseException) -> str:

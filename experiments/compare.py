@@ -44,8 +44,6 @@ from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
 from moe.train.loop import train
 
-HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
-
 
 @dataclass
 class CompareConfig(Config):
@@ -73,7 +71,7 @@ def main(cfg: CompareConfig) -> sweep_table.Job:
         cfg = one_of_many(cfg, hydra.runtime.choices)
     result = compare(cfg, overrides=sys.argv[1:])
     print()
-    tables.print_table(HEADINGS, result.table)
+    tables.print_table(verdict.HEADINGS, result.table)
     for sentence in result.sentences:
         print(sentence)
     print(f"page: {Path(result.folder, 'index.html')}")
@@ -132,7 +130,7 @@ def compare(
     # What they say, for people and for machines.
     twin = run_config.fingerprint(dataclasses.replace(dense, seed=0))
     result = describe(cfg, folder, pairs, command_line(overrides), twin)
-    write_atomically(folder / "table.md", tables.markdown(HEADINGS, result.table))
+    write_atomically(folder / "table.md", tables.markdown(verdict.HEADINGS, result.table))
     write_atomically(folder / "index.html", compare_page.render(pairs, result))
     write_json(folder / "compare.json", dataclasses.asdict(result))
     return result

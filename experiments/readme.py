@@ -9,10 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import compare, routers
-from experiments.pages import sweep_table
+from experiments.pages import router_table, sweep_table
 from experiments.pages.tables import markdown
-from experiments.stats.verdict import Comparison
+from experiments.stats import verdict
 from experiments.suites import cases, evidence, train_step
 from experiments.suites import routing as routing_suite
 from moe.run.jsonl import record
@@ -55,8 +54,8 @@ def read(name: str) -> dict[str, Any]:
 
 def comparison(name: str) -> str:
     """A comparison's verdict and its table, with the command that made it, from a results file."""
-    result = record(Comparison, read(name), name)
-    table = markdown(compare.HEADINGS, result.table)
+    result = record(verdict.Comparison, read(name), name)
+    table = markdown(verdict.HEADINGS, result.table)
     source = f"`{result.command}`, {commit(dataclasses.asdict(result))}"
     return f"> {' '.join(result.sentences)}\n\n{table}\n{source}\n"
 
@@ -83,7 +82,7 @@ def routing(found: list[dict[str, Any]]) -> str:
 
 def all_routers() -> str:
     """What every file of conf/router is."""
-    table = markdown(routers.HEADINGS, routers.rows(), routers.LEFT)
+    table = markdown(router_table.HEADINGS, router_table.rows(), router_table.LEFT)
     text = (
         "Each file here is a word for `router=...`: a router with the balance and the experts it comes with. How they\n"
         "compare is in the [README](../../README.md), what each setting means in `moe/config/router.py`."

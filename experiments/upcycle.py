@@ -28,10 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-
 from experiments import cli
-from experiments.train import overlay
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
@@ -82,8 +79,7 @@ class UpcycleConfig(Config):
 @cli.command("upcycle", UpcycleConfig, verbatim=("source", "run"), complete=False)
 def main(cfg: UpcycleConfig) -> None:
     """Write the new run's folder and say how to train it."""
-    given = [each.lstrip("+~").partition("=")[0] for each in HydraConfig.get().overrides.task]
-    create(cfg, given)
+    create(cfg, cli.keys_given())
 
 
 def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Config:
@@ -117,7 +113,7 @@ def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Confi
     else:
         moe.n_experts = _resized(cfg.method, moe.n_experts)
         moe.n_experts_by_layer = [_resized(cfg.method, each) for each in moe.n_experts_by_layer]
-    own = overlay(own, cfg, keys)
+    own = cli.overlay(own, cfg, keys)
     own.resume = False
     if cfg.method == "dense":
         own.model.moe = None  # its d_ff is known once it is made

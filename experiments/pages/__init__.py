@@ -3,4 +3,5 @@
 tables        one table, two readers
 sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
+router_table  a line per file of conf/router
 """

@@ -144,6 +144,9 @@ def reach(run: Run, other: Run, axis: int) -> float | None:
     return first_reach(curve[axis], curve[2], other.summary.val.loss)
 
 
+HEADINGS = ("", "MoE", "dense twin", "MoE against twin")  # of the cells of a row
+
+
 def cells(row: Row) -> tuple[str, str, str, str]:
     """What the table says of a row: label, MoE, twin, and their difference or ratio. Over several seeds a
     value is a mean ± half its 95% interval."""

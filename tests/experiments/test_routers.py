@@ -1,47 +1,10 @@
-"""Claims about the table of routers, printed and in conf/router/README.md."""
+"""Claims about the command that prints the table of routers."""
 
 import sys
 
 import pytest
 
-from experiments import readme, routers
-from tests.conftest import PRESETS
-
-
-def _rows():
-    return {name: cells for name, *cells in routers.rows()}
-
-
-def test_every_file_has_a_row_of_its_own_that_says_what_it_does():
-    found = _rows()
-    assert found.keys() == PRESETS.keys()
-    said = [cells[0] for cells in found.values()]
-    assert len(set(said)) == len(said)
-    assert all(len(each) > 25 for each in said)
-
-
-def test_who_sees_later_tokens_is_what_the_table_says():
-    found = _rows()
-    assert {name for name, cells in found.items() if cells[3] == "seen"} == {"expert-choice", "soft"}
-    assert {name for name, cells in found.items() if cells[2] == "seen"} == {
-        "base", "expert-choice", "expert-choice-predictor", "expert-choice-threshold", "mod", "sinkhorn", "soft",
-    }  # fmt: skip
-
-
-def test_how_many_experts_a_token_takes_and_what_balances_them_come_from_the_composed_settings():
-    found = {name: (cells[1], cells[4]) for name, cells in _rows().items()}
-    assert found["softmax"] == ("K", "aux")
-    assert found["switch"] == ("1", "aux, capacity")
-    assert found["gshard"] == ("2", "aux, capacity")
-    assert found["dense"] == ("all", "aux")
-    assert found["moepp"] == ("K of E + 4", "aux")
-    assert found["relu"] == ("as many as it wants", "none")
-    assert found["sigmoid-bias"] == ("K", "bias_rate")
-    assert found["soft"] == ("a mix of all", "none")
-
-
-def test_the_page_beside_the_files_is_the_table():
-    assert readme.ROUTERS.read_text() == readme.all_routers()
+from experiments import routers
 
 
 def test_the_command_prints_the_rows_asked_for(monkeypatch, capsys):
