@@ -1,21 +1,27 @@
-"""Every way a prepared corpus can be damaged is refused, with the file named, before a token of it is used."""
+"""Claims about moe/data/shards.py: they decode to what was packed, and every way they can be damaged is refused, with
+the file named, before a token is used."""
 
 import hashlib
 import json
+import multiprocessing
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import moe.data.prepare
 import moe.data.shards
 from moe.config.data import CleanConfig, DataConfig, TokenizerConfig
 from moe.data.loader import Loader
-from moe.data.prepare import prepare
-from moe.data.shards import Dataset
+from moe.data.prepare import prepare, split_documents
+from moe.data.shards import Dataset, Split
+from moe.data.sources import Document
 from moe.errors import BadInput
+from tests.moe.data.small_corpora import all_tokens, documents_of, same, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +222,76 @@ def test_a_corpus_altered_with_checksums_that_agree_is_refused_by_the_checkpoint
     loader = Loader(Dataset(folder).split("train"), 4, 32, 0)
     with pytest.raises(BadInput, match=r"the hash of the prepared corpus .* changed since the checkpoint"):
         loader.check_state(state)
+
+
+def test_shards_decode_back_to_the_documents_with_their_domains(prepare_documents):
+    documents = [*documents_of(120), Document("long " * 400, "verse", "longer than a shard")]
+    dataset = prepare_documents(documents)
+    assert len(list(dataset.folder.glob("train-*.bin"))) > 3
+    found = texts_of(dataset, "train") + texts_of(dataset, "val")
+    assert Counter(found) == Counter((each.text, each.domain) for each in documents)
+
+
+@pytest.mark.parametrize("tokenizer", [TokenizerConfig("char"), TokenizerConfig("bpe", 300)])
+def test_shards_of_every_tokenizer_decode_back(prepare_documents, tokenizer):
+    documents = documents_of(60)
+    dataset = prepare_documents(documents, tokenizer)
+    assert {text for text, _ in texts_of(dataset, "val")} <= {each.text for each in documents}
+    assert Dataset(dataset.folder).tokenizer.fingerprint == dataset.manifest["tokenizer"]
+
+
+def test_a_vocabulary_over_65536_is_stored_in_four_bytes(prepare_documents, monkeypatch):
+    kanji = [Document(chr(0x20000 + i) * 3, "prose", str(i)) for i in range(200)]
+    large = moe.data.prepare.train(TokenizerConfig("char"), ["".join(map(chr, range(0x20000, 0x20000 + 65536)))])
+    monkeypatch.setattr(moe.data.prepare, "train", lambda cfg, texts: large)
+    dataset = prepare_documents(kanji)
+    assert dataset.manifest["dtype"] == "uint32"
+    assert {text for text, _ in texts_of(dataset, "train") + texts_of(dataset, "val")} == {each.text for each in kanji}
+
+
+def test_the_manifest_counts_what_is_there(prepare_documents):
+    documents = documents_of(120)
+    dataset = prepare_documents(documents, TokenizerConfig("bpe", 300))
+    for name, splits in split_documents(documents, 0.2).items():
+        counts = dataset.manifest["splits"][name]
+        assert counts["documents"] == len(splits)
+        assert counts["bytes"] == sum(len(each.text.encode()) for each in splits)
+        assert counts["tokens"] == len(all_tokens(dataset, name)) == dataset.split(name).n_tokens
+        for domain, each in counts["domains"].items():
+            texts = [one.text for one in splits if one.domain == domain]
+            assert each["documents"] == len(texts)
+            assert each["tokens"] == sum(len(dataset.tokenizer.encode(text)) + 1 for text in texts)
+
+
+def test_windows_read_across_shards_as_if_they_were_one_array(dataset):
+    tokens = all_tokens(dataset, "train")
+    split = dataset.split("train")
+    for context in (1, 7, 300, 1500):
+        assert split.n_windows(context) == (len(tokens) - 1) // context
+        starts = np.arange(split.n_windows(context)) * context
+        read, _ = split.read(starts, context)
+        assert read.dtype == np.int64
+        assert read.tolist() == [tokens[i : i + context + 1] for i in starts.tolist()]
+
+
+def test_the_domain_of_every_target_is_its_documents(dataset):
+    expected = [
+        domain
+        for text, domain in texts_of(dataset, "train")
+        for _ in range(len(text.encode()) + 1)  # bytes, and the end-of-text token
+    ]
+    split = dataset.split("train")
+    _, domain = split.read(np.arange(split.n_windows(13)) * 13, 13)
+    assert domain.dtype == np.uint8
+    assert [dataset.domains[i] for i in domain.flatten()] == expected[1 : 1 + domain.size]
+
+
+def test_a_split_survives_being_sent_to_a_worker_that_does_not_fork(dataset):
+    context = multiprocessing.reduction.ForkingPickler
+    sent = context.loads(context.dumps(dataset.split("train")))
+    assert isinstance(sent, Split)
+    assert (
+        len(context.dumps(dataset.split("train")))
+        < 2 * sum(path.stat().st_size for path in dataset.folder.glob("train-*.npy")) + 5000
+    )
+    assert same(Loader(sent, 4, 32, 0).batch(3), Loader(dataset.split("train"), 4, 32, 0).batch(3))

@@ -1,0 +1,167 @@
+"""Claims about moe/data/loader.py: which windows a batch has, and going on from a state."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from moe.data.loader import Loader, validation_starts
+from moe.data.shards import Dataset
+from moe.errors import BadInput
+from tests.moe.data.small_corpora import all_tokens, documents_of, same
+
+
+def oracle_batch(dataset: Dataset, step: int, B: int, S: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Inputs and targets from the definition, out of one plain list of tokens."""
+    tokens = all_tokens(dataset, "train")
+    windows = (len(tokens) - 1) // S
+    inputs, targets = [], []
+    for n in range(step * B, step * B + B):
+        epoch, position = n // windows, n % windows
+        key = np.random.SeedSequence(seed, spawn_key=(epoch,))
+        i = int(np.random.Generator(np.random.Philox(key)).permutation(windows)[position])
+        inputs.append(tokens[i * S : i * S + S])
+        targets.append(tokens[i * S + 1 : i * S + S + 1])
+    return inputs, targets
+
+
+def test_batches_equal_the_definition_across_epochs(dataset):
+    B, S, seed = 8, 64, 3
+    loader = Loader(dataset.split("train"), B, S, seed)
+    assert loader.n_windows < 40 * B
+    for step in (0, 1, 17, 39, 40, 10**6, 5):
+        batch = loader.batch(step)
+        inputs, targets = oracle_batch(dataset, step, B, S, seed)
+        assert (batch.tokens_BS.tolist(), batch.targets_BS.tolist()) == (inputs, targets)
+        assert (batch.tokens_BS.dtype, batch.targets_BS.dtype) == (torch.int64, torch.int64)
+        assert batch.domain_BS.shape == (B, S)
+        assert batch.domain_BS.dtype == torch.uint8
+
+
+def test_a_batch_larger_than_the_epoch_is_served(dataset):
+    loader = Loader(dataset.split("train"), 25, 1500, 0)
+    assert loader.n_windows < 12
+    assert loader.batch(1).tokens_BS.tolist() == oracle_batch(dataset, 1, 25, 1500, 0)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterating_gives_the_same_batches_for_any_number_of_workers_and_ends_them(dataset, workers):
+    loader = Loader(dataset.split("train"), 8, 64, 3, workers)
+    children = len(psutil.Process().children())
+    batches = loader.iterate(30)
+    for step in range(30, 50):
+        assert same(next(batches), loader.batch(step))
+    assert len(psutil.Process().children()) == children + workers
+    batches.close()
+    assert len(psutil.Process().children()) == children
+
+
+def test_iterating_leaves_the_global_random_state_alone(dataset):
+    before = torch.get_rng_state()
+    next(Loader(dataset.split("train"), 8, 64, 3).iterate(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_epoch_visits_each_window_once_in_an_order_of_its_own(dataset):
+    S = 16
+    split = dataset.split("train")
+    loader = Loader(split, 1, S, 0)
+    window = {tuple(row): i for i, row in enumerate(split.read(np.arange(loader.n_windows) * S, S)[0][:, :S].tolist())}
+    # The text repeats words, so a few windows are equal: count them as they come.
+    expected = Counter(map(tuple, split.read(np.arange(loader.n_windows) * S, S)[0][:, :S].tolist()))
+    orders = []
+    for epoch in range(3):
+        rows = [
+            tuple(batch.tokens_BS[0].tolist())
+            for batch in islice(loader.iterate(epoch * loader.n_windows), loader.n_windows)
+        ]
+        assert Counter(rows) == expected
+        orders.append([window[row] for row in rows])
+    assert orders[0] != orders[1] != orders[2] != sorted(orders[2])
+
+
+def test_no_more_than_two_epochs_orders_are_kept(dataset):
+    loader = Loader(dataset.split("train"), 8, 64, 0)
+    for step in (0, 100, 200, 300, 50):
+        loader.batch(step)
+    assert len(loader._orders) == 2
+
+
+def test_different_seeds_give_different_orders(dataset):
+    one, other = (Loader(dataset.split("train"), 8, 64, seed).batch(0) for seed in (0, 1))
+    assert not same(one, other)
+
+
+def test_resuming_from_a_step_gives_the_batches_that_would_have_followed(dataset):
+    uninterrupted = list(islice(Loader(dataset.split("train"), 8, 64, 3).iterate(0), 45))
+    state = json.loads(json.dumps(Loader(dataset.split("train"), 8, 64, 3).state(20)))
+    resumed = Loader(Dataset(dataset.folder).split("train"), 8, 64, 3, workers=2)
+    resumed.check_state(state)
+    batches = resumed.iterate(state["step"])
+    assert all(same(next(batches), batch) for batch in uninterrupted[20:])
+    batches.close()
+
+
+def test_the_state_says_epoch_and_position(dataset):
+    loader = Loader(dataset.split("train"), 8, 64, 3)
+    state = loader.state(50)
+    assert state["epoch"] * loader.n_windows + state["position"] == 400
+    assert state["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 4}, r"train\.batch_size changed .* 8 and is now 4"),
+        ({"context": 32}, r"model\.context changed .* 64 and is now 32"),
+        ({"seed": 4}, r"seed changed .* 3 and is now 4"),
+    ],
+)
+def test_a_setting_that_changed_since_the_checkpoint_is_named(dataset, change, named):
+    settings = {"batch_size": 8, "context": 64, "seed": 3}
+    state = Loader(dataset.split("train"), **settings).state(20)
+    with pytest.raises(BadInput, match=named):
+        Loader(dataset.split("train"), **(settings | change)).check_state(state)
+
+
+@pytest.mark.parametrize("key", ["dataset", "order", "epoch", "position"])
+def test_every_other_part_of_the_state_is_checked(dataset, key):
+    loader = Loader(dataset.split("train"), 8, 64, 3)
+    for altered in ("something else", None):
+        with pytest.raises(BadInput, match=f"{key}|corpus"):
+            loader.check_state(loader.state(20) | {key: altered})
+    for step in (None, -1, "3"):
+        with pytest.raises(BadInput, match="step="):
+            loader.check_state(loader.state(20) | {"step": step})
+
+
+def test_a_corpus_that_changed_since_the_checkpoint_is_refused(prepare_documents):
+    state = Loader(prepare_documents(documents_of(60)).split("train"), 8, 64, 3).state(20)
+    with pytest.raises(BadInput, match=r"the hash of the prepared corpus .* changed since the checkpoint"):
+        Loader(prepare_documents(documents_of(61)).split("train"), 8, 64, 3).check_state(state)
+
+
+def test_a_split_shorter_than_one_sequence_is_refused_with_its_length(dataset):
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        with pytest.raises(BadInput, match=rf"the {name} split has {split.n_tokens} tokens.*model\.context=100000"):
+            Loader(split, 8, 100_000, 0)
+        with pytest.raises(BadInput, match=str(split.n_tokens)):
+            validation_starts(split, split.n_tokens, 1000)
+        assert len(validation_starts(split, split.n_tokens - 1, 1000)) == 1
+
+
+def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
+    split, S = dataset.split("val"), 16
+    windows = split.n_windows(S)
+    for n_tokens, count in [(1, 1), (S, 1), (5 * S, 5), (5 * S + 3, 5), (10**9, windows), (windows * S, windows)]:
+        starts = validation_starts(split, S, n_tokens)
+        assert len(starts) == count
+        assert (np.diff(starts) >= S).all()
+        assert starts[-1] + S + 1 <= split.n_tokens
+        assert np.ptp(np.diff(starts)) <= S if count > 1 else True
+        assert starts[-1] >= (windows - windows / count - 1) * S
