@@ -588,33 +588,6 @@ def test_experts_that_choose_every_token_are_the_dense_mixture(make_layer, backe
 
 
 @BACKENDS
-def test_cheap_experts_that_nobody_chooses_change_nothing(make_layer, backend):
-    cfg = RouterConfig("sigmoid", selection_bias=True)
-    plain = make_layer(cfg, n_experts=8, k=3)
-    other = make_layer(cfg, n_experts=8, k=3, n_null=1, n_copy=1, n_constant=2)
-    with torch.no_grad():
-        other.router.bias_E[:8], other.router.bias_E[8:] = plain.router.bias_E, -100
-        other.router.w_ED[:8] = plain.router.w_ED
-    other.experts.load_state_dict(plain.experts.state_dict())
-    (out, report), (expected, _) = _run(other, _x(), backend), _run(plain, _x(), backend)
-    torch.testing.assert_close(out, expected, **EXACT)
-    assert report.count_E[8:].sum() == 0
-
-
-@BACKENDS
-def test_cheap_experts_alone_give_nothing_the_token_or_a_mix(make_layer, backend):
-    cfg = RouterConfig("sigmoid", selection_bias=True, renormalize=True)
-    layer, x = make_layer(cfg, n_experts=5, k=1, n_null=1, n_copy=1, n_constant=1), _x()
-    mix = (x @ layer.cheap.mix.weight.T).softmax(-1)
-    expected = [0 * x, x, mix[..., :1] * x + mix[..., 1:] * layer.cheap.v_ZD[0]]
-    for e, each in enumerate(expected, start=5):
-        layer.router.bias_E.zero_()[e] = 100.0
-        out, report = _run(layer, x, backend)
-        assert report.count_E[e] == 18
-        torch.testing.assert_close(out, each, **EXACT)
-
-
-@BACKENDS
 def test_equal_widths_are_one_width(make_layer, preset, backend):
     one = _layer(make_layer, preset, training=True)
     other = _layer(make_layer, preset, training=True, widths=[7] * 8)

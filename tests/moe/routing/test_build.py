@@ -1,14 +1,16 @@
-"""The router family: what the formulas leave to the module."""
+"""The router family: which class a name means, a router of one's own, and what the formulas leave to the module."""
+
+import sys
 
 import pytest
 import torch
 
+from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.routing.build import build_router
-from moe.routing.contract import Routing
-from moe.routing.token_choice import TopKRouter
+from moe.routing.build import build_router, router_class
+from moe.routing.token_choice import HashRouter, TopKRouter
 
 
 def _router(cfg, d=6, n_experts=5, k=3, dtype=torch.float64):
@@ -78,14 +80,6 @@ def test_scores_that_all_underflow_give_no_nan():
     assert routing.weight.isfinite().all()
 
 
-def test_rows_name_every_choice_in_token_order():
-    expert, weight = torch.tensor([[2, 0], [1, -1]]), torch.tensor([[0.5, 0.25], [1.0, 0.0]])
-    fixed = Routing(expert, weight, None, torch.zeros(2, 3), torch.zeros(2), torch.zeros(3))
-    assert [each.tolist() for each in fixed.rows()] == [[0, 0, 1, 1], [2, 0, 1, -1], [0.5, 0.25, 1.0, 0.0]]
-    ragged = Routing(torch.tensor([2, 1]), torch.tensor([1.0, 2.0]), torch.tensor([1, 1]), *fixed[3:])
-    assert [each.tolist() for each in ragged.rows()] == [[1, 1], [2, 1], [1.0, 2.0]]
-
-
 def test_a_router_that_cannot_be_imported_is_refused():
     with pytest.raises(BadInput, match=r"router\.name=no_such:Router cannot be imported"):
         build_router(RouterConfig(name="no_such:Router"), 4, MoEConfig())
@@ -94,3 +88,67 @@ def test_a_router_that_cannot_be_imported_is_refused():
     ):
         build_router(RouterConfig(name="moe.routing.build:build_router"), 4, MoEConfig())
     assert isinstance(build_router(RouterConfig(name="sigmoid"), 4, MoEConfig()), TopKRouter)
+
+
+OWN = '''
+import torch
+from moe.routing.contract import Router, Routing
+
+class First(Router):
+    """Every token to the experts from options.first on."""
+
+    def forward(self, x_TD, backend, context):
+        expert_K = torch.arange(self.k) + self.cfg.options["first"]
+        weight = x_TD.new_full((len(x_TD), self.k), 1 / self.k)
+        return Routing(expert_K.expand(len(x_TD), self.k), weight, None)
+
+class Plain:
+    pass
+
+number = 3
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module with a router on the path."""
+    (tmp_path / "switchyard_own_router.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "switchyard_own_router"
+    sys.modules.pop("switchyard_own_router", None)
+
+
+def test_a_router_of_ones_own_runs_in_a_model_and_reads_its_options(own, make_model, tokens):
+    cfg = RouterConfig(f"{own}:First", options={"first": 2})
+    validate([MoEConfig(n_experts=5, k=3)], cfg, BalanceConfig())
+    model = make_model(cfg)
+    out = model(tokens)
+    assert out.logits_BSV.isfinite().all()
+    for each in out.routing:
+        assert each.count_E.tolist() == [0, 0, 22, 22, 22]
+        assert each.aux == each.z == 0
+    out.logits_BSV.sum().backward()
+
+
+@pytest.mark.parametrize("name", [":Missing", ":Plain", ":number", ":", "", ":First.forward"])
+def test_what_is_no_router_is_refused(own, name):
+    with pytest.raises(BadInput, match=r"router\.name"):
+        router_class(own + name)
+
+
+@pytest.mark.parametrize("name", ["no_such_module_here:Router", ":Router", "nothing", "..:x", "os:path"])
+def test_a_module_that_is_none_is_refused(name):
+    with pytest.raises(BadInput, match=r"router\.name"):
+        router_class(name)
+
+
+def test_a_module_that_fails_to_import_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "switchyard_broken_router.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadInput, match="a_module_that_is_not_there"):
+        router_class("switchyard_broken_router:Router")
+
+
+def test_the_librarys_own_are_found_by_name():
+    assert router_class("softmax") is router_class("sigmoid") is TopKRouter
+    assert router_class("hash") is HashRouter

@@ -1,7 +1,6 @@
 """The token-choice routers against oracles of their own: loops over numbers, frequencies within five deviations."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -9,15 +8,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe.config.balance import BalanceConfig, validate
+from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.config.train import OptimConfig
-from moe.errors import BadInput
-from moe.routing.build import build_router, router_class
+from moe.routing.build import build_router
 from moe.routing.contract import UNUSED, Context
-from moe.routing.token_choice import MIXER_EPS, HashRouter, TopKRouter, sparsemixer
-from moe.train.optimizer import build_optimizer
+from moe.routing.token_choice import MIXER_EPS, HashRouter, sparsemixer
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 E, D, K = 5, 6, 3
@@ -60,69 +56,6 @@ def _near(hits, probability, message=""):
     probability = np.broadcast_to(probability, hits.shape).astype(float)
     deviation = math.sqrt((probability * (1 - probability)).sum())
     assert abs(hits.sum() - probability.sum()) <= 5 * deviation + 1e-9, (message, hits.sum(), probability.sum())
-
-
-# --- Logits -----------------------------------------------------------------------------------------------------------
-
-
-def test_cosine_logits_are_the_cosine_over_the_temperature_times_the_gain():
-    router, x = _router(RouterConfig(logits="cosine")), _x()
-    assert router.gain.item() == 1
-    with torch.no_grad():
-        router.gain.fill_(1.7)
-    w = router.w_ED.detach().numpy()
-    expected = [
-        [1.7 / 0.3 * (t @ e) / (math.sqrt((t * t).sum()) * math.sqrt((e * e).sum())) for e in w] for t in x.numpy()
-    ]
-    torch.testing.assert_close(router.logits(x), torch.tensor(expected, dtype=torch.float64), **EXACT)
-    torch.testing.assert_close(router.logits(10 * x), router.logits(x), **EXACT)
-    assert (router.logits(0 * x) == 0).all()
-    router.logits(x).square().sum().backward()
-    assert router.gain.grad.abs() > 0
-
-
-@pytest.mark.parametrize("logits", ["linear", "cosine"])
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p", "relu"])
-def test_every_linear_router_reads_the_same_logits(name, logits):
-    cfg, plain = RouterConfig(name, logits=logits), RouterConfig(logits=logits)
-    assert torch.equal(_route(_router(cfg), _x()).logits_TE, _router(plain).logits(_x()))
-
-
-@pytest.mark.parametrize("name", ["softmax", "threshold", "top-p", "relu"])
-def test_jitter_multiplies_every_element_within_its_bounds_in_training_only(name):
-    router, x = _router(RouterConfig(name, jitter=0.3)), _x(400)
-    torch.manual_seed(0)
-    ratio = router.train().jittered(x) / x
-    assert ratio.min() >= 0.7 - 1e-12
-    assert ratio.max() <= 1.3 + 1e-12
-    # Uniform: mean 1 and variance 0.3² / 3, the former within five deviations of a mean of 2,400 draws.
-    deviation = 0.3 / math.sqrt(3)
-    assert abs(ratio.mean() - 1) < 5 * deviation / math.sqrt(ratio.numel())
-    assert abs(ratio.std() - deviation) < 0.1 * deviation
-    assert router.eval().jittered(x) is x
-    training, evaluation = (_route(router.train(mode), x).logits_TE for mode in (True, False))
-    assert not torch.equal(training, evaluation)
-    assert torch.equal(evaluation, x @ router.w_ED.T)
-
-
-def test_noise_has_the_learned_size_and_is_independent():
-    router, x = _router(RouterConfig(noisy=True)), _x(4000)
-    routing = _route(router, x)
-    size = np.log1p(np.exp(x.numpy() @ router.w_noise_ED.detach().numpy().T))
-    unit = (routing.logits_TE - x @ router.w_ED.T).detach().numpy() / size
-    n = len(x)
-    assert (np.abs(unit.mean(0)) < 5 / math.sqrt(n)).all()
-    assert (np.abs(unit.var(0) - 1) < 5 * math.sqrt(2 / n)).all()
-    correlation = np.corrcoef(unit.T) - np.eye(E)
-    assert (np.abs(correlation) < 5 / math.sqrt(n)).all()
-    assert (np.abs(unit) > 2).mean() == pytest.approx(0.0455, abs=0.008)
-    assert list(routing.losses) == ["load"]
-    # the choice is made by the noisy logits, the weights are theirs too
-    assert torch.equal(routing.expert, routing.logits_TE.sort(descending=True, stable=True).indices[:, :K])
-    torch.testing.assert_close(routing.weight, routing.logits_TE.gather(1, routing.expert).softmax(-1), **EXACT)
-    still = _route(router.eval(), x)
-    assert torch.equal(still.logits_TE, x @ router.w_ED.T)
-    assert not still.losses
 
 
 # --- The second expert ------------------------------------------------------------------------------------------------
@@ -368,7 +301,7 @@ def test_the_l1_coefficient_grows_when_tokens_take_more_than_k_experts(rows, fac
     assert "l1" not in dict(router.named_parameters())
 
 
-# --- No scores, no gradient -------------------------------------------------------------------------------------------
+# --- No scores -------------------------------------------------------------------------------------------------------
 
 
 def _hash(layer=0, vocab=500, n_experts=E, k=K, scale=1.0):
@@ -410,87 +343,3 @@ def test_hash_differs_by_layer_vocabulary_and_number_of_experts():
 def test_hash_without_ids_is_refused():
     with pytest.raises(AssertionError, match="reads token ids"):
         _hash()(_x(), "reference", Context())
-
-
-@pytest.mark.parametrize("cfg", [RouterConfig(frozen=True), RouterConfig(frozen=True, noisy=True, logits="cosine")])
-def test_a_frozen_router_has_no_gradient_and_no_optimizer(make_model, tokens, cfg):
-    model = make_model(cfg)
-    optimizer = build_optimizer(model, OptimConfig())
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    model(tokens).logits_BSV.square().sum().backward()
-    for name, p in model.named_parameters():
-        frozen = ".router." in name
-        assert (p.grad is None) == frozen, name
-        assert (id(p) in held) != frozen, name
-
-
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p"])
-def test_frozen_is_read_by_every_router_that_says_so(name):
-    assert not _router(RouterConfig(name, frozen=True)).w_ED.requires_grad
-    assert _router(RouterConfig(name)).w_ED.requires_grad
-
-
-# --- A router of one's own --------------------------------------------------------------------------------------------
-
-OWN = '''
-import torch
-from moe.routing.contract import Router, Routing
-
-class First(Router):
-    """Every token to the experts from options.first on."""
-
-    def forward(self, x_TD, backend, context):
-        expert_K = torch.arange(self.k) + self.cfg.options["first"]
-        weight = x_TD.new_full((len(x_TD), self.k), 1 / self.k)
-        return Routing(expert_K.expand(len(x_TD), self.k), weight, None)
-
-class Plain:
-    pass
-
-number = 3
-'''
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A module with a router on the path."""
-    (tmp_path / "switchyard_own_router.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "switchyard_own_router"
-    sys.modules.pop("switchyard_own_router", None)
-
-
-def test_a_router_of_ones_own_runs_in_a_model_and_reads_its_options(own, make_model, tokens):
-    cfg = RouterConfig(f"{own}:First", options={"first": 2})
-    validate([MoEConfig(n_experts=5, k=3)], cfg, BalanceConfig())
-    model = make_model(cfg)
-    out = model(tokens)
-    assert out.logits_BSV.isfinite().all()
-    for each in out.routing:
-        assert each.count_E.tolist() == [0, 0, 22, 22, 22]
-        assert each.aux == each.z == 0
-    out.logits_BSV.sum().backward()
-
-
-@pytest.mark.parametrize("name", [":Missing", ":Plain", ":number", ":", "", ":First.forward"])
-def test_what_is_no_router_is_refused(own, name):
-    with pytest.raises(BadInput, match=r"router\.name"):
-        router_class(own + name)
-
-
-@pytest.mark.parametrize("name", ["no_such_module_here:Router", ":Router", "nothing", "..:x", "os:path"])
-def test_a_module_that_is_none_is_refused(name):
-    with pytest.raises(BadInput, match=r"router\.name"):
-        router_class(name)
-
-
-def test_a_module_that_fails_to_import_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "switchyard_broken_router.py").write_text("import a_module_that_is_not_there\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BadInput, match="a_module_that_is_not_there"):
-        router_class("switchyard_broken_router:Router")
-
-
-def test_the_librarys_own_are_found_by_name():
-    assert router_class("softmax") is router_class("sigmoid") is TopKRouter
-    assert router_class("hash") is HashRouter

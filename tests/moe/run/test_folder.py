@@ -1,7 +1,6 @@
 """Claims about a run's folder: what is refused leaves everything as it was, and what is there is whole."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from moe.config.run import Config
 from moe.data.prepare import prepare
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.run import jsonl
 from moe.run.folder import check_same, create_folder, default_folder, read_config
 from moe.run.summary import read_summary
 from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
@@ -214,44 +212,6 @@ def test_equal_settings_have_an_equal_folder_and_others_another(corpus):
     name = lambda changes: default_folder(settings(corpus, "", changes))
     assert name({}) == name({"log.every": 7}) == name({"data.workers": 2}) == name({"resume": True})
     assert len({name({}), name({"seed": 1}), name({"optim.lr": 1.0}), name({"model.moe": None})}) == 4
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    jsonl.write_atomically(path, "old")
-
-    def full(*arguments):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BadInput, match="cannot be written"):
-        jsonl.write_atomically(path, "new")
-    assert files(tmp_path).keys() == {"file"}
-    assert path.read_text() == "old"
-
-
-def test_lines_are_in_the_file_as_soon_as_they_are_written(tmp_path):
-    lines = jsonl.Lines(tmp_path / "below" / "lines.jsonl")
-    lines.write({"step": 1})
-    assert jsonl.read_lines(lines.path) == [{"step": 1}]
-    lines.close()
-
-
-def test_a_last_line_cut_short_is_left_out_and_later_steps_are_dropped(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 1e-17}\n{"step": 3, "lo')
-    assert [line["step"] for line in jsonl.read_lines(path)] == [1, 2]
-    jsonl.keep_until(path, 1)
-    assert path.read_text() == '{"step": 1, "loss": 0.1}\n'
-    assert jsonl.read_lines(tmp_path / "none") == []
-
-
-def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-    lines = jsonl.Lines(Path("/dev/full"))
-    with pytest.raises(BadInput, match="cannot be written"):
-        lines.write({"step": 1})
 
 
 def test_a_finished_run_has_every_file(finished):

@@ -1,4 +1,4 @@
-"""Claims about resuming: a run that was ended anywhere becomes, bit for bit, the run that was not."""
+"""Claims about a training state: a run that was ended anywhere becomes, bit for bit, the run that was not."""
 
 import dataclasses
 import json
@@ -22,6 +22,7 @@ from moe.run import checkpoint, machine
 from moe.run.checkpoint import Snapshot
 from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
+from moe.train.state import seed_everything
 from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
 
 BIAS = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.01, "balance.aux": 0.0}
@@ -303,3 +304,12 @@ def test_tensors_digest_sees_a_single_bit():
     other = value.clone()
     other.view(torch.int32)[1] ^= 1
     assert tensors_digest({"a": value}) != tensors_digest({"a": other})
+
+
+def test_every_global_generator_is_seeded():
+    drawn = []
+    for seed in (3, 3, 4):
+        seed_everything(seed)
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))

@@ -1,0 +1,67 @@
+"""Which backend is taken where, and why."""
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+
+from kernels import tuning
+from moe.config.router import RouterConfig
+from moe.errors import BadInput
+from moe.model import dispatch
+
+CPU = torch.device("cpu")
+
+
+def _x(dtype=torch.float64):
+    return torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@pytest.mark.parametrize("interpreting", ["1", "0"])
+def test_auto_on_a_cpu_is_the_torch_backend_and_says_why(monkeypatch, interpreting):
+    monkeypatch.setenv("TRITON_INTERPRET", interpreting)
+    backend, why = dispatch.choose("auto", CPU)
+    assert backend == "torch"
+    assert "no GPU" in why or "need a GPU" in why
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_backend_asked_for_by_name_is_taken(name):
+    assert dispatch.choose(name, CPU) == (name, "as asked")
+
+
+def test_triton_without_a_gpu_is_refused_unless_it_is_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("triton", CPU)[0] == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        BadInput, match=r"dispatch=triton cannot run here: .* need a GPU and the device is cpu .*torch can"
+    ):
+        dispatch.choose("triton", CPU)
+
+
+def test_triton_that_is_missing_or_untested_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
+    with pytest.raises(BadInput, match=r"Triton 3\.5\.1 is installed, and the kernels are tested with 3\.6, 3\.7"):
+        dispatch.choose("triton", CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"Triton is not installed\. dispatch=torch can"):
+        dispatch.choose("triton", CPU)
+
+
+@pytest.mark.parametrize(("found", "expected"), [("sm_90", "triton"), ("sm_70", "torch")])
+def test_auto_on_a_gpu_takes_triton_where_its_kernels_are_built_for_it(found, expected):
+    device = torch.device("cuda")
+    with tuning.target(found):
+        backend, why = dispatch.choose("auto", device)
+        assert backend == expected
+        assert found in why
+        if expected == "torch":
+            with pytest.raises(BadInput, match=f"the GPU is {found}, and the kernels are built for .*sm_90"):
+                dispatch.choose("triton", device)
+
+
+def test_an_unknown_backend_is_refused(make_layer):
+    with pytest.raises(ValueError, match="backend='cuda' is not one of"):
+        make_layer(RouterConfig())(_x(), "cuda")

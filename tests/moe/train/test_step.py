@@ -1,0 +1,199 @@
+"""Claims about one optimiser step: its gradients, its losses, and what routers learn from it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import moe.train.loop
+import moe.train.step
+from moe.config.balance import BalanceConfig
+from moe.data.loader import Batch
+from moe.model.transformer import Transformer
+from moe.run import checkpoint
+from moe.run.jsonl import read_lines
+from moe.train.step import coefficient, compute_gradients
+from tests.small_runs import settings, silent, train
+
+DENSE = {"model.moe": None}
+
+
+def lines_of(corpus, folder, changes: dict[str, Any]):
+    """A run's metrics lines."""
+    train(settings(corpus, folder, changes))
+    return read_lines(folder / "metrics.jsonl")
+
+
+def model_and_batch(corpus, changes: dict[str, Any]):
+    """A config, its initial model in float64, and a batch of random tokens."""
+    cfg = settings(corpus, "", changes | {"model.vocab_size": 257, "dispatch": "torch"})
+    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(0).double()
+    tokens = torch.randint(0, 257, (8, 33), generator=torch.Generator().manual_seed(1))
+    return cfg, model, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(8, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_gradients_of_a_dense_model_are_those_of_the_whole_batch(parts, corpus):
+    found = []
+    for n in (1, parts):
+        cfg, model, batch = model_and_batch(corpus, DENSE | {"train.accumulate": n, "train.batch_size": 8})
+        gradients = compute_gradients(model, batch, cfg)
+        found.append((gradients, {name: p.grad for name, p in model.named_parameters()}))
+    (whole, whole_grads), (split, split_grads) = found
+    for name in whole_grads:
+        torch.testing.assert_close(split_grads[name], whole_grads[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert split.lm_loss == pytest.approx(whole.lm_loss, rel=1e-12)
+    assert split.norm == pytest.approx(whole.norm, rel=1e-9)
+
+
+def test_losses_and_counts_of_micro_batches_are_means_and_sums(corpus):
+    """Against each micro-batch on its own: a balancing loss is of a micro-batch, its mean is of the step."""
+    cfg, model, batch = model_and_batch(corpus, {"train.accumulate": 4, "train.batch_size": 8})
+    result = compute_gradients(model, batch, cfg)
+    alone = []
+    for i in range(4):
+        part = Batch(batch.tokens_BS[2 * i : 2 * i + 2], batch.targets_BS[2 * i : 2 * i + 2], batch.domain_BS)
+        one = settings(corpus, "", {"train.accumulate": 1, "dispatch": "torch"})
+        alone.append(compute_gradients(model, part, one))
+    assert result.lm_loss == pytest.approx(sum(each.lm_loss for each in alone) / 4, rel=1e-12)
+    for name in ("aux", "z"):
+        assert result.losses[name] == pytest.approx(sum(each.losses[name] for each in alone) / 4, rel=1e-12)
+    for layer in range(2):
+        assert torch.equal(result.routing[layer].count_E, sum(each.routing[layer].count_E for each in alone))
+        assert result.routing[layer].count_E.sum() == 8 * 32 * 2  # T tokens, K choices
+        assert result.routing[layer].tokens == 8 * 32
+
+
+def test_the_global_balancing_loss_of_micro_batches_is_the_whole_steps(corpus):
+    """Value and gradient. The batch's own loss is another one as soon as the step has several micro-batches."""
+    changes = {"train.batch_size": 8, "balance.aux": 0.5}
+    found = {}
+    for scope, n in (("global", 1), ("global", 4), ("batch", 1), ("batch", 4)):
+        cfg, model, batch = model_and_batch(corpus, changes | {"balance.scope": scope, "train.accumulate": n})
+        result = compute_gradients(model, batch, cfg)
+        found[scope, n] = result.losses["aux"], {name: p.grad.clone() for name, p in model.named_parameters()}
+    whole_loss, whole_gradients = found["batch", 1]
+    for key in (("global", 1), ("global", 4)):
+        assert found[key][0] == pytest.approx(whole_loss, rel=1e-12), key
+        for name, gradient in whole_gradients.items():
+            torch.testing.assert_close(found[key][1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert abs(found["batch", 4][0] / whole_loss - 1) > 1e-4
+
+
+def _rank(rank: int, corpus, folder, changes) -> None:
+    """One of two processes: its half of the batch, in two micro-batches."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+    result = compute_gradients(model, half, cfg)
+    torch.save([result.losses["aux"], model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_global_balancing_loss_spans_the_ranks(corpus, tmp_path):
+    changes = {"train.batch_size": 8, "balance.aux": 0.5, "balance.scope": "global"}
+    torch.multiprocessing.spawn(_rank, (corpus, tmp_path, changes | {"train.accumulate": 2}), nprocs=2)
+    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    cfg, model, batch = model_and_batch(corpus, changes)
+    whole = compute_gradients(model, batch, cfg)
+    assert sum(losses) / 2 == pytest.approx(whole.losses["aux"], rel=1e-12)
+    expected = model.blocks[0].mlp.router.w_ED.grad
+    torch.testing.assert_close(sum(gradients) / 2, expected, rtol=1e-9, atol=1e-12)
+
+
+LEARNING = {
+    "bias": {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.125},
+    "l1": {"router.name": "relu", "router.l1": 0.5, "balance.aux": 0.0, "balance.z": 0.0},
+    "cut-offs": {"router.name": "expert-choice", "router.causal": "threshold"},
+    "depth": {"model.moe.depth": 0.5},
+}
+
+
+def _learn(model, batch, cfg) -> dict[str, torch.Tensor]:
+    """What the routers of a model know after a step."""
+    moe.train.step.update_routers(model, compute_gradients(model, batch, cfg).routing, cfg.balance, 0.0)
+    return {name: each for name, each in model.named_buffers() if "router." in name or "depth." in name}
+
+
+def _learning_rank(rank: int, corpus, folder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8})
+        half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
+        torch.save(_learn(model, half, cfg), folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_routers_learn_the_same_on_every_rank_and_what_micro_batches_of_one_process_teach(corpus, tmp_path):
+    torch.multiprocessing.spawn(_learning_rank, (corpus, tmp_path), nprocs=2)
+    for name, changes in LEARNING.items():
+        cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8, "train.accumulate": 2})
+        before = {key: each.clone() for key, each in model.named_buffers()}
+        expected = _learn(model, batch, cfg)
+        assert any(not torch.equal(each, before[key]) for key, each in expected.items()), name
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            assert found.keys() == expected.keys()
+            for key, each in expected.items():
+                torch.testing.assert_close(found[key], each, rtol=1e-9, atol=1e-12, msg=f"{name} {key}")
+
+
+def test_a_coefficient_follows_its_schedule():
+    cfg = BalanceConfig(aux=0.5, z=0.25, schedule={"aux": [1.0, 0.0]})
+    assert [coefficient(cfg, "aux", progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]
+    assert coefficient(cfg, "z", 0.5) == 0.25
+    assert coefficient(cfg, "l1", 0.5) == 1.0  # a router's own loss
+
+
+def test_the_gradient_is_of_the_loss_with_the_weighted_balancing_losses(corpus):
+    cfg, model, batch = model_and_batch(corpus, {"balance.aux": 0.3, "balance.z": 0.02})
+    result = compute_gradients(model, batch, cfg)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    output = model(batch.tokens_BS, backend="reference")
+    lm_loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), batch.targets_BS.flatten())
+    loss = lm_loss + sum(0.3 * each.aux + 0.02 * each.z for each in output.routing)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-12, msg=name)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+    assert result.norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_clipping_scales_the_gradient_to_the_limit_and_leaves_a_small_one(corpus):
+    _, model, _ = model_and_batch(corpus, {})
+    for limit, norm_after in ((0.5, 0.5), (5.0, 2.0)):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        model.norm.weight.grad[0] = 2.0
+        moe.train.step.clip(model, 2.0, limit)
+        assert model.norm.weight.grad.norm().item() == pytest.approx(norm_after)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+def test_the_update_gets_the_clipped_gradient_and_the_log_the_norm_before(limit, corpus, tmp_path, monkeypatch):
+    norms = []
+
+    def spy(optimizer, *arguments):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(optimizer, *arguments)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    logged = [line["grad_norm"] for line in lines_of(corpus, tmp_path / "run", {"optim.clip": limit})[1:]]
+    assert max(logged) > 0.3
+    assert norms == pytest.approx([min(norm, limit) if limit else norm for norm in logged], rel=1e-5)
+
+
+def test_the_selection_bias_moves_against_the_load(corpus, tmp_path):
+    changes = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.25, "train.steps": 2}
+    train(settings(corpus, tmp_path / "run", changes | {"log.every": 1}))
+    counts = [line["counts"] for line in read_lines(tmp_path / "run" / "routing" / "counts.jsonl")]
+    snapshot = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", silent))
+    for layer in range(2):
+        steps = [torch.tensor(step[layer], dtype=torch.float64) for step in counts]
+        expected = sum(0.25 * torch.sign(count.mean() - count) for count in steps)
+        assert snapshot.model[f"blocks.{layer}.mlp.router.bias_E"].tolist() == expected.tolist()
