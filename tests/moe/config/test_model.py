@@ -1,0 +1,28 @@
+"""The model: what its layers cannot be."""
+
+import pytest
+
+from tests.moe.config.refusals import refusal
+
+IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
+    "tokens pass by no layer": (
+        {"model.moe.depth": 0.5, "model.moe.depth_every": 5},
+        "model.moe.depth=0.5 with model.moe.depth_every=5 concerns none of the MoE layers [0, 1, 2, 3]",
+    ),
+    "D % H": ({"model.d_model": 100, "model.n_heads": 3}, "model.d_model=100 is not divisible by model.n_heads=3"),
+    "kv heads": ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 must divide model.n_heads=4"),
+    "more kv heads": ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 must divide model.n_heads=4"),
+    "odd rotary": ({"model.head_dim": 7}, "model.position=rope needs an even head dimension, and here it is 7"),
+    "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
+    "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),
+    "a layer short": (
+        {"model.moe.k_by_layer": [1]},
+        "model.moe.k_by_layer=[1] needs 4 numbers, one for each MoE layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_pair_is_refused_with_both_values(case):
+    settings, words = IMPOSSIBLE[case]
+    assert words in refusal(settings)

@@ -1,0 +1,24 @@
+"""Training: schedules, batches and devices that cannot be."""
+
+import math
+
+import pytest
+
+from tests.moe.config.refusals import refusal
+
+IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
+    "one beta": ({"optim.betas": [0.9]}, "optim.betas=[0.9] must be two numbers in [0, 1)"),
+    "beta 1": ({"optim.betas": [0.9, 1.0]}, "optim.betas=[0.9, 1.0] must be two numbers"),
+    "beta nan": ({"optim.betas": [math.nan, 0.9]}, "optim.betas=[nan, 0.9] must be two numbers"),
+    "warm-up": ({"optim.warmup": 601}, "optim.warmup=601 is longer than train.steps=600"),
+    "accumulate": ({"train.accumulate": 3}, "train.accumulate=3 must divide train.batch_size=8"),
+    "device": ({"train.device": "gpu"}, "train.device=gpu is not one of auto, cpu, cuda, cuda:N"),
+    "device number": ({"train.device": "0"}, "train.device=0 is not one of auto, cpu, cuda, cuda:N"),
+    "device without number": ({"train.device": "cuda:"}, "train.device=cuda: is not one of auto"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_pair_is_refused_with_both_values(case):
+    settings, words = IMPOSSIBLE[case]
+    assert words in refusal(settings)
