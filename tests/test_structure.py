@@ -22,6 +22,11 @@ LADDER = ("config", "data", "routing", "parallel", "model", "run", "convert", "a
 STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data", "routing")}
 # What may touch the kernels: the rooms and files that decide where a token goes and what its experts make of it.
 TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer")
+# What each room of experiments may read of the others.
+READS: dict[str, tuple[str, ...]] = {"stats": (), "pages": ("stats",), "suites": ("pages",)}
+SHARED = {"experiments.cli"}  # beside the commands: what they have in common
+# Sources without a test file of their own, each with its reason.
+UNTESTED = {"moe/errors.py": "an exception without a body, raised in the tests of all that refuse"}
 ALONE = ("moe.parallel",)  # a room of one file, until placement on several devices moves in
 LONGEST = 450  # lines of a file that is read in one sitting
 
@@ -108,6 +113,36 @@ def test_only_routing_and_the_experts_layers_touch_kernels():
     users = {name for name, path in MODULES.items() if _room(name) and "kernels" in _packages(path)}
     assert all(name.startswith(TOUCH_KERNELS) for name in users), users
     assert {other for other in EDGES["moe.model.experts"] if other.startswith("kernels")} == {"kernels.reference"}
+
+
+COMMANDS = {name for name in MODULES if re.fullmatch(r"experiments\.\w+", name)} - ROOMS - SHARED
+
+
+def test_a_command_is_imported_by_nothing():
+    for name, others in EDGES.items():
+        assert not others & COMMANDS, f"{name} imports a command"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_file_beside_the_rooms_of_experiments_is_a_command(name):
+    """It runs with `python -m` and begins with what to type; __main__ is `python -m experiments` itself."""
+    assert re.search(r"^if __name__ == .__main__.:$", MODULES[name].read_text(), re.MULTILINE)
+    assert f"python -m {name.removesuffix('.__main__')}" in ast.get_docstring(_tree(MODULES[name]))
+
+
+def test_the_rooms_of_experiments_read_only_what_they_may():
+    assert {f"experiments.{room}" for room in READS} == {room for room in ROOMS if room.startswith("experiments.")}
+    for name, others in EDGES.items():
+        for room, readable in READS.items():
+            if name.startswith(f"experiments.{room}."):
+                theirs = {other.split(".")[1] for other in others if other.count(".") == 2} & READS.keys() - {room}
+                assert theirs <= set(readable), f"{name} imports from {sorted(theirs - set(readable))}"
+
+
+def test_no_command_or_room_has_the_name_of_another_or_of_the_standard_library():
+    commands, rooms = ({name.rpartition(".")[2] for name in names} for names in (COMMANDS | SHARED, ROOMS))
+    assert not commands & {room.rpartition(".")[2] for room in ROOMS if room.startswith("experiments.")}
+    assert not (commands - {"__main__"} | rooms) & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if _name(path).startswith("kernels")], ids=_name)
@@ -243,3 +278,24 @@ def test_the_packages_that_are_installed_are_the_ones_there_are():
 
 def test_the_tests_are_a_package_so_that_no_folder_of_theirs_hides_one_of_ours():
     assert {path.parent for path in TESTS} == {path.parent for path in TESTS if path.name == "__init__.py"}
+
+
+def _test_file(path):
+    """Where the tests of a source file stand: moe/routing/soft.py -> tests/moe/routing/test_soft.py."""
+    inside = path.relative_to(ROOT)
+    return ROOT / "tests" / inside.with_name(f"test_{inside.stem.strip('_')}.py")
+
+
+def test_every_source_has_its_test_file_in_the_same_place():
+    sources = [path for path in SOURCES if path.name != "__init__.py"]
+    missing = {str(path.relative_to(ROOT)) for path in sources if not _test_file(path).is_file()}
+    assert missing == set(UNTESTED)
+
+
+def test_every_test_file_below_a_package_is_of_a_source_there():
+    """A second file adds a word to the name: test_checkpoint_faults.py. What concerns no one file stays on top."""
+    tested = {_test_file(path).with_suffix("") for path in SOURCES if path.name != "__init__.py"}
+    for path in TESTS:
+        if path.name.startswith("test_") and path.parent != ROOT / "tests":
+            stem = path.with_suffix("")
+            assert any(stem == other or str(stem).startswith(f"{other}_") for other in tested), f"{path} tests no file"

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.suites import cases, timing, train_step
-from experiments.suites.cases import Rows, run
+from experiments.suites import cases, train_step
 from experiments.suites.train_step import preset
 from moe.errors import BadInput
+from tests import fake_cuda
+from tests.experiments.bench_command import command
 
 TINY = [
     "model.vocab_size=64", "model.context=16", "model.n_layers=2", "model.d_model=32", "model.n_heads=2",
@@ -20,12 +21,6 @@ TINY = [
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-def command(monkeypatch, *overrides):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setattr(sys, "argv", ["bench", *overrides])
-    bench.main()
 
 
 def train(monkeypatch, *overrides):
@@ -66,16 +61,6 @@ def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
     assert moe["tokens_per_s"] == 2 * 16 / 2.0
     assert twin["tokens_per_s"] == 2 * 16 / 4.0
     assert (moe["moe_speed_over_this"], twin["moe_speed_over_this"]) == (1.0, 2.0)
-
-
-def test_a_training_step_changes_the_weights(monkeypatch):
-    cfg = train_step.bench_model()
-    cfg.context, cfg.vocab_size, cfg.d_model, cfg.n_layers = 8, 32, 32, 1
-    model = train_step.Transformer(cfg, train_step.RouterConfig()).initialize(0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tokens = torch.arange(8)[None]
-    train_step.stepper(model, lambda: model(tokens).logits_BSV.square().mean(), tokens.device)("fp32")
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if "router" not in name)
 
 
 @pytest.mark.parametrize(
@@ -136,27 +121,31 @@ def test_a_preset_is_chosen_by_name(monkeypatch, tmp_path):
         preset("cpu-nan", 64)
 
 
-def test_mfu_is_the_models_flops_over_the_matmul_rate_and_in_bf16_alone():
-    settings = train_step.settings(CPU, False, "", timing.Ceilings(1.0, 1e6, 0.0))
-    each = train_step.Contestant("m", 10, 500, lambda precision: None, {"bf16": [2.0], "fp32": [2.0]})
-    found = train_step.row(each, each, "bf16", settings)
-    assert found["tokens_per_s"] == 16 / 2.0
-    assert found["mfu"] == 8.0 * 500 / 1e6
-    assert "mfu" not in train_step.row(each, each, "fp32", settings)
-    headings, (cells,) = train_step.table([found])
-    assert (headings[-1], cells[-1]) == ("MFU", "0.4%")
+@fake_cuda.interpreted
+@pytest.mark.parametrize("suite", ["kernels", "layer", "tune"])
+def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, f"suite={suite}")
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    for word in (f"suite={suite} cannot run here", "suite=routing and suite=train_step", "sizes=smoke", "interpreter"):
+        assert word in error
 
 
-def test_for_a_gpu_a_preset_is_trained_on_both_backends_with_peers():
-    settings = train_step.settings(CUDA, True, "gpu-50m", None)
-    assert (settings.model.name, settings.model.vocab_size, settings.precisions) == ("gpu-50m", 32768, ("bf16",))
-    assert settings.batch_size * settings.model.context == 16384
+@fake_cuda.interpreted
+def test_suites_for_a_gpu_are_refused_in_the_interpreter_at_full_size(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "suite=kernels")
+    assert "would take days" in capsys.readouterr().err
 
 
-def test_a_training_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    settings = train_step.settings(CPU, False, "", None)
-    absent = [case for case in train_step.cases(settings) if case.key["model"] == "transformers OLMoE"]
-    (row,) = run(absent, Rows(tmp_path / "r.jsonl", {}, resume=False), CPU)
-    assert (row["status"], row["error"]) == ("absent", "transformers not installed")
-    assert "absent" in train_step.table([row])[1][0]
+@fake_cuda.interpreted
+def test_what_a_layers_benchmark_does_not_know_is_refused(monkeypatch, capsys):
+    for override, words in (
+        ("peers=[megatron]", "peers has 'megatron'; accepted are triton"),
+        ("loads=[even]", "loads"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, "suite=layer", override)
+        assert words in capsys.readouterr().err

@@ -1,52 +1,15 @@
 """Claims about the command line: it composes what was asked for, or says in one sentence why not."""
 
-import io
-import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import experiments.train
 from experiments import cli
 from moe.config.run import Config
 from moe.errors import BadInput
-from moe.run.folder import read_config
-from moe.run.jsonl import read_lines
-from tests.small_runs import STEPS, fate, overrides, settings, train, train_until
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """(arguments) -> (exit status, stdout, stderr, the configs that reached training) of `experiments.train`."""
-    monkeypatch.chdir(tmp_path)  # Hydra notes a sweep in runs/multirun.yaml
-
-    def run(*arguments: str, really: bool = False):
-        out, err = io.StringIO(), io.StringIO()
-        configs: list[Config] = []
-        monkeypatch.setattr(experiments.train, "train", lambda cfg: train(cfg) if really else configs.append(cfg))
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        GlobalHydra.instance().clear()
-        status = 0
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                experiments.train.main()
-            except SystemExit as end:
-                status = end.code
-        return status, out.getvalue(), err.getvalue(), configs
-
-    return run
-
-
-def words(corpus, run, changes=None) -> list[str]:
-    """`small_runs.overrides` as a command line."""
-    groups = {"data.name": "data=text", "tokenizer.name": "tokenizer=byte"}
-    pairs = {key: value for key, value in overrides(corpus, run, changes).items() if key not in groups}
-    return [*groups.values(), *(f"{key}={value}" for key, value in pairs.items())]
-
 
 REFUSED = {
     # misspelt names
@@ -120,18 +83,6 @@ def test_bad_input_is_one_sentence_on_stderr_and_status_2(line, command):
     assert configs == []
 
 
-def test_ctrl_c_before_training_is_one_word_and_status_130(monkeypatch, tmp_path, capsys):
-    def interrupted(cfg):
-        raise KeyboardInterrupt
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments.train, "train", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit, match="130"):
-        experiments.train.main()
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_an_unknown_option_is_refused_with_the_usage(command):
     status, _, err, configs = command("--nonsense")
     assert status == 2
@@ -198,24 +149,6 @@ def test_a_list_is_no_sweep(command):
     assert cfg.optim.betas == [0.8, 0.9]
 
 
-def test_a_command_trains_and_writes_nothing_but_its_run(command, corpus, tmp_path):
-    status, _, err, _ = command(*words(corpus, "some/run"), really=True)
-    assert (status, err) == (0, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["some"]
-    assert json.loads((tmp_path / "some" / "run" / "summary.json").read_text())["steps"] == STEPS
-    own = read_config(tmp_path / "some" / "run")
-    assert own.model.moe.d_expert == 16
-
-
-def test_a_multirun_leaves_a_run_for_each(command, corpus, tmp_path):
-    arguments = words(corpus, "sweep/${seed}", {"train.steps": 2})
-    status, _, err, _ = command("-m", *arguments, "seed=4,5", really=True)
-    assert (status, err) == (0, "")
-    found = {path.name: json.loads((path / "summary.json").read_text()) for path in (tmp_path / "sweep").iterdir()}
-    assert {name: summary["seed"] for name, summary in found.items()} == {"4": 4, "5": 5}
-    assert found["4"]["val"] != found["5"]["val"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "called"), [(["-m", "seed=4,5"], [[4, 5]]), (["seed=4"], []), (["-m", "seed=4"], [[4]])]
 )
@@ -241,61 +174,6 @@ def test_what_comes_after_a_sweep_may_refuse_in_one_sentence(monkeypatch, tmp_pa
 
 
 # Going on
-
-
-@pytest.fixture
-def interrupted(corpus, tmp_path):
-    """A folder of a run that was killed, with settings that are no defaults."""
-    cfg = settings(corpus, tmp_path / "run", {"log.tensorboard": True, "optim.lr": 3e-3})
-    train_until(cfg, 5)
-    return tmp_path / "run"
-
-
-def test_resuming_needs_no_setting_but_the_folder(command, interrupted, corpus, tmp_path):
-    train(settings(corpus, tmp_path / "whole", {"optim.lr": 3e-3}))
-    status, _, err, _ = command(f"run={interrupted}", "resume=true", really=True)
-    assert (status, err) == (0, "")
-    assert fate(interrupted) == fate(tmp_path / "whole")
-
-
-def test_what_is_not_given_on_resuming_is_the_runs_own(command, interrupted, corpus):
-    """Also where its data is kept and how it is watched: those may be given anew, and then are."""
-    own = read_config(interrupted)
-    _, _, _, (cfg,) = command(f"run={interrupted}", "resume=true")
-    own.resume = True
-    assert cfg == own
-    _, _, _, (cfg,) = command(f"run={interrupted}", "resume=true", "log.every=7", "data.workers=1", "data.cache=there")
-    own.log.every, own.data.workers, own.data.cache = 7, 1, "there"
-    assert cfg == own
-    assert own.log.tensorboard
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        (["optim.lr=1"], "optim.lr=1.0 differs from the run's own 0.003"),
-        (["model=cpu-nano"], "model.name=cpu-nano differs from the run's own cpu-small"),
-        (["model.moe=null"], "model.moe.n_experts=None differs from the run's own 4"),
-        (["log.every=3", "seed=1"], "seed=1 differs from the run's own 0"),
-    ],
-)
-def test_a_setting_changed_on_resuming_is_named(given, named, command, interrupted):
-    lines = read_lines(interrupted / "metrics.jsonl")
-    status, _, err, _ = command(f"run={interrupted}", "resume=true", *given, really=True)
-    assert status == 2
-    assert err.startswith(f"error: {named}: leave it out to go on with {interrupted}")
-    assert read_lines(interrupted / "metrics.jsonl") == lines
-
-
-def test_repeating_the_whole_command_goes_on(command, corpus, tmp_path):
-    arguments = words(corpus, tmp_path / "run")
-    train_until(settings(corpus, tmp_path / "run"), 5)
-    status, _, err, _ = command(*arguments, really=True)
-    assert status == 2
-    assert "add resume=true" in err
-    status, _, err, _ = command(*arguments, "resume=true", really=True)
-    assert (status, err) == (0, "")
-    assert (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import importlib.machinery
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from experiments.suites import layer as layer_suite
 from experiments.suites import peers, shapes
-from experiments.suites.cases import Absent, Rows, Wrong, run
+from experiments.suites.cases import Rows, Wrong, run
 from experiments.suites.timing import Ceilings
 from tests import fake_cuda
 
@@ -196,30 +195,3 @@ def test_peers_that_are_not_installed_have_a_row_that_says_so(monkeypatch, tmp_p
     assert "no recorded counts were given" in found[2]["error"]
     assert len(path.read_text().splitlines()) == 3
     assert all("absent" in layer_suite.cells(row) for row in found)
-
-
-def test_loads_are_distinct_experts_and_as_uneven_as_their_name():
-    shape = shapes.Shape(2000, 1, 1, 16, 3)
-    share = {}
-    for load in ("uniform", "zipf"):
-        torch.manual_seed(0)
-        expert = layer_suite.choices(shape, load, CPU)
-        assert all(len(set(each)) == 3 for each in expert.tolist())
-        share[load] = expert.flatten().bincount(minlength=16) / expert.numel()
-    assert share["uniform"].max() < 0.08
-    assert share["zipf"][0] > 0.2
-    assert share["zipf"][0] > 5 * share["zipf"][15]
-
-
-def test_recorded_loads_are_the_last_ones_of_a_run_spread_over_more_or_fewer_experts(tmp_path):
-    path = tmp_path / "counts.jsonl"
-    path.write_text('{"step": 1, "counts": [[9, 9]]}\n{"step": 2, "counts": [[9, 9], [0, 30, 10]]}\n')
-    torch.testing.assert_close(layer_suite.recorded(path, 3), torch.tensor([30.0, 10.0, 0.0]) + 1e-3)
-    assert len(layer_suite.recorded(path, 8)) == 8
-    assert (layer_suite.recorded(path, 8).diff() <= 0).all()
-    for text in ("", "no json", '{"counts": []}'):
-        path.write_text(text)
-        with pytest.raises(Absent, match=r"counts\.jsonl has no recorded counts"):
-            layer_suite.recorded(path, 3)
-    with pytest.raises(Absent):
-        layer_suite.recorded(Path("nowhere"), 3)

@@ -1,11 +1,9 @@
 """Timing in turns, what autograd keeps, facts, and refusals; a GPU's paths on a stand-in for one."""
 
-import subprocess
-
 import pytest
 import torch
 
-from experiments.suites import facts, timing
+from experiments.suites import timing
 from kernels import tuning
 from moe.errors import BadInput
 from tests import fake_cuda
@@ -92,52 +90,6 @@ def test_a_relative_error_is_of_norms_and_keeps_nan():
     assert timing.relative_error(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2
     assert not timing.relative_error(torch.tensor([3.0, torch.nan]), expected) <= 1
     assert timing.relative_error(torch.empty(0), torch.empty(0)) == 0
-
-
-def test_facts_name_device_versions_commit_and_code():
-    found = facts.facts(CPU, commit="ignored where there is a .git")
-    assert found.keys() == {"device", "driver", "versions", "commit", "dirty", "code", "command"}
-    assert found["driver"] is None
-    assert {"python", "torch", "triton"} <= found["versions"].keys()
-    assert len(found["commit"]) == 40
-    assert found["command"].startswith("python -m experiments.")
-
-
-def test_a_copy_without_git_takes_the_commit_it_is_given(monkeypatch):
-    monkeypatch.setattr(facts.machine, "git_state", lambda: facts.machine.GitState(None, False))
-    found = facts.facts(CPU, commit="abc")
-    assert (found["commit"], found["dirty"]) == ("abc", None)
-    assert facts.facts(CPU)["commit"] is None
-
-
-def test_the_code_is_the_kernels_the_tiles_and_the_model(tmp_path, monkeypatch):
-    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py", "moe/room/b.py", "experiments/c.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("one")
-    monkeypatch.setattr(facts, "ROOT", tmp_path)
-    before = facts.code()
-    (tmp_path / "experiments" / "c.py").write_text("two")
-    assert facts.code() == before
-    for name in ("kernels/a.py", "kernels/tuning.jsonl", "moe/b.py", "moe/room/b.py"):
-        (tmp_path / name).write_text("two")
-        assert facts.code() != before
-        before = facts.code()
-
-
-def test_the_driver_is_asked_of_nvidia_smi(monkeypatch):
-    answer = subprocess.CompletedProcess([], 0, "580.159.04\n")
-    monkeypatch.setattr(subprocess, "run", lambda *given, **options: answer)
-    assert facts.driver(CUDA) == "580.159.04"
-    monkeypatch.setattr(subprocess, "run", lambda *given, **options: subprocess.CompletedProcess([], 1, ""))
-    assert facts.driver(CUDA) is None
-
-
-def test_without_nvidia_smi_the_driver_is_unknown(monkeypatch):
-    def missing(*given, **options):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert facts.driver(CUDA) is None
 
 
 @pytest.mark.parametrize(

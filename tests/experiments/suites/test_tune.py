@@ -14,6 +14,7 @@ from experiments.suites.shapes import Shape
 from kernels import tuning
 from kernels.tuning import Tile
 from tests import fake_cuda
+from tests.experiments.bench_command import command
 
 pytestmark = fake_cuda.interpreted
 CPU = torch.device("cpu")
@@ -188,3 +189,11 @@ def test_a_row_in_the_table():
     assert tune.cells(_row("up", 50.0, tma=True))[3:] == ("64x64x32 w4 s3 g8 p1 per_sm1 tma", "50.0", "2.00×")
     assert tune.cells(_row("up", 50.0))[5] == "present"
     assert tune.cells(_row("up", 0, "failed", error="Spilled: 3 words"))[4:] == ("failed", "Spilled: 3 words")
+
+
+def test_tiles_are_tuned_beside_the_rows(monkeypatch, tmp_path, capsys):
+    command(monkeypatch, "suite=tune", "sizes=smoke", "budget=0.001", f"out={tmp_path / 'tune.jsonl'}")
+    found = cases.read(tmp_path / "tune.jsonl")
+    assert [row["status"] for row in found].count("left out") >= 9
+    assert (tmp_path / "tuning-interpreter.jsonl").exists()
+    assert "for want of time" in capsys.readouterr().out

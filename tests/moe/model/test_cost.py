@@ -1,6 +1,5 @@
 """Sizes, costs and dense twins, against numbers from the papers and closed forms written apart from the code."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import presets as command
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.run import build
@@ -216,22 +214,3 @@ def test_a_twin_of_a_dense_model_and_an_unknown_match_are_refused(model_config):
 def test_sizes_are_those_of_a_model_that_is_built(model_config):
     cfg = model_config(moe=MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2))
     assert cost.size(cfg).total == sum(p.numel() for p in Transformer(cfg, RouterConfig()).parameters())
-
-
-def test_the_command_prints_a_row_per_preset(monkeypatch, capsys):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setattr(sys, "argv", ["presets", "names=[gpt2,olmoe-1b-7b]", "context=1024"])
-    command.main()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
-    for (name, total, active, context, forward, training), preset in zip(rows, ("gpt2", "olmoe-1b-7b"), strict=True):
-        size, flops = cost.size(_preset(preset)), cost.flops(_preset(preset), context=1024)
-        assert (name, context) == (preset, "1,024")
-        assert (total, active) == (f"{size.total:,}", f"{size.active:,}")
-        assert (forward, training) == (f"{flops.forward:,}", f"{flops.training:,}")
-
-
-def test_the_command_refuses_a_preset_that_does_not_exist(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["presets", "names=[gpt-2]"])
-    with pytest.raises(SystemExit, match="2"):
-        command.main()
-    assert "did you mean gpt2" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""Say which commands there are: `python -m experiments`. Needs neither torch nor Hydra."""
+
+import ast
+from pathlib import Path
+
+SHARED = ("__init__", "__main__", "cli")  # files beside the commands that are none
+
+
+def main() -> None:
+    """Print a line per command, and how to get help."""
+    said = {path.stem: sentence(path) for path in commands()}
+    width = max(map(len, said))
+    print("The commands, each with its settings in --help:\n")
+    for name, what in said.items():
+        print(f"python -m experiments.{name:{width}}  {what}")
+    print("\nREADME.md shows them at work; conf/ has their presets.")
+
+
+def commands() -> list[Path]:
+    """The file of every command, by name."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in SHARED)
+
+
+def sentence(path: Path) -> str:
+    """The first sentence of a file's docstring, in one line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    main()
