@@ -10,10 +10,11 @@ def main() -> None:
     """Print a line per command, and how to get help."""
     said = {path.stem: sentence(path) for path in commands()}
     width = max(map(len, said))
-    print("The commands, each with its settings in --help:\n")
+    print(
+        "Commands, run as `python -m experiments.NAME`; `python -m experiments.NAME --help` lists what NAME can be told.\n"
+    )
     for name, what in said.items():
-        print(f"python -m experiments.{name:{width}}  {what}")
-    print("\nREADME.md shows them at work; conf/ has their presets.")
+        print(f"  {name:{width}}  {what}")
 
 
 def commands() -> list[Path]:
