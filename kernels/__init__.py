@@ -2,7 +2,7 @@
 
 reference     every op in plain torch, any dtype up to float64: the definition of correct
 grouped       the experts on ordinary matmuls: dispatch=torch
-experts       the experts on the Triton kernels below, as one autograd function: dispatch=triton
+fused         the experts on the Triton kernels below, as one autograd function: dispatch=triton
   gate          logits to the chosen experts, and what the balancing losses read
   plan          routed rows sorted by expert, and a schedule of tiles
   ragged_mm     each expert's rows times its matrix, gather and activation fused in

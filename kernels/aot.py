@@ -235,7 +235,7 @@ def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     registers, spilled, count = _nvidia(asm["cubin"], launch.tuned) if cuda else _amd(asm["amdgcn"])
     columns = getattr(metadata, "tmem_size", 0)
     blocks = blocks_per_multiprocessor(target, registers, metadata.num_warps, metadata.shared, columns)
-    counted = {each: count[each] for each in INSTRUCTIONS}
+    counted = {instruction: count[instruction] for instruction in INSTRUCTIONS}
     return Row(name, use, kind, load, shape, tile, tma, registers, spilled, metadata.shared, blocks, counted)
 
 
@@ -291,14 +291,15 @@ def check(rows: list[Row]) -> list[str]:
 
 
 HEADER = ("target", "use", "type", "load", "shape", "tile", "regs", "spill", "shared", "blocks", *INSTRUCTIONS)
-WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(each) + 2 for each in INSTRUCTIONS))
+WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(instruction) + 2 for instruction in INSTRUCTIONS))
 
 
 def render(rows: list[Row]) -> str:
     """The table as aot.txt keeps it."""
     lines: list[tuple] = [HEADER]
     for row in rows:
-        numbers = (row.registers, row.spilled, row.shared, row.blocks, *(row.counts[each] for each in INSTRUCTIONS))
+        counts = [row.counts[instruction] for instruction in INSTRUCTIONS]
+        numbers = (row.registers, row.spilled, row.shared, row.blocks, *counts)
         lines.append((row.target, row.use, row.type, row.load, row.shape, row.tile, *numbers))
     body = "".join(
         "".join(str(cell or ".").ljust(width) for cell, width in zip(line, WIDTHS, strict=True)).rstrip() + "\n"
@@ -327,7 +328,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it.")
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        rows = [row for each in pool.map(table, TARGETS) for row in each]
+        rows = [row for target_rows in pool.map(table, TARGETS) for row in target_rows]
     text = render(rows)
     print(text, end="")
     wrong = check(rows)

@@ -140,6 +140,7 @@ def _check(
     activation: str,
 ) -> None:  # fmt: skip
     """One sentence for what the kernels do not take."""
+    # What kind of operands they are, wherever they lie.
     e, d, f = len(w_up_EFD), x_TD.shape[-1], w_down_EDF.shape[-1]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}.")
@@ -149,9 +150,11 @@ def _check(
             f"{x_TD.dtype}, {w_up_EFD.dtype}, {w_down_EDF.dtype}. dispatch=reference takes any."
         )
     operands = (x_TD, w_up_EFD, w_down_EDF, expert, weight, token_N)
-    devices = {each.device for each in operands if each is not None}
+    devices = {tensor.device for tensor in operands if tensor is not None}
     if len(devices) > 1:
         raise ValueError(f"dispatch=triton takes operands on one device; they are on {sorted(map(str, devices))}.")
+
+    # Shapes: of the layer and its weights, then of the routing.
     gate = 2 if activation == "swiglu" else 1
     if x_TD.dim() != 2 or w_up_EFD.shape != (e, gate * f, d) or w_down_EDF.shape != (e, d, f):
         raise ValueError(
@@ -164,6 +167,8 @@ def _check(
             f"dispatch=triton takes expert and weight (T, K), or (N,) with token_N (N,); they are "
             f"{tuple(expert.shape)}, {tuple(weight.shape)}, {None if token_N is None else tuple(token_N.shape)}."
         )
+
+    # Sizes that 32-bit addresses and row numbers still reach.
     if gate * f * d >= 2**31:  # an address within one expert's matrix is an int32
         raise ValueError(
             f"dispatch=triton takes experts whose w_up has fewer than 2^31 elements; {gate}F·D is {gate * f * d}."

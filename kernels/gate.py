@@ -16,13 +16,13 @@ WARPS = 8
 
 
 @triton.jit
-def _load(logits, t, n_tokens, E: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
-    """Logits of tokens t laid out as WIDE groups of EACH experts, both padded to powers of two; -> also expert ids and
-    which columns are experts."""
-    column = tl.arange(0, WIDE * EACH)
+def _load(logits, t, n_tokens, E: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr):
+    """Logits of tokens t laid out as WIDE groups of MEMBERS experts, both padded to powers of two; -> also expert ids
+    and which columns are experts."""
+    column = tl.arange(0, WIDE * MEMBERS)
     PER_GROUP: tl.constexpr = E // GROUPS
-    e = column // EACH * PER_GROUP + column % EACH
-    real = (column // EACH < GROUPS) & (column % EACH < PER_GROUP)
+    e = column // MEMBERS * PER_GROUP + column % MEMBERS
+    real = (column // MEMBERS < GROUPS) & (column % MEMBERS < PER_GROUP)
     at = t.to(tl.int64)[:, None] * E + e[None, :]
     value = tl.load(logits + at, mask=(t < n_tokens)[:, None] & real[None, :], other=0.0)
     return value, tl.where(real, e, E), real
@@ -64,58 +64,64 @@ def _key(value, free):
 
 @triton.jit
 def _within_best_groups(
-    choice, real, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr
+    choice, real, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr
 ):
     """Which columns lie in a token's K_GROUPS best groups, a group scored by the sum of its GROUP_TOP best experts."""
     ROWS: tl.constexpr = choice.shape[0]
-    left = tl.where(real[None, :], choice, float("-inf")).reshape(ROWS, WIDE, EACH)
-    expert = tl.arange(0, EACH)[None, None, :]
+    left = tl.where(real[None, :], choice, float("-inf")).reshape(ROWS, WIDE, MEMBERS)
+    expert = tl.arange(0, MEMBERS)[None, None, :]
     value = tl.zeros((ROWS, WIDE), dtype=choice.dtype)
     for _ in tl.static_range(GROUP_TOP):
         best, index = tl.max(left, 2, return_indices=True)
         value += best
         left = tl.where(expert == index[:, :, None], float("-inf"), left)
-    exists = tl.max(real.to(tl.int32).reshape(WIDE, EACH), 1) > 0
+    exists = tl.max(real.to(tl.int32).reshape(WIDE, MEMBERS), 1) > 0
     group = tl.arange(0, WIDE)[None, :]
     kept = tl.zeros((ROWS, WIDE), dtype=tl.int32)
     for _ in tl.static_range(K_GROUPS):
         _, index = tl.max(_key(value, exists[None, :] & (kept == 0)), 1, return_indices=True)
         kept = tl.where(group == index[:, None], 1, kept)
-    return tl.broadcast_to(kept[:, :, None], ROWS, WIDE, EACH).reshape(ROWS, WIDE * EACH) > 0
+    return tl.broadcast_to(kept[:, :, None], ROWS, WIDE, MEMBERS).reshape(ROWS, WIDE * MEMBERS) > 0
 
 
 @triton.jit
 def _gate(
     logits, bias, expert, weight, lse_out, prob_out, n_tokens,
     E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, SCALE: tl.constexpr,
-    GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
+    GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, GROUP_TOP: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr,
     ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """Forward for ROWS tokens. SCALE is a constant because a float argument is a float32, whatever the logits."""
+    # Load and score, and store what the balancing losses read; the host adds up the blocks' column sums.
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n_tokens
-    value, e, real = _load(logits, t, n_tokens, E, GROUPS, WIDE, EACH)
+    value, e, real = _load(logits, t, n_tokens, E, GROUPS, WIDE, MEMBERS)
     score, prob, lse, _ = _score(value, real, SCORE, TINY)
     tl.store(lse_out + t, lse, mask=live)
     column_sum = tl.sum(tl.where(live[:, None], prob, 0.0), 0)
     tl.store(prob_out + tl.program_id(0) * E + e, column_sum, mask=real)
 
+    # What the choice goes by: integers, of which the largest that is free wins, and of equals the first.
     choice = value if bias is None else score + tl.load(bias + e, mask=real, other=0.0)[None, :]
-    free = tl.broadcast_to(real[None, :], ROWS, WIDE * EACH)
+    free = tl.broadcast_to(real[None, :], ROWS, WIDE * MEMBERS)
     if GROUPS > 1:
         ranked = score if bias is None else choice  # groups compare sums of scores
-        free = free & _within_best_groups(ranked, real, K_GROUPS, GROUP_TOP, WIDE, EACH)
+        free = free & _within_best_groups(ranked, real, K_GROUPS, GROUP_TOP, WIDE, MEMBERS)
     key = _key(choice, free)
-    taken = tl.zeros((ROWS, WIDE * EACH), dtype=tl.int32)
-    column = tl.arange(0, WIDE * EACH)[None, :]
+
+    # K rounds of argmax: store the expert, mark its column with the round, take it out of the next one.
+    taken = tl.zeros((ROWS, WIDE * MEMBERS), dtype=tl.int32)
+    column = tl.arange(0, WIDE * MEMBERS)[None, :]
     total = tl.zeros((ROWS,), dtype=score.dtype)
     for j in tl.static_range(K):
         _, index = tl.max(key, 1, return_indices=True)
-        here = column == index[:, None]
-        tl.store(expert + t * K + j, tl.sum(tl.where(here, e[None, :], 0), 1).to(tl.int64), mask=live)
-        total += tl.sum(tl.where(here, score, 0.0), 1)
-        taken = tl.where(here, j + 1, taken)
+        winner = column == index[:, None]
+        tl.store(expert + t * K + j, tl.sum(tl.where(winner, e[None, :], 0), 1).to(tl.int64), mask=live)
+        total += tl.sum(tl.where(winner, score, 0.0), 1)
+        taken = tl.where(winner, j + 1, taken)
         key = _key(choice, free & (taken == 0))
+
+    # Weights, once their sum is known: the scores again, round by round.
     factor = SCALE / tl.maximum(total, TINY) if RENORMALIZE else SCALE + total * 0
     for j in tl.static_range(K):
         chosen = tl.sum(tl.where(taken == j + 1, score, 0.0), 1)
@@ -126,25 +132,30 @@ def _gate(
 def _gate_backward(
     logits, expert, dweight, dlse, dprob, out, n_tokens,
     E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, SCALE: tl.constexpr,
-    EACH: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """d(logits) of ROWS tokens from the gradients of weights, log-sum-exp and column sums of probabilities."""
+    # Load and score again: forward kept nothing but its choice.
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n_tokens
-    value, e, real = _load(logits, t, n_tokens, E, 1, 1, EACH)
+    value, e, real = _load(logits, t, n_tokens, E, 1, 1, MEMBERS)
     score, prob, _, softmax = _score(value, real, SCORE, TINY)
-    dchosen = tl.zeros((ROWS, EACH), dtype=score.dtype)
-    chosen = tl.zeros((ROWS, EACH), dtype=tl.int32)
+
+    # The weights' gradients to the columns that were chosen, and through their scale or their sum to the scores.
+    dchosen = tl.zeros((ROWS, MEMBERS), dtype=score.dtype)
+    chosen = tl.zeros((ROWS, MEMBERS), dtype=tl.int32)
     for j in tl.static_range(K):
-        here = e[None, :] == tl.load(expert + t * K + j, mask=live, other=0)[:, None]
-        dchosen += tl.where(here, tl.load(dweight + t * K + j, mask=live, other=0.0)[:, None], 0.0)
-        chosen += here.to(tl.int32)
+        winner = e[None, :] == tl.load(expert + t * K + j, mask=live, other=0)[:, None]
+        dchosen += tl.where(winner, tl.load(dweight + t * K + j, mask=live, other=0.0)[:, None], 0.0)
+        chosen += winner.to(tl.int32)
     dscore = dchosen * SCALE
     if RENORMALIZE:
         total = tl.sum(tl.where(chosen > 0, score, 0.0), 1)[:, None]
         inner = tl.sum(dscore * score, 1)[:, None] / tl.maximum(total, TINY)
         inner = tl.where(total > TINY, inner, 0.0)  # below, the divisor is a constant
         dscore = tl.where(chosen > 0, dscore - inner, 0.0) / tl.maximum(total, TINY)
+
+    # The probabilities' gradients join them; then through the score, and the log-sum-exp's, to the logits.
     dp = tl.load(dprob + e, mask=real, other=0.0)[None, :]
     if SCORE == "softmax":
         dscore += dp
@@ -160,8 +171,8 @@ def _gate_backward(
 
 def _shape(n_experts: int, groups: int) -> tuple[int, int, int]:
     """Groups, experts of a group, and tokens of a program, in powers of two."""
-    wide, each = triton.next_power_of_2(groups), triton.next_power_of_2(n_experts // groups)
-    return wide, each, max(1, min(32, CELLS // (wide * each)))
+    wide, members = triton.next_power_of_2(groups), triton.next_power_of_2(n_experts // groups)
+    return wide, members, max(1, min(32, CELLS // (wide * members)))
 
 
 @torch.library.custom_op("switchyard::gate", mutates_args=())
@@ -170,7 +181,7 @@ def _forward(
     k_groups: int, group_top: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n_tokens, n_experts = logits_TE.shape
-    wide, each, rows = _shape(n_experts, groups)
+    wide, members, rows = _shape(n_experts, groups)
     expert = torch.empty(n_tokens, k, dtype=torch.int64, device=logits_TE.device)
     weight, lse = logits_TE.new_empty(n_tokens, k), logits_TE.new_empty(n_tokens)
     blocks = triton.cdiv(n_tokens, rows)
@@ -181,7 +192,7 @@ def _forward(
         _gate[(blocks,)](
             logits_TE, bias_E, expert, weight, lse, prob, n_tokens, E=n_experts, K=k, SCORE=score,
             RENORMALIZE=renormalize, SCALE=scale, GROUPS=groups, K_GROUPS=k_groups,
-            GROUP_TOP=min(group_top, n_experts // groups), WIDE=wide, EACH=each, ROWS=rows,
+            GROUP_TOP=min(group_top, n_experts // groups), WIDE=wide, MEMBERS=members, ROWS=rows,
             TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return expert, weight, lse, prob.sum(0)
@@ -201,14 +212,14 @@ def _backward(
     renormalize: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     n_tokens, n_experts = logits_TE.shape
-    _, each, rows = _shape(n_experts, 1)
+    _, members, rows = _shape(n_experts, 1)
     out = torch.empty_like(logits_TE)
     if not n_tokens:
         return out
     with torch.cuda.device_of(logits_TE):
         _gate_backward[(triton.cdiv(n_tokens, rows),)](
             logits_TE, expert_TK, dweight_TK, dlse_T, dprob_E, out, n_tokens, E=n_experts,
-            K=expert_TK.shape[1], SCORE=score, RENORMALIZE=renormalize, SCALE=scale, EACH=each, ROWS=rows,
+            K=expert_TK.shape[1], SCORE=score, RENORMALIZE=renormalize, SCALE=scale, MEMBERS=members, ROWS=rows,
             TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -229,8 +240,8 @@ def _autograd_backward(ctx, _, dweight_TK, dlse_T, dprob_E):  # type: ignore[no-
     logits_TE, expert_TK = ctx.saved_tensors
     shapes = (expert_TK.shape, logits_TE.shape[:1], logits_TE.shape[1:])
     gradients = [
-        logits_TE.new_zeros(shape) if each is None else each.contiguous()
-        for each, shape in zip((dweight_TK, dlse_T, dprob_E), shapes, strict=True)
+        logits_TE.new_zeros(shape) if gradient is None else gradient.contiguous()
+        for gradient, shape in zip((dweight_TK, dlse_T, dprob_E), shapes, strict=True)
     ]
     dlogits = _backward(logits_TE, expert_TK, *gradients, ctx.score, ctx.renormalize, ctx.scale)
     return dlogits, *[None] * 8

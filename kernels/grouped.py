@@ -4,7 +4,9 @@ One autograd function. Forward gathers the rows into slots in expert order, mult
 it keeps x, the pre-activation z and the routing, and recomputes the rest. Backward writes each expert's weight gradient
 into its own place of one tensor (indexing `w[e]` under autograd would allocate a full-size zero gradient per expert).
 Registered with torch.library, so `torch.compile` sees two opaque ops and no graph break. Shapes and meaning as in
-`reference.experts`; S counts slots.
+`reference.experts`.
+
+Letters: R slots, which are room for the N rows and what lies empty between the experts' (`slots`).
 """
 
 from itertools import pairwise
@@ -29,16 +31,16 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     spans = _spans(offset_E1)
-    x_SD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
-    z_SF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
+    x_RD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
+    z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
     for e, lo, hi in spans:
-        torch.mm(x_SD[lo:hi], w_up_EFD[e].T, out=z_SF[lo:hi])
-    z_SF[offset_E1[-1] :] = 0
-    h_SF, y_SD = reference.activate(z_SF, activation), torch.empty_like(x_SD)
+        torch.mm(x_RD[lo:hi], w_up_EFD[e].T, out=z_RF[lo:hi])
+    z_RF[offset_E1[-1] :] = 0
+    h_RF, y_RD = reference.activate(z_RF, activation), torch.empty_like(x_RD)
     for e, lo, hi in spans:
-        torch.mm(h_SF[lo:hi], w_down_EDF[e].T, out=y_SD[lo:hi])
-    y_SD[offset_E1[-1] :] = 0
-    return _combine(y_SD, slot_N, token_N, weight_N, len(x_TD)), z_SF
+        torch.mm(h_RF[lo:hi], w_down_EDF[e].T, out=y_RD[lo:hi])
+    y_RD[offset_E1[-1] :] = 0
+    return _combine(y_RD, slot_N, token_N, weight_N, len(x_TD)), z_RF
 
 
 @_forward.register_fake
@@ -50,7 +52,7 @@ def _(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots,
 def _backward(
     dout_TD: Tensor,
     x_TD: Tensor,
-    z_SF: Tensor,
+    z_RF: Tensor,
     w_up_EFD: Tensor,
     w_down_EDF: Tensor,
     weight_N: Tensor,
@@ -60,31 +62,31 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spans = _spans(offset_E1)
-    token_S = _to_slots(token_N, slot_N, len(z_SF))
+    token_R = _to_slots(token_N, slot_N, len(z_RF))
     # Empty slots read token 0 and weigh nothing: whatever they compute, they add zero to every gradient.
-    weight_S1 = _to_slots(weight_N, slot_N, len(z_SF))[:, None].to(x_TD.dtype)
-    x_SD, dout_SD = x_TD.index_select(0, token_S), dout_TD.index_select(0, token_S)
-    dh_SF = torch.zeros_like(z_SF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
+    weight_R1 = _to_slots(weight_N, slot_N, len(z_RF))[:, None].to(x_TD.dtype)
+    x_RD, dout_RD = x_TD.index_select(0, token_R), dout_TD.index_select(0, token_R)
+    dh_RF = torch.zeros_like(z_RF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
     for e, lo, hi in spans:
-        torch.mm(dout_SD[lo:hi], w_down_EDF[e], out=dh_SF[lo:hi])
-    h_SF, dz_SF = _activate_backward(z_SF, dh_SF * weight_S1, activation)
-    dweight_S = torch.linalg.vecdot(dh_SF.to(weight_N.dtype), h_SF.to(weight_N.dtype))
-    h_SF = h_SF * weight_S1
-    dx_SD = torch.empty_like(x_SD)
+        torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
+    h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, activation)
+    dweight_R = torch.linalg.vecdot(dh_RF.to(weight_N.dtype), h_RF.to(weight_N.dtype))
+    h_RF = h_RF * weight_R1
+    dx_RD = torch.empty_like(x_RD)
     dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
     for e in set(range(len(w_up_EFD))) - {e for e, _, _ in spans}:
         dw_up_EFD[e], dw_down_EDF[e] = 0, 0
     for e, lo, hi in spans:
-        torch.mm(dout_SD[lo:hi].T, h_SF[lo:hi], out=dw_down_EDF[e])
-        torch.mm(dz_SF[lo:hi].T, x_SD[lo:hi], out=dw_up_EFD[e])
-        torch.mm(dz_SF[lo:hi], w_up_EFD[e], out=dx_SD[lo:hi])
-    dx_SD[offset_E1[-1] :] = 0
-    dx_TD = _combine(dx_SD, slot_N, token_N, None, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_S.index_select(0, slot_N)
+        torch.mm(dout_RD[lo:hi].T, h_RF[lo:hi], out=dw_down_EDF[e])
+        torch.mm(dz_RF[lo:hi].T, x_RD[lo:hi], out=dw_up_EFD[e])
+        torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
+    dx_RD[offset_E1[-1] :] = 0
+    dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_R.index_select(0, slot_N)
 
 
 @_backward.register_fake
-def _(dout_TD, x_TD, z_SF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
+def _(dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
 
 
@@ -114,11 +116,11 @@ def _spans(offset_E1: Tensor) -> list[tuple[int, int, int]]:
     return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 
-def _combine(y_SD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
+def _combine(y_RD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
     """Each token's sum of its rows' slots, weighted or not, in float32 at least; rows come in token order."""
     start_T = torch.searchsorted(token_N, torch.arange(n_tokens, device=token_N.device))
-    weight = None if weight_N is None else weight_N.to(y_SD.dtype)
-    return F.embedding_bag(slot_N, y_SD, start_T, mode="sum", per_sample_weights=weight)
+    weight = None if weight_N is None else weight_N.to(y_RD.dtype)
+    return F.embedding_bag(slot_N, y_RD, start_T, mode="sum", per_sample_weights=weight)
 
 
 def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -143,10 +145,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation = inputs
     ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or an (S, F) tensor of zeros would be made for z
+    ctx.set_materialize_grads(False)  # or an (R, F) tensor of zeros would be made for z
 
 
-def _autograd_backward(ctx, dout_TD, dz_SF):  # type: ignore[no-untyped-def]
+def _autograd_backward(ctx, dout_TD, dz_RF):  # type: ignore[no-untyped-def]
     if dout_TD is None:
         return (None,) * 9
     dx, dw_up, dw_down, dweight = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation)

@@ -4,6 +4,8 @@ Three kernels. `_count`: rows per expert in every block of rows. `_scan`: one pr
 `_place`: a block ranks its rows within their experts and writes both maps; programs beyond the blocks write the
 schedule, whose size the host bounds by ceil(N / block_m) + E, so that it never waits to learn it. No atomics: the plan
 is the same on every run. A row with expert -1 takes part in nothing and lies behind the last expert's.
+
+Letters: J tiles of the schedule, as many as there can be.
 """
 
 import functools
@@ -27,8 +29,8 @@ class Plan(NamedTuple):
     row_N: Tensor  # of every slot
     token_N: Tensor  # of every slot
     offset_E1: Tensor  # expert e owns slots offset[e] to offset[e + 1]
-    tile_expert_M: Tensor  # of every tile: its expert and its first slot; only the first `tile_count` are written
-    tile_slot_M: Tensor
+    tile_expert_J: Tensor  # of every tile: its expert and its first slot; only the first `tile_count` are written
+    tile_slot_J: Tensor
     tile_count: Tensor  # (1,)
 
 
@@ -88,7 +90,10 @@ def _place_rows(
     block, expert, token, base, offset, slot_of, row_of, token_of, n_rows,
     K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Both maps, and the token of every slot: row // K, or as given when K = 0."""
+    """Both maps, and the token of every slot: row // K, or as given when K = 0.
+
+    A row's slot is where its expert's slots begin, plus that expert's rows in earlier blocks, plus those before it in
+    its own."""
     row = block * BLOCK + tl.arange(0, BLOCK)
     e = _key(expert, row, n_rows, E)
     rank = tl.zeros((BLOCK,), dtype=tl.int32)  # rows of the same expert before this one in the block
@@ -145,7 +150,7 @@ def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -
     )
     schedule = max(1, min(SCHEDULE, CELLS // width))
     _place[(n_blocks + triton.cdiv(n_tiles, schedule),)](
-        expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_M, out.tile_slot_M,
+        expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_J, out.tile_slot_J,
         n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(CELLS // BLOCK, block), SCHEDULE=schedule,
         BLOCK_M=block_m, num_warps=WARPS,
     )  # fmt: skip

@@ -11,6 +11,9 @@ One kernel, four uses (slots as `plan` lays them out; rows of one expert lie sid
 A program walks over tiles of the schedule (block_m rows of one expert by block_n columns), so the host never learns how
 many rows an expert got. Sums are in float32 (float64 for float64); no atomics; every element is written by one program,
 in one order: reruns are bitwise equal. A swiglu tile reads gate and up columns in turns, so one accumulator holds both.
+
+Letters: J tiles of the schedule. In BLOCK_M, BLOCK_N and BLOCK_K alone, M, N, K are a tile's rows, its columns and the
+part of the summed width that is loaded at a time, as in every matmul kernel.
 """
 
 import torch
@@ -36,13 +39,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def clamp(n, N: tl.constexpr):
-    """n, which holds aligned runs of 16, where it is below N; elsewhere another index below N.
+def clamp(index, SIZE: tl.constexpr):
+    """index, which holds aligned runs of 16, where it is below SIZE; elsewhere another index below SIZE.
 
-    Runs stay runs, of the largest power of two up to 16 that divides N, and the compiler is told so: else it would load
-    element by element and without asynchronous copies."""
-    RUN: tl.constexpr = (N | 16) & -(N | 16)
-    return tl.max_contiguous(tl.multiple_of(tl.where(n < N, n, n % RUN), RUN), RUN)
+    Runs stay runs, of the largest power of two up to 16 that divides SIZE, and the compiler is told so: else it would
+    load element by element and without asynchronous copies."""
+    RUN: tl.constexpr = (SIZE | 16) & -(SIZE | 16)
+    return tl.max_contiguous(tl.multiple_of(tl.where(index < SIZE, index, index % RUN), RUN), RUN)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def columns(acc, PARTS: tl.constexpr):
-    """acc (M, N) cut into PARTS (1, 2 or 4) slices of columns, as a tuple."""
+    """acc (rows, columns) cut into PARTS (1, 2 or 4) slices of columns, as a tuple."""
     if PARTS == 1:
         slices = (acc,)
     else:
@@ -74,49 +77,53 @@ def columns(acc, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _store(y, out, slot, live, start, N: tl.constexpr):
+def _store(y, out, slot, live, start, COLUMNS: tl.constexpr):
     """out[slot, start:] = y."""
-    n = start + tl.arange(0, y.shape[1])[None, :]
-    tl.store(out + slot.to(tl.int64)[:, None] * N + n, y.to(out.dtype.element_ty), mask=live[:, None] & (n < N))
+    column = start + tl.arange(0, y.shape[1])[None, :]
+    tl.store(
+        out + slot.to(tl.int64)[:, None] * COLUMNS + column,
+        y.to(out.dtype.element_ty),
+        mask=live[:, None] & (column < COLUMNS),
+    )
 
 
 @triton.jit
-def _store_activated(y, z, h, slot, live, start, N: tl.constexpr, ACTIVATION: tl.constexpr):
+def _store_activated(y, z, h, slot, live, start, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr):
     """z = y and h = act(y). For swiglu y holds gate and up columns in turns, z keeps them in two halves."""
     at = slot.to(tl.int64)[:, None]
     if ACTIVATION == "swiglu":
         gate, up = y.reshape(y.shape[0], y.shape[1] // 2, 2).split()
         f = start // 2 + tl.arange(0, y.shape[1] // 2)[None, :]
-        keep = live[:, None] & (f < N // 2)
-        tl.store(z + at * N + f, gate.to(z.dtype.element_ty), mask=keep)
-        tl.store(z + at * N + (N // 2 + f), up.to(z.dtype.element_ty), mask=keep)
-        tl.store(h + at * (N // 2) + f, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=keep)
+        keep = live[:, None] & (f < COLUMNS // 2)
+        tl.store(z + at * COLUMNS + f, gate.to(z.dtype.element_ty), mask=keep)
+        tl.store(z + at * COLUMNS + (COLUMNS // 2 + f), up.to(z.dtype.element_ty), mask=keep)
+        tl.store(h + at * (COLUMNS // 2) + f, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=keep)
     else:
-        _store(y, z, slot, live, start, N)
+        _store(y, z, slot, live, start, COLUMNS)
         # Of z as it is stored, as the backward will read it; in its fewer bits it also takes fewer registers.
         value, _ = activate(y.to(z.dtype.element_ty).to(y.dtype), ACTIVATION)
-        _store(value, h, slot, live, start, N)
+        _store(value, h, slot, live, start, COLUMNS)
 
 
 @triton.jit
-def _store_backward(dh, z, dz, h, w, slot, live, start, N: tl.constexpr, ACTIVATION: tl.constexpr):
+def _store_backward(dh, z, dz, h, w, slot, live, start, F: tl.constexpr, ACTIVATION: tl.constexpr):
     """dz = act'(z) dh w and w h; returns <dh, h> over these columns, the gradient of w."""
     at = slot.to(tl.int64)[:, None]
-    n = start + tl.arange(0, dh.shape[1])[None, :]
-    keep = live[:, None] & (n < N)
+    f = start + tl.arange(0, dh.shape[1])[None, :]
+    keep = live[:, None] & (f < F)
     if ACTIVATION == "swiglu":
-        gate = tl.load(z + at * (2 * N) + n, mask=keep, other=0.0).to(dh.dtype)
-        up = tl.load(z + at * (2 * N) + (N + n), mask=keep, other=0.0).to(dh.dtype)
+        gate = tl.load(z + at * (2 * F) + f, mask=keep, other=0.0).to(dh.dtype)
+        up = tl.load(z + at * (2 * F) + (F + f), mask=keep, other=0.0).to(dh.dtype)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         value = silu * up
         dgate = dh * w[:, None] * up * (sigmoid + silu * (1 - sigmoid))
-        tl.store(dz + at * (2 * N) + n, dgate.to(dz.dtype.element_ty), mask=keep)
-        tl.store(dz + at * (2 * N) + (N + n), (dh * w[:, None] * silu).to(dz.dtype.element_ty), mask=keep)
+        tl.store(dz + at * (2 * F) + f, dgate.to(dz.dtype.element_ty), mask=keep)
+        tl.store(dz + at * (2 * F) + (F + f), (dh * w[:, None] * silu).to(dz.dtype.element_ty), mask=keep)
     else:
-        value, slope = activate(tl.load(z + at * N + n, mask=keep, other=0.0).to(dh.dtype), ACTIVATION)
-        _store(dh * w[:, None] * slope, dz, slot, live, start, N)
-    _store(value * w[:, None], h, slot, live, start, N)
+        value, slope = activate(tl.load(z + at * F + f, mask=keep, other=0.0).to(dh.dtype), ACTIVATION)
+        _store(dh * w[:, None] * slope, dz, slot, live, start, F)
+    _store(value * w[:, None], h, slot, live, start, F)
     return tl.sum(dh * value, 1)
 
 
@@ -135,9 +142,9 @@ def _ragged_mm(
     tile_expert,
     tile_slot,
     tile_count,
-    k_end,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    inner_end,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
     K_MAJOR: tl.constexpr,
     GATHER: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -152,76 +159,83 @@ def _ragged_mm(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product."""
     PAIRED: tl.constexpr = (
         ACTIVATION == "swiglu" and EPILOGUE == "activate"
     )  # columns are gate 0, up 0, gate 1, up 1, ...
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.load(tile_count)
     for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
-        # GROUP_M tiles of rows take all columns before the next group: an expert's matrix stays in cache.
+        # Which tile: GROUP_M tiles of rows take all columns before the next group, so a matrix stays in cache.
         group = tile // (GROUP_M * TILES_N)
         height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
         tile_m = group * GROUP_M + tile % (GROUP_M * TILES_N) % height
         tile_n = tile % (GROUP_M * TILES_N) // height
 
+        # Whose it is: an expert, its slots from the schedule (the last tile of an expert is not full), and columns.
         e = tl.load(tile_expert + tile_m)
         first = tl.load(tile_slot + tile_m)
         slot = first + tl.arange(0, BLOCK_M)
         live = slot < tl.load(offset + e + 1)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        # An asynchronous copy may touch an address whose lane is masked off: every address is a valid one.
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+
+        # Where its rows and columns begin. An asynchronous copy may touch an address whose lane is masked off: every
+        # address is a valid one.
         if not A_TMA:
             # A row past the expert's last reads one that exists; nothing of it is stored.
             source = tl.load(token + slot, mask=live, other=0) if GATHER else tl.where(live, slot, first)
-            a_rows = a + source.to(tl.int64)[:, None] * K
+            a_rows = a + source.to(tl.int64)[:, None] * INNER
         if not B_TMA:
-            within = n if N % BLOCK_N == 0 else clamp(n, N)
-            column = (within % 2) * (N // 2) + within // 2 if PAIRED else within
-            b_columns = b + e.to(tl.int64) * (N * K) + column[None, :] * (K if K_MAJOR else 1)
+            within = column if COLUMNS % BLOCK_N == 0 else clamp(column, COLUMNS)
+            b_column = (within % 2) * (COLUMNS // 2) + within // 2 if PAIRED else within
+            b_columns = b + e.to(tl.int64) * (COLUMNS * INNER) + b_column[None, :] * (INNER if K_MAJOR else 1)
 
+        # The product, BLOCK_K of the summed width at a time: load a piece of either side, multiply, add.
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        for k0 in range(0, k_end, BLOCK_K):  # k_end = K: at run time, or the compiler would unroll the loop
+        for start_k in range(0, inner_end, BLOCK_K):  # INNER, known at run time, or the compiler would unroll the loop
             if A_TMA:
-                a_tile = a.load([first, k0])
-            elif K % BLOCK_K == 0:
-                a_tile = tl.load(a_rows + (k0 + k)[None, :])
+                a_tile = a.load([first, start_k])
+            elif INNER % BLOCK_K == 0:
+                a_tile = tl.load(a_rows + (start_k + inner)[None, :])
             else:
-                inside = k0 + k < K
-                a_tile = tl.load(a_rows + clamp(k0 + k, K)[None, :], mask=inside[None, :], other=0.0)
+                inside = start_k + inner < INNER
+                a_tile = tl.load(a_rows + clamp(start_k + inner, INNER)[None, :], mask=inside[None, :], other=0.0)
             if B_TMA:
                 if PAIRED:
-                    b_tile = b.load([e, tile_n * (BLOCK_N // 2), 0, k0]).reshape(BLOCK_N, BLOCK_K).T
+                    b_tile = b.load([e, tile_n * (BLOCK_N // 2), 0, start_k]).reshape(BLOCK_N, BLOCK_K).T
                 elif K_MAJOR:
-                    b_tile = b.load([e, tile_n * BLOCK_N, k0]).reshape(BLOCK_N, BLOCK_K).T
+                    b_tile = b.load([e, tile_n * BLOCK_N, start_k]).reshape(BLOCK_N, BLOCK_K).T
                 else:
-                    b_tile = b.load([e, k0, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+                    b_tile = b.load([e, start_k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             else:
-                if K % BLOCK_K == 0 and N % BLOCK_N == 0:
-                    b_tile = tl.load(b_columns + (k0 + k)[:, None] * (1 if K_MAJOR else N))
+                if INNER % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0:
+                    b_tile = tl.load(b_columns + (start_k + inner)[:, None] * (1 if K_MAJOR else COLUMNS))
                 else:
-                    at = clamp(k0 + k, K)[:, None] * (1 if K_MAJOR else N)
-                    b_tile = tl.load(b_columns + at, mask=(k0 + k < K)[:, None] & (n < N)[None, :], other=0.0)
+                    at = clamp(start_k + inner, INNER)[:, None] * (1 if K_MAJOR else COLUMNS)
+                    b_tile = tl.load(
+                        b_columns + at, mask=(start_k + inner < INNER)[:, None] & (column < COLUMNS)[None, :], other=0.0
+                    )
             acc = dot(a_tile, b_tile, acc, PRECISION)
 
-        # The tile goes out in PARTS slices of columns, so that one slice's temporaries are live at a time.
+        # Epilogue and store, in PARTS slices of columns, so that one slice's temporaries are live at a time.
         WIDTH: tl.constexpr = BLOCK_N // PARTS
         total = tl.zeros((BLOCK_M,), dtype=ACC)
         source_row = slot
         w = total
-        if EPILOGUE == "backward":
+        if EPILOGUE == "backward":  # weights stand by row, not by slot
             source_row = tl.load(row + slot, mask=live, other=0)
             w = tl.load(weight + source_row, mask=live, other=0.0).to(ACC)
         slices = columns(acc, PARTS)
         for part in tl.static_range(PARTS):
             start = tile_n * BLOCK_N + part * WIDTH
             if EPILOGUE == "store":
-                _store(slices[part], out, slot, live, start, N)
+                _store(slices[part], out, slot, live, start, COLUMNS)
             elif EPILOGUE == "activate":
-                _store_activated(slices[part], out, h, slot, live, start, N, ACTIVATION)
+                _store_activated(slices[part], out, h, slot, live, start, COLUMNS, ACTIVATION)
             else:
                 tl.static_assert(EPILOGUE == "backward")
-                total += _store_backward(slices[part], z, out, h, w, slot, live, start, N, ACTIVATION)
+                total += _store_backward(slices[part], z, out, h, w, slot, live, start, COLUMNS, ACTIVATION)
         if EPILOGUE == "backward":
             # Each tile of columns leaves its part of d(weight); the host adds them up.
             tl.store(dweight + source_row.to(tl.int64) * TILES_N + tile_n, total, mask=live)
@@ -276,29 +290,32 @@ def _launch(
     gather: bool, k_major: bool, h: Tensor | None = None, z: Tensor | None = None, weight: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One use of the kernel: b is (E, N, K) when k_major, else (E, K, N)."""
-    n_experts, n, k = b.shape if k_major else (b.shape[0], b.shape[2], b.shape[1])
+    """One use of the kernel: b is (E, columns, inner) when k_major, else (E, inner, columns)."""
+    n_experts, n_columns, inner = b.shape if k_major else (b.shape[0], b.shape[2], b.shape[1])
     if out.numel() == 0:
         return
-    paired = epilogue == "activate" and activation == "swiglu"
-    # The copy engine wants rows that start on 16 bytes.
+
+    # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.
     b_tma = tile.tma and b.shape[2] * b.element_size() % 16 == 0
-    a_tma = tile.tma and not gather and k * a.element_size() % 16 == 0
+    a_tma = tile.tma and not gather and inner * a.element_size() % 16 == 0
     a_source: Tensor | TensorDescriptor = a
     b_source: Tensor | TensorDescriptor = b
     if a_tma:
-        a_source = TensorDescriptor(a, [len(a), k], [k, 1], [tile.block_m, tile.block_k])
-    if b_tma and paired:
-        shape, strides = [n_experts, n // 2, 2, k], [n * k, k, n // 2 * k, 1]
+        a_source = TensorDescriptor(a, [len(a), inner], [inner, 1], [tile.block_m, tile.block_k])
+    if b_tma and epilogue == "activate" and activation == "swiglu":  # gate and up columns in turns
+        shape = [n_experts, n_columns // 2, 2, inner]
+        strides = [n_columns * inner, inner, n_columns // 2 * inner, 1]
         b_source = TensorDescriptor(b, shape, strides, [1, tile.block_n // 2, 2, tile.block_k])
     elif b_tma:
         block = [1, tile.block_n, tile.block_k] if k_major else [1, tile.block_k, tile.block_n]
         b_source = TensorDescriptor(b, list(b.shape), list(b.stride()), block)
-    total = len(plan.tile_expert_M) * triton.cdiv(n, tile.block_n)
+
+    # As many programs as tiles at most: the schedule's bound, because the host does not know their count.
+    total = len(plan.tile_expert_J) * triton.cdiv(n_columns, tile.block_n)
     _ragged_mm[(min(total, tuning.programs(a.device, tile)),)](
         a_source, b_source, out, h, z, weight, dweight, plan.token_N, plan.row_N, plan.offset_E1,
-        plan.tile_expert_M, plan.tile_slot_M, plan.tile_count, k,
-        N=n, K=k, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=activation,
+        plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner,
+        COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=activation,
         PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -4,7 +4,8 @@ dw_down[e] (D, F) = sum over the expert's slots s of dout[token_s]^T (w h)[s]
 dw_up[e]   (F, D) = sum over the expert's slots s of dz[s]^T x[token_s]
 
 A program owns one tile of one expert's gradient and walks over that expert's rows in order, so nothing is added
-atomically and an expert with no row gets zeros.
+atomically and an expert with no row gets zeros. BLOCK_M, BLOCK_N, BLOCK_K are a tile's rows, its columns and the slots
+that are summed over at a time.
 """
 
 import triton
@@ -19,12 +20,14 @@ from kernels.ragged_mm import accumulator, clamp, dot
 @triton.jit
 def _ragged_wgrad(
     p, q, out, token, offset,
-    M: tl.constexpr, N: tl.constexpr, GATHER_P: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    P_WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, GATHER_P: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out[e] = p[rows]^T q[rows] over expert e's rows; `token` maps a slot to the row of the gathered one."""
-    TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES_M: tl.constexpr = (P_WIDTH + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (Q_WIDTH + BLOCK_N - 1) // BLOCK_N
+
+    # Which tile of which expert: GROUP_M tiles of rows take all columns before the next group, as in ragged_mm.
     tile = tl.program_id(0)
     e = tl.program_id(1)
     group = tile // (GROUP_M * TILES_N)
@@ -32,8 +35,10 @@ def _ragged_wgrad(
     m = (group * GROUP_M + tile % (GROUP_M * TILES_N) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % (GROUP_M * TILES_N) // height * BLOCK_N + tl.arange(0, BLOCK_N)
     # An asynchronous copy may touch an address whose lane is masked off: every address is a valid one.
-    p_column = m if M % BLOCK_M == 0 else clamp(m, M)
-    q_column = n if N % BLOCK_N == 0 else clamp(n, N)
+    p_column = m if P_WIDTH % BLOCK_M == 0 else clamp(m, P_WIDTH)
+    q_column = n if Q_WIDTH % BLOCK_N == 0 else clamp(n, Q_WIDTH)
+
+    # The expert's slots in order, BLOCK_K at a time: load their rows of p and q, multiply, add.
     end = tl.load(offset + e + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for first in range(tl.load(offset + e), end, BLOCK_K):
@@ -42,24 +47,27 @@ def _ragged_wgrad(
         at = tl.where(live, slot, first)
         source = tl.load(token + at).to(tl.int64)
         # p is read as its transpose: one that is transposed after the load goes through registers on sm_80.
-        p_row = p + (source if GATHER_P else at.to(tl.int64))[None, :] * M
-        q_row = q + (at.to(tl.int64) if GATHER_P else source)[:, None] * N
-        p_tile = tl.load(p_row + p_column[:, None], mask=live[None, :] & (m[:, None] < M), other=0.0)
-        q_tile = tl.load(q_row + q_column[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
+        p_row = p + (source if GATHER_P else at.to(tl.int64))[None, :] * P_WIDTH
+        q_row = q + (at.to(tl.int64) if GATHER_P else source)[:, None] * Q_WIDTH
+        p_tile = tl.load(p_row + p_column[:, None], mask=live[None, :] & (m[:, None] < P_WIDTH), other=0.0)
+        q_tile = tl.load(q_row + q_column[None, :], mask=live[:, None] & (n[None, :] < Q_WIDTH), other=0.0)
         acc = dot(p_tile, q_tile, acc, PRECISION)
-    out_tile = out + e.to(tl.int64) * (M * N) + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+    # Store: an expert without a slot stores its zeros.
+    out_tile = out + e.to(tl.int64) * (P_WIDTH * Q_WIDTH) + m.to(tl.int64)[:, None] * Q_WIDTH + n[None, :]
+    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=(m[:, None] < P_WIDTH) & (n[None, :] < Q_WIDTH))
 
 
 def ragged_wgrad(
     p: Tensor, q: Tensor, plan: Plan, gather_p: bool, n_experts: int, tile: tuning.Tile, tf32: bool
 ) -> Tensor:
-    """p^T q by expert: (., M), (., N) -> (E, M, N). Gathered: (T, .) rows of tokens; the other: (N, .) in slots."""
-    out = p.new_empty(n_experts, p.shape[1], q.shape[1])
-    m, n = p.shape[1], q.shape[1]
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), n_experts)
+    """p^T q by expert: -> (E, width of p, width of q). The gathered one is (T, .), rows of tokens; the other (N, .), in
+    slots."""
+    p_width, q_width = p.shape[1], q.shape[1]
+    out = p.new_empty(n_experts, p_width, q_width)
+    grid = (triton.cdiv(p_width, tile.block_m) * triton.cdiv(q_width, tile.block_n), n_experts)
     _ragged_wgrad[grid](
-        p, q, out, plan.token_N, plan.offset_E1, M=m, N=n, GATHER_P=gather_p,
+        p, q, out, plan.token_N, plan.offset_E1, P_WIDTH=p_width, Q_WIDTH=q_width, GATHER_P=gather_p,
         PRECISION=tuning.precision(p.device, tf32), ACC=accumulator(p.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -40,10 +40,10 @@ def gate(
     outside_TE = None
     if groups > 1:
         value_TE = rank_TE if bias_E is not None else score_TE.detach()
-        each = logits_TE.shape[1] // groups
-        best = value_TE.unflatten(-1, (groups, each)).topk(min(group_top, each)).values.sum(-1)
+        n_members = logits_TE.shape[1] // groups
+        best = value_TE.unflatten(-1, (groups, n_members)).topk(min(group_top, n_members)).values.sum(-1)
         outside = torch.ones_like(best, dtype=torch.bool).scatter(-1, _largest(best, k_groups), False)
-        outside_TE = outside.repeat_interleave(each, -1)
+        outside_TE = outside.repeat_interleave(n_members, -1)
     expert_TK = _largest(rank_TE, k, outside_TE)
     weight_TK = score_TE.gather(-1, expert_TK)
     tiny = torch.finfo(logits_TE.dtype).tiny

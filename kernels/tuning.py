@@ -85,11 +85,11 @@ def tile(
     kind = "16bit" if dtype.itemsize == 2 else "tf32" if rounded else "fp32"
     load = "few" if n_rows < FEW * n_experts or not even else "many"
     name = architecture(device)
-    found = table().get((name, kind, load, use))
-    if found is None:
+    entry = table().get((name, kind, load, use))
+    if entry is None:
         known = ", ".join(sorted({key[0] for key in table()} | set(SAME)))
         raise ValueError(f"dispatch=triton has no tiles for {name}; it has them for {known}. Use dispatch=torch.")
-    return found
+    return entry
 
 
 def block_m(

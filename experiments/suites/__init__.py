@@ -1,17 +1,24 @@
 """Benchmarks and checks on a device.
 
-kernels        each kernel against the same work by hand, and its floor
-layer          the whole layer against its peers
-routing        gate, plan and combine on a CPU
-train_step     whole training steps, MoE against dense
-tune           tile sizes, measured
-peers          other libraries' layers over the same weights
-roofline       FLOP per byte against TF/s, drawn
-kernel_checks  each kernel against the reference on a device
-layer_checks   the layer against the reference on a device
-cases          rows, one for each case, that a killed run goes on with
-timing         time, memory and ceilings of a device
-facts          what every row carries: device, versions, commit, code
+What is measured; `experiments.bench` runs one, `experiments.gpu_evidence` all but routing, on a GPU
+kernels        gate, plan and combine against the same work by hand, and against their floors in bytes
+layer          the experts of one layer against peers and a balanced bmm, forward and backward
+routing        gate, plan and combine of every backend, as a share of the layer, on any machine
+train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
+tune           candidate tiles for kernels/tuning.jsonl, timed
+
+What is checked, in stage correctness of `experiments.gpu_evidence`
+kernel_checks  each kernel against the reference
+layer_checks   the layer against the reference; reruns, graphs, compile, far addresses, sanitizers
+
+What they stand on
+peers          the experts of this and other libraries, from one set of weights
 shapes         sizes, floors and targets
+timing         time, memory and ceilings of a device
+facts          what every row carries: device, driver, versions, commit, code, command
+cases          rows, one for each case, that a killed run goes on with
+
+What becomes of the rows
+roofline       FLOP per byte against TF/s, drawn
 evidence       what the rows of all stages come to
 """

@@ -69,7 +69,7 @@ class Rows:
         self.path, self.common, self.mark = path, common, path.with_suffix(".running")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.there: list[dict[str, Any]] = read(path) if resume else []
+            self.rows: list[dict[str, Any]] = read(path) if resume else []
         except OSError as error:
             raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
         self.begun = False
@@ -82,7 +82,7 @@ class Rows:
     def kept(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The row of this key, if it need not be made again."""
         wanted = _plain(key) | {name: self.common[name] for name in SAME if name in self.common}
-        mine = [row for row in self.there if _has(row, wanted)]
+        mine = [row for row in self.rows if _has(row, wanted)]
         done = [row for row in mine if row["status"] == "measured"]
         if done:
             return done[-1]
@@ -94,13 +94,13 @@ class Rows:
         row = json.loads(json.dumps(_finite(_plain(self.common | values)), allow_nan=False))
         try:
             if not self.begun:  # what was there before is kept whole until there is something to put in its place
-                replace(self.path, "".join(json.dumps(each) + "\n" for each in self.there))
+                replace(self.path, "".join(json.dumps(earlier) + "\n" for earlier in self.rows))
                 self.begun = True
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
-        self.there.append(row)
+        self.rows.append(row)
         return row
 
 
@@ -113,7 +113,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure the cases in order and return all their rows. After `budget` seconds no new one is started, and what is
     left has rows that say so. Raises `DeviceLost` when the device does not recover from an error."""
-    start, found = time.monotonic(), []
+    start, results = time.monotonic(), []
     for case in cases:
         row = rows.kept(case.key)
         if row is None and time.monotonic() - start > budget:
@@ -123,8 +123,8 @@ def run(
             say(f"{describe(case.key)}: {row['status']} in {row['seconds']:.1f} s")
             if row.get("lost"):
                 raise DeviceLost(f"{describe(case.key)}: {row['error']}")
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 def _measured(case: Case, rows: Rows, device: torch.device) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def describe(key: dict[str, Any]) -> str:
 
     def word(name: str, value: Any) -> str:
         if isinstance(value, dict):
-            return "/".join(str(int(each)) for each in value.values())
+            return "/".join(str(int(setting)) for setting in value.values())
         return value if isinstance(value, str) else f"{name}={value}"
 
     return " ".join(word(name, value) for name, value in key.items())
@@ -220,5 +220,5 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_finite(each) for each in tree]
+        return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -24,14 +24,14 @@ def path_of(folder: Path, stage: str) -> Path:
 
 def read(folder: Path, code: str | None = None) -> list[dict[str, Any]]:
     """The last row of every key in a folder's gpu-*.jsonl, of this code or of any, stage by stage."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for stage in STAGES:
         last: dict[str, dict[str, Any]] = {}
         for row in cases.read(path_of(folder, stage)):
             if code in (None, row["code"]):
                 last[json.dumps(_key(row))] = row
-        found += last.values()
-    return found
+        rows += last.values()
+    return rows
 
 
 def _key(row: dict[str, Any]) -> list[Any]:
@@ -41,11 +41,11 @@ def _key(row: dict[str, Any]) -> list[Any]:
     return [row["device"], row["commit"], row["code"], [[name, row[name]] for name in names[begin:end]]]
 
 
-def stages(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def stages(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line per stage: how many rows of each status."""
     lines = []
     for stage in STAGES:
-        mine = [row for row in found if row["stage"] == stage]
+        mine = [row for row in rows if row["stage"] == stage]
         count = Counter(row["status"] for row in mine)
         if mine:
             seconds = f"{sum(row.get('seconds', 0) for row in mine):,.0f}"
@@ -53,28 +53,28 @@ def stages(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def targets(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def targets(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line per target, and per shape where it has one: how many rows meet it and the worst of them."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in found:
+    for row in rows:
         of = f"{row['shape']} {row['load']}" if row["stage"] == "layer" else row.get("op", "")
         for target in row.get("targets", []):
             groups.setdefault((row["stage"], target["what"], of), []).append(target)
     lines: list[tuple[str, ...]] = []
-    for (stage, what, of), each in groups.items():
-        numbers = [target["value"] for target in each if target["value"] is not None]
-        bounds = [target["bound"] for target in each]
-        worst = (max if each[0]["at_most"] else min)(numbers, default=None)
-        met = sum(target["met"] for target in each)
-        shown = f"{met} of {len(each)}" if len(each) > 1 else "met" if met else "missed"
+    for (stage, what, of), group in groups.items():
+        numbers = [target["value"] for target in group if target["value"] is not None]
+        bounds = [target["bound"] for target in group]
+        worst = (max if group[0]["at_most"] else min)(numbers, default=None)
+        met = sum(target["met"] for target in group)
+        shown = f"{met} of {len(group)}" if len(group) > 1 else "met" if met else "missed"
         lines.append((stage, what, of, shown, tables.number(worst, ",.4g"), f"{bounds[0]:,.4g}"))
     return lines
 
 
-def layer(found: Sequence[dict[str, Any]], loads: Sequence[str] = ("uniform",)) -> list[tuple[str, ...]]:
+def layer(rows: Sequence[dict[str, Any]], loads: Sequence[str] = ("uniform",)) -> list[tuple[str, ...]]:
     """A line per shape, load and contestant; what is absent or failed says so."""
     lines: list[tuple[str, ...]] = []
-    for row in found:
+    for row in rows:
         if row["stage"] != "layer" or row["load"] not in (*loads, "every"):
             continue
         head = row["shape"], row["load"], row["contestant"]
@@ -87,7 +87,7 @@ def layer(found: Sequence[dict[str, Any]], loads: Sequence[str] = ("uniform",)) 
     return lines
 
 
-def wrong(found: Sequence[dict[str, Any]]) -> list[str]:
+def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence per row that is wrong or failed, but for candidate tiles, which may."""
-    bad = [row for row in found if row["status"] in ("wrong", "failed") and row["stage"] != "tune"]
+    bad = [row for row in rows if row["status"] in ("wrong", "failed") and row["stage"] != "tune"]
     return [f"{row['status']}: {cases.describe(dict(_key(row)[3]))}: {row['error']}" for row in bad]

@@ -35,10 +35,10 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """As `machine.versions`, and Triton's where it is installed."""
-    found = machine.versions()
+    version_of = machine.versions()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["triton"] = importlib.metadata.version("triton")
-    return found
+        version_of["triton"] = importlib.metadata.version("triton")
+    return version_of
 
 
 def driver(device: torch.device) -> str | None:

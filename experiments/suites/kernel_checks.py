@@ -1,6 +1,8 @@
 """Whether each kernel computes what the reference says: gate, plan, combine and the five uses of the matmuls.
 
-As `experiments/suites/layer_checks.py`, kernel by kernel, so that a wrong layer has a culprit.
+As `experiments/suites/layer_checks.py`, and into the same file, kernel by kernel, so that a wrong layer has a culprit.
+
+    python -m experiments.gpu_evidence --out DIR --stage correctness    # a row per check -> DIR/gpu-correctness.jsonl
 """
 
 import functools
@@ -34,14 +36,19 @@ def cases(settings: Settings) -> Iterator[Case]:
         key = {"suite": "correctness", "check": "kernel", "op": op, **shape._asdict(), "dtype": kind, "load": load}
         return Case(key, functools.partial(function, settings, shape, kind, *arguments))
 
+    # The matmuls in every type, at sizes that are copied in blocks and at some that are not.
     regular, odd = settings.regular, settings.odd
     for shape in (regular, odd):
         for kind in settings.dtypes:
             yield case("matmuls", shape, kind, check_matmuls)
+
+    # The plan, which is exact: every load, then no token, one and few.
     for load in settings.loads:
         yield case("plan", regular, "", check_plan, load, load=load)
     for t in settings.tokens:
         yield case("plan", regular._replace(T=t), "", check_plan, "uniform")
+
+    # The gate in the two types it takes: every kind of score, then sizes that leave a program part empty.
     for kind in ("fp32", "fp64"):
         for gate in GATES:
             name = f"gate {gate[0]}{' biased' * gate[1]}{' renormalised' * gate[2]}{' in groups' * (gate[3][0] > 1)}"
@@ -53,6 +60,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         regular._replace(E=3 * regular.E, K=regular.K + 1),
     ):
         yield case("gate softmax renormalised", shape, "fp32", check_gate, GATES[0])
+
+    # Combine with as many rows for every token, and with a list of them.
     for kind in settings.dtypes:
         for load in ("uniform", "ragged"):
             yield case("combine", odd, kind, check_combine, load, load=load)
@@ -89,7 +98,7 @@ def _gradient(outputs: tuple[Tensor, ...], logits: Tensor, swapped: Tensor) -> l
     """Of all three float outputs, with fixed directions; zero for tokens whose experts are in another order."""
     torch.manual_seed(4)
     directions = [
-        torch.randn(each.shape, dtype=torch.float64, device=each.device).to(each.dtype) for each in outputs[1:]
+        torch.randn(output.shape, dtype=torch.float64, device=output.device).to(output.dtype) for output in outputs[1:]
     ]
     (gradient,) = torch.autograd.grad(outputs[1:], logits, directions)
     return [torch.where(swapped[:, None], 0.0, gradient)]
@@ -99,6 +108,7 @@ def check_plan(settings: Settings, shape: Shape, kind: str, load: str) -> dict[s
     """Both maps, tokens, offsets and the schedule, exactly, for tiles of two heights."""
     from kernels import plan
 
+    # What the reference says, of any height of tiles.
     expert, token_N = routed(shape, load, settings.device)
     tokens, expert_N, _ = rows(token_N, expert, expert)
     order, slot, offset = reference.plan(expert_N, shape.E)
@@ -106,6 +116,7 @@ def check_plan(settings: Settings, shape: Shape, kind: str, load: str) -> dict[s
     for block_m in (32, 128):
         with poisoned():
             got = plan.plan(expert, token_N, shape.E, block_m)
+        # The schedule by its definition, then part by part; behind the last expert's slots there is nothing to compare.
         schedule = [
             (e, first)
             for e in range(shape.E)
@@ -118,7 +129,7 @@ def check_plan(settings: Settings, shape: Shape, kind: str, load: str) -> dict[s
             "tokens": torch.equal(got.token_N.long()[:live], tokens[order][:live]),
             "offsets": torch.equal(got.offset_E1.long(), offset),
             "tile count": got.tile_count.tolist() == [n],
-            "schedule": list(zip(got.tile_expert_M[:n].tolist(), got.tile_slot_M[:n].tolist(), strict=True))
+            "schedule": list(zip(got.tile_expert_J[:n].tolist(), got.tile_slot_J[:n].tolist(), strict=True))
             == schedule,
         }
         if not all(same.values()):
@@ -130,6 +141,7 @@ def check_combine(settings: Settings, shape: Shape, kind: str, load: str) -> dic
     """Weighted and plain sums of rows in slots; rows without an expert hold NaN and count for nothing."""
     from kernels import combine, plan
 
+    # Rows in slots, some without an expert: those lie last.
     dtype, device = DTYPES[kind][0], settings.device
     expert, token_N = routed(shape, "ragged" if load == "ragged" else "dropped", device)
     where = plan.plan(expert, token_N, shape.E, 32)
@@ -141,16 +153,18 @@ def check_combine(settings: Settings, shape: Shape, kind: str, load: str) -> dic
     start = None
     if token_N is not None:
         start = torch.searchsorted(token_N, torch.arange(shape.T + 1, device=device))
+
+    # Weighted, then plain: ours, the same sums in float64, and in the type as torch adds them.
     live = (expert_N >= 0).nonzero().squeeze(1)
     results: list[Tensor] = []
     expected: list[Tensor] = []
     other: list[Tensor] = []
-    for each in (weight, None):
+    for factor in (weight, None):
         with poisoned():
-            results.append(combine.combine(y, where.slot_N, each, start, where.offset_E1, shape.T))
+            results.append(combine.combine(y, where.slot_N, factor, start, where.offset_E1, shape.T))
         for kept, number in ((expected, torch.float64), (other, torch.promote_types(dtype, torch.float32))):
             picked = y[where.slot_N[live].long()].to(number)
-            picked = picked if each is None else picked * each[live, None].to(number)
+            picked = picked if factor is None else picked * factor[live, None].to(number)
             sums = torch.zeros(shape.T, shape.D, device=device, dtype=number).index_add_(0, tokens[live], picked)
             kept.append(sums if kept is expected else sums.to(dtype))
     return verdict(settings, kind, ("weighted", "plain"), results, expected, other)
@@ -162,16 +176,21 @@ def check_matmuls(settings: Settings, shape: Shape, kind: str) -> dict[str, Any]
     from kernels import plan, ragged_mm
     from kernels.ragged_wgrad import ragged_wgrad
 
+    # Operands and a plan.
     dtype, tf32, _ = DTYPES[kind]
     layer = draw(shape, settings.device, kind, "dropped")
     tile = lambda use: tuning.tile(use, settings.device, dtype, tf32, layer.expert.numel(), shape.E)
     where = plan.plan(layer.expert, None, shape.E, tile("up").block_m)
-    x, w_up, w_down, dout = (each.detach() for each in (layer.x_TD, layer.w_up_EFD, layer.w_down_EDF, layer.dout_TD))
-    weight = layer.weight.detach().flatten()
-    exact = expert_by_expert(shape, where, *(each.double() for each in (x, w_up, w_down, dout, weight)))
+    operands = (layer.x_TD, layer.w_up_EFD, layer.w_down_EDF, layer.dout_TD, layer.weight.flatten())
+    x, w_up, w_down, dout, weight = (operand.detach() for operand in operands)
+
+    # What every use should give, in float64; and torch's from the same rounded inputs, for the bound.
+    exact = expert_by_expert(shape, where, *(operand.double() for operand in (x, w_up, w_down, dout, weight)))
     z, h, dz, wh = (exact[name].to(dtype) for name in ("z", "h", "dz", "wh"))
     with multiplying(tf32):
         theirs = expert_by_expert(shape, where, x, w_up, w_down, dout, weight, z)
+
+    # Ours, each use from the exact inputs of that use; only slots of an expert are compared, d(weight) in slots too.
     live = int(where.offset_E1[-1])
     with poisoned():
         got_z, got_h = ragged_mm.up(x, w_up, where, "swiglu", tile("up"), tf32)
@@ -182,10 +201,11 @@ def check_matmuls(settings: Settings, shape: Shape, kind: str) -> dict[str, Any]
         dw_up = ragged_wgrad(dz, x, where, False, shape.E, tile("wgrad"), tf32)
     by_slot = dweight[where.row_N[:live].long()]
     got = {"z": got_z, "h": got_h, "y": got_y, "dz": got_dz, "wh": got_wh, "dx": got_dx}
-    found = {name: each[:live] for name, each in got.items()} | {"dweight": by_slot, "dw_down": dw_down, "dw_up": dw_up}
-    names = tuple(found)
-    pick = lambda results: [results[name][:live] if name in got else results[name] for name in names]
-    return verdict(settings, kind, names, list(found.values()), pick(exact), pick(theirs))
+    results = {name: rows_in_slots[:live] for name, rows_in_slots in got.items()}
+    results |= {"dweight": by_slot, "dw_down": dw_down, "dw_up": dw_up}
+    names = tuple(results)
+    pick = lambda tensors: [tensors[name][:live] if name in got else tensors[name] for name in names]
+    return verdict(settings, kind, names, list(results.values()), pick(exact), pick(theirs))
 
 
 def expert_by_expert(
@@ -202,23 +222,23 @@ def expert_by_expert(
     from `z` where given."""
     n, f = len(where.row_N), shape.F
     new = lambda width: x.new_zeros(n, width)
-    found = {"z": new(2 * f), "h": new(f), "y": new(shape.D), "dz": new(2 * f), "wh": new(f), "dx": new(shape.D)}
-    found |= {"dweight": weight.new_zeros(int(where.offset_E1[-1]))}
-    found |= {"dw_down": torch.zeros_like(w_down), "dw_up": torch.zeros_like(w_up)}
+    tensors = {"z": new(2 * f), "h": new(f), "y": new(shape.D), "dz": new(2 * f), "wh": new(f), "dx": new(shape.D)}
+    tensors |= {"dweight": weight.new_zeros(int(where.offset_E1[-1]))}
+    tensors |= {"dw_down": torch.zeros_like(w_down), "dw_up": torch.zeros_like(w_up)}
     bounds = where.offset_E1.tolist()
     for e, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         at, token = slice(lo, hi), where.token_N[lo:hi].long()
         w = weight[where.row_N[lo:hi].long()][:, None]
-        found["z"][at] = x[token] @ w_up[e].T
-        now = (found["z"] if z is None else z)[at].detach().requires_grad_()
-        h = reference.activate(now, "swiglu")
-        found["h"][at] = reference.activate(found["z"][at], "swiglu")
-        found["y"][at] = h.detach() @ w_down[e].T
+        tensors["z"][at] = x[token] @ w_up[e].T
+        leaf = (tensors["z"] if z is None else z)[at].detach().requires_grad_()
+        h = reference.activate(leaf, "swiglu")
+        tensors["h"][at] = reference.activate(tensors["z"][at], "swiglu")
+        tensors["y"][at] = h.detach() @ w_down[e].T
         dh = dout[token] @ w_down[e]
-        (found["dz"][at],) = torch.autograd.grad(h, now, (dh.to(w.dtype) * w).to(h.dtype))
-        found["wh"][at] = (h.detach() * w).to(h.dtype)
-        found["dweight"][at] = (dh * h.detach()).to(w.dtype).sum(1)
-        found["dx"][at] = found["dz"][at] @ w_up[e]
-        found["dw_down"][e] = dout[token].T @ found["wh"][at]
-        found["dw_up"][e] = found["dz"][at].T @ x[token]
-    return found
+        (tensors["dz"][at],) = torch.autograd.grad(h, leaf, (dh.to(w.dtype) * w).to(h.dtype))
+        tensors["wh"][at] = (h.detach() * w).to(h.dtype)
+        tensors["dweight"][at] = (dh * h.detach()).to(w.dtype).sum(1)
+        tensors["dx"][at] = tensors["dz"][at] @ w_up[e]
+        tensors["dw_down"][e] = dout[token].T @ tensors["wh"][at]
+        tensors["dw_up"][e] = tensors["dz"][at].T @ x[token]
+    return tensors

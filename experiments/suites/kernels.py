@@ -3,6 +3,9 @@
 These are microseconds, so launches count: `us` is a replay of a CUDA graph of the call, `eager_us` the call from
 Python, for both contestants. A replay of a graph of one tiny kernel takes `launch` seconds (in `ceilings`), which are
 not subtracted. Every output is compared with torch's before anything is timed.
+
+    python -m experiments.bench suite=kernels                       # on a GPU -> experiments/results/kernels.jsonl
+    python -m experiments.gpu_evidence --out DIR --stage kernels    # the same rows -> DIR/gpu-kernels.jsonl
 """
 
 import contextlib
@@ -65,26 +68,30 @@ class Pair(NamedTuple):
 
 def cases(settings: Settings) -> Iterator[Case]:
     """By importance: first every kernel at the first sizes, then the sweep."""
-    for expert, k in settings.choices:
+    for e, k in settings.choices:
         for t in settings.tokens:
             for op in settings.ops:
                 for d in settings.widths if op.startswith("combine") else (0,):
-                    if op.startswith("combine") and expert != _experts_of(settings, k):
+                    if op.startswith("combine") and e != _first_experts(settings, k):
                         continue  # a combine does not depend on E
-                    shape = Shape(t, d, 0, expert, k)
-                    key = {"suite": "kernels", "op": op, "T": t, "D": d, "E": expert, "K": k}
+                    shape = Shape(t, d, 0, e, k)
+                    key = {"suite": "kernels", "op": op, "T": t, "D": d, "E": e, "K": k}
                     yield Case(key, functools.partial(measured, op, shape, settings))
 
 
-def _experts_of(settings: Settings, k: int) -> int:
-    return next(expert for expert, each in settings.choices if each == k)
+def _first_experts(settings: Settings, k: int) -> int:
+    """The E that comes first with this K."""
+    return next(e for e, choices in settings.choices if choices == k)
 
 
 def measured(op: str, shape: Shape, settings: Settings) -> dict[str, Any]:
     """One row. Raises `Wrong` when ours and torch's differ, `LeftOut` for rows that do not fit."""
+    # What is not right is not timed.
     device = settings.device
     pair = build(op, shape, device, settings.dtype)
     pair.check()
+
+    # Everything in turns: both contestants from Python and, on a GPU, as graphs.
     functions: dict[str, Callable[[], Any]] = {"eager": pair.ours, "torch eager": pair.by_hand}
     if graph := timing.captured(pair.ours, device):
         functions["graph"] = graph.replay
@@ -93,6 +100,8 @@ def measured(op: str, shape: Shape, settings: Settings) -> dict[str, Any]:
             functions |= {"torch graph": by_hand.replay} if by_hand else {}
     median = timing.medians(functions, device, settings.rounds, settings.seconds)
     us = {name: 1e6 * seconds for name, seconds in median.items()}
+
+    # The best of ours against the bytes that have to move, and against torch.
     floor_us, best = 1e6 * pair.n_bytes / settings.ceilings.copy, us.get("graph", us["eager"])
     ratio = us["torch eager"] / us["eager"]
     if "torch graph" in us:  # like with like
@@ -199,7 +208,7 @@ def gate_backward_pair(logits: Tensor, shape: Shape) -> Pair:
 
     expert = gate.gate(logits, shape.K, "softmax")[0]
     dweight, dlse, dprob = torch.randn(shape.T, shape.K), torch.randn(shape.T), torch.randn(shape.E)
-    dweight, dlse, dprob = (each.to(logits.device) for each in (dweight, dlse, dprob))
+    dweight, dlse, dprob = (gradient.to(logits.device) for gradient in (dweight, dlse, dprob))
     leaf = logits.detach().requires_grad_()
     weight = gate_by_hand(leaf, shape.K)[0]
     ours = lambda: gate._backward(logits, expert, dweight, dlse, dprob, "softmax", True, 1.0)
@@ -218,12 +227,15 @@ def combine_pair(shape: Shape, weighted: bool, device: torch.device, dtype: torc
     """(N, D) rows in slots to (T, D): weighted, as forward's last step, or plain, as the last step of dx."""
     from kernels import combine, plan
 
+    # Rows in slots, if there is room for them.
     rows = shape.T * shape.K
     if (needed := 2 * dtype.itemsize * rows * shape.D) > ROOM:  # the rows, and torch's copy of them
         raise LeftOut(f"takes {needed / 2**30:.0f} GiB; {ROOM / 2**30:.0f} are allowed")
     expert = torch.randn(shape.T, shape.E, device=device).topk(shape.K).indices
     where = plan.plan(expert, None, shape.E, 128)
     y, weight = torch.randn(rows, shape.D, device=device, dtype=dtype), torch.rand(shape.T, shape.K, device=device)
+
+    # Both contestants, and what both should give for some tokens, summed in float32.
     slot, ones = where.slot_N.long(), torch.ones_like(weight)
 
     def ours() -> Tensor:
@@ -263,7 +275,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     head = row["op"], f"{row['T']:,}", str(row["D"] or ""), str(row["E"]), str(row["K"])
     if row["status"] != "measured":
         return *head, row["status"], *[""] * 5, row["error"][:60]
-    words = [f"{'met' if each['met'] else 'missed'}: {each['what']}" for each in row["targets"]]
+    words = [f"{'met' if target['met'] else 'missed'}: {target['what']}" for target in row["targets"]]
     return (
         *head,
         tables.number(row["us"], ",.1f"),

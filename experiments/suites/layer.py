@@ -3,6 +3,9 @@
 A row is one contestant at one shape under one load, taking turns with our kernels and with a balanced `torch.bmm` of
 the same FLOPs. What is timed is plan, experts and combine from given choices; the router is not. Backward is the time
 of forward and backward less that of forward, as the peers' own benchmarks have it.
+
+    python -m experiments.bench suite=layer                       # on a GPU -> experiments/results/layer.jsonl
+    python -m experiments.gpu_evidence --out DIR --stage layer    # the same rows -> DIR/gpu-layer.jsonl
 """
 
 import functools
@@ -65,8 +68,9 @@ def cases(settings: Settings) -> Iterator[Case]:
     if len(loads) < len(settings.loads):
         yield absent(_key(settings, "every", "recorded", "every"), NO_COUNTS)
     layers = [Layer(settings, name, load) for load in loads for name in settings.shapes]
-    here = [name for name in settings.names if not why[name]]
-    for names in ([name for name in here if name == peers.OURS], [name for name in here if name != peers.OURS]):
+    ours = [name for name in settings.names if not why[name] and name == peers.OURS]
+    others = [name for name in settings.names if not why[name] and name != peers.OURS]
+    for names in (ours, others):
         for layer in layers:
             for name in names:
                 yield Case(_key(settings, layer.name, layer.load, name), functools.partial(layer.measure, name))
@@ -110,6 +114,7 @@ class Layer:
 
     def measure(self, contestant: str) -> dict[str, Any]:
         """One row. Raises `Wrong` for a contestant whose results are, and `Absent` without recorded counts."""
+        # What is not right is not timed.
         peer, device, shape = peers.PEERS[contestant], self.settings.device, self.shape
         x, w_up, w_down, expert, weight, dout = self.inputs
         with torch.no_grad():
@@ -117,25 +122,28 @@ class Layer:
         weights = weights[0].detach().requires_grad_(), weights[1].detach().requires_grad_()
         errors = peers.check(peer.run, weights, (x, expert, weight), dout, self.expected)
 
+        # Everything in turns: the contestant, ours beside a peer (or as a graph), and the FLOPs as balanced bmm.
         def pair(run: peers.Experts, weights: tuple[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
             forward = lambda: run(x, *weights, expert, weight)
             return forward, lambda: torch.autograd.grad(forward(), (x, *weights, weight), dout)
 
-        forward, both = pair(peer.run, weights)
-        functions: dict[str, Callable[[], Any]] = {"forward": forward, "both": both}
+        forward, forward_backward = pair(peer.run, weights)
+        functions: dict[str, Callable[[], Any]] = {"forward": forward, "both": forward_backward}
         if contestant != peers.OURS:
             functions["our forward"], functions["our both"] = pair(peers.PEERS[peers.OURS].run, (w_up, w_down))
         elif device.type == "cuda":
             functions["graph"] = replayed(forward, device)
         functions["bmm forward"], functions["bmm backward"] = balanced_bmm(shape, device, self.settings.dtype)
         median = timing.medians(functions, device, self.settings.rounds, self.settings.seconds)
+
+        # How even the load was, rates against the roofs, and the memory that a call needs and keeps.
         count_E = expert.flatten().bincount(minlength=shape.E)
         row = {
             **shape._asdict(),
             "errors": errors,
             "most_over_mean_load": count_E.max().item() * shape.E / count_E.sum().item(),
             "ceilings": self.settings.ceilings._asdict(),
-            "peak_bytes": timing.peak_bytes(both, device),
+            "peak_bytes": timing.peak_bytes(forward_backward, device),
             "saved_bytes_per_token": timing.saved_bytes(forward, weights) / shape.T,
             "held_bytes": timing.held_bytes(forward, device),
             **rates(shape, median, self.settings.ceilings),
@@ -150,7 +158,7 @@ def rates(shape: Shape, median: dict[str, float], ceilings: Ceilings) -> dict[st
     backward = floors.backward_flops(shape) / backward_s if backward_s > 0 else math.nan  # less than the clock sees
     bmm_forward = floors.forward_flops(shape) / median["bmm forward"]
     bmm_backward = floors.backward_flops(shape) / median["bmm backward"]
-    found = {
+    row = {
         "forward_s": median["forward"], "backward_s": backward_s, "both_s": median["both"],
         "forward_tf": forward / 1e12, "backward_tf": backward / 1e12,
         "bmm_forward_tf": bmm_forward / 1e12, "bmm_backward_tf": bmm_backward / 1e12,
@@ -160,9 +168,9 @@ def rates(shape: Shape, median: dict[str, float], ceilings: Ceilings) -> dict[st
         "graph_forward_tf": floors.forward_flops(shape) / median["graph"] / 1e12 if "graph" in median else None,
     }  # fmt: skip
     if "our both" in median:
-        found["our_forward_s"], found["our_both_s"] = median["our forward"], median["our both"]
-        found["ours_over_this"] = median["both"] / median["our both"]
-    return found
+        row["our_forward_s"], row["our_both_s"] = median["our forward"], median["our both"]
+        row["ours_over_this"] = median["both"] / median["our both"]
+    return row
 
 
 def targets(name: str, contestant: str, shape: Shape, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,12 +183,12 @@ def targets(name: str, contestant: str, shape: Shape, row: dict[str, Any]) -> li
     if contestant != peers.OURS:
         return []
     saved = row["saved_bytes_per_token"]
-    found = [floors.target("saved bytes per token", saved, floors.saved_bytes(shape), at_most=True)]
+    goals = [floors.target("saved bytes per token", saved, floors.saved_bytes(shape), at_most=True)]
     for way in Rate._fields:
-        found.append(floors.target(f"{way} of bmm", row[f"{way}_of_bmm"], getattr(floors.OF_BMM, way)))
+        goals.append(floors.target(f"{way} of bmm", row[f"{way}_of_bmm"], getattr(floors.OF_BMM, way)))
         for kind, table in (("promise", floors.PROMISE), ("moonshot", floors.MOONSHOT)):
-            found.append(floors.target(f"{kind} {way} TF/s", row[f"{way}_tf"], getattr(table[name], way)))
-    return found
+            goals.append(floors.target(f"{kind} {way} TF/s", row[f"{way}_tf"], getattr(table[name], way)))
+    return goals
 
 
 def choices(shape: Shape, load: str, device: torch.device, counts: Path | None = None) -> Tensor:
@@ -239,14 +247,14 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     head = row["shape"], row["load"], row["contestant"]
     if row["status"] != "measured":
         return *head, row["status"], *[""] * 7, row["error"][:60]
-    both = lambda what, form: ", ".join(tables.number(row[f"{way}_{what}"], form) for way in Rate._fields)
-    missed = [each["what"] for each in row["targets"] if not each["met"]]
+    two_ways = lambda what, form: ", ".join(tables.number(row[f"{way}_{what}"], form) for way in Rate._fields)
+    missed = [target["what"] for target in row["targets"] if not target["met"]]
     return (
         *head,
         tables.number(row["forward_tf"], ",.1f"),
         tables.number(row["backward_tf"], ",.1f"),
-        both("of_peak", ".2f"),
-        both("of_bmm", ".2f"),
+        two_ways("of_peak", ".2f"),
+        two_ways("of_bmm", ".2f"),
         tables.number(row.get("ours_over_this"), ".2f", "×"),
         f"{row['saved_bytes_per_token']:,.0f}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",

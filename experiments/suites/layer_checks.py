@@ -4,6 +4,7 @@ Errors are relative to float64 on the same inputs, of the output and every gradi
 backend in the same type. Outputs are allocated full of NaN, so that an element nobody writes shows. The kernels one by
 one are in `experiments/suites/kernel_checks.py`.
 
+    python -m experiments.gpu_evidence --out DIR --stage correctness    # a row per check -> DIR/gpu-correctness.jsonl
     python -m experiments.suites.layer_checks    # a small layer forward and backward: what compute-sanitizer runs on
 """
 
@@ -95,7 +96,7 @@ class Layer(NamedTuple):
 
     def of(self, dtype: torch.dtype) -> "Layer":
         """The same numbers in another type; the rows' weights have float32 at least."""
-        cast = lambda each, dtype: each.detach().to(dtype).requires_grad_()
+        cast = lambda tensor, dtype: tensor.detach().to(dtype).requires_grad_()
         floats = {name: cast(getattr(self, name), dtype) for name in ("x_TD", "w_up_EFD", "w_down_EDF")}
         floats["weight"] = cast(self.weight, torch.promote_types(dtype, torch.float32))
         return self._replace(**floats, dout_TD=self.dout_TD.to(dtype))
@@ -105,7 +106,7 @@ class Layer(NamedTuple):
         wanted = (self.x_TD, self.w_up_EFD, self.w_down_EDF, self.weight)
         y_TD = run(self)
         if not y_TD.requires_grad:  # no rows at all
-            return (y_TD, *(torch.zeros_like(each) for each in wanted))
+            return (y_TD, *(torch.zeros_like(operand) for operand in wanted))
         gradients = torch.autograd.grad(y_TD, wanted, self.dout_TD, allow_unused=True, materialize_grads=True)
         return y_TD.detach(), *gradients
 
@@ -119,8 +120,8 @@ def draw(shape: Shape, device: torch.device, kind: str, load: str = "uniform", a
     weight = torch.rand(expert.shape, device=device, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
     width = 2 * f if activation == "swiglu" else f
     x, w_up, w_down = make(t, d), make(e, width, d, scale=d**-0.5), make(e, d, f, scale=f**-0.5)
-    for each in (x, w_up, w_down, weight):
-        each.requires_grad_()
+    for operand in (x, w_up, w_down, weight):
+        operand.requires_grad_()
     return Layer(x, w_up, w_down, weight, expert, token_N, make(t, d), activation, tf32)
 
 
@@ -203,6 +204,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         key = {"suite": "correctness", "check": name, "dtype": dtype}
         return Case(key, functools.partial(function, settings, *arguments))
 
+    # The layer: every type, then every load and number of tokens in the type that models train in, then odd sizes.
     for kind in settings.dtypes:
         yield layer(settings.regular, kind)
     for load in settings.loads[1:]:
@@ -211,11 +213,15 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield layer(settings.regular._replace(T=t), "bf16")
     for kind in settings.dtypes:
         yield layer(settings.odd, kind, "ragged")
+
+    # What holds whatever the numbers.
     for kind in ("bf16", "fp32"):
         if kind in settings.dtypes:
             yield other("the same bits on every run", check_reruns, kind, dtype=kind)
     yield other("a replayed graph follows new inputs", check_graph)
     yield other("compiled whole", check_compiled)
+
+    # The layer again, where it takes another kernel or much memory: every K, every activation, large sizes.
     for k in range(1, settings.most_choices + 1):
         yield layer(settings.regular._replace(K=k, E=max(settings.regular.E, k), T=settings.regular.T // 2 + 1), "bf16")
     for kind, activation in itertools.product(("bf16", "fp32"), settings.activations[1:]):
@@ -224,6 +230,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield layer(settings.large, "bf16", "zipf")
     yield other("D past 2^31 elements", check_far, "D")
     yield other("F past 2^31 elements", check_far, "F")
+
+    # Under the tools that watch memory, which take longest.
     for tool in ("memcheck", "racecheck"):
         yield other(f"compute-sanitizer {tool}", check_sanitizer, tool)
 
@@ -252,8 +260,8 @@ def verdict(
         bound = looser * max(TIMES_TORCH * torchs[name], floor)
         if not errors[name] <= bound:
             bad.append(f"{name} {errors[name]:.2g} > {bound:.2g}")
-    found: dict[str, Any] = {"errors": errors, "torch_errors": torchs}
-    return found | ({"status": "wrong", "error": f"errors exceed bounds: {', '.join(bad)}"} if bad else {})
+    result: dict[str, Any] = {"errors": errors, "torch_errors": torchs}
+    return result | ({"status": "wrong", "error": f"errors exceed bounds: {', '.join(bad)}"} if bad else {})
 
 
 def check_reruns(settings: Settings, kind: str) -> dict[str, Any]:
@@ -264,8 +272,8 @@ def check_reruns(settings: Settings, kind: str) -> dict[str, Any]:
     for _ in range(settings.reruns):
         again = layer.results(by_triton)
         differ |= {name for name, a, b in zip(NAMES, first, again, strict=True) if not torch.equal(a, b)}
-    found: dict[str, Any] = {"reruns": settings.reruns}
-    return found | ({"status": "wrong", "error": f"{', '.join(sorted(differ))} differ between runs"} if differ else {})
+    result: dict[str, Any] = {"reruns": settings.reruns}
+    return result | ({"status": "wrong", "error": f"{', '.join(sorted(differ))} differ between runs"} if differ else {})
 
 
 def check_graph(settings: Settings) -> dict[str, Any]:
@@ -304,8 +312,8 @@ def check_compiled(settings: Settings) -> dict[str, Any]:
     names = ("y", "dx", *(f"d{name}" for name, _ in module.named_parameters()))
     errors = {name: timing.relative_error(a, b) for name, a, b in zip(names, got, want, strict=True)}
     bad = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= 1e-5]
-    found: dict[str, Any] = {"errors": errors}
-    return found | ({"status": "wrong", "error": f"differ from the eager call: {', '.join(bad)}"} if bad else {})
+    result: dict[str, Any] = {"errors": errors}
+    return result | ({"status": "wrong", "error": f"differ from the eager call: {', '.join(bad)}"} if bad else {})
 
 
 def check_far(settings: Settings, wide: str) -> dict[str, Any]:
@@ -337,10 +345,11 @@ def check_sanitizer(settings: Settings, tool: str, limit: float = 150.0) -> dict
     """This file's command under compute-sanitizer."""
     if settings.device.type != "cuda":
         raise Absent("compute-sanitizer watches a GPU")
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if found is None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
         raise Absent("compute-sanitizer is not on the PATH")
-    command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "experiments.suites.layer_checks"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "experiments.suites.layer_checks"]
     # Without torch's cache of memory, an access past a tensor is an access past an allocation.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:

@@ -157,7 +157,7 @@ PEERS = {
 
 def missing(name: str) -> str:
     """The packages that a peer needs and that are not installed, in words; empty when it can be called."""
-    return " and ".join(each for each in PEERS[name].packages if importlib.util.find_spec(each) is None)
+    return " and ".join(package for package in PEERS[name].packages if importlib.util.find_spec(package) is None)
 
 
 class Expected(NamedTuple):
@@ -172,7 +172,7 @@ def expected(
     x: Tensor, w_up: Tensor, w_down: Tensor, expert: Tensor, weight: Tensor, dout: Tensor, dtype: torch.dtype
 ) -> Expected:
     """The reference in `dtype` on inputs of any."""
-    x, w_up, w_down, weight, dout = (each.detach().to(dtype) for each in (x, w_up, w_down, weight, dout))
+    x, w_up, w_down, weight, dout = (tensor.detach().to(dtype) for tensor in (x, w_up, w_down, weight, dout))
     x, weight = x.requires_grad_(), weight.requires_grad_()
     y = reference.experts(x, w_up, w_down, *rows(None, expert, weight), "swiglu")
     dx, dweight = torch.autograd.grad(y, (x, weight), dout)

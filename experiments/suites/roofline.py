@@ -1,4 +1,9 @@
-"""A picture of measured rows under the roofs measured beside them: FLOP per byte against TF/s."""
+"""A picture of measured rows under the roofs measured beside them: FLOP per byte against TF/s.
+
+    python -m experiments.gpu_evidence --out DIR    # draws DIR/roofline.png of the rows in DIR
+
+A point is a measured row of suite layer or a combine of suite kernels.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,46 +28,22 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     combines = [row for row in measured if row["suite"] == "kernels" and row["op"].startswith("combine")]
     if not layers and not combines:
         raise Absent("no measured rows of suites layer and kernels")
-    roofs = [row["ceilings"] for row in layers + combines]
-    copy, matmul = (max(each[name] for each in roofs) / 1e12 for name in ("copy", "matmul"))
-    knee = matmul / copy
+
+    # Points first: the roofs reach as far as they do, and at least three octaves to either side of their knee.
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    left, right, labelled = knee / 8, knee * 8, set[str]()
-
-    def point(x: float, y: float | None, label: str, **style: Any) -> None:
-        if y is not None:
-            axes.plot(x, y, label=None if label in labelled else label, linestyle="none", **style)
-            labelled.add(label)
-
-    colours = {name: f"C{i}" for i, name in enumerate(peers.PEERS)}
-    for row in layers:
-        shape = Shape(*(row[letter] for letter in Shape._fields))
-        x = shapes.forward_flops(shape) / shapes.layer_bytes(shape)
-        left, right = min(left, x / 2), max(right, 2 * x)
-        colour, marker = colours[row["contestant"]], "o" if row["load"] == "uniform" else "^"
-        point(x, row["forward_tf"], row["contestant"], marker=marker, color=colour)
-        point(x, row["backward_tf"], row["contestant"], marker=marker, color=colour, markerfacecolor="none")
-        if row["contestant"] == peers.OURS and row["load"] == "uniform":
-            side, dx = ("left", 7) if len(axes.texts) % 2 else ("right", -7)  # shapes lie close to each other
-            axes.annotate(
-                row["shape"],
-                (x, row["forward_tf"]),
-                (dx, 0),
-                textcoords="offset points",
-                fontsize=7,
-                ha=side,
-                va="center",
-            )
-    for row in combines:
-        flops = (2 if row["op"] == "combine" else 1) * row["T"] * row["K"] * row["D"]
-        x, microseconds = flops / row["bytes"], row["us"] or row["eager_us"]
-        left = min(left, x / 2)
-        point(x, flops / microseconds / 1e6, "combine", marker="s", color="0.6", markersize=3)
+    of_layers, of_combines = _draw_layers(axes, layers), _draw_combines(axes, combines)
+    ceilings = [row["ceilings"] for row in layers + combines]
+    copy, matmul = (max(roofs[name] for roofs in ceilings) / 1e12 for name in ("copy", "matmul"))
+    knee = matmul / copy
+    left = min([knee / 8, *(x / 2 for x in of_layers + of_combines)])
+    right = max([knee * 8, *(2 * x for x in of_layers)])
     span = [left, knee, right]
-    axes.plot(span, [min(matmul, copy * each) for each in span], "k-", linewidth=1)
+    axes.plot(span, [min(matmul, copy * x) for x in span], "k-", linewidth=1)
     axes.text(right, matmul, f"{matmul:,.3g} TF/s ", ha="right", va="bottom", fontsize=8)
     axes.text(left, copy * left, f" {copy:.3g} TB/s", ha="left", va="top", fontsize=8)
+
+    # What is drawn, and of which device.
     first = (layers or combines)[0]
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte (least bytes)", ylabel="TF/s")
     axes.set_title(f"{first['device']}, torch {first['versions']['torch']}", fontsize=10)
@@ -70,3 +51,41 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8, title=title, title_fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _draw_layers(axes: Any, layers: Sequence[dict[str, Any]]) -> list[float]:
+    """Two points per row, and the shape's name at ours under the uniform load; returns every row's FLOP per byte."""
+    colours = {name: f"C{i}" for i, name in enumerate(peers.PEERS)}
+    intensities = []
+    for row in layers:
+        shape = Shape(*(row[letter] for letter in Shape._fields))
+        x = shapes.forward_flops(shape) / shapes.layer_bytes(shape)
+        intensities.append(x)
+        colour, marker = colours[row["contestant"]], "o" if row["load"] == "uniform" else "^"
+        _point(axes, x, row["forward_tf"], row["contestant"], marker=marker, color=colour)
+        _point(axes, x, row["backward_tf"], row["contestant"], marker=marker, color=colour, markerfacecolor="none")
+        if row["contestant"] == peers.OURS and row["load"] == "uniform":
+            side, dx = ("left", 7) if len(axes.texts) % 2 else ("right", -7)  # shapes lie close to each other
+            axes.annotate(
+                row["shape"], (x, row["forward_tf"]), (dx, 0), textcoords="offset points", fontsize=7, ha=side,
+                va="center",
+            )  # fmt: skip
+    return intensities
+
+
+def _draw_combines(axes: Any, combines: Sequence[dict[str, Any]]) -> list[float]:
+    """A grey square per row; returns every row's FLOP per byte."""
+    intensities = []
+    for row in combines:
+        flops = (2 if row["op"] == "combine" else 1) * row["T"] * row["K"] * row["D"]
+        x, microseconds = flops / row["bytes"], row["us"] or row["eager_us"]
+        intensities.append(x)
+        _point(axes, x, flops / microseconds / 1e6, "combine", marker="s", color="0.6", markersize=3)
+    return intensities
+
+
+def _point(axes: Any, x: float, y: float | None, label: str, **style: Any) -> None:
+    """One point, named in the legend if it is the first of its label; none for a value that was not to be had."""
+    if y is not None:
+        named = label in axes.get_legend_handles_labels()[1]
+        axes.plot(x, y, label=None if named else label, linestyle="none", **style)

@@ -2,6 +2,10 @@
 
 Per size, gate, plan and combine of every backend that works here, and of the eager torch sequence that people write by
 hand, taking turns. Beside them the whole layer, for the share of its time that is routing.
+
+    python -m experiments.bench suite=routing    # -> experiments/results/routing.jsonl
+
+Letters: R slots, as in kernels/grouped.py.
 """
 
 import functools
@@ -67,6 +71,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def measured(t: int, e: int, k: int, settings: Settings) -> dict[str, Any]:
     """One row: seconds of every part of every contestant; what cannot run here says why. Raises `Wrong`."""
+    # Every contestant on the same logits and rows; a backend that cannot run here says why.
     torch.manual_seed(0)
     device = settings.device
     logits, y_ND = torch.randn(t, e, device=device), torch.randn(t * k, settings.width, device=device)
@@ -77,10 +82,14 @@ def measured(t: int, e: int, k: int, settings: Settings) -> dict[str, Any]:
             contestants[backend] = BUILD[backend](logits, k, y_ND)
         else:
             absent[backend] = tuning.obstacle(device) or "left to sizes=smoke: it would be Triton's interpreter"
+
+    # What is not right is not timed.
     want = contestants["by hand"]["combine"]()
     for name, parts in contestants.items():
         if not (error := relative_error(parts["combine"](), want)) <= 1e-5:
             raise Wrong(f"relative error of {name}'s sums is {error:.2g}")
+
+    # Every part of every contestant in turns, and the whole layer on the backend that it would choose here.
     layer, x_BSD = layer_of(e, k, settings), torch.randn(1, t, settings.width, device=device)
     backend = "triton" if "triton" in contestants and device.type == "cuda" else "torch"
 
@@ -91,6 +100,8 @@ def measured(t: int, e: int, k: int, settings: Settings) -> dict[str, Any]:
     functions = {f"{name}/{part}": function for name, parts in contestants.items() for part, function in parts.items()}
     with torch.no_grad():
         median = timing.medians(functions | {"layer": whole}, device, settings.rounds, settings.seconds)
+
+    # Sums of the parts, against the sequence by hand and against the layer.
     seconds = {name: {part: median[f"{name}/{part}"] for part in PARTS} for name in contestants}
     total = {name: sum(parts.values()) for name, parts in seconds.items()}
     return {
@@ -157,11 +168,11 @@ def of_torch(logits: Tensor, k: int, y_ND: Tensor) -> dict[str, Function]:
     # The rows of every contestant lie as the plan has them; here some slots between experts are empty.
     slot_N, _, n_slots = grouped.slots(expert_N, logits.shape[1])
     _, dense_N, _ = reference.plan(expert_N, logits.shape[1])
-    y_SD = y_ND.new_zeros(n_slots, y_ND.shape[1]).index_copy_(0, slot_N, y_ND[dense_N])
+    y_RD = y_ND.new_zeros(n_slots, y_ND.shape[1]).index_copy_(0, slot_N, y_ND[dense_N])
     return {
         "gate": lambda: reference.gate(logits, k, "softmax"),
         "plan": lambda: grouped.slots(expert_N, logits.shape[1]),
-        "combine": lambda: grouped._combine(y_SD, slot_N, token_N, weight_N, len(logits)),
+        "combine": lambda: grouped._combine(y_RD, slot_N, token_N, weight_N, len(logits)),
     }
 
 
@@ -186,9 +197,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     head = f"{row['T']:,}", str(row["E"]), str(row["K"])
     if row["status"] != "measured":
         return *head, row["status"], *[""] * 6, row["error"][:60]
-    found = [f"{1e6 * row['total_s']['by hand']:,.0f}"]
+    speeds = [f"{1e6 * row['total_s']['by hand']:,.0f}"]
     for backend in BACKENDS:
         seconds = row["total_s"].get(backend)
-        found.append(tables.number(None if seconds is None else 1e6 * seconds, ",.0f"))
-        found.append(tables.number(row["by_hand_over_this"].get(backend), ".2f", "×"))
-    return *head, *found, tables.number(row["routing_of_layer"], ".0%")
+        speeds.append(tables.number(None if seconds is None else 1e6 * seconds, ",.0f"))
+        speeds.append(tables.number(row["by_hand_over_this"].get(backend), ".2f", "×"))
+    return *head, *speeds, tables.number(row["routing_of_layer"], ".0%")

@@ -1,4 +1,4 @@
-"""Time, memory and ceilings of a device, and the facts that every row of a benchmark carries.
+"""Time, memory and ceilings of a device, and which device a benchmark can run on.
 
 Contestants take turns, so that a slow spell falls on all of them. A GPU's times come from events, with the cache
 flushed before each call, and the median is what counts. Nothing is subtracted.
@@ -81,18 +81,19 @@ def times(
         function()
         if seconds:
             repeats[name] = max(1, min(MOST, round(seconds / rounds / max(1e-9, calls(function, 1, device)[0]))))
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            found[name] += calls(function, repeats[name], device)
-    return found
+            samples[name] += calls(function, repeats[name], device)
+    return samples
 
 
 def medians(
     functions: Mapping[str, Function], device: torch.device, rounds: int = 5, seconds: float = 0.2
 ) -> dict[str, float]:
     """The median of `times`."""
-    return {name: statistics.median(each) for name, each in times(functions, device, rounds, seconds).items()}
+    samples = times(functions, device, rounds, seconds)
+    return {name: statistics.median(samples[name]) for name in samples}
 
 
 def calls(function: Function, n: int, device: torch.device) -> list[float]:
@@ -141,11 +142,11 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, full: bo
     source = torch.randint(256, (n_bytes,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    one = torch.ones(1, device=device)
-    empty = captured(lambda: one.add_(1), device)
+    number = torch.ones(1, device=device)
+    tiny = captured(lambda: number.add_(1), device)
     functions: dict[str, Function] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    if empty:
-        functions["launch"] = empty.replay
+    if tiny:
+        functions["launch"] = tiny.replay
     median = medians(functions, device)
     return Ceilings(2 * n_bytes / median["copy"], 2 * n**3 / median["matmul"], median.get("launch", 0.0))
 
@@ -174,8 +175,8 @@ def saved_bytes(function: Function, leaving_out: Sequence[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function()
-    for each in leaving_out:
-        blocks.pop(each.untyped_storage().data_ptr(), None)
+    for tensor in leaving_out:
+        blocks.pop(tensor.untyped_storage().data_ptr(), None)
     del result
     return sum(blocks.values())
 

@@ -2,6 +2,9 @@
 
 Contestants take turns, so that a slow spell of the machine falls on all of them; a row's number is the median of its
 steps. On a GPU rows also have MFU, the model's FLOPs over the matmul rate that this run measured.
+
+    python -m experiments.bench suite=train_step                       # -> experiments/results/train_step.jsonl
+    python -m experiments.gpu_evidence --out DIR --stage train_step    # presets, on a GPU -> DIR/gpu-train_step.jsonl
 """
 
 import functools
@@ -45,9 +48,9 @@ def bench_model() -> ModelConfig:
 
 def preset(name: str, vocab_size: int) -> ModelConfig:
     """conf/model/<name>.yaml, with `vocab_size` where it leaves that to the tokenizer. Raises `BadInput`."""
-    there = sorted(path.stem for path in MODELS.glob("*.yaml"))
-    if name not in there:
-        raise BadInput(f"model={name} is not in conf/model; {nearest(name, there)}.")
+    presets = sorted(path.stem for path in MODELS.glob("*.yaml"))
+    if name not in presets:
+        raise BadInput(f"model={name} is not in conf/model; {nearest(name, presets)}.")
     model = parse(ModelConfig, yaml.safe_load((MODELS / f"{name}.yaml").read_text()), "model.")
     model.vocab_size = model.vocab_size or vocab_size
     return model
@@ -102,17 +105,17 @@ def contestants(settings: Settings) -> dict[str, Build]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
     twin = cost.dense_twin(settings.model, "active_params")
-    found: dict[str, Build] = {}
+    builders: dict[str, Build] = {}
     for compiler in (None, settings.compiler) if settings.compiled else (None,):
         for backend in settings.backends:
             name = named("switchyard MoE", backend, compiler)
-            found[name] = functools.partial(ours, name, settings.model, backend, compiler, tokens)
+            builders[name] = functools.partial(ours, name, settings.model, backend, compiler, tokens)
         name = named("switchyard dense twin", "auto", compiler)
-        found[name] = functools.partial(ours, name, twin, "auto", compiler, tokens)
+        builders[name] = functools.partial(ours, name, twin, "auto", compiler, tokens)
     if "transformers" in settings.peers:
-        found["transformers OLMoE"] = functools.partial(transformers_olmoe, settings.model, tokens)
-        found["transformers Llama (dense)"] = functools.partial(transformers_llama, twin, tokens)
-    return found
+        builders["transformers OLMoE"] = functools.partial(transformers_olmoe, settings.model, tokens)
+        builders["transformers Llama (dense)"] = functools.partial(transformers_llama, twin, tokens)
+    return builders
 
 
 def named(model: str, backend: str, compiler: str | None) -> str:
@@ -125,18 +128,18 @@ def measured(settings: Settings, say: Callable[[str], None] = print) -> list[dic
     """Rows of all contestants, every precision, timed in turns."""
     all_ = [build() for build in contestants(settings).values()]
     take_turns(all_, settings, say)
-    return [row(each, all_[0], precision, settings) for precision in settings.precisions for each in all_]
+    return [row(model, all_[0], precision, settings) for precision in settings.precisions for model in all_]
 
 
 def cases(settings: Settings) -> Iterator[Case]:
     """One case per contestant, in turns with the first alone: two models at a time fit where all would not."""
-    found = contestants(settings)
-    first = next(iter(found))
-    found[first] = functools.cache(found[first])  # it is there in every case
-    for name, build in found.items():
+    builders = contestants(settings)
+    first = next(iter(builders))
+    builders[first] = functools.cache(builders[first])  # it is there in every case
+    for name, build in builders.items():
         for precision in settings.precisions:
             key = {"suite": "train_step", "preset": settings.model.name, "model": name, "precision": precision}
-            yield Case(key, functools.partial(_against, name, build, found[first], precision, settings))
+            yield Case(key, functools.partial(_against, name, build, builders[first], precision, settings))
 
 
 def _against(name: str, build: Build, first: Build, precision: str, settings: Settings) -> dict[str, Any]:
@@ -147,9 +150,9 @@ def _against(name: str, build: Build, first: Build, precision: str, settings: Se
             raise Absent("transformers not installed") from None
     reference = first()
     reference.seconds.clear()  # of another case
-    both = [reference] if build is first else [reference, build()]
-    take_turns(both, settings, lambda line: None, [precision])
-    return row(both[-1], reference, precision, settings)
+    pair = [reference] if build is first else [reference, build()]
+    take_turns(pair, settings, lambda line: None, [precision])
+    return row(pair[-1], reference, precision, settings)
 
 
 def take_turns(
@@ -164,23 +167,24 @@ def take_turns(
         say(f"round {round_ + 1}/{settings.rounds}")
 
 
-def row(each: Contestant, reference: Contestant, precision: str, settings: Settings) -> dict[str, Any]:
+def row(contestant: Contestant, reference: Contestant, precision: str, settings: Settings) -> dict[str, Any]:
     """What is said of one contestant."""
-    seconds, ours_s = statistics.median(each.seconds[precision]), statistics.median(reference.seconds[precision])
+    seconds = statistics.median(contestant.seconds[precision])
+    reference_s = statistics.median(reference.seconds[precision])
     speed = settings.batch_size * settings.model.context / seconds
-    found = {
+    values = {
         "suite": "train_step",
         "precision": precision,
-        "model": each.name,
-        "parameters": each.total,
+        "model": contestant.name,
+        "parameters": contestant.total,
         "tokens_per_s": speed,
-        "moe_speed_over_this": seconds / ours_s,
-        "steps": len(each.seconds[precision]),
+        "moe_speed_over_this": seconds / reference_s,
+        "steps": len(contestant.seconds[precision]),
         "shape": {"batch": settings.batch_size, "context": settings.model.context, **vars_of(settings.model)},
     }
     if settings.ceilings is not None and precision == "bf16":  # the matmul rate is bf16's
-        found |= {"mfu": speed * each.flops / settings.ceilings.matmul, "ceilings": settings.ceilings._asdict()}
-    return found
+        values |= {"mfu": speed * contestant.flops / settings.ceilings.matmul, "ceilings": settings.ceilings._asdict()}
+    return values
 
 
 def ours(name: str, cfg: ModelConfig, wanted: str, compiler: str | None, tokens: torch.Tensor) -> Contestant:
@@ -191,7 +195,7 @@ def ours(name: str, cfg: ModelConfig, wanted: str, compiler: str | None, tokens:
 
     def loss() -> torch.Tensor:
         output = call(tokens[:, :-1], backend=backend)
-        balancing = sum(0.01 * each.aux + 0.001 * each.z for each in output.routing)
+        balancing = sum(0.01 * layer.aux + 0.001 * layer.z for layer in output.routing)
         return next_token_loss(output.logits_BSV, tokens[:, 1:]) + balancing
 
     return Contestant(name, cost.size(cfg).total, cost.flops(cfg).training, stepper(model, loss, tokens.device))
@@ -274,8 +278,8 @@ def vars_of(cfg: ModelConfig) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and cells, with a column for MFU where a row has it."""
-    mfu = any("mfu" in each for each in rows)
-    return (*HEADINGS, MFU) if mfu else HEADINGS, [cells(each, mfu) for each in rows]
+    mfu = any("mfu" in row for row in rows)
+    return (*HEADINGS, MFU) if mfu else HEADINGS, [cells(row, mfu) for row in rows]
 
 
 def cells(row: dict[str, Any], mfu: bool = False) -> tuple[str, ...]:
@@ -283,8 +287,8 @@ def cells(row: dict[str, Any], mfu: bool = False) -> tuple[str, ...]:
     name = f"{row['preset']}: {row['model']}" if "preset" in row else row["model"]
     if row.get("status", "measured") != "measured":
         return name, row["precision"], "", row["status"], row["error"][:60], *[""] * mfu
-    found = (
+    words = (
         name, row["precision"], f"{row['parameters']:,}", f"{row['tokens_per_s']:,.0f}",
         f"{row['moe_speed_over_this']:.2f}×",
     )  # fmt: skip
-    return (*found, tables.number(row.get("mfu"), ".1%")) if mfu else found
+    return (*words, tables.number(row.get("mfu"), ".1%")) if mfu else words

@@ -5,6 +5,11 @@ trade the same resource; those that cannot fit in shared memory or registers are
 compile, spills, or gives another result is counted and not timed. `up`, `down`, `dh` and `dx` walk over one schedule,
 so the best height of its tiles is the one whose four best times have the smallest sum. Repeat it on its own result to
 go on.
+
+    python -m experiments.bench suite=tune    # on a GPU: a row per candidate -> experiments/results/tune.jsonl
+    python -m experiments.gpu_evidence --out DIR --stage tune    # the same rows -> DIR/gpu-tune.jsonl
+
+Either puts the best tiles beside its rows, in tuning-<architecture>.jsonl.
 """
 
 import functools
@@ -90,13 +95,13 @@ def cases(settings: Settings) -> Iterator[Case]:
             continue
         shape = shape._replace(T=max(1, shape.T // 4)) if kind == "fp32" and load == "many" else shape
         bench = Bench(settings, kind, load, shape)
-        found = {
+        key_of = {
             (use, tile): _key(settings, use, kind, load, tile)
             for use in tuning.USES
             for tile in candidates(settings.device, use, kind, load, changed, limit)
         }
-        compile_ahead(settings, kind, shape, [each for each, key in found.items() if not settings.kept(key)])
-        for (use, tile), key in found.items():
+        compile_ahead(settings, kind, shape, [candidate for candidate, key in key_of.items() if not settings.kept(key)])
+        for (use, tile), key in key_of.items():
             yield Case(key, functools.partial(bench.measure, use, tile))
 
 
@@ -113,19 +118,20 @@ def present(device: torch.device, use: str, kind: str, load: str) -> Tile:
 def candidates(device: torch.device, use: str, kind: str, load: str, changed: int, limit: int) -> list[Tile]:
     """Tiles that are `changed` settings away from the present one, each by a step, and may fit."""
     base, itemsize = present(device, use, kind, load), 2 if kind == "16bit" else 4
-    found = []
+    tiles = []
     for names in itertools.combinations(VALUES if changed < 2 else TRADED, changed):
         for values in itertools.product(*(_neighbours(name, getattr(base, name)) for name in names)):
             tile = base._replace(**dict(zip(names, values, strict=True)))
             if not changed or fits(tile, use, itemsize, limit, tuning.architecture(device)):
-                found.append(tile)
-    return found
+                tiles.append(tile)
+    return tiles
 
 
 def _neighbours(name: str, value: Any) -> list[Any]:
     """The next smaller and the next larger value."""
-    below, above = [each for each in VALUES[name] if each < value], [each for each in VALUES[name] if each > value]
-    return below[-1:] + above[:1]
+    smaller = [other for other in VALUES[name] if other < value]
+    larger = [other for other in VALUES[name] if other > value]
+    return smaller[-1:] + larger[:1]
 
 
 def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
@@ -221,9 +227,9 @@ class Bench:
 @contextmanager
 def compiled() -> Iterator[list[Any]]:
     """Inside, the matmul kernels that Triton makes ready for a launch; its interpreter makes none."""
-    before, new = {id(each) for each in _ready()}, list[Any]()
+    before, new = {id(kernel) for kernel in _ready()}, list[Any]()
     yield new
-    new += [each for each in _ready() if id(each) not in before]
+    new += [kernel for kernel in _ready() if id(kernel) not in before]
 
 
 def _ready() -> list[Any]:
@@ -231,7 +237,7 @@ def _ready() -> list[Any]:
     from kernels.ragged_wgrad import _ragged_wgrad
 
     caches = [getattr(kernel, "device_caches", {}) for kernel in (_ragged_mm, _ragged_wgrad)]
-    return [kernel for cache in caches for each in cache.values() for kernel in each[0].values()]
+    return [kernel for cache in caches for entry in cache.values() for kernel in entry[0].values()]
 
 
 def compile_ahead(settings: Settings, kind: str, shape: Shape, todo: Sequence[tuple[str, Tile]]) -> None:
@@ -248,10 +254,10 @@ def compile_ahead(settings: Settings, kind: str, shape: Shape, todo: Sequence[tu
         print("compiling ahead stopped: a candidate ended its process; the rest is compiled one by one", flush=True)
 
 
-def _compile(device: str, kind: str, shape: Shape, each: tuple[str, Tile]) -> str:
+def _compile(device: str, kind: str, shape: Shape, candidate: tuple[str, Tile]) -> str:
     """Run one candidate on few rows; what it raises comes back as words."""
     try:
-        Bench(Settings(torch.device(device), {}), kind, "", shape).call(*each)
+        Bench(Settings(torch.device(device), {}), kind, "", shape).call(*candidate)
     except Exception as error:
         return type(error).__name__
     return ""
@@ -266,7 +272,7 @@ def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows in the form of kernels/tuning.jsonl, with the tile's time and the present one's in the same turns: the best
     tile of every use, at one height per type and load for all but wgrad. A type and load of which a use was not
     measured is left out."""
-    found = []
+    entries = []
     timed = [row for row in rows if row["status"] == "measured"]
     for arch, kind, load in dict.fromkeys((row["arch"], row["type"], row["load"]) for row in timed):
         mine = [row for row in timed if (row["arch"], row["type"], row["load"]) == (arch, kind, load)]
@@ -282,8 +288,8 @@ def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             chosen = [fastest[use, height] for use in uses]
         chosen += [fastest["wgrad", 0]] if ("wgrad", 0) in fastest else []
         for row in chosen:
-            found.append({key: row[key] for key in ("arch", "type", "load", "use", "tile", "us", "present_us")})
-    return found
+            entries.append({key: row[key] for key in ("arch", "type", "load", "use", "tile", "us", "present_us")})
+    return entries
 
 
 def conclude(rows: Sequence[dict[str, Any]], device: torch.device, path: Path) -> None:

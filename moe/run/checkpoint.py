@@ -73,6 +73,7 @@ def save(
     Raises `BadInput`, with the bytes needed and free, when the disk is full or cannot be written: the temporary folder
     is gone and the earlier checkpoints are untouched. Raises `ValueError` for a `meta` that JSON would alter."""
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
+    # A good checkpoint of this step is kept; the damage of a bad one is remembered.
     final = root / f"step-{snapshot.step:08d}"
     temporary = _temporary(final)
     damage = None
@@ -82,9 +83,13 @@ def save(
             return final
         except BadInput as error:
             damage = str(error)
+
+    # All that is to be written, in memory, and the room it takes.
     meta = _encode_meta(snapshot.meta)
     tensors = {file: _storable(getattr(snapshot, part)) for part, file in TENSORS.items()}
     needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + len(meta) + _MARGIN
+
+    # Write under a temporary name, and rename only what is whole and durable.
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root)
@@ -332,7 +337,7 @@ def _checkpoints(root: Path) -> list[Path]:
         return []
     except OSError as error:
         raise BadInput(f"{root}: cannot be read ({error.strerror}); it must be a folder of checkpoints.") from error
-    steps = {name: int(found[1]) for name in names if (found := _FOLDER.fullmatch(name))}
+    steps = {name: int(parts[1]) for name in names if (parts := _FOLDER.fullmatch(name))}
     return [root / name for name in sorted(steps, key=lambda name: -steps[name])]
 
 
@@ -371,8 +376,8 @@ def _prune(root: Path, new: Path, keep: int, warn: Callable[[str], None]) -> Non
 def _remove_stale(root: Path) -> None:
     """Remove what dead processes left half written or half deleted, and what this one left: it has no other save."""
     for name in os.listdir(root):
-        found = _TEMPORARY.fullmatch(name)
-        if found and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
+        parts = _TEMPORARY.fullmatch(name)
+        if parts and (int(parts[1]) == os.getpid() or not _alive(int(parts[1]))):
             shutil.rmtree(root / name, ignore_errors=True)
 
 

@@ -29,9 +29,9 @@ def read_config(run: Path) -> Config:
     if not path.is_file():
         runs: list[str] = []
         for folder in (run, run.parent):  # a comparison's folder has its runs inside
-            runs = runs or sorted(str(each.parent) for each in folder.glob("*/config.yaml"))
-        there = f"; there are {', '.join(runs)}" if runs else ""
-        raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{there}.")
+            runs = runs or sorted(str(config.parent) for config in folder.glob("*/config.yaml"))
+        hint = f"; there are {', '.join(runs)}" if runs else ""
+        raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{hint}.")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -69,17 +69,17 @@ def check_same(old: Config, new: Config) -> None:
 
 def check_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
     """Refuse to go on with a tokenizer other than the run's own, which its checkpoints and its samples depend on."""
-    own = Tokenizer.load(run / "tokenizer").fingerprint
-    if own != tokenizer.fingerprint:
+    kept = Tokenizer.load(run / "tokenizer").fingerprint
+    if kept != tokenizer.fingerprint:
         raise BadInput(
-            f"run={run} has another tokenizer ({own[:12]}) than the data now gives ({tokenizer.fingerprint[:12]}): go "
+            f"run={run} has another tokenizer ({kept[:12]}) than the data now gives ({tokenizer.fingerprint[:12]}): go "
             "on with the data it was started with, or start a new run."
         )
 
 
 def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+        settings |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return settings

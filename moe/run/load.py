@@ -38,10 +38,10 @@ def _find_checkpoint(root: Path, which: str) -> Path:
     if not step:
         raise BadInput(f"{root} has no checkpoint: the run has not saved one yet.")
     if which == "best":
-        found = checkpoint.best(root)
-        if found is None:
+        best = checkpoint.best(root)
+        if best is None:
             raise BadInput(f"which=best: no good checkpoint in {root} has a validation loss; use which=last.")
-        return found
+        return best
     if which == "last":
         newest = checkpoint.latest(root, warnings.warn)
         assert newest is not None, f"{root} had {list(step)}"

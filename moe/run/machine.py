@@ -108,10 +108,10 @@ def peak_memory(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     """The versions that can change a number."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    version_of = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        version_of["cuda"] = torch.version.cuda
+    return version_of
 
 
 class GitState(NamedTuple):

@@ -144,9 +144,9 @@ def _disagreements(got, expert, token, n_experts, block_m):
         "token_N": (got.token_N.tolist(), [token[r] for r in row_of]),
         "offset_E1": (got.offset_E1.tolist(), offset),
         "tile_count": (got.tile_count.tolist(), [len(tiles)]),
-        "tile_expert_M": (got.tile_expert_M.tolist()[:count], [e for e, _ in tiles]),
-        "tile_slot_M": (got.tile_slot_M.tolist()[:count], [slot for _, slot in tiles]),
-        "bound": (len(got.tile_expert_M), -(-len(expert) // block_m) + n_experts),
+        "tile_expert_J": (got.tile_expert_J.tolist()[:count], [e for e, _ in tiles]),
+        "tile_slot_J": (got.tile_slot_J.tolist()[:count], [slot for _, slot in tiles]),
+        "bound": (len(got.tile_expert_J), -(-len(expert) // block_m) + n_experts),
         "dtypes": ({each.dtype for each in got}, {torch.int32}),
         "devices": ({each.device.type for each in got}, {DEVICE}),
     }
@@ -244,10 +244,10 @@ def test_a_debug_build_stops_at_an_id_that_no_expert_has():
 def test_the_schedule_covers_every_row_once_within_the_hosts_bound(counts, tight):
     expert = [e for e, count in enumerate(counts) for _ in range(count)]
     got = _plan([[e] for e in expert], None, 5, 16)
-    n_tiles, bound = got.tile_count.item(), len(got.tile_expert_M)
+    n_tiles, bound = got.tile_count.item(), len(got.tile_expert_J)
     covered = [
         (e, slot)
-        for e, first in zip(got.tile_expert_M.tolist()[:n_tiles], got.tile_slot_M.tolist(), strict=False)
+        for e, first in zip(got.tile_expert_J.tolist()[:n_tiles], got.tile_slot_J.tolist(), strict=False)
         for slot in range(first, min(first + 16, got.offset_E1[e + 1].item()))
     ]
     assert covered == [(e, slot) for slot, e in enumerate(expert)]

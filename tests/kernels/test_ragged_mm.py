@@ -204,10 +204,10 @@ def test_a_tile_writes_its_own_experts_rows_only(activation):
     x, w_up, w_down, dout, weight, where = operands
     full = _uses(*operands, activation, _tile())
     for tile in range(where.tile_count.item()):
-        e, first = where.tile_expert_M[tile].item(), where.tile_slot_M[tile].item()
+        e, first = where.tile_expert_J[tile].item(), where.tile_slot_J[tile].item()
         mine = range(first, min(first + 16, where.offset_E1[e + 1].item()))
         one = where._replace(
-            tile_expert_M=where.tile_expert_M[tile:], tile_slot_M=where.tile_slot_M[tile:],
+            tile_expert_J=where.tile_expert_J[tile:], tile_slot_J=where.tile_slot_J[tile:],
             tile_count=torch.ones_like(where.tile_count),
         )  # fmt: skip
         with poisoned():
