@@ -5,15 +5,14 @@ time is used up. Whatever ends a run early (a signal, a full disk, a crash of th
 alone: run again with the same file, and rows of the same key, commit and code are kept.
 
 Every row has a status: measured · failed (it raised: `error`) · wrong (its result is) · absent (a package, a file or a
-device that is not here) · left out (no time or memory for it). Measured rows alone are done; the last row of a key
-counts.
+device that is not here) · left out (no time or memory for it). Measured rows are done, and what the process died of
+twice; all others are made again. The last row of a key counts.
 """
 
 import contextlib
 import gc
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ import torch
 
 from experiments.suites import timing
 from moe.errors import BadInput
+from moe.run.jsonl import write_atomically
 
 SAME = ("commit", "code", "device")  # what a kept row has in common with a new one, beside its key
 FOLDERS = re.compile(r"""(?<![\w.=])(?:/[^/\s:'"]+)+/""")  # of an absolute path
@@ -94,7 +94,7 @@ class Rows:
         row = json.loads(json.dumps(_finite(_plain(self.common | values)), allow_nan=False))
         try:
             if not self.begun:  # what was there before is kept whole until there is something to put in its place
-                replace(self.path, "".join(json.dumps(earlier) + "\n" for earlier in self.rows))
+                write_atomically(self.path, "".join(json.dumps(earlier) + "\n" for earlier in self.rows))
                 self.begun = True
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -191,13 +191,6 @@ def newest(rows: Iterable[dict[str, Any]], names: tuple[str, ...]) -> list[dict[
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file; a line cut short is left out, and a file that is not there has none."""
     return [json.loads(line) for line in path.read_text().splitlines() if _is_row(line)] if path.exists() else []
-
-
-def replace(path: Path, text: str) -> None:
-    """Put `text` in place of the file, or leave the file as it was."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _is_row(line: str) -> bool:

@@ -71,11 +71,11 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def layer(rows: Sequence[dict[str, Any]], loads: Sequence[str] = ("uniform",)) -> list[tuple[str, ...]]:
-    """A line per shape, load and contestant; what is absent or failed says so."""
+def layer(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line per shape and contestant under the uniform load; what is absent or failed says so."""
     lines: list[tuple[str, ...]] = []
     for row in rows:
-        if row["stage"] != "layer" or row["load"] not in (*loads, "every"):
+        if row["stage"] != "layer" or row["load"] not in ("uniform", "every"):
             continue
         head = row["shape"], row["load"], row["contestant"]
         if row["status"] != "measured":

@@ -33,7 +33,6 @@ from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.layer import MoELayer
 from moe.routing.contract import rows
-from moe.run import machine
 
 # name -> (dtype, whether float32 is multiplied in tf32, the error that is always allowed: one rounding, or for exact
 # sums a few)
@@ -48,6 +47,7 @@ LOADS = ("uniform", "zipf", "one expert", "two experts", "dropped", "all dropped
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
 NAMES = ("y", "dx", "dw_up", "dw_down", "dweight")
 TIMES_TORCH = 2.0
+SANITIZER_SECONDS = 150.0  # that compute-sanitizer may take
 HEADINGS = ("check", "of", "type", "result", "largest error", "torch's", "remark")
 
 
@@ -341,7 +341,7 @@ def check_far(settings: Settings, wide: str) -> dict[str, Any]:
     )
 
 
-def check_sanitizer(settings: Settings, tool: str, limit: float = 150.0) -> dict[str, Any]:
+def check_sanitizer(settings: Settings, tool: str) -> dict[str, Any]:
     """This file's command under compute-sanitizer."""
     if settings.device.type != "cuda":
         raise Absent("compute-sanitizer watches a GPU")
@@ -354,10 +354,10 @@ def check_sanitizer(settings: Settings, tool: str, limit: float = 150.0) -> dict
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment, cwd=facts.ROOT
+            command, capture_output=True, text=True, timeout=SANITIZER_SECONDS, env=environment, cwd=facts.ROOT
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise LeftOut(f"not done after {limit:.0f} s") from None
+        raise LeftOut(f"not done after {SANITIZER_SECONDS:.0f} s") from None
     if done.returncode == 0:
         return {}
     lines = [line.strip("= ") for line in (done.stdout + done.stderr).splitlines() if line.strip("= ")]
@@ -391,7 +391,7 @@ def main() -> None:
     """Run `small`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    small(machine.choose_device(parser.parse_args().device))
+    small(timing.find_device(parser.parse_args().device, "--device"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What an MoE layer must cost at least, and what this project promises: shapes, formulas and targets as data.
 
-A floor is the larger of arithmetic over the measured matmul rate and bytes over the measured copy bandwidth, each input
-read once and each output written once. Letters as in `moe/__init__.py`; N = T·K.
+A floor, of gate, plan and combine, is bytes over the measured copy bandwidth, each input read once and each output
+written once; the experts' matmuls are held to shares of a balanced bmm instead. Letters as in `moe/__init__.py`, and
+N = T·K.
 """
 
 from typing import Any, NamedTuple
@@ -67,9 +68,9 @@ def backward_flops(shape: Shape) -> int:
     return 2 * forward_flops(shape)
 
 
-def layer_bytes(shape: Shape, itemsize: int = 2) -> int:
-    """Bytes the experts' forward moves at least: x, both weights and y once. The roofline's denominator."""
-    return itemsize * (2 * shape.T * shape.D + 3 * shape.E * shape.F * shape.D)
+def layer_bytes(shape: Shape) -> int:
+    """Bytes the experts' forward moves at least in 16 bits: x, both weights and y once. The roofline's denominator."""
+    return 2 * (2 * shape.T * shape.D + 3 * shape.E * shape.F * shape.D)
 
 
 def gate_bytes(shape: Shape) -> int:

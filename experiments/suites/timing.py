@@ -136,12 +136,13 @@ def captured(function: Function, device: torch.device) -> Captured | None:
     return Captured(graph.replay, result)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, full: bool = True) -> Ceilings:
-    """Measure the roofs, on random data; full: at sizes that fill a GPU, else small ones that exercise the code."""
+def ceilings(device: torch.device, full: bool = True) -> Ceilings:
+    """Measure the roofs, on random data, the matmul in bfloat16; full: at sizes that fill a GPU, else small ones that
+    exercise the code."""
     n_bytes, n = (2**30, 8192) if full else (2**16, 64)
     source = torch.randint(256, (n_bytes,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     number = torch.ones(1, device=device)
     tiny = captured(lambda: number.add_(1), device)
     functions: dict[str, Function] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}

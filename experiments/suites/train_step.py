@@ -124,10 +124,10 @@ def named(model: str, backend: str, compiler: str | None) -> str:
     return f"{model} ({', '.join(words)})" if words else model
 
 
-def measured(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def measured(settings: Settings) -> list[dict[str, Any]]:
     """Rows of all contestants, every precision, timed in turns."""
     all_ = [build() for build in contestants(settings).values()]
-    take_turns(all_, settings, say)
+    take_turns(all_, settings, print)
     return [row(model, all_[0], precision, settings) for precision in settings.precisions for model in all_]
 
 

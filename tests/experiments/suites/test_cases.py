@@ -181,6 +181,17 @@ def test_keys_are_shown_in_a_line():
     assert cases.describe({"suite": "s", "T": 3, "tile": {"m": 64, "tma": True}}) == "s T=3 64/1"
 
 
+def test_a_full_disk_leaves_the_old_rows_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    run([_case("a")], Rows(path, COMMON, resume=False), CPU)
+    rows = Rows(path, COMMON, resume=True)
+    monkeypatch.setattr(os, "replace", _raising_for_any(OSError(28, "No space left on device")))
+    with pytest.raises(BadInput, match=r"rows\.jsonl cannot be written \(No space left on device\)\.$"):
+        rows.add({"suite": "s", "op": "b", "status": "measured"})
+    assert list(tmp_path.iterdir()) == [path]
+    assert [row["op"] for row in _read(path)] == ["a"]
+
+
 def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):

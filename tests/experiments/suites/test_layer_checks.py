@@ -11,6 +11,7 @@ from experiments.suites import kernel_checks, layer_checks, timing
 from experiments.suites.cases import Absent, LeftOut, Rows, run
 from experiments.suites.layer_checks import Settings
 from experiments.suites.shapes import Shape
+from moe.errors import BadInput
 from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
@@ -221,3 +222,9 @@ def test_the_sanitizer_runs_a_small_layer_and_what_it_says_is_kept(monkeypatch):
 def test_the_sanitizers_command_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["checks", "--device", "cpu"])
     layer_checks.main()
+
+
+def test_the_sanitizers_command_names_its_own_option_for_a_device_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["checks", "--device", "cuda:99"])
+    with pytest.raises(BadInput, match=r"^--device=cuda:99 is not here"):
+        layer_checks.main()
