@@ -197,9 +197,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     head = f"{row['T']:,}", str(row["E"]), str(row["K"])
     if row["status"] != "measured":
         return *head, row["status"], *[""] * 6, row["error"][:60]
-    speeds = [f"{1e6 * row['total_s']['by hand']:,.0f}"]
+    words = [f"{1e6 * row['total_s']['by hand']:,.0f}"]
     for backend in BACKENDS:
         seconds = row["total_s"].get(backend)
-        speeds.append(tables.number(None if seconds is None else 1e6 * seconds, ",.0f"))
-        speeds.append(tables.number(row["by_hand_over_this"].get(backend), ".2f", "×"))
-    return *head, *speeds, tables.number(row["routing_of_layer"], ".0%")
+        words.append(tables.number(None if seconds is None else 1e6 * seconds, ",.0f"))
+        words.append(tables.number(row["by_hand_over_this"].get(backend), ".2f", "×"))
+    return *head, *words, tables.number(row["routing_of_layer"], ".0%")
