@@ -48,7 +48,7 @@ class Watch:
     """Shows metrics lines. Use as a context manager; `say` prints a line above the bar."""
 
     def __init__(self, name: str, steps: int, done: int, every: int) -> None:
-        self.steps, self.every, self.val = steps, every, ""
+        self.name, self.steps, self.every, self.val = name, steps, every, ""
         self.console = Console()
         self.live: Live | None = None
         if sys.stdout.isatty():
