@@ -10,7 +10,7 @@ def main() -> None:
     """Print a line per command, and how to get help."""
     said = {path.stem: sentence(path) for path in commands()}
     width = max(map(len, said))
-    print("Commands, run as `python -m experiments.NAME`; `python -m experiments.NAME --help` lists its settings.\n")
+    print("Commands, run as python -m experiments.NAME; what one can be told: python -m experiments.NAME --help\n")
     for name, what in said.items():
         print(f"  {name:{width}}  {what}")
 

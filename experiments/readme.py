@@ -1,8 +1,11 @@
-"""Fill the README's tables from experiments/results, and write that of conf/router: nothing in them is typed by hand.
+"""Fill the tables of README.md and docs/ from experiments/results, and write that of conf/router.
 
 python -m experiments.readme
+
+A table stands between `<!-- name: begin -->` and `<!-- name: end -->`; nothing in one is typed by hand.
 """
 
+import argparse
 import dataclasses
 import json
 import re
@@ -19,31 +22,45 @@ from moe.run.jsonl import record
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 ROUTERS = ROOT / "conf" / "router" / "README.md"
+MAIN = (  # rows of a comparison
+    "Validation loss (nats per token)", "Training throughput (tokens/s)", "Active parameters", "Total parameters",
+)  # fmt: skip
 SECTION = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite README.md and conf/router/README.md."""
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    """Rewrite the pages and conf/router/README.md."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for path in pages():
+        path.write_text(filled(path.read_text()))
     ROUTERS.write_text(all_routers())
+
+
+def pages() -> list[Path]:
+    """The pages that have sections."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
     """`text` with every `<!-- name: begin -->` section made anew from the results."""
-    return SECTION.sub(lambda match: f"{match[1]}{sections()[match[2]]}{match[3]}", text)
+    made = sections()
+    return SECTION.sub(lambda match: f"{match[1]}{made[match[2]]}{match[3]}", text)
 
 
 def sections() -> dict[str, str]:
     """The text of every section by name."""
+    printed = (RESULTS / "next.txt").read_text()
     return {
-        "demo": comparison("demo.json"),
-        "seeds": comparison("three-seeds.json"),
+        "verdict": said(read_comparison("demo.json")),
+        "demo": comparison(read_comparison("demo.json")),
+        "seeds": comparison(read_comparison("three-seeds.json")),
+        "seeds_short": in_short(read_comparison("three-seeds.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
-        "next": f"```\n{(RESULTS / 'next.txt').read_text()}```\n",
+        "next": f"```\n{printed}```\n",
+        "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
     }
 
 
@@ -52,12 +69,30 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def comparison(name: str) -> str:
-    """A comparison's verdict and its table, with the command that made it, from a results file."""
-    result = record(verdict.Comparison, read(name), name)
-    table = markdown(verdict.HEADINGS, result.table)
-    source = f"`{result.command}`, {commit(dataclasses.asdict(result))}"
-    return f"> {' '.join(result.sentences)}\n\n{table}\n{source}\n"
+def read_comparison(name: str) -> verdict.Comparison:
+    """A results file of a comparison."""
+    return record(verdict.Comparison, read(name), name)
+
+
+def said(result: verdict.Comparison) -> str:
+    """A comparison's verdict in words."""
+    return f"> {' '.join(result.sentences)}\n"
+
+
+def comparison(result: verdict.Comparison) -> str:
+    """A comparison's verdict and its table, with the command that made it."""
+    return f"{said(result)}\n{markdown(verdict.HEADINGS, result.table)}\n{source(result)}\n"
+
+
+def in_short(result: verdict.Comparison) -> str:
+    """A comparison's main rows, with the command that made it."""
+    rows = [cells for cells in result.table if cells[0] in MAIN]
+    return f"{markdown(verdict.HEADINGS, rows)}\n{source(result)}\n"
+
+
+def source(result: verdict.Comparison) -> str:
+    """The command that made a comparison, and of which code."""
+    return f"`{result.command}`, {commit(dataclasses.asdict(result))}"
 
 
 def benchmark(found: list[dict[str, Any]]) -> str:
@@ -65,8 +100,7 @@ def benchmark(found: list[dict[str, Any]]) -> str:
     first = found[0]
     shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
-    source = f"`{first['command']}`, {shape}; {where}"
-    return f"{markdown(*train_step.table(found))}\n{source}\n"
+    return f"{markdown(*train_step.table(found))}\n`{first['command']}`, {shape}; {where}\n"
 
 
 def routing(found: list[dict[str, Any]]) -> str:
@@ -85,7 +119,8 @@ def all_routers() -> str:
     table = markdown(router_table.HEADINGS, router_table.rows(), router_table.LEFT)
     text = (
         "Each file here is a word for `router=...`: a router with the balance and the experts it comes with. How they\n"
-        "compare is in the [README](../../README.md), what each setting means in `moe/config/router.py`."
+        "compare is in [docs/experiments.md](../../docs/experiments.md), what each setting means in\n"
+        "`moe/config/router.py`."
     )
     return f"# Routers\n\n{text}\n\n{table}\n`python -m experiments.routers`\n"
 
@@ -117,7 +152,7 @@ def gpu(found: list[dict[str, Any]]) -> str:
     if lines := evidence.targets(found):
         parts.append(markdown(evidence.TARGET_HEADINGS, lines))
     if (RESULTS / "roofline.png").exists():
-        parts.append("![FLOP per byte against TF/s](experiments/results/roofline.png)\n")
+        parts.append("![FLOP per byte against TF/s](../experiments/results/roofline.png)\n")
     return "\n".join(parts) + f"\n`{first['command'].partition(' --stage')[0]}`\n"
 
 

@@ -1,5 +1,5 @@
 """What the rows of all stages of `experiments.gpu_evidence` come to: counts, targets met and missed, the layer against
-its peers. Printed at the end of a run, and filled into the README."""
+its peers. Printed at the end of a run, and filled into docs/kernels.md."""
 
 import json
 from collections import Counter

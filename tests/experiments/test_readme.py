@@ -21,7 +21,7 @@ def test_the_readmes_section_has_tables_where_it_was_and_the_picture(tmp_path, m
     assert "1 of 2" in text
     assert "roofline" not in text
     (tmp_path / "roofline.png").write_text("")
-    assert "![FLOP per byte against TF/s](experiments/results/roofline.png)" in readme.gpu(evidence.read(tmp_path))
+    assert "![FLOP per byte against TF/s](../experiments/results/roofline.png)" in readme.gpu(evidence.read(tmp_path))
     assert text.endswith("`python -m experiments.gpu_evidence --out DIR`\n")
 
 

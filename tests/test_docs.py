@@ -1,4 +1,5 @@
-"""The README: every command in it runs, at a small size, and every table in it comes from experiments/results."""
+"""README.md, CONTRIBUTING.md and docs/: every command in them runs, at a small size, every table comes from
+experiments/results, and every name is of something that exists."""
 
 import os
 import re
@@ -13,10 +14,20 @@ import pytest
 from experiments import readme
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-EXPERIMENTS = [line for line in COMMANDS if line.startswith("python -m experiments.")]
+README = ROOT / "README.md"
+PAGES = [*readme.pages(), ROOT / "CONTRIBUTING.md", readme.ROUTERS]
+TEXT = "\n\n".join(page.read_text() for page in PAGES)
+LONGEST = 130  # lines of the README
+
+
+def commands_of(text: str) -> list[str]:
+    """The lines of its shell blocks, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = list(dict.fromkeys(commands_of(TEXT)))  # what stands on two pages is run once
+EXPERIMENTS = [line for line in COMMANDS if line.startswith("python -m experiments")]
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEMO = next(line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "experiments.compare" in line)
 
@@ -31,6 +42,7 @@ BENCH = (
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
 SMALLER = {
+    "": "",
     "train": TRAINING,
     "compare": TRAINING,
     "bench": BENCH,
@@ -47,7 +59,7 @@ SMALLER = {
 def folder(tmp_path_factory):
     """Where the commands run: a small text in place of the blend and of the folder that one of them reads."""
     folder = tmp_path_factory.mktemp("readme")
-    paragraphs = [each for each in TEXT.split("\n\n") if len(each) > 150]
+    paragraphs = [paragraph for paragraph in TEXT.split("\n\n") if len(paragraph) > 150]
     for i, paragraph in enumerate(paragraphs * 3):
         domain = folder / "texts" / ("even", "odd")[i % 2]
         domain.mkdir(parents=True, exist_ok=True)
@@ -58,9 +70,10 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder: Path, monkeypatch) -> None:
-    """Run a command line of the README in this process, made small by settings appended to it."""
+    """Run a command line of the pages in this process, made small by settings appended to it."""
     _, _, module, *given = shlex.split(command)
     name = module.partition(".")[2]
+    module = module if name else f"{module}.__main__"
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
     if not goes_on and name in ("train", "compare", "tokenizers"):
@@ -81,11 +94,16 @@ def demo(folder):
 
 
 def test_the_first_screen_has_both_commands_of_the_makefile():
+    text = README.read_text()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
+    named = [line.split()[1] for line in commands_of(text) if line.startswith("make ")]
     assert named == ["demo", "test"]
     assert set(named) <= set(targets)
-    assert TEXT.index("make test") < 1200
+    assert text.index("make test") < 1200
+
+
+def test_the_readme_is_a_tour():
+    assert len(README.read_text().splitlines()) <= LONGEST
 
 
 @pytest.mark.parametrize("command", EXPERIMENTS)
@@ -100,8 +118,14 @@ def test_the_demo_leaves_a_page_and_two_models(folder, demo):
         assert any((folder / "runs" / "demo" / f"{kind}-seed0" / "checkpoints").iterdir())
 
 
-def test_the_tables_are_what_the_results_say():
-    assert readme.filled(TEXT) == TEXT
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
+def test_the_tables_are_what_the_results_say(page):
+    assert readme.filled(page.read_text()) == page.read_text()
+
+
+def test_every_section_that_can_be_made_stands_on_a_page():
+    named = {name for page in readme.pages() for _, name, _ in readme.SECTION.findall(page.read_text())}
+    assert named == readme.sections().keys()
 
 
 def test_the_router_of_ones_own_is_short_and_passes_what_every_router_must(folder):
@@ -116,7 +140,48 @@ def test_the_router_of_ones_own_is_short_and_passes_what_every_router_must(folde
     assert "passed" in done.stdout
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\((?!http)([^)]+)\)", TEXT)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / target).read_text(), re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = README.read_text()
+    assert [page for page in PAGES[1:] if f"]({page.relative_to(ROOT)})" not in text] == []
+
+
+CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
+FOLDERS = "moe|kernels|experiments|tests|conf|docs"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_and_module_that_is_named_exists(page):
+    text = page.read_text()
+    paths = re.findall(rf"(?<![\w./<-])((?:{FOLDERS})(?:/[\w.-]*\w)+)", text)
+    modules = re.findall(r"(?<![\w./])((?:moe|kernels|experiments|tests)(?:\.[a-z_]\w*)+)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [name for name in modules if not name.endswith(".md") and not _resolves(name)] == []
+
+
+def test_every_name_that_contributing_speaks_of_is_in_its_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`(\w+)` of\s+`([\w/]+\.py)`", text)
+    assert len(named) >= 15
+    define = r"^\s*(?:def|class) {0}\b|^{0}\b.*=|^    {0}: "
+    assert [
+        (name, path)
+        for name, path in named
+        if not re.search(define.format(name), (ROOT / path).read_text(), re.MULTILINE)
+    ] == []
+
+
+def _resolves(name: str) -> bool:
+    """Whether a dotted name is a module here, or what one defines."""
+    path = ROOT / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    return path.parent.with_suffix(".py").is_file() and hasattr(import_module(name.rpartition(".")[0]), path.name)
