@@ -134,10 +134,10 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
         case _:
             suite, given = tune, {"kept": rows.kept}
     settings = suite.settings(device, full, cfg.rounds, **given)
-    found = run(suite.cases(settings), rows, device, cfg.budget or math.inf, lambda line: print(line, flush=True))
-    tables.print_table(suite.HEADINGS, map(suite.cells, found))
+    measured = run(suite.cases(settings), rows, device, cfg.budget or math.inf, lambda line: print(line, flush=True))
+    tables.print_table(suite.HEADINGS, map(suite.cells, measured))
     if cfg.suite == "tune":
-        tune.conclude(found, device, Path(cfg.out).with_name(tune.name(device)))
+        tune.conclude(measured, device, Path(cfg.out).with_name(tune.name(device)))
 
 
 def train_step(cfg: BenchConfig, device: torch.device) -> None:

@@ -64,7 +64,7 @@ def command(
                 results.append(refuse(lambda: main(typed(tree, schema, complete))))
 
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
-            sys.argv[1:] = [literal(each, verbatim) for each in sys.argv[1:]]
+            sys.argv[1:] = [literal(argument, verbatim) for argument in sys.argv[1:]]
             arguments = get_args_parser().parse_args()
             refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete)
             hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
@@ -105,7 +105,7 @@ def literal(argument: str, verbatim: tuple[str, ...]) -> str:
         return argument
     # A backslash is special before an interpolation (OmegaConf), and in quotes before a quote or the end (Hydra).
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), value)
+    value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)
     return f"{key}='{value}'"
 
 
@@ -113,7 +113,8 @@ def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool,
     """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice; `sweeps`: whether an
     override may have several values. Then the settings of every job are checked, so that none is refused after others
     have run for hours. Raises `BadInput`."""
-    groups = {path.name: sorted(each.stem for each in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+    folders = [path for path in CONF.iterdir() if path.is_dir()]
+    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         try:
             parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
@@ -121,26 +122,33 @@ def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool,
         except HydraException as error:
             raise BadInput(f"cannot read the command line: {first_line(error)}.") from None
         for override, lines in zip(parsed, options, strict=True):
-            key = override.key_or_group
-            if override.is_hydra_override():
-                continue
-            if override.is_sweep_override() and not sweeps:
-                raise BadInput(
-                    f"{override.input_line} has several values: add --multirun to take each in turn, or write a list "
-                    f"as {key}=[a,b]."
-                )
-            if not lines:
-                raise BadInput(f"{override.input_line} matches nothing; accepted here: {', '.join(groups[key])}.")
-            if key not in groups:
-                check_key(schema, key)
-            for choice in (each.partition("=")[2] for each in lines if key in groups):
-                if choice not in (*groups[key], "null"):
-                    raise BadInput(f"{key}={choice} does not exist; {nearest(choice, groups[key])}.")
+            if not override.is_hydra_override():
+                check_override(schema, override, lines, groups, sweeps)
         jobs = list(itertools.product(*options))
         for job in jobs:
             tree = compose(name, list(job))
             if len(jobs) > 1:
                 check_job(tree, schema, complete, [line for line, lines in zip(job, options, strict=True) if lines[1:]])
+
+
+def check_override(
+    schema: type, override: Override, lines: list[str], groups: dict[str, list[str]], sweeps: bool
+) -> None:
+    """Refuse one override for its key, its choices among the files of `groups`, or several values where there can be
+    one; `lines` has it once per value. Raises `BadInput`."""
+    key = override.key_or_group
+    if override.is_sweep_override() and not sweeps:
+        raise BadInput(
+            f"{override.input_line} has several values: add --multirun to take each in turn, or write a list "
+            f"as {key}=[a,b]."
+        )
+    if not lines:
+        raise BadInput(f"{override.input_line} matches nothing; accepted here: {', '.join(groups[key])}.")
+    if key not in groups:
+        check_key(schema, key)
+    for choice in (line.partition("=")[2] for line in lines if key in groups):
+        if choice not in (*groups[key], "null"):
+            raise BadInput(f"{key}={choice} does not exist; {nearest(choice, groups[key])}.")
 
 
 def singles(override: Override) -> list[str]:
@@ -194,15 +202,15 @@ def keys_given() -> list[str]:
     return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
 
 
-def overlay(own: Config, cfg: Config, keys: list[str]) -> Config:
-    """`own` with the settings and groups that `keys` name taken from `cfg`."""
-    own = copy.deepcopy(own)
+def overlay(base: Config, cfg: Config, keys: list[str]) -> Config:
+    """`base` with the settings and groups that `keys` name taken from `cfg`."""
+    merged = copy.deepcopy(base)
     for key in keys:
         path, _, name = key.rpartition(".")
-        group = lookup(own, path) if path else own
+        group = lookup(merged, path) if path else merged
         if hasattr(group, name):  # a group may be null in one of the two
             setattr(group, name, lookup(cfg, key))
-    return own
+    return merged
 
 
 def sentence(error: BaseException) -> str:

@@ -139,7 +139,7 @@ def compare(
 def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config, Config]:
     """The settings of the MoE's run and of its dense twin's, but for seed and folder. The twin has no router, and none
     of the settings of one, so that it is the twin of every MoE of its size."""
-    shared = {each.name: getattr(cfg, each.name) for each in dataclasses.fields(Config)}
+    shared = {setting.name: getattr(cfg, setting.name) for setting in dataclasses.fields(Config)}
     moe = Config(**shared | {"model": model})
     twin = cost.dense_twin(model, cfg.match, cfg.router)
     return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
@@ -156,7 +156,7 @@ def measure_leak(run: Path, dataset: Dataset, device: str) -> float:
 
 def command_line(overrides: Sequence[str]) -> str:
     """What to type for this comparison, from the start."""
-    kept = [each for each in overrides if not each.startswith("resume=")]
+    kept = [override for override in overrides if not override.startswith("resume=")]
     return shlex.join(["python", "-m", "experiments.compare", *kept])
 
 

@@ -69,6 +69,7 @@ class GenerateConfig:
 @cli.command("generate", GenerateConfig, verbatim=("prompt", "run"))
 def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
+    # The run, on whatever device is here.
     device = machine.choose_device("auto")
     model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which)
     model, backend = model.to(device), dispatch.choose("auto", device)[0]  # where it was trained need not be here
@@ -79,6 +80,7 @@ def main(cfg: GenerateConfig) -> None:
             "and cannot choose for the next one: train it with a causal form (router=expert-choice-threshold or "
             "router=expert-choice-predictor)."
         )
+    # What comes next, or a text.
     if cfg.show == "next":
         tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)
         show_next(tokenizer, tokens, choices)
@@ -112,7 +114,7 @@ def say(prompt: str, pieces: Iterator[str]) -> None:
 
 def show_next(tokenizer: Tokenizer, tokens: list[tuple[int, float]], choices: list[LayerChoice]) -> None:
     """Two tables: next tokens, and each MoE layer's experts for the last token read."""
-    rows = [(repr_token(tokenizer, each), str(each), f"{prob:.4f}") for each, prob in tokens]
+    rows = [(repr_token(tokenizer, token), str(token), f"{prob:.4f}") for token, prob in tokens]
     tables.print_table(("next token", "id", "probability"), rows)
     if choices:
         listed = [(str(layer), ", ".join(f"{e} ({weight:.3f})" for e, weight in experts)) for layer, experts in choices]

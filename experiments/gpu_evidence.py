@@ -66,16 +66,16 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, required=True, help="folder for rows, created if it is not there")
-    found.add_argument("--stage", nargs="+", choices=evidence.STAGES, default=list(evidence.STAGES))
-    found.add_argument("--sizes", choices=("full", "smoke"), default="full", help="smoke: tiny, to see that it runs")
-    found.add_argument("--device", default="cuda", help="cuda, or cpu for Triton's interpreter")
-    found.add_argument("--budget", type=float, default=500.0, help="seconds per stage after which no row is started")
-    found.add_argument("--commit", help="of the code, where the tree is a copy without its .git")
-    found.add_argument("--counts", type=Path, help="routing/counts.jsonl of a run, for the recorded load")
-    found.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return found
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, required=True, help="folder for rows, created if it is not there")
+    options.add_argument("--stage", nargs="+", choices=evidence.STAGES, default=list(evidence.STAGES))
+    options.add_argument("--sizes", choices=("full", "smoke"), default="full", help="smoke: tiny, to see that it runs")
+    options.add_argument("--device", default="cuda", help="cuda, or cpu for Triton's interpreter")
+    options.add_argument("--budget", type=float, default=500.0, help="seconds per stage after which no row is started")
+    options.add_argument("--commit", help="of the code, where the tree is a copy without its .git")
+    options.add_argument("--counts", type=Path, help="routing/counts.jsonl of a run, for the recorded load")
+    options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return options
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -140,14 +140,14 @@ def stage(arguments: argparse.Namespace) -> int:
     build, suite = SUITES[name]
     try:
         cases = build(arguments, device, rows)
-        found = run(cases, rows, device, arguments.budget, lambda line: print(line, flush=True))
+        measured = run(cases, rows, device, arguments.budget, lambda line: print(line, flush=True))
     except DeviceLost as lost:
         print(f"{name}: the device is lost: {lost}", flush=True)
         return LOST
     if suite is train_step_suite:
-        tables.print_table(*train_step_suite.table(found))
+        tables.print_table(*train_step_suite.table(measured))
     else:
-        tables.print_table(suite.HEADINGS, map(suite.cells, found))
+        tables.print_table(suite.HEADINGS, map(suite.cells, measured))
     return 0
 
 
@@ -200,18 +200,18 @@ SUITES: dict[str, tuple[Build, Any]] = {
 
 def conclude(arguments: argparse.Namespace) -> None:
     """Draw the roofline and print what all rows of this code come to."""
-    found = evidence.read(arguments.out, facts.code())
+    rows = evidence.read(arguments.out, facts.code())
     try:
-        roofline.draw(found, arguments.out / "roofline.png")
+        roofline.draw(rows, arguments.out / "roofline.png")
     except Absent as absent:
         print(f"roofline.png: not drawn, {absent}")
-    for line in evidence.wrong(found):
+    for line in evidence.wrong(rows):
         print(line)
-    if tiles := [row for row in found if row["stage"] == "tune"]:
+    if tiles := [row for row in rows if row["stage"] == "tune"]:
         device = timing.find_device(arguments.device, "--device")
         tune.conclude(tiles, device, arguments.out / tune.name(device))
-    tables.print_table(evidence.STAGE_HEADINGS, evidence.stages(found))
-    if lines := evidence.targets(found):
+    tables.print_table(evidence.STAGE_HEADINGS, evidence.stages(rows))
+    if lines := evidence.targets(rows):
         tables.print_table(evidence.TARGET_HEADINGS, lines)
 
 

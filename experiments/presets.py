@@ -28,11 +28,11 @@ class PresetsConfig:
 @cli.command("presets", PresetsConfig)
 def main(cfg: PresetsConfig) -> None:
     """Print a row per preset."""
-    there = sorted(path.stem for path in (cli.CONF / "model").glob("*.yaml"))
+    presets = sorted(path.stem for path in (cli.CONF / "model").glob("*.yaml"))
     rows = []
-    for name in cfg.names or there:
-        if name not in there:
-            raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, there)}.")
+    for name in cfg.names or presets:
+        if name not in presets:
+            raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, presets)}.")
         model = read_preset(name, cfg.vocab_size)
         forward, training = flops(model, context=cfg.context)
         total, active = size(model)

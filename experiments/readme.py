@@ -95,21 +95,21 @@ def source(result: verdict.Comparison) -> str:
     return f"`{result.command}`, {commit(dataclasses.asdict(result))}"
 
 
-def benchmark(found: list[dict[str, Any]]) -> str:
+def benchmark(rows: list[dict[str, Any]]) -> str:
     """The benchmark's table, with where it was run."""
-    first = found[0]
+    first = rows[0]
     shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
-    return f"{markdown(*train_step.table(found))}\n`{first['command']}`, {shape}; {where}\n"
+    return f"{markdown(*train_step.table(rows))}\n`{first['command']}`, {shape}; {where}\n"
 
 
-def routing(found: list[dict[str, Any]]) -> str:
+def routing(rows: list[dict[str, Any]]) -> str:
     """Gate, plan and combine against the eager sequence, at the most tokens that were measured."""
-    if not found:
+    if not rows:
         return "Not yet measured: `python -m experiments.bench suite=routing`.\n"
-    most = max(row["T"] for row in found)
-    table = markdown(routing_suite.HEADINGS, (routing_suite.cells(row) for row in found if row["T"] == most))
-    first = found[0]
+    most = max(row["T"] for row in rows)
+    table = markdown(routing_suite.HEADINGS, (routing_suite.cells(row) for row in rows if row["T"] == most))
+    first = rows[0]
     where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
 
@@ -125,31 +125,31 @@ def all_routers() -> str:
     return f"# Routers\n\n{text}\n\n{table}\n`python -m experiments.routers`\n"
 
 
-def sweep_of_routers(found: list[dict[str, Any]]) -> str:
+def sweep_of_routers(rows: list[dict[str, Any]]) -> str:
     """A line per router of `conf/router`, and the dense twins'."""
-    first = found[0]
-    names = [each.name for each in dataclasses.fields(sweep_table.Line)]
-    lines = [sweep_table.Line(**{name: row[name] for name in names}) for row in found]
+    first = rows[0]
+    names = [column.name for column in dataclasses.fields(sweep_table.Line)]
+    lines = [sweep_table.Line(**{name: row[name] for name in names}) for row in rows]
     table = markdown(*sweep_table.table(lines))
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`; {where}\n"
 
 
-def gpu(found: list[dict[str, Any]]) -> str:
+def gpu(rows: list[dict[str, Any]]) -> str:
     """What `experiments.gpu_evidence` measured: rows by stage, the layer against its peers, training steps, targets."""
-    if not found:
+    if not rows:
         return "Not yet measured: `python -m experiments.gpu_evidence --out experiments/results` on a GPU.\n"
-    first = found[0]
+    first = rows[0]
     names = {"driver": first["driver"]} | first["versions"]
     versions = ", ".join(f"{name} {names[name]}" for name in ("driver", "torch", "triton", "cuda") if names.get(name))
-    commits = ", ".join(dict.fromkeys(commit(row) for row in found))
+    commits = ", ".join(dict.fromkeys(commit(row) for row in rows))
     parts = [f"{first['device']}, {versions}; {commits}\n"]
-    parts.append(markdown(evidence.STAGE_HEADINGS, evidence.stages(found)))
-    if lines := evidence.layer(found):
+    parts.append(markdown(evidence.STAGE_HEADINGS, evidence.stages(rows)))
+    if lines := evidence.layer(rows):
         parts.append(markdown(evidence.LAYER_HEADINGS, lines))
-    if steps := [row for row in found if row["stage"] == "train_step"]:
+    if steps := [row for row in rows if row["stage"] == "train_step"]:
         parts.append(markdown(*train_step.table(steps)))
-    if lines := evidence.targets(found):
+    if lines := evidence.targets(rows):
         parts.append(markdown(evidence.TARGET_HEADINGS, lines))
     if (RESULTS / "roofline.png").exists():
         parts.append("![FLOP per byte against TF/s](../experiments/results/roofline.png)\n")

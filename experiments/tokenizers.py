@@ -31,14 +31,14 @@ class TokenizersConfig:
 def main(cfg: TokenizersConfig) -> None:
     """Print a row per tokenizer."""
     settings = [TokenizerConfig(name, cfg.vocab_size) for name in cfg.tokenizers]
-    for each in settings:
-        validate(Config(data=cfg.data, tokenizer=each))
+    for setting in settings:
+        validate(Config(data=cfg.data, tokenizer=setting))
     documents, _ = clean.clean(sources.documents(cfg.data, cache_root(cfg.data)), cfg.data.clean)
     texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)
-    rows = [list(measure(each, texts)) for each in settings]
-    size = sum(len(text.encode()) for each in texts.values() for text in each)
+    rows = [list(measure(setting, texts)) for setting in settings]
+    size = sum(len(text.encode()) for domain_texts in texts.values() for text in domain_texts)
     print(f"{size / 1e6:.2f} MB of text, {len(documents):,} documents; bytes per token in all and by domain")
     tables.print_table(("tokenizer", "vocabulary", "bytes per token", *texts, "round trip"), rows)
 
@@ -46,13 +46,13 @@ def main(cfg: TokenizersConfig) -> None:
 def measure(cfg: TokenizerConfig, texts: dict[str, list[str]]) -> Iterator[str]:
     """A tokenizer's row: name, vocabulary size, bytes per token in all and by domain, and whether decoding gives every
     text back."""
-    learned = tokenizer.train(cfg, (text for each in texts.values() for text in each))
+    learned = tokenizer.train(cfg, (text for domain_texts in texts.values() for text in domain_texts))
     size, n_tokens, same, total = {}, {}, 0, 0
     for domain, domain_texts in texts.items():
         ids = learned.encode_batch(domain_texts)
         size[domain] = sum(len(text.encode()) for text in domain_texts)
         n_tokens[domain] = sum(map(len, ids))
-        same += sum(learned.decode(each) == text for each, text in zip(ids, domain_texts, strict=True))
+        same += sum(learned.decode(tokens) == text for tokens, text in zip(ids, domain_texts, strict=True))
         total += len(domain_texts)
     yield cfg.name
     yield f"{learned.vocab_size:,}"

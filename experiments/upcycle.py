@@ -36,6 +36,8 @@ from moe.config.run import Config, validate
 from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 from moe.data.loader import Loader
 from moe.data.prepare import prepare
+from moe.data.shards import Dataset
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import machine
@@ -88,6 +90,33 @@ def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Confi
     from a dense run, unless given, 8 with K = 2, or one of each run that is merged, as wide as the dense MLP;
     from an MoE its own, but twice (grow) or half (prune) as many, unless given; none for method=dense, whose model
     follows from the weights. Raises `BadInput`."""
+    _check_given(source, cfg, given)
+    keys = [key for key in given if key not in OWN]
+    if "router" in keys:  # some routers come with a balance of their own
+        keys.append("balance")
+    target = copy.deepcopy(source)
+    moe = target.model.moe
+    if cfg.method == "dense":
+        target.router, target.balance = RouterConfig(), BalanceConfig()
+    elif moe is None:
+        target.model.moe = moe = copy.deepcopy(cfg.model.moe or MoEConfig())
+        if "model.moe.d_expert" not in given:
+            moe.d_expert = source.model.d_ff
+        if cfg.method == "merge" and "model.moe.n_experts" not in given:
+            moe.n_experts = 1 + len(cfg.others)
+    else:
+        moe.n_experts = _resized(cfg.method, moe.n_experts)
+        moe.n_experts_by_layer = [_resized(cfg.method, n_experts) for n_experts in moe.n_experts_by_layer]
+    target = cli.overlay(target, cfg, keys)
+    target.resume = False
+    if cfg.method == "dense":
+        target.model.moe = None  # its d_ff is known once it is made
+    validate(target)
+    return target
+
+
+def _check_given(source: Config, cfg: UpcycleConfig, given: list[str]) -> None:
+    """Refuse settings that follow from the source, and a split without a width. Raises `BadInput`."""
     for key in given:
         if key.split(".")[0] == "model" and not (key.startswith("model.moe.") and cfg.method != "dense"):
             raise BadInput(f"{key} cannot be given: the new model has the shape of the one in {cfg.source}.")
@@ -97,48 +126,28 @@ def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Confi
         raise BadInput(
             f"method=split needs model.moe.d_expert=..., a part of the dense model's d_ff={source.model.d_ff}."
         )
-    keys = [key for key in given if key not in OWN]
-    if "router" in keys:  # some routers come with a balance of their own
-        keys.append("balance")
-    own = copy.deepcopy(source)
-    moe = own.model.moe
-    if cfg.method == "dense":
-        own.router, own.balance = RouterConfig(), BalanceConfig()
-    elif moe is None:
-        own.model.moe = moe = copy.deepcopy(cfg.model.moe or MoEConfig())
-        if "model.moe.d_expert" not in given:
-            moe.d_expert = source.model.d_ff
-        if cfg.method == "merge" and "model.moe.n_experts" not in given:
-            moe.n_experts = 1 + len(cfg.others)
-    else:
-        moe.n_experts = _resized(cfg.method, moe.n_experts)
-        moe.n_experts_by_layer = [_resized(cfg.method, each) for each in moe.n_experts_by_layer]
-    own = cli.overlay(own, cfg, keys)
-    own.resume = False
-    if cfg.method == "dense":
-        own.model.moe = None  # its d_ff is known once it is made
-    validate(own)
-    return own
 
 
 def _resized(method: str, n_experts: int) -> int:
     return 2 * n_experts if method == "grow" else -(-n_experts // 2)
 
 
-def convert(cfg: UpcycleConfig, own: Config, sources: Sequence[tuple[Tensors, Config]]) -> tuple[Tensors, ModelConfig]:
+def convert(
+    cfg: UpcycleConfig, target: Config, sources: Sequence[tuple[Tensors, Config]]
+) -> tuple[Tensors, ModelConfig]:
     """The new model's tensors, and its config. Raises `BadInput` for sources that the method does not fit."""
     tensors, source = sources[0]
-    model, router = own.model, own.router
+    model, router, seed = target.model, target.router, target.seed
     match cfg.method:
         case "merge":
-            return merge([each for each, _ in sources], source.model, model, own.seed, router), model
+            return merge([state for state, _ in sources], source.model, model, seed, router), model
         case "grow":
-            return grow(tensors, source.model, model, cfg.noise, own.seed, router), model
+            return grow(tensors, source.model, model, cfg.noise, seed, router), model
         case "prune":
             return prune(tensors, source.model, model, _busiest(Path(cfg.source), model), router), model
         case "dense":
             return to_dense(tensors, source.model, _validation_counts(Path(cfg.source)), source.router)
-    return upcycle(tensors, source.model, model, cfg.method, own.seed, cfg.noise, cfg.drop, router), model
+    return upcycle(tensors, source.model, model, cfg.method, seed, cfg.noise, cfg.drop, router), model
 
 
 def _validation_counts(folder: Path) -> list[list[int]]:
@@ -165,6 +174,38 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     folder = Path(cfg.run)
     if os.path.lexists(folder):
         raise BadInput(f"run={folder} exists: choose another folder.")
+    # What the sources are, and what becomes of them.
+    sources, tokenizer = _read_sources(cfg)
+    target = target_config(sources[0][1], cfg, given)
+    tensors, target.model = convert(cfg, target, sources)
+    # The text that training will go on with, in the sources' own tokens.
+    dataset = prepare(target.data, target.tokenizer, print)
+    for name in (cfg.source, *cfg.others):
+        check_tokenizer(Path(name), dataset.tokenizer)
+    # The state before the first step, in a folder that appears whole.
+    target = resolve(target, folder, dataset, machine.choose_device(target.train.device))
+    state = _initial_state(target, tensors, dataset)
+    temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
+    try:
+        create_folder(temporary, target, tokenizer)
+        save_checkpoint(state, target, temporary / "checkpoints", dataset, None, print)
+        temporary.rename(folder)
+    except OSError as error:
+        raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
+    print(
+        f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "
+        f"from {', '.join((cfg.source, *cfg.others))}. Train it with: python -m experiments.train "
+        f"{shlex.quote(f'run={folder}')} resume=true"
+    )
+    return target
+
+
+def _read_sources(cfg: UpcycleConfig) -> tuple[list[tuple[Tensors, Config]], Tokenizer]:
+    """Every source's tensors and settings, and a tokenizer of theirs. Raises `BadInput` for a kind of model that the
+    method does not start from."""
     sources = []
     for name in (cfg.source, *cfg.others):
         model, tokenizer, source = load_run(Path(name), cfg.which)
@@ -175,35 +216,17 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
                 f"method={cfg.method}."
             )
         sources.append((model_tensors(model), source))
-    source = sources[0][1]
-    own = target_config(source, cfg, given)
-    tensors, own.model = convert(cfg, own, sources)
-    dataset = prepare(own.data, own.tokenizer, print)
-    for name in (cfg.source, *cfg.others):
-        check_tokenizer(Path(name), dataset.tokenizer)
-    own = resolve(own, folder, dataset, machine.choose_device(own.train.device))
-    machine.set_threads(own.train)
-    seed_everything(own.seed)
-    model = Transformer(own.model, own.router, own.balance)
+    return sources, tokenizer
+
+
+def _initial_state(cfg: Config, tensors: Tensors, dataset: Dataset) -> State:
+    """What training starts from: the model with these tensors, an optimiser without a past, the first batch."""
+    machine.set_threads(cfg.train)
+    seed_everything(cfg.seed)
+    model = Transformer(cfg.model, cfg.router, cfg.balance)
     load_model(model, tensors)
-    loader = Loader(dataset.split("train"), own.train.batch_size, own.model.context, own.seed, own.data.workers)
-    state = State(model, build_optimizer(model, own.optim), loader)
-    temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
-    try:
-        create_folder(temporary, own, tokenizer)
-        save_checkpoint(state, own, temporary / "checkpoints", dataset, None, print)
-        temporary.rename(folder)
-    except OSError as error:
-        raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    n_parameters = sum(each.numel() for each in model.parameters())
-    print(
-        f"run: {folder}  {n_parameters:,} parameters, {len(moe_layers(own.model))} MoE layers by method={cfg.method} "
-        f"from {', '.join((cfg.source, *cfg.others))}. Train it with: python -m experiments.train "
-        f"{shlex.quote(f'run={folder}')} resume=true"
-    )
-    return own
+    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
+    return State(model, build_optimizer(model, cfg.optim), loader)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A comparison as one self-contained HTML page: no network, no script, readable in light and dark.
 
 Here is what the drawings show and where each mark goes, in px; page.html draws it, as SVG coloured by its style sheet.
+
+Letters beside the glossary: d domains (with all text before them where a share is of rows) · r rows of a heat map.
 """
 
 import json
@@ -74,12 +76,16 @@ def loss_chart(pairs: list[Pair], axis: int, title: str) -> dict[str, Any]:
     Training is a thin line, validation has symbols. The range leaves out the first fifth of the way, where every model
     falls from ln V, so that what separates the two is visible."""
     width, height, left, right, top, bottom = 480, 330, 52, 98, 12, 44
+
+    # What is drawn: two curves of every run.
     curves = []  # (name, kind, x, y)
     for pair in pairs:
         for name, run in zip(NAMES, pair, strict=True):
             curves.append((name, "train", *training_curve(run, ("step", "seconds")[axis])))
             steps_seconds_loss = verdict.validation_curve(run)
             curves.append((name, "val", steps_seconds_loss[axis], steps_seconds_loss[2]))
+
+    # Where a point goes: the whole way across, and the losses of its later part up and down.
     end = max(x[-1] for *_, x, _ in curves if x) or 1.0
     late = [b for *_, x, y in curves for a, b in zip(x, y, strict=True) if a >= 0.2 * x[-1]]
     margin = 0.05 * (max(late) - min(late)) or 0.5
@@ -87,10 +93,14 @@ def loss_chart(pairs: list[Pair], axis: int, title: str) -> dict[str, Any]:
     across = lambda x: round(left + x / end * (width - left - right), 1)
     down = lambda y: round(top + (high - y) / (high - low) * (height - top - bottom), 1)
 
+    # Where every model ends, and where the MoE reaches its twin's loss.
     final = {
-        name: float(np.mean([y[-1] for each, kind, _, y in curves if (each, kind) == (name, "val")])) for name in NAMES
+        name: float(np.mean([y[-1] for model, kind, _, y in curves if (model, kind) == (name, "val")]))
+        for name in NAMES
     }
     reached = verdict.reach(*pairs[0], axis) if len(pairs) == 1 else None
+
+    # What the template draws, in px.
     return {
         "id": f"chart{axis}",
         "title": title,
@@ -166,13 +176,13 @@ def by_domain(share_dE: np.ndarray) -> list[int]:
 def specialists(domains: list[str], share_dE: np.ndarray) -> list[dict[str, Any] | None]:
     """For each domain the expert that gets most more of its rows than of all text's; None for a domain without
     rows, or where none gets more."""
-    found: list[dict[str, Any] | None] = []
+    leaning: list[dict[str, Any] | None] = []
     for _, share_E in zip(domains, share_dE[1:], strict=True):
         more_E = np.nan_to_num(share_E - share_dE[0])
         expert = int(more_E.argmax())
         share, overall = f"{share_E[expert]:.1%}", f"{share_dE[0][expert]:.1%}"
-        found.append({"expert": expert, "share": share, "overall": overall} if more_E[expert] > 0 else None)
-    return found
+        leaning.append({"expert": expert, "share": share, "overall": overall} if more_E[expert] > 0 else None)
+    return leaning
 
 
 def shade(ratio: float) -> dict[str, Any]:
@@ -191,6 +201,8 @@ def heat_map(
     n_experts = len(share_rE[0])
     left, width, cell_height = 96, 920, 26
     cell_width = (width - left) / n_experts
+
+    # A cell per row and expert; a row without anything routed stays empty.
     cells = []
     for r, (name, share_E) in enumerate(zip(rows, share_rE, strict=True)):
         if np.isnan(share_E).any():
@@ -206,6 +218,8 @@ def heat_map(
                     "title": f"{name}: expert {expert} gets {share_E[expert]:.2%}, {ratio:.2f}× the even share",
                 }
             )
+
+    # The names beside the rows and below the columns, where there is room.
     return {
         "rows": [
             (name, r * cell_height + cell_height / 2 + 4, bool(np.isnan(share_E).any()))

@@ -28,14 +28,14 @@ LEFT = 2  # columns of words
 
 def rows(names: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """A row for each of these files of conf/router, for all if none is named. Raises `BadInput` for one not there."""
-    there = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    routers = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     for name in names:
-        if name not in there:
-            raise BadInput(f"names has {name!r}, which is not in conf/router; {nearest(name, there)}.")
+        if name not in routers:
+            raise BadInput(f"names has {name!r}, which is not in conf/router; {nearest(name, routers)}.")
     ConfigStore.instance().store(name="schema_train", node=Config)
     running = GlobalHydra.instance().is_initialized()  # as it is inside a command
     with nullcontext() if running else hydra.initialize_config_dir(str(cli.CONF), version_base=None):
-        return [row(name) for name in names or there]
+        return [row(name) for name in names or routers]
 
 
 def row(name: str) -> tuple[str, ...]:

@@ -147,20 +147,20 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     goes by its name, anything else with its key."""
     given = []
     for overrides in jobs:
-        pairs = (each.lstrip("+~").partition("=") for each in overrides)
+        pairs = (override.lstrip("+~").partition("=") for override in overrides)
         given.append({key: value for key, _, value in pairs if key not in SEEDS})
-    varying = [key for key in given[0] if len({each.get(key) for each in given}) > 1] or ["router"]
+    varying = [key for key in given[0] if len({settings.get(key) for settings in given}) > 1] or ["router"]
     called = [
-        " ".join(each[key] if key == "router" else f"{key}={each[key]}" for key in varying if key in each)
-        for each in given
+        " ".join(settings[key] if key == "router" else f"{key}={settings[key]}" for key in varying if key in settings)
+        for settings in given
     ]
     return [label or "MoE" for label in called]
 
 
-def table(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def table(compared: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows; nobody is compared with a baseline that the sweep does not have."""
-    rows, at = [list(cells(line)) for line in found], HEADINGS.index(f"Against {BASELINE}")
-    shown = [i for i in range(len(HEADINGS)) if i != at or any(line.against is not None for line in found)]
+    rows, at = [list(cells(line)) for line in compared], HEADINGS.index(f"Against {BASELINE}")
+    shown = [i for i in range(len(HEADINGS)) if i != at or any(line.against is not None for line in compared)]
     return [HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 

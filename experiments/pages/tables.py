@@ -11,7 +11,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int =
     """The table as Markdown, its columns aligned: the first `left` to the left, the others to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
     width = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" is the shortest that is Markdown
-    cells.insert(1, ["-" * each if i < left else "-" * (each - 1) + ":" for i, each in enumerate(width)])
+    cells.insert(1, ["-" * dashes if i < left else "-" * (dashes - 1) + ":" for i, dashes in enumerate(width)])
     lines = []
     for row in cells:
         aligned = [f"{cell:{'<' if i < left else '>'}{width[i]}}" for i, cell in enumerate(row)]
