@@ -16,6 +16,7 @@ from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.errors import BadInput
 from moe.model.attention import KVCache
+from moe.model.layer import LayerInput
 from moe.model.transformer import next_token_loss
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Routing
@@ -56,7 +57,7 @@ def _ids(x, seed=5):
 def _run(layer, x, backend="torch", tokens=None, **given):
     """One pass, with the same random numbers in every call."""
     torch.manual_seed(7)
-    return layer(x, backend, tokens_BS=_ids(x) if tokens is None else tokens, **given)
+    return layer(x, backend, LayerInput((_ids(x) if tokens is None else tokens).flatten(), **given))
 
 
 def _objective(out, routing):
@@ -542,7 +543,7 @@ def test_mixtures_of_one_token_each_are_a_routing(make_layer, preset, backend):
         one_hot[t // 6, t % 6, e, slot] = 1
     mixed, report = layer.mix(x, Mixture(one_hot, one_hot), backend)
     weight_T1 = torch.ones(12, 1, dtype=torch.float64)
-    routed, _ = layer.send(x, Routing(expert_T[:, None], weight_T1, None), backend, 8, None, None)
+    routed, _ = layer.send(x, Routing(expert_T[:, None], weight_T1, None), backend)
     torch.testing.assert_close(mixed, routed, **EXACT)
     assert report.count_E.tolist() == [12] * 8
 
@@ -625,9 +626,9 @@ def test_replaying_a_pass_is_that_pass_to_the_last_bit(make_layer, preset, backe
     expected, report = _run(layer, x, backend)
     if preset.router.name == "soft" or report.token_N is not None:
         with pytest.raises(ValueError, match="replay"):
-            _run(layer, x, backend, recorded=report.expert)
+            _run(layer, x, backend, recorded_TK=report.expert)
         return
-    out, again = _run(layer, x, backend, recorded=report.expert)
+    out, again = _run(layer, x, backend, recorded_TK=report.expert)
     assert torch.equal(out, expected)
     assert torch.equal(again.expert, report.expert)
 

@@ -23,6 +23,7 @@ from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model.attention import KVCache
+from moe.model.layer import LayerInput
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, rows
 from tests.conftest import PRESETS
@@ -70,7 +71,7 @@ class Case(NamedTuple):
 
     def run(self, layer, x_BSD, backend=None):
         torch.manual_seed(self.seed)
-        return layer(x_BSD, backend or self.backend, tokens_BS=self.tokens_BS())
+        return layer(x_BSD, backend or self.backend, LayerInput(self.tokens_BS().flatten()))
 
     def decision(self, layer, x_BSD):
         """What the router says in that pass, before anything limits it."""

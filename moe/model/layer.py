@@ -1,4 +1,7 @@
-"""The MoE layer: route, limit, dispatch to the experts, combine; losses and counts are returned, never kept."""
+"""The MoE layer: route, limit, dispatch to the experts, combine; losses and counts are returned, never kept.
+
+Letters beyond the glossary: P slots that a soft router gives an expert in every sequence.
+"""
 
 from typing import NamedTuple
 
@@ -15,6 +18,16 @@ from moe.model.experts import MLP, CheapExperts, Experts, MixedExperts
 from moe.routing import balance, policies
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing
+
+
+class LayerInput(NamedTuple):
+    """What an MoE layer is given beside its states (B, S, D). T = B·S tokens, sequence after sequence."""
+
+    tokens_T: Tensor | None = None  # int64 ids, for routers that read them
+    previous_TD: Tensor | None = None  # the previous MoE layer's states, for routers that read those
+    router: Router | None = None  # the one that layers share, for a layer without its own
+    load_E: Tensor | None = None  # int64 rows that the whole optimiser step wants of every expert: balance.scope=global
+    recorded_TK: Tensor | None = None  # int64 experts to take instead of the router's choice
 
 
 class LayerRouting(NamedTuple):
@@ -57,7 +70,8 @@ class MoELayer(nn.Module):
         own_router: bool = True,
     ) -> None:
         super().__init__()
-        self.balance, self.n_experts, self.k = balance or BalanceConfig(), moe.n_experts, moe.k
+        self.balance, self.k = balance or BalanceConfig(), moe.k
+        self.n_experts, self.n_with_cheap = moe.n_experts, moe.n_experts + moe.n_cheap
         self.reads_previous = router.input == "previous"
         self.router: Router | None = None
         if own_router:
@@ -75,28 +89,23 @@ class MoELayer(nn.Module):
         self,
         x_BSD: Tensor,
         backend: str,
-        *,
-        tokens_BS: Tensor | None = None,
-        previous_TD: Tensor | None = None,
-        router: Router | None = None,
-        load_E: Tensor | None = None,
-        recorded: Tensor | None = None,
+        layer_input: LayerInput = LayerInput(),  # noqa: B008 — immutable
     ) -> tuple[Tensor, LayerRouting]:
-        """tokens_BS: ids, for routers that read them. previous_TD: the previous MoE layer's input. router:
-        a shared one. load_E: the whole optimiser step's rows wanted of every expert, for balance.scope=global.
-        recorded: experts (T, K) to take instead of the router's choice."""
-        x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        state_TD = previous_TD if self.reads_previous and previous_TD is not None else x_TD
-        router = router or self.router
+        router = layer_input.router or self.router
         assert router is not None, "a layer without a router of its own must be handed one"
-        tokens_T = None if tokens_BS is None else tokens_BS.flatten()
-        routing = router(state_TD, backend, Context(tokens_T, len(x_BSD)))
+        # Route, by the layer's own states or those of the MoE layer before.
+        state_TD, previous_TD = rearrange(x_BSD, "b s d -> (b s) d"), layer_input.previous_TD
+        if self.reads_previous and previous_TD is not None:
+            state_TD = previous_TD
+        routing = router(state_TD, backend, Context(layer_input.tokens_T, len(x_BSD)))
+        # Through the routed experts and back: rows, or slots that are mixtures of tokens.
         if isinstance(routing, Mixture):
-            if recorded is not None:
+            if layer_input.recorded_TK is not None:
                 raise ValueError("a soft router has no experts to replay")
             y_BSD, report = self.mix(x_BSD, routing, backend)
         else:
-            y_BSD, report = self.send(x_BSD, routing, backend, router.n_experts, load_E, recorded)
+            y_BSD, report = self.send(x_BSD, routing, backend, layer_input.load_E, layer_input.recorded_TK)
+        # The shared experts take every token.
         if self.shared is not None:
             shared_BSD = self.shared(x_BSD)
             y_BSD = y_BSD + (shared_BSD if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * shared_BSD)
@@ -107,42 +116,25 @@ class MoELayer(nn.Module):
         x_BSD: Tensor,
         routing: Routing,
         backend: str,
-        n_experts: int,
-        load_E: Tensor | None,
-        recorded: Tensor | None,
+        load_E: Tensor | None = None,
+        recorded_TK: Tensor | None = None,
     ) -> tuple[Tensor, LayerRouting]:
-        """Rows to experts and back. `n_experts` counts the cheap ones."""
+        """Rows to experts and back; `load_E` and `recorded_TK` as in `LayerInput`."""
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        wanted, routing = routing, self.limited(routing, n_experts, len(x_TD), recorded)
-        real = routing
-        if self.cheap is not None:
-            real = routing._replace(expert=torch.where(routing.expert < self.n_experts, routing.expert, UNUSED))
-        y_TD, count_E = dispatch.apply(self.experts, x_TD, real, backend)
-        token_N, expert_N, weight_N = routing.rows()
-        if self.cheap is not None:
-            y_TD, count_E = y_TD + self.cheap(x_TD, routing), reference.count(expert_N, n_experts)
-        wanted_E = count_E if routing is wanted else reference.count(wanted.rows()[1], n_experts)
-        losses = self.losses(wanted, wanted_E if load_E is None else load_E, len(x_BSD), n_experts)
+        wanted, routing = routing, self.limited(routing, len(x_TD), recorded_TK)
+        y_TD, count_E = self.apply_experts(x_TD, routing, backend)
+        # The balance works on what the router wanted, in the whole optimiser step where that is known.
+        wanted_E = count_E if routing is wanted else reference.count(wanted.expert.flatten(), self.n_with_cheap)
+        losses = self.losses(wanted, wanted_E if load_E is None else load_E, len(x_BSD))
         if self.default_ED is not None and routing.rest_TE is not None:
-            rest_TE, default_ED = routing.rest_TE.to(y_TD.dtype), self.default_ED
-            fitted_TD = torch.zeros_like(routing.rest_TE).index_put(
-                (token_N, expert_N.clamp_min(0)), torch.where(expert_N < 0, 0, weight_N.detach()), accumulate=True
-            )
-            with torch.autocast(x_TD.device.type, enabled=False):
-                error_TD = y_TD.detach().to(default_ED.dtype) - fitted_TD.to(default_ED.dtype) @ default_ED
-            losses["default"] = error_TD.square().sum() / max(1, error_TD.numel())
-            y_TD = y_TD + rest_TE @ default_ED.detach().to(y_TD.dtype)
-        if routing.token_N is None:
-            served_T = (routing.expert >= 0).any(-1)
-        else:
-            served_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)
-            served_T = served_T.scatter_add(0, token_N, (expert_N >= 0).long()) > 0
+            rest_TD, losses["default"] = default_vectors(self.default_ED, routing, routing.rest_TE, y_TD)
+            y_TD = y_TD + rest_TD
         return y_TD.view(x_BSD.shape), LayerRouting(
             losses=losses,
             count_E=count_E,
             wanted_E=wanted_E,
-            dropped=(expert_N == DROPPED).sum(),
-            skipped=(~served_T).sum(),
+            dropped=(routing.expert == DROPPED).sum(),
+            skipped=(~served(routing, len(x_TD))).sum(),
             expert=routing.expert,
             weight=routing.weight.detach(),
             token_N=routing.token_N,
@@ -150,33 +142,11 @@ class MoELayer(nn.Module):
             state_TD=x_TD if self.reads_previous else None,
         )
 
-    def losses(self, routing: Routing, load_E: Tensor, n_sequences: int, n_experts: int) -> dict[str, Tensor]:
-        """The balancing losses that have a coefficient, aux and z in any case, and the router's own."""
-        cfg, own = self.balance, routing.losses or {}
-        if routing.prob_E is None or routing.lse_T is None:
-            zero = torch.zeros((), device=routing.weight.device)
-            return {"aux": zero, "z": zero, **own}
-        prob_E, n_tokens = routing.prob_E, len(routing.lse_T)
-        if cfg.scope == "sequence":
-            aux = balance.sequence_balancing_loss(routing.prob_TE(), routing.expert, routing.token_N, n_sequences)
-        else:
-            aux = balance.load_balancing_loss(prob_E, load_E, n_tokens)
-        found = {"aux": aux, "z": balance.z_loss(routing.lse_T)}
-        if cfg.importance:
-            found["importance"] = balance.importance_loss(*routing.rows()[:0:-1], n_experts)
-        if cfg.entropy:
-            found["entropy"] = balance.token_entropy(routing.prob_TE())
-        if cfg.spread:
-            found["spread"] = balance.spread_loss(prob_E, n_tokens)
-        if cfg.bandpass:
-            found["bandpass"] = balance.bandpass_loss(prob_E, n_tokens, cfg.band)
-        return found | own
-
-    def limited(self, routing: Routing, n_experts: int, n_tokens: int, recorded: Tensor | None) -> Routing:
+    def limited(self, routing: Routing, n_tokens: int, recorded_TK: Tensor | None) -> Routing:
         """The routing after what overrides or limits it: recorded experts, forced balance, capacity, token rounding."""
-        cfg = self.balance
-        if recorded is not None:
-            return policies.recorded(routing, recorded)
+        cfg, n_experts = self.balance, self.n_with_cheap
+        if recorded_TK is not None:
+            return policies.recorded(routing, recorded_TK)
         if cfg.force == "balanced":
             return policies.balanced(routing, n_experts)
         if self.training and cfg.capacity:
@@ -185,10 +155,42 @@ class MoELayer(nn.Module):
             return policies.round_to_tile(routing, n_experts, cfg.tile)
         return routing
 
+    def apply_experts(self, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+        """Every token's rows through the real experts and the cheap ones, summed by weight: (T, D) -> (T, D), and the
+        rows of each, (E,) int64."""
+        if self.cheap is None:
+            return dispatch.apply(self.experts, x_TD, routing, backend)
+        real_expert = torch.where(routing.expert < self.n_experts, routing.expert, UNUSED)
+        y_TD, _ = dispatch.apply(self.experts, x_TD, routing._replace(expert=real_expert), backend)
+        count_E = reference.count(routing.expert.flatten(), self.n_with_cheap)
+        return y_TD + self.cheap(x_TD, routing), count_E
+
+    def losses(self, routing: Routing, load_E: Tensor, n_sequences: int) -> dict[str, Tensor]:
+        """The balancing losses that have a coefficient, aux and z in any case, and the router's own."""
+        cfg, router_losses = self.balance, routing.losses or {}
+        if routing.prob_E is None or routing.lse_T is None:
+            zero = torch.zeros((), device=routing.weight.device)
+            return {"aux": zero, "z": zero, **router_losses}
+        prob_E, n_tokens = routing.prob_E, len(routing.lse_T)
+        if cfg.scope == "sequence":
+            aux = balance.sequence_balancing_loss(routing.prob_TE(), routing.expert, routing.token_N, n_sequences)
+        else:
+            aux = balance.load_balancing_loss(prob_E, load_E, n_tokens)
+        losses = {"aux": aux, "z": balance.z_loss(routing.lse_T)}
+        if cfg.importance:
+            losses["importance"] = balance.importance_loss(routing.weight, routing.expert, self.n_with_cheap)
+        if cfg.entropy:
+            losses["entropy"] = balance.token_entropy(routing.prob_TE())
+        if cfg.spread:
+            losses["spread"] = balance.spread_loss(prob_E, n_tokens)
+        if cfg.bandpass:
+            losses["bandpass"] = balance.bandpass_loss(prob_E, n_tokens, cfg.band)
+        return losses | router_losses
+
     def mix(self, x_BSD: Tensor, mixture: Mixture, backend: str) -> tuple[Tensor, LayerRouting]:
         """Slots to experts and back. It is reported as every token at every expert, by its share of the weight."""
         b, s, e, p = mixture.dispatch_BSEP.shape
-        dispatch_BSEP, combine_BSEP = (each.to(x_BSD.dtype) for each in mixture)
+        dispatch_BSEP, combine_BSEP = (share_BSEP.to(x_BSD.dtype) for share_BSEP in mixture)
         slot_ND = rearrange(einsum(dispatch_BSEP, x_BSD, "b s e p, b s d -> b e p d"), "b e p d -> (b e p) d")
         expert_N = torch.arange(e, device=x_BSD.device).repeat_interleave(p).repeat(b)[:, None]
         weight_N = torch.ones(expert_N.shape, dtype=mixture.combine_BSEP.dtype, device=x_BSD.device)
@@ -208,3 +210,25 @@ class MoELayer(nn.Module):
             observed={},
             state_TD=x_BSD.flatten(0, 1) if self.reads_previous else None,
         )
+
+
+def default_vectors(default_ED: Tensor, routing: Routing, rest_TE: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """What the experts that a token did not take add by their default vectors, (T, D), and the loss that fits each
+    vector to its expert's output: the mean square of what is left of the routed sum y once every row's output is taken
+    for the vector of its expert (least squares; 2504.12463 has a running mean)."""
+    token_N, expert_N, weight_N = routing.rows()
+    taken_TE = torch.zeros_like(rest_TE).index_put(
+        (token_N, expert_N.clamp_min(0)), torch.where(expert_N < 0, 0, weight_N.detach()), accumulate=True
+    )
+    with torch.autocast(y_TD.device.type, enabled=False):
+        error_TD = y_TD.detach().to(default_ED.dtype) - taken_TE.to(default_ED.dtype) @ default_ED
+    loss = error_TD.square().sum() / max(1, error_TD.numel())
+    return rest_TE.to(y_TD.dtype) @ default_ED.detach().to(y_TD.dtype), loss
+
+
+def served(routing: Routing, n_tokens: int) -> Tensor:
+    """Which tokens at least one expert takes: (T,) bool."""
+    if routing.token_N is None:
+        return (routing.expert >= 0).any(-1)
+    n_rows_T = torch.zeros(n_tokens, dtype=torch.int64, device=routing.expert.device)
+    return n_rows_T.scatter_add(0, routing.token_N, (routing.expert >= 0).long()) > 0

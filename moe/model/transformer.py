@@ -6,7 +6,7 @@ tokens (B, S) -> embedding (+ learned positions) -> L blocks of pre-norm attenti
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from moe.errors import BadInput
 from moe.model.attention import Attention, KVCache, rotary
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP
-from moe.model.layer import LayerRouting, MoELayer
+from moe.model.layer import LayerInput, LayerRouting, MoELayer
 from moe.routing.contract import Router
 
 
@@ -60,22 +60,26 @@ class Block(nn.Module):
             self.mlp = MLP(cfg, cfg.d_ff)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, backend: str, cache: KVCache | None, **routing: Any
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        backend: str,
+        cache: KVCache | None,
+        layer_input: LayerInput = LayerInput(),  # noqa: B008 — immutable
     ) -> tuple[Tensor, LayerRouting | None]:
-        """`routing`: what `MoELayer.forward` takes beside x and the backend."""
         if self.depth is None:
-            return self.feed(self.attend(x_BSD, rope, cache), backend, **routing)
+            return self.feed(self.attend(x_BSD, rope, cache), backend, layer_input)
         entry, (b, s, d) = self.depth(x_BSD), x_BSD.shape
         if self.training:  # as many tokens of every sequence: they are a batch of shorter sequences
             assert cache is None, "in training a whole sequence decides together who enters: no cache"
-            at_BC = entry.token_N.view(b, -1) % s
+            place_BJ = entry.token_I.view(b, -1) % s
             if rope is not None:
-                rope = rope[0][at_BC][:, None], rope[1][at_BC][:, None]
+                rope = rope[0][place_BJ][:, None], rope[1][place_BJ][:, None]
             h_BSD = self.attend(entry.take(x_BSD).view(b, -1, d), rope, None)
         else:
-            enters_BS = torch.zeros(b * s, dtype=torch.bool, device=x_BSD.device).index_fill(0, entry.token_N, True)
+            enters_BS = torch.zeros(b * s, dtype=torch.bool, device=x_BSD.device).index_fill(0, entry.token_I, True)
             h_BSD = entry.take(self.attend(x_BSD, rope, cache, enters_BS.view(b, s)))[None]
-        y_BSD, report = self.feed(h_BSD, backend, **entry.routing(routing))
+        y_BSD, report = self.feed(h_BSD, backend, entry.narrow(layer_input))
         assert report is not None, "only MoE layers have a depth router"
         return entry.put(x_BSD, y_BSD.flatten(0, 1)), entry.report(report, b * s)
 
@@ -89,11 +93,11 @@ class Block(nn.Module):
         """x + attention(norm(x))."""
         return x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS)
 
-    def feed(self, x_BSD: Tensor, backend: str, **routing: Any) -> tuple[Tensor, LayerRouting | None]:
+    def feed(self, x_BSD: Tensor, backend: str, layer_input: LayerInput) -> tuple[Tensor, LayerRouting | None]:
         """x + mlp(norm(x)), and what the router did, if there is one."""
         h_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoELayer):
-            y_BSD, report = self.mlp(h_BSD, backend, **routing)
+            y_BSD, report = self.mlp(h_BSD, backend, layer_input)
             return x_BSD + y_BSD, report
         return x_BSD + self.mlp(h_BSD), None
 
@@ -142,29 +146,35 @@ class Transformer(nn.Module):
         end = past + tokens_BS.shape[1]
         if end > self.cfg.context:
             raise ValueError(f"{end} positions exceed model.context={self.cfg.context}")
+        # Embed; positions are added here, or turn queries and keys in every block.
         x_BSD, rope = self.embed(tokens_BS), None
         if self.cfg.position == "learned":
             x_BSD = x_BSD + self.position.weight[past:end]
         else:
             rope = self.cos_Sd[past:end], self.sin_Sd[past:end]
+        # The blocks. An MoE layer is given more than its states, and tells what its router did.
         routing: list[LayerRouting] = []
+        tokens_T = tokens_BS.flatten()
         shared = self.routers()[0] if self.router.shared and self.cfg.moe else None
         for block in self.blocks:
-            extra: dict[str, Any] = {}
+            layer_input = LayerInput()
             if isinstance(block.mlp, MoELayer):
-                extra = {
-                    "tokens_BS": tokens_BS,
-                    "previous_TD": routing[-1].state_TD if routing else None,
-                    "router": shared,
-                    "load_E": loads[len(routing)] if loads is not None else None,
-                    "recorded": recorded[len(routing)] if recorded is not None else None,
-                }
+                n_before = len(routing)  # MoE layers
+                layer_input = LayerInput(
+                    tokens_T=tokens_T,
+                    previous_TD=routing[-1].state_TD if routing else None,
+                    router=shared,
+                    load_E=loads[n_before] if loads is not None else None,
+                    recorded_TK=recorded[n_before] if recorded is not None else None,
+                )
+            arguments = (x_BSD, rope, backend, cache, layer_input)
             if checkpoint_activations:
-                x_BSD, each = checkpoint(block, x_BSD, rope, backend, cache, use_reentrant=False, **extra)
+                x_BSD, report = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BSD, each = block(x_BSD, rope, backend, cache, **extra)
-            if each is not None:
-                routing.append(each)
+                x_BSD, report = block(*arguments)
+            if report is not None:
+                routing.append(report)
+        # Logits.
         if cache is not None:
             cache.length = end
         return Output(self.head(self.norm(x_BSD)), routing)
@@ -172,7 +182,7 @@ class Transformer(nn.Module):
     def routers(self) -> list[Router]:
         """The router of every MoE layer, in order: one and the same where it is shared."""
         layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
-        return [each.router or layers[0].router for each in layers]  # type: ignore[misc]
+        return [layer.router or layers[0].router for layer in layers]  # type: ignore[misc]
 
     def depths(self) -> list[DepthRouter | None]:
         """The depth router of every MoE layer, in order; None where every token enters."""

@@ -12,6 +12,7 @@ from moe.config.router import RouterConfig
 from moe.model import cost
 from moe.model.attention import KVCache
 from moe.model.depth import DepthRouter
+from moe.model.layer import LayerInput
 from moe.model.transformer import Block
 from moe.routing.contract import UNUSED, rows
 from moe.train import step
@@ -47,11 +48,11 @@ def _ids(x):
     return torch.randint(0, 17, x.shape[:2], generator=torch.Generator().manual_seed(5))
 
 
-def _run(model, x, **given):
+def _run(model, x):
     """The second block alone."""
     rope = model.cos_Sd[: x.shape[1]].double(), model.sin_Sd[: x.shape[1]].double()
     torch.manual_seed(7)
-    return model.blocks[1](x, rope, "torch", None, tokens_BS=_ids(x), **given)
+    return model.blocks[1](x, rope, "torch", None, LayerInput(_ids(x).flatten()))
 
 
 def _plain(model):
@@ -93,7 +94,7 @@ def test_the_block_is_the_plain_block_on_the_tokens_that_enter(model, router, tr
         at = _entering(model, x_SD)
         n_entered += len(at)
         rope = model.cos_Sd[at].double(), model.sin_Sd[at].double()  # at their own positions
-        y_SD = plain(x_SD[at][None], rope, "reference", None, tokens_BS=_ids(x)[b, at][None])[0][0]
+        y_SD = plain(x_SD[at][None], rope, "reference", None, LayerInput(_ids(x)[b, at]))[0][0]
         expected = x_SD.clone()
         for y_D, s in zip(y_SD, at, strict=True):
             gate = 1 / (1 + math.exp(-_score(model.blocks[1].depth.score, x_SD[s])))
@@ -141,14 +142,14 @@ def test_equal_scores_let_the_earliest_tokens_enter(model):
     model = model().train()
     x = torch.ones(2, 11, 12, dtype=torch.float64)
     entry = model.blocks[1].depth(x)
-    assert entry.token_N.tolist() == [0, 1, 2, 3, 4, 11, 12, 13, 14, 15]
+    assert entry.token_I.tolist() == [0, 1, 2, 3, 4, 11, 12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(("share", "length", "expected"), [(0.07, 100, 7), (0.07, 101, 8), (0.125, 4, 1), (1e-6, 7, 1)])
 def test_a_share_is_taken_for_the_decimal_that_it_was_written_as(share, length, expected):
     assert entering(MoEConfig(depth=share), length) == expected
     router = DepthRouter(12, MoEConfig(depth=share)).train()
-    assert len(router(torch.randn(2, length, 12)).token_N) == 2 * expected
+    assert len(router(torch.randn(2, length, 12)).token_I) == 2 * expected
 
 
 def test_the_threshold_is_the_running_mean_of_the_cut_offs(model):
@@ -163,7 +164,7 @@ def test_the_threshold_is_the_running_mean_of_the_cut_offs(model):
         mean = sum(sorted(_score(depth.score, x_D) for x_D in x_SD)[-5] for x_SD in sequences) / 5
         expected = mean if expected is None else 0.99 * expected + 0.01 * mean
         assert depth.cutoff.item() == pytest.approx(expected, rel=1e-12)
-    assert 0 < len(depth.eval()(_x()).token_N) < 33
+    assert 0 < len(depth.eval()(_x()).token_I) < 33
 
 
 def test_a_step_of_training_moves_the_threshold(make_model, tokens):
@@ -181,7 +182,7 @@ def test_the_predictor_learns_the_choice_and_tells_the_states_nothing(model):
     depth = model.blocks[1].depth
     entry = depth(x)
     predicted = torch.tensor([[_score(depth.predict, x_D) for x_D in x_SD] for x_SD in x.detach()], dtype=torch.float64)
-    enters = torch.zeros(33, dtype=torch.float64).index_fill(0, entry.token_N, 1.0).view(3, 11)
+    enters = torch.zeros(33, dtype=torch.float64).index_fill(0, entry.token_I, 1.0).view(3, 11)
     expected = -(enters * F.logsigmoid(predicted) + (1 - enters) * F.logsigmoid(-predicted)).mean()
     torch.testing.assert_close(entry.losses["depth"], expected, **EXACT)
     entry.losses["depth"].backward()
@@ -192,7 +193,7 @@ def test_the_predictor_learns_the_choice_and_tells_the_states_nothing(model):
         optimizer.zero_grad()
         depth(x).losses["depth"].backward()
         optimizer.step()
-    agree = (depth.eval()(x).token_N[:, None] == entry.token_N).any(0)
+    agree = (depth.eval()(x).token_I[:, None] == entry.token_I).any(0)
     assert agree.all()
 
 
@@ -223,7 +224,7 @@ def test_no_token_and_every_token_may_enter_in_evaluation(model):
         out, report = _run(model, x)
         rope = model.cos_Sd[:11].double(), model.sin_Sd[:11].double()
         whole = plain(x, rope, "torch", None)[0]
-        gate = depth(x).weight_N.view(3, 11, 1)
+        gate = depth(x).weight_I.view(3, 11, 1)
         torch.testing.assert_close(out, (1 - gate) * x + gate * whole, **EXACT)
         assert report.skipped == 0
 
@@ -273,7 +274,7 @@ def test_bf16_chooses_in_float32(model, tokens):
     with torch.autocast("cpu", torch.bfloat16):
         out = model(tokens)
         entry = model.blocks[1].depth(_x().bfloat16())
-    assert entry.weight_N.dtype == torch.float32
+    assert entry.weight_I.dtype == torch.float32
     assert out.logits_BSV.isfinite().all()
     model = model.bfloat16()
     assert model(tokens).logits_BSV.dtype == torch.bfloat16
