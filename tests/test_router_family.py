@@ -280,7 +280,7 @@ def test_gradients_are_the_derivative_where_the_router_says_so(make_layer, prese
     def function(x, *values):
         given = dict(zip(parameters, values, strict=True))
         torch.manual_seed(7)
-        out, report = torch.func.functional_call(layer, given, (x, "reference"), {"tokens_BS": _ids(x)})
+        out, report = torch.func.functional_call(layer, given, (x, "reference", LayerInput(_ids(x).flatten())))
         return out, *(each for name, each in report.losses.items() if name != "predictor")
 
     inputs = (_x(1, 5).requires_grad_(), *(p.detach().clone().requires_grad_() for p in parameters.values()))

@@ -16,7 +16,7 @@ SCHEDULED = (*SCORE_TERMS, "bias_rate")
 class BalanceConfig:
     """What keeps the load even. Coefficients of the losses added to the language-model loss; 0 switches one off."""
 
-    aux: Annotated[float, Between(0, ANY)] = 0.01  # load-balancing loss, E * sum_i f_i P_i
+    aux: Annotated[float, Between(0, ANY)] = 0.01  # load-balancing loss, E * sum_i f_i m_i
     # what aux is computed over: sequence | batch (a micro-batch) | global (the optimiser step)
     scope: Annotated[str, OneOf("sequence", "batch", "global")] = "batch"
     z: Annotated[float, Between(0, ANY)] = 0.001  # router z-loss
@@ -25,7 +25,7 @@ class BalanceConfig:
     load: Annotated[float, Between(0, ANY)] = 0.0
     entropy: Annotated[float, Between(0, ANY)] = 0.0  # mean entropy of a token's probabilities: lower is more decided
     spread: Annotated[float, Between(0, ANY)] = 0.0  # ln E minus the entropy of the mean probabilities: 0 when even
-    bandpass: Annotated[float, Between(0, ANY)] = 0.0  # squared excess of E · P_i over the band [1 − band, 1 + band]
+    bandpass: Annotated[float, Between(0, ANY)] = 0.0  # squared excess of E · m_i over the band [1 − band, 1 + band]
     band: Annotated[float, Between(0, ANY)] = 0.2
     bias_rate: Annotated[float, Between(0, ANY)] = 0.0  # step of the loss-free bias update; needs router.selection_bias
     # sign (2408.15664) | proportional (to the relative excess of load)

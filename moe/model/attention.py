@@ -1,4 +1,7 @@
-"""Causal grouped-query attention, rotary positions and the KV cache."""
+"""Causal grouped-query attention, rotary positions and the KV cache.
+
+Letters beyond the glossary: d channels of a head (cos and sin have one entry for two of them).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +82,7 @@ class Attention(nn.Module):
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.cfg.qk_norm == "full":
             q, k = in_own_dtype(self.q_norm, q), in_own_dtype(self.k_norm, k)
-        q, k, v = (rearrange(each, "b s (h d) -> b h s d", d=self.d_head) for each in (q, k, v))
+        q, k, v = (rearrange(states, "b s (h d) -> b h s d", d=self.d_head) for states in (q, k, v))
         if self.cfg.qk_norm == "head":
             q, k = in_own_dtype(self.q_norm, q), in_own_dtype(self.k_norm, k)
         if rope is not None:

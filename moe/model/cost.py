@@ -96,6 +96,7 @@ def dense_twin(cfg: ModelConfig, match: str, router: RouterConfig | None = None)
     how close it can get when no width of at least 1 does."""
     if cfg.moe is None:
         raise BadInput(f"match={match} needs a Mixture-of-Experts model, and model={cfg.name} has model.moe=null.")
+    # What is matched, and how a dense model measures up.
     match match:
         case "active_params":
             target, measure = size(cfg, router).active, lambda twin: size(twin).total
@@ -109,8 +110,10 @@ def dense_twin(cfg: ModelConfig, match: str, router: RouterConfig | None = None)
     def twin(width: int) -> ModelConfig:
         return dataclasses.replace(cfg, name=f"{cfg.name}-dense", moe=None, d_ff=width)
 
+    # Linear in the width: the exact width lies on the line through two of them.
     at_one, slope = measure(twin(1)), measure(twin(2)) - measure(twin(1))
     exact = 1 + (target - at_one) / slope
+    # The nearest whole width, a multiple of 8 before any other.
     for multiple in (8, 1):
         width = max(1, round(exact / multiple) * multiple)
         error = measure(twin(width)) / target - 1

@@ -3,6 +3,8 @@
 reference   obvious, float64-capable, slow: the definition of correct
 torch       one matmul per expert in one autograd function: the fast path wherever there is no GPU
 triton      fused kernels for a GPU (or, under TRITON_INTERPRET=1, Triton's interpreter: slow, for tests)
+
+Letters beyond the glossary: G widths that experts have, as in experts.py.
 """
 
 import torch

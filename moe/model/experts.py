@@ -1,4 +1,7 @@
-"""MLPs: the dense one, which also serves as the shared expert, and the stacked weights of routed experts."""
+"""MLPs: the dense one, which also serves as the shared expert, and the stacked weights of routed experts.
+
+Letters beyond the glossary: G widths that experts have, with a stack of weights for each · Z cheap experts.
+"""
 
 import dataclasses
 
@@ -45,10 +48,10 @@ class MixedExperts(nn.Module):
         widths = torch.tensor(moe.widths, device="cpu")
         stacks, local = [], []
         for width in widths.unique().tolist():
-            mine_E = widths == width
-            stack = dataclasses.replace(moe, n_experts=int(mine_E.sum()), d_expert=width, widths=[])
+            of_width_E = widths == width
+            stack = dataclasses.replace(moe, n_experts=int(of_width_E.sum()), d_expert=width, widths=[])
             stacks.append(Experts(cfg, stack))
-            local.append(torch.where(mine_E, mine_E.cumsum(0) - 1, UNUSED))
+            local.append(torch.where(of_width_E, of_width_E.cumsum(0) - 1, UNUSED))
         self.stacks = nn.ModuleList(stacks)
         self.register_buffer("local_GE", torch.stack(local), persistent=False)
 
@@ -68,15 +71,15 @@ class CheapExperts(nn.Module):
         """What the routed rows of these experts add up to: (T, D) -> (T, D)."""
         token_N, expert_N, weight_N = routing.rows()
         n = self.n_null + self.n_copy + self.n_constant
-        mine_N = expert_N >= self.first
-        flat_N = token_N * n + torch.where(mine_N, expert_N - self.first, 0)
-        weight_TZ = weight_N.new_zeros(len(x_TD) * n).scatter_add(0, flat_N, torch.where(mine_N, weight_N, 0.0))
+        cheap_N = expert_N >= self.first
+        flat_N = token_N * n + torch.where(cheap_N, expert_N - self.first, 0)
+        weight_TZ = weight_N.new_zeros(len(x_TD) * n).scatter_add(0, flat_N, torch.where(cheap_N, weight_N, 0.0))
         _, copy_TZ, constant_TZ = weight_TZ.view(-1, n).split([self.n_null, self.n_copy, self.n_constant], -1)
         y_TD = copy_TZ.sum(-1, keepdim=True) * x_TD
         if self.n_constant:
             mix_TZ2 = rearrange(self.mix(x_TD), "t (z two) -> t z two", two=2).to(weight_N.dtype).softmax(-1)
-            own_TZ, learned_TZ = (mix_TZ2 * constant_TZ[..., None]).unbind(-1)
-            y_TD = y_TD + own_TZ.sum(-1, keepdim=True) * x_TD + learned_TZ.to(self.v_ZD.dtype) @ self.v_ZD
+            state_TZ, vector_TZ = (mix_TZ2 * constant_TZ[..., None]).unbind(-1)
+            y_TD = y_TD + state_TZ.sum(-1, keepdim=True) * x_TD + vector_TZ.to(self.v_ZD.dtype) @ self.v_ZD
         return y_TD.to(x_TD.dtype)
 
 

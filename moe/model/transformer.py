@@ -1,6 +1,8 @@
 """The decoder-only transformer, dense or Mixture-of-Experts, read top to bottom: initialisation, block, model, loss.
 
 tokens (B, S) -> embedding (+ learned positions) -> L blocks of pre-norm attention and MLP or MoE -> norm -> logits.
+Letters beyond the glossary: d channels of a head and J tokens of a sequence that enter a block, as in attention.py and
+depth.py.
 """
 
 import hashlib

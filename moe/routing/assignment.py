@@ -2,6 +2,7 @@
 
 A batch decides in training, so a token depends on later ones; in evaluation every token takes its best expert. Logits,
 scores and weights are float32 (float64 for float64 input) whatever the autocast dtype.
+Letters beyond the glossary: E1 the experts and one node more, the right to a token more than the others have.
 """
 
 import itertools
@@ -69,11 +70,11 @@ def auction(score_TE: Tensor, expert_T: Tensor, price_E: Tensor, epsilon: float,
     for _ in range(max(ROUNDS, 2 * n_experts)):
         profit_TE = score_TE - price_E
         best_T = profit_TE.argmax(-1)
-        own_T = torch.where(expert_T < 0, best_T, expert_T)
-        bid_T = score_TE.gather(1, own_T[:, None]).squeeze(1)  # less the second best profit, plus epsilon:
-        bid_T = bid_T - profit_TE.scatter(1, own_T[:, None], -math.inf).amax(-1) + epsilon
+        target_T = torch.where(expert_T < 0, best_T, expert_T)
+        bid_T = score_TE.gather(1, target_T[:, None]).squeeze(1)  # less the second best profit, plus epsilon:
+        bid_T = bid_T - profit_TE.scatter(1, target_T[:, None], -math.inf).amax(-1) + epsilon
         # Of a former, larger epsilon: no longer near its best, so it bids for its best in the next round.
-        expert_T = torch.where(bid_T < price_E[own_T], -1, own_T)
+        expert_T = torch.where(bid_T < price_E[target_T], -1, target_T)
         key_T = torch.where(expert_T < 0, n_experts, expert_T)
         order_T = bid_T.argsort(descending=True, stable=True)
         order_T = order_T[key_T[order_T].argsort(stable=True)]  # by expert, highest bid first
@@ -99,55 +100,71 @@ def place(score_TE: Tensor, expert_T: Tensor, price_E: Tensor) -> Tensor:
     n_tokens, n_experts = score_TE.shape
     places, rights = divmod(n_tokens, n_experts)
     right = n_experts  # the number of that node
-    price_N = torch.cat([price_E, price_E.max()[None]])
-    used = [False] * n_experts  # who uses a right
+    price_E1 = torch.cat([price_E, price_E.max()[None]])
+    uses_right = [False] * n_experts
     count = reference.count(expert_T, n_experts).tolist()
     waiting = torch.nonzero(expert_T < 0).flatten().tolist()
-    loss_NN = score_TE.new_full((n_experts + 1, n_experts + 1), math.inf)  # least loss of score over a move's tokens
-    mover_NN = torch.full_like(loss_NN, -1, dtype=torch.int64)
+    loss_E1E1 = score_TE.new_full((n_experts + 1, n_experts + 1), math.inf)  # least loss of score over a move's tokens
+    mover_E1E1 = torch.full_like(loss_E1E1, -1, dtype=torch.int64)
     changed = set(range(n_experts))
     for token in waiting:
+        # Edges of the experts whose tokens have changed.
         for e in changed:
-            held_C = torch.nonzero(expert_T == e).flatten()
-            if len(held_C):
-                lost = (score_TE[held_C, e, None] - score_TE[held_C]).min(0)
-                loss_NN[e, :right], mover_NN[e, :right] = lost.values, held_C[lost.indices]
-            else:
-                loss_NN[e, :right] = math.inf
-            loss_NN[e, right] = 0 if rights and not used[e] else math.inf
-            loss_NN[right, e] = 0 if used[e] else math.inf
-        length_NN = (loss_NN - price_N[:, None] + price_N).clamp_min(0)
-        profit_E = score_TE[token] - price_N[:right]
-        far_N = torch.cat([profit_E.max() - profit_E, profit_E.new_full((1,), math.inf)])
-        before_N = torch.full_like(far_N, -1, dtype=torch.int64)
-        while True:  # Bellman and Ford: ends after n_experts + 1 rounds at most, lengths being at least 0
-            through_N = (far_N[:, None] + length_NN).min(0)
-            shorter_N = through_N.values < far_N
-            if not shorter_N.any():
-                break
-            before_N = torch.where(shorter_N, through_N.indices, before_N)
-            far_N = torch.where(shorter_N, through_N.values, far_N)
+            loss_E1E1[e, :right], mover_E1E1[e, :right] = cheapest_moves(score_TE, expert_T, e)
+            loss_E1E1[e, right] = 0 if rights and not uses_right[e] else math.inf
+            loss_E1E1[right, e] = 0 if uses_right[e] else math.inf
+        # From the token to the nearest node that has room, at the prices so far.
+        length_E1E1 = (loss_E1E1 - price_E1[:, None] + price_E1).clamp_min(0)
+        profit_E = score_TE[token] - price_E1[:right]
+        start_E1 = torch.cat([profit_E.max() - profit_E, profit_E.new_full((1,), math.inf)])
+        distance_E1, before_E1 = shortest_paths(start_E1, length_E1E1)
         ends = [e for e in range(n_experts) if count[e] < places]
-        ends += [right] if sum(used) < rights else []
-        far, before = far_N.tolist(), before_N.tolist()
-        end = min(ends, key=far.__getitem__)
-        price_N = price_N + (far[end] - far_N).clamp_min(0)
+        ends += [right] if sum(uses_right) < rights else []
+        distance, before = distance_E1.tolist(), before_E1.tolist()
+        end = min(ends, key=distance.__getitem__)
+        price_E1 = price_E1 + (distance[end] - distance_E1).clamp_min(0)
         path = [end]
         while before[path[-1]] >= 0:
             path.append(before[path[-1]])
         path.reverse()
-        for here, there in itertools.pairwise(path):  # each from the node before it, not yet changed
-            if there == right:
-                used[here] = True
-            elif here == right:
-                used[there] = False
+        # Every node of the path hands a token, or the right, on to the next; the first takes the one that waited.
+        for node, next_node in itertools.pairwise(path):  # a node's mover is still the one it had before this path
+            if next_node == right:
+                uses_right[node] = True
+            elif node == right:
+                uses_right[next_node] = False
             else:
-                expert_T[mover_NN[here, there]] = there
+                expert_T[mover_E1E1[node, next_node]] = next_node
         expert_T[token] = path[0]
         if end != right:
             count[end] += 1
         changed = set(path) - {right}
     return expert_T
+
+
+def cheapest_moves(score_TE: Tensor, expert_T: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """For every other expert, the least that a token of `expert` loses by moving there, and that token: (E,), (E,).
+    An expert without tokens loses infinitely much, by token -1."""
+    tokens = torch.nonzero(expert_T == expert).flatten()
+    if not len(tokens):
+        loss_E = score_TE.new_full((score_TE.shape[1],), math.inf)
+        return loss_E, torch.full_like(loss_E, -1, dtype=torch.int64)
+    least = (score_TE[tokens, expert, None] - score_TE[tokens]).min(0)
+    return least.values, tokens[least.indices]
+
+
+def shortest_paths(start_E1: Tensor, length_E1E1: Tensor) -> tuple[Tensor, Tensor]:
+    """Every node's distance, and the node before it on its path, -1 where it is entered at the start: (E + 1,) twice.
+
+    Bellman and Ford: ends after E + 1 rounds at most, lengths being at least 0."""
+    distance_E1, before_E1 = start_E1, torch.full_like(start_E1, -1, dtype=torch.int64)
+    while True:
+        through = (distance_E1[:, None] + length_E1E1).min(0)
+        shorter_E1 = through.values < distance_E1
+        if not shorter_E1.any():
+            return distance_E1, before_E1
+        before_E1 = torch.where(shorter_E1, through.indices, before_E1)
+        distance_E1 = torch.where(shorter_E1, through.values, distance_E1)
 
 
 class BaseRouter(Router):

@@ -1,8 +1,8 @@
 """What keeps experts evenly loaded: losses on the router's scores, and a bias on its choice.
 
-Probabilities are a token's scores divided by their sum. `prob_E` is their sum over the tokens and P_i = prob_E / T
-their mean; f_i is expert i's share of the routed rows. Negative experts are none, and count nowhere. Every loss is 0
-for a batch without tokens.
+Probabilities are a token's scores divided by their sum. `prob_E` is their sum over the tokens and m_i = prob_i / T
+their mean (P_i in the papers); f_i is expert i's share of the routed rows. Negative experts are none, and count
+nowhere. Every loss is 0 for a batch without tokens.
 """
 
 import torch
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 def load_balancing_loss(prob_E: Tensor, count_E: Tensor, n_tokens: int) -> Tensor:
-    """E · sum_i f_i P_i; 1 when uniform (Switch, 2101.03961, eq. 4, generalised to K choices).
+    """E · sum_i f_i m_i; 1 when uniform (Switch, 2101.03961, eq. 4, generalised to K choices).
 
-    prob_E: probabilities (1 per token) summed over the tokens; P_i is their mean. count_E: routed rows per expert;
+    prob_E: probabilities (1 per token) summed over the tokens; m_i is their mean. count_E: routed rows per expert;
     f_i = c_i / sum c, no gradient. A batch with no routed row gives 0.
 
     The mean over micro-batches of this loss is not the loss of the whole batch, but asks for balance in each of them.
     With the whole step's counts in every micro-batch it is, in value and gradient, as micro-batches of equal size make
-    the mean of their P_i that of the whole batch (global-batch balance, 2501.11873)."""
+    the mean of their m_i that of the whole batch (global-batch balance, 2501.11873)."""
     share_E = count_E.to(prob_E.dtype) / count_E.sum().clamp_min(1)
     return count_E.numel() * (share_E * prob_E / max(1, n_tokens)).sum()
 
 
 def sequence_balancing_loss(prob_TE: Tensor, expert: Tensor, token_N: Tensor | None, n_sequences: int) -> Tensor:
-    """The mean over sequences of E · sum_i f_i P_i within each (DeepSeek-V3, 2412.19437, eq. 17-20).
+    """The mean over sequences of E · sum_i f_i m_i within each (DeepSeek-V3, 2412.19437, eq. 17-20).
 
     f counts the choice that was made, selection bias included (the paper's counts that of the scores alone).
     prob_TE: (T, E), T = n_sequences · S, sequence after sequence. expert: (T, K), or (N,) with the token of each row in
@@ -53,8 +53,8 @@ def cv_squared(value_E: Tensor) -> Tensor:
     taken as float64. 0 for one expert, and where the mean is 0."""
     value_E = value_E if value_E.is_floating_point() else value_E.to(torch.float64)
     mean = value_E.mean()
-    some = mean != 0
-    return torch.where(some, (value_E / torch.where(some, mean, 1.0) - 1).square().mean(), 0.0)
+    nonzero = mean != 0
+    return torch.where(nonzero, (value_E / torch.where(nonzero, mean, 1.0) - 1).square().mean(), 0.0)
 
 
 def importance_loss(weight_N: Tensor, expert_N: Tensor, n_experts: int) -> Tensor:
@@ -73,10 +73,11 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) ->
     if k >= clean_TE.shape[1]:
         return torch.ones_like(clean_TE).sum(0)
     best = noisy_TE.topk(k + 1, dim=-1).values
-    in_TE, out_TE = best[:, k:], best[:, k - 1 : k]  # to beat for an expert among the best K; for the others
-    other_TE = torch.where(noisy_TE >= out_TE, in_TE, out_TE)
+    last_in_T1, first_out_T1 = best[:, k - 1 : k], best[:, k:]
+    # An expert of the best K stays among them while it is above the first that is out; another has to beat the last in.
+    to_beat_TE = torch.where(noisy_TE >= last_in_T1, first_out_T1, last_in_T1)
     noise_TE = noise_TE.clamp_min(torch.finfo(noise_TE.dtype).eps)
-    return torch.special.ndtr((clean_TE - other_TE) / noise_TE).sum(0)
+    return torch.special.ndtr((clean_TE - to_beat_TE) / noise_TE).sum(0)
 
 
 def load_loss(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) -> Tensor:
@@ -90,16 +91,16 @@ def token_entropy(prob_TE: Tensor) -> Tensor:
 
 
 def spread_loss(prob_E: Tensor, n_tokens: int) -> Tensor:
-    """ln E − H(P), P the mean probabilities: 0 when the batch as a whole favours no expert, ln E when it knows but one.
+    """ln E less the entropy of m: 0 when the batch as a whole favours no expert, ln E when it knows but one.
 
-    Computed as sum_i P_i ln(E P_i), the same as P sums to 1. With `token_entropy` it is the (negative) information of
+    Computed as sum_i m_i ln(E m_i), the same as m sums to 1. With `token_entropy` it is the (negative) information of
     the choice about the token."""
     mean_E = prob_E / max(1, n_tokens)
     return (mean_E * (mean_E * len(mean_E)).clamp_min(torch.finfo(mean_E.dtype).tiny).log()).sum()
 
 
 def bandpass_loss(prob_E: Tensor, n_tokens: int, band: float) -> Tensor:
-    """mean_i max(0, |E · P_i − 1| − band)²: no force on an expert while its probability is within the band."""
+    """mean_i max(0, |E · m_i − 1| − band)²: no force on an expert while its probability is within the band."""
     if n_tokens == 0:
         return 0.0 * prob_E.sum()
     off_E = (prob_E / n_tokens * len(prob_E) - 1).abs() - band

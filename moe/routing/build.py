@@ -39,12 +39,12 @@ def router_class(name: str) -> type[Router]:
             return SoftRouter
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        chosen = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise BadInput(f"router.name={name} cannot be imported: {error}.") from error
-    if not (isinstance(found, type) and issubclass(found, Router)):
+    if not (isinstance(chosen, type) and issubclass(chosen, Router)):
         raise BadInput(f"router.name={name} is no subclass of moe.routing.contract.Router.")
-    return found
+    return chosen
 
 
 def build_router(cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> Router:

@@ -3,6 +3,8 @@
 A router is `router(x_TD, backend, context) -> Routing` and decides who goes where and with what weight, nothing else.
 What it decides is rows: (token, expert, weight). Everything behind it (capacity, plan, experts, combine, losses,
 metrics) reads rows and scores, and never asks which router they came from.
+
+Letters beyond the glossary: P slots that a soft router gives an expert in every sequence.
 """
 
 from typing import NamedTuple

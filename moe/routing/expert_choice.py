@@ -28,17 +28,17 @@ def best_tokens(score_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class ExpertChoiceRouter(Router):
     """Experts choose tokens (Zhou et al. 2202.09368).
 
-    S = softmax(x W^T); every expert takes its C = min(T, ceil(K · T / E)) tokens with the largest S_te, and the weight
-    of the row is S_te · scale. A token gets 0 to E experts, K on average. Not causal: whether a token is among the best
+    p = softmax(x W^T); every expert takes its C = min(T, ceil(K · T / E)) tokens with the largest p_te, and the weight
+    of the row is p_te · scale. A token gets 0 to E experts, K on average. Not causal: whether a token is among the best
     depends on later ones. (T, D) -> N = E · C rows (token_N, expert_N, weight_N), by token, then by expert.
 
     Evaluation by `cfg.causal`; the two that decide token by token give (T, E), `UNUSED` where not taken:
     - none: the same choice, over whatever batch there is. Neither causal nor token by token: a text generated token by
       token is routed otherwise than the same text at once.
-    - threshold: e takes t when S_te >= c_e, c_e the running mean of e's C-th best score in training,
+    - threshold: e takes t when p_te >= c_e, c_e the running mean of e's C-th best score in training,
       c <- decay · c + (1 - decay) · mean over the step's batches. The first step sets c; until then it is 1 / E, an
       even share.
-    - predictor: e takes t when x_t v_e + b_e >= 0. V and b learn the training choice by binary cross-entropy on x
+    - predictor: e takes t when x_t v_e + b_e >= 0. v and b learn the training choice by binary cross-entropy on x
       without gradient to it (Raposo et al. 2404.02258): `losses["predictor"]`, the mean over T · E."""
 
     causal = False

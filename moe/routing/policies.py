@@ -4,6 +4,9 @@ Each takes a `Routing` and returns one, with static shapes and without a look at
 sums and scatters, so that they compile into the layer. A row that loses its expert becomes `DROPPED`. What the router
 computed from its scores (logits, lse, prob_E, rest_TE, losses) stays as it was: the balancing losses keep seeing what
 the router wanted.
+
+Letters beyond the glossary: A rows that rounding to tiles can add to an expert · T1 one column · E1, K1 one more column
+than there are experts or choices, for rows that have none.
 """
 
 import math
@@ -89,6 +92,7 @@ def round_to_tile(routing: Routing, n_experts: int, tile: int) -> Routing:
     n_tokens, live_N = len(prob_TE), wanted_N >= 0
     expert_E = torch.arange(n_experts, device=wanted_N.device)
 
+    # The multiple of the tile that every expert comes to, and the rows that are too many.
     chosen_TE = _dense(live_N, token_N, wanted_N, n_tokens, n_experts)
     count_E = reference.count(wanted_N, n_experts)
     nearest_E = (count_E + tile // 2) // tile * tile
@@ -97,6 +101,7 @@ def round_to_tile(routing: Routing, n_experts: int, tile: int) -> Routing:
     kept_N = _place(wanted_N, n_experts, weight_N) < target_E[wanted_N.clamp_min(0)]
     expert_N = torch.where(kept_N | ~live_N, wanted_N, DROPPED)
 
+    # The rows that are too few: every expert's best tokens among those that did not choose it.
     n_more = min(tile // 2, n_tokens)  # A
     rank_TE = prob_TE.detach().masked_fill(chosen_TE, -1.0).argsort(dim=0, descending=True, stable=True)
     more_AE = rank_TE[:n_more]  # tokens; an unused slot names one too, and so unused slots are spread
@@ -106,6 +111,7 @@ def round_to_tile(routing: Routing, n_experts: int, tile: int) -> Routing:
     more_weight_AE = (prob_TE * scale_T[:, None]).to(weight_N.dtype).gather(0, more_AE) * added_AE
     more_expert_AE = torch.where(added_AE, expert_E, UNUSED)
 
+    # Both, in token order.
     token_N = torch.cat([token_N, more_AE.flatten()])
     order_N = token_N.argsort(stable=True)
     return routing._replace(
@@ -143,9 +149,9 @@ def recorded(routing: Routing, expert_TK: Tensor) -> Routing:
     if routing.expert.shape != expert_TK.shape:
         raise ValueError(f"recorded experts are {tuple(expert_TK.shape)}, the routing is {tuple(routing.expert.shape)}")
     replayed = _reassign(routing, expert_TK)
-    own_T1 = ((expert_TK == routing.expert) | (expert_TK == DROPPED)).all(-1, keepdim=True)
-    own_TK = torch.where(expert_TK < 0, 0.0, routing.weight)
-    return replayed._replace(weight=torch.where(own_T1, own_TK, replayed.weight))
+    same_T1 = ((expert_TK == routing.expert) | (expert_TK == DROPPED)).all(-1, keepdim=True)
+    weight_TK = torch.where(expert_TK < 0, 0.0, routing.weight)
+    return replayed._replace(weight=torch.where(same_T1, weight_TK, replayed.weight))
 
 
 def _place(expert_N: Tensor, n_experts: int, weight_N: Tensor | None = None) -> Tensor:
@@ -178,18 +184,20 @@ def _move(routing: Routing, settled_TK: Tensor, room: int) -> Routing:
         blank_TE1 = torch.zeros(n_tokens, n_experts + 1, dtype=torch.bool, device=expert_TK.device)
         return blank_TE1.scatter(1, column_TK, True)[:, :n_experts]
 
-    own_TE, settled_TE = marked(live_TK), marked(settled_TK)
+    # What every token wants, which experts have room for it, and its order of preference.
+    chosen_TE, settled_TE = marked(live_TK), marked(settled_TK)
     want_T1 = (live_TK & ~settled_TK).sum(1, keepdim=True)
     room_E = room - settled_TE.sum(0)
     order_TE = logits_TE.detach().argsort(dim=1, descending=True, stable=True)
-    own_first_TE = (~own_TE).to(torch.uint8).gather(1, order_TE).argsort(dim=1, stable=True)
-    prefer_TE = order_TE.gather(1, own_first_TE)
+    chosen_first_TE = (~chosen_TE).to(torch.uint8).gather(1, order_TE).argsort(dim=1, stable=True)
+    prefer_TE = order_TE.gather(1, chosen_first_TE)
 
     def take(open_TE: Tensor) -> Tensor:
         """(T, E), in order of preference: the first experts open to the token, as many as it wants."""
         open_TE = open_TE.gather(1, prefer_TE)
         return open_TE & (open_TE.cumsum(1, dtype=torch.int32) <= want_T1)
 
+    # The pass over the tokens, in rounds.
     open_TE = ~settled_TE
     for _ in range(min(n_experts, n_tokens * k // room)):
         taken_TE = torch.zeros_like(open_TE).scatter(1, prefer_TE, take(open_TE))
@@ -197,14 +205,16 @@ def _move(routing: Routing, settled_TK: Tensor, room: int) -> Routing:
         open_TE = ~settled_TE & (before_TE < room_E)
     taken_TE = take(open_TE)  # in order of preference
 
-    at_own_TE = torch.zeros_like(open_TE).scatter(1, prefer_TE, taken_TE) | settled_TE
-    refused_TK = live_TK & ~at_own_TE.gather(1, expert_TK.clamp_min(0))
-    new_TE = taken_TE & ~own_TE.gather(1, prefer_TE)
+    # Refused rows of a token get its new experts, first to first.
+    at_chosen_TE = torch.zeros_like(open_TE).scatter(1, prefer_TE, taken_TE) | settled_TE
+    refused_TK = live_TK & ~at_chosen_TE.gather(1, expert_TK.clamp_min(0))
+    new_TE = taken_TE & ~chosen_TE.gather(1, prefer_TE)
     column_TE = torch.where(new_TE, new_TE.cumsum(1) - 1, k)  # the token's first new expert, its second, ...
-    found_TE = torch.where(new_TE, prefer_TE, DROPPED)
-    new_TK1 = torch.full((n_tokens, k + 1), DROPPED, device=expert_TK.device).scatter(1, column_TE, found_TE)
+    expert_TE = torch.where(new_TE, prefer_TE, DROPPED)
+    new_TK1 = torch.full((n_tokens, k + 1), DROPPED, device=expert_TK.device).scatter(1, column_TE, expert_TE)
     new_TK = new_TK1.gather(1, (refused_TK.cumsum(1) - 1).clamp_min(0))
 
+    # A moved row weighs w · p_new / p_old.
     moved_TK = refused_TK & (new_TK >= 0)
     prob_TE = routing.prob_TE()
     old_prob_TK = prob_TE.gather(1, expert_TK.clamp_min(0))
@@ -244,5 +254,5 @@ def _dense(value_N: Tensor, token_N: Tensor, expert_N: Tensor, n_tokens: int, n_
 
 def _ratio(value: Tensor, over: Tensor, otherwise: float) -> Tensor:
     """value / over, and `otherwise` where `over` has underflowed to nothing, with finite gradients there."""
-    there = over > torch.finfo(over.dtype).tiny
-    return torch.where(there, value / torch.where(there, over, 1.0), otherwise)
+    divisible = over > torch.finfo(over.dtype).tiny
+    return torch.where(divisible, value / torch.where(divisible, over, 1.0), otherwise)

@@ -1,6 +1,7 @@
 """Soft MoE: slots are mixtures of a sequence's tokens, so every token depends on later ones, in evaluation too.
 
 Scores and weights are float32 (float64 for float64 input) whatever the autocast dtype.
+Letters beyond the glossary: P slots of an expert in every sequence.
 """
 
 import torch
@@ -25,8 +26,7 @@ class SoftRouter(Router):
 
     P is the size of a parameter and cannot follow the length of a sequence: `cfg.slots`, or when that is 0 the
     ceil(K·S/E), at least 1, whose experts at the model's context S cost what K experts per token cost; mixing is on top
-    (`moe.model.cost.flops`). (T, D) -> dispatch and
-    combine (B, S, E, P), B sequences of S = T / B tokens."""
+    (`moe.model.cost.flops`). (T, D) -> dispatch and combine (B, S, E, P), B sequences of S = T / B tokens."""
 
     causal = causal_in_eval = per_token = fixed_k = False
 

@@ -46,12 +46,14 @@ class TopKRouter(LinearRouter):
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008 — immutable
         cfg = self.cfg
         with torch.autocast(x_TD.device.type, enabled=False):
+            # Scores, in training with noise.
             clean_TE = logits_TE = self.logits(x_TD)
             losses = {}
             if self.training and self.w_noise_ED is not None:
                 noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
                 losses["load"] = balance.load_loss(clean_TE, logits_TE, noise_TE, self.k)
+            # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
                 backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize, cfg.scale,
                 cfg.groups, cfg.k_groups, cfg.group_top,
@@ -64,6 +66,7 @@ class TopKRouter(LinearRouter):
                 weight_TK = weight_TK + (cfg.scale / self.k - weight_TK).detach()
             elif cfg.gradient == "default-vector":
                 rest_TE = reference.scores(logits_TE, self.score).scatter(-1, expert_TK, 0) * cfg.scale
+            # The second expert by chance.
             if self.training and cfg.second == "random":
                 share_T = weight_TK[:, 1].detach() / weight_TK.detach().sum(-1).clamp_min(torch.finfo(lse_T.dtype).tiny)
                 taken_T = torch.rand_like(share_T) < 2 * share_T

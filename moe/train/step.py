@@ -199,7 +199,7 @@ def global_loads(
     model: Transformer, batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
 ) -> list[Tensor] | None:
     """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
-    expert, for each MoE layer (2501.11873). E · sum f_i P_i is linear in P: with f of the whole step, the mean of the
+    expert, for each MoE layer (2501.11873). E · sum f_i m_i is linear in m: with f of the whole step, the mean of the
     micro-batches' losses is the whole step's loss, which it is not with f of each.
 
     f must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
