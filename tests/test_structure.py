@@ -223,6 +223,34 @@ def test_every_public_function_and_class_says_what_it_does(path):
     assert not public
 
 
+def _functions(path):
+    """Every function with its body, the docstring left out."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body:
+                yield node.name, body
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_a_long_function_is_told_in_stages(path):
+    """Above 25 lines of several statements there is a comment at least: what a stage does, and why."""
+    lines = path.read_text().splitlines()
+    untold = []
+    for name, body in _functions(path):
+        text = lines[body[0].lineno - 1 : body[-1].end_lineno]
+        if len(text) > 25 and len(body) > 1 and not any("# " in line for line in text):
+            untold.append(name)
+    assert not untold
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_locals_are_nouns_of_the_field_and_not_grammar(path):
+    names = {node.id for node in ast.walk(_tree(path)) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(_tree(path)) if isinstance(node, ast.arg)}
+    assert not names & {"each", "found", "own"}
+
+
 SIDE_EFFECTS = (ast.Expr, ast.For, ast.While, ast.With, ast.Try, ast.Delete)
 
 

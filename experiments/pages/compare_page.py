@@ -26,6 +26,7 @@ NAMES = {"moe": "MoE", "dense": "dense twin"}
 def render(pairs: list[Pair], result: Comparison) -> str:
     """The page about `pairs`; `result` is what compare.json holds: numbers, words, settings."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    # The first seed's experts stand for all: those of another have nothing in common with them but their number.
     summary = pairs[0].moe.summary
     load = summary.load
     assert load is not None, "a comparison has a Mixture of Experts"

@@ -62,17 +62,17 @@ class Line:
 
 def report(jobs: Sequence[Job]) -> None:
     """Print the table of a sweep, and write it into the folder that its comparisons' folders are in."""
-    found = lines(jobs)
-    headings, rows = table(found)
+    sweep = lines(jobs)
+    headings, rows = table(sweep)
     first = jobs[0].result
     folder = Path(first.folder).parent
     source = {name: getattr(first, name) for name in ("command", "commit", "dirty", "device", "versions")}
-    numbers = [dataclasses.asdict(line) | source for line in found]
+    numbers = [dataclasses.asdict(line) | source for line in sweep]
     write_atomically(folder / "table.md", tables.markdown(headings, rows))
     write_json(folder / "table.json", numbers)
     print()
     tables.print_table(headings, rows)
-    leaking = [line.label for line in found if (line.leak or 0) > verdict.LEAK]
+    leaking = [line.label for line in sweep if (line.leak or 0) > verdict.LEAK]
     if leaking:
         print(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
     print(f"table: {folder / 'table.md'}")
@@ -81,6 +81,7 @@ def report(jobs: Sequence[Job]) -> None:
 def lines(jobs: Sequence[Job]) -> list[Line]:
     """The table's lines, the lowest loss first. Where comparisons have different dense twins, as with another K, each
     twin has a line; "dense twin" alone is that of the most."""
+    # Runs by the line they belong to, and dense twins by what they are.
     groups: dict[str, list[SeedResult]] = defaultdict(list)
     twins: dict[str, dict[int, Measured]] = defaultdict(dict)  # by what they are, then by seed
     whose: dict[str, dict[str, None]] = defaultdict(dict)
@@ -89,17 +90,21 @@ def lines(jobs: Sequence[Job]) -> list[Line]:
         whose[result.twin][label] = None
         for pair in result.by_seed:
             twins[result.twin].setdefault(pair.seed, pair.dense)
+
+    # A line per router.
     baseline = {pair.seed: pair.moe.loss for pair in groups.get(BASELINE, [])}
-    found = []
+    result_lines = []
     for label, group in groups.items():
         other = baseline if label != BASELINE else {}
         seeds = [pair.seed for pair in group]
-        found.append(line(label, seeds, [pair.moe for pair in group], [pair.dense for pair in group], other))
+        result_lines.append(line(label, seeds, [pair.moe for pair in group], [pair.dense for pair in group], other))
+
+    # The dense twins, the one that most routers share by its plain name.
     usual = max(twins, key=lambda twin: len(whose[twin]))
     for twin, by_seed in twins.items():
         label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
-        found.append(line(label, list(by_seed), list(by_seed.values()), (), baseline))
-    return sorted(found, key=lambda each: each.loss)
+        result_lines.append(line(label, list(by_seed), list(by_seed.values()), (), baseline))
+    return sorted(result_lines, key=lambda sweep_line: sweep_line.loss)
 
 
 def line(
@@ -117,7 +122,7 @@ def line(
     difference, difference_half = _interval(differences) if differences else (None, None)
     against, against_half = None, None
     if baseline and baseline.keys() >= set(seeds):
-        against, against_half = _interval([each - baseline[seed] for seed, each in zip(seeds, losses, strict=True)])
+        against, against_half = _interval([final - baseline[seed] for seed, final in zip(seeds, losses, strict=True)])
     leaks = [run.leak for run in runs if run.leak is not None]
     return Line(
         label=label,

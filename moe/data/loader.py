@@ -79,7 +79,7 @@ class Loader:
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise BadInput(f"the checkpoint's loader state has step={step!r}, which is not a number of steps.")
-        here = {
+        names = {
             "dataset": f"the hash of the prepared corpus ({self.split.name} split)",
             "seed": "seed",
             "batch_size": "train.batch_size",
@@ -91,7 +91,7 @@ class Loader:
         for key, value in self.state(step).items():
             if state.get(key) != value:
                 raise BadInput(
-                    f"{here[key]} changed since the checkpoint: it was {state.get(key)!r} and is now {value!r}; go on "
+                    f"{names[key]} changed since the checkpoint: it was {state.get(key)!r} and is now {value!r}; go on "
                     "with the data and settings of the checkpoint, or start a new run."
                 )
 

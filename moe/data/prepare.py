@@ -55,26 +55,38 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
         say(f"data: opening {folder}")
     else:
         say(f"data: reading, cleaning and tokenizing into {folder} (once)")
-        documents, steps = clean.clean(sources.documents(data, root), data.clean)
-        for step in steps:
-            say(
-                f"clean: {step.name}: {step.documents_in:,} -> {step.documents_out:,} documents, "
-                f"{step.bytes_in / 1e6:.2f} -> {step.bytes_out / 1e6:.2f} MB"
-            )
-        splits = split_documents(documents, data.val_fraction)
-        record = {"settings": settings, "cleaning": [asdict(step) for step in steps]}
-        learned = train(tokenizer, (document.text for document in splits["train"]))
-        try:
-            publish(folder, splits, learned, record)
-        except OSError as error:
-            free = f", {shutil.disk_usage(root).free / 1e6:,.1f} MB free" if root.is_dir() else ""
-            raise BadInput(
-                f"the prepared corpus cannot be written under {root} ({error.strerror or error}{free}): "
-                "set data.cache or SWITCHYARD_CACHE to a folder with room and write access."
-            ) from error
+        _build(data, tokenizer, root, folder, settings, say)
     dataset = Dataset(folder)
     _describe(dataset, say)
     return dataset
+
+
+def _build(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    root: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Read, clean, split and tokenize into `folder`, which appears when it is whole. Raises as `prepare`."""
+    documents, steps = clean.clean(sources.documents(data, root), data.clean)
+    for step in steps:
+        say(
+            f"clean: {step.name}: {step.documents_in:,} -> {step.documents_out:,} documents, "
+            f"{step.bytes_in / 1e6:.2f} -> {step.bytes_out / 1e6:.2f} MB"
+        )
+    splits = split_documents(documents, data.val_fraction)
+    record = {"settings": settings, "cleaning": [asdict(step) for step in steps]}
+    learned = train(tokenizer, (document.text for document in splits["train"]))
+    try:
+        publish(folder, splits, learned, record)
+    except OSError as error:
+        free = f", {shutil.disk_usage(root).free / 1e6:,.1f} MB free" if root.is_dir() else ""
+        raise BadInput(
+            f"the prepared corpus cannot be written under {root} ({error.strerror or error}{free}): "
+            "set data.cache or SWITCHYARD_CACHE to a folder with room and write access."
+        ) from error
 
 
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
@@ -137,11 +149,14 @@ def _describe(dataset: Dataset, say: Callable[[str], None]) -> None:
     say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens{learned}")
     for name in SPLITS:
         counts = dataset.manifest["splits"][name]
-        shares = ", ".join(f"{d} {n['tokens'] / counts['tokens']:.0%}" for d, n in counts["domains"].items())
+        shares = ", ".join(
+            f"{domain} {domain_counts['tokens'] / counts['tokens']:.0%}"
+            for domain, domain_counts in counts["domains"].items()
+        )
         say(
             f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes'] / 1e6:.2f} MB, "
             f"{counts['bytes'] / counts['tokens']:.2f} bytes per token ({shares})"
         )
-        for domain, each in counts["domains"].items():
-            if not each["documents"]:
+        for domain, domain_counts in counts["domains"].items():
+            if not domain_counts["documents"]:
                 say(f"{name}: no document of domain {domain} fell into this split; add text or raise data.val_fraction")

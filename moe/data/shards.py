@@ -49,6 +49,7 @@ def _write(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer
         raise BadInput(
             f"data has {len(domains)} domains; at most 256 are accepted: choose a coarser data.domain_field."
         )
+    # What holds for all of the folder.
     dtype = _dtype(tokenizer.vocab_size)
     manifest = record | {
         "format": FORMAT,
@@ -59,15 +60,17 @@ def _write(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer
         "dtype": dtype.name,
         "splits": {},
     }
+    # The shards of each split, and what they hold.
     for name, documents in splits.items():
         shards: list[str] = []
-        tokens_D = np.zeros(len(domains), np.int64)
+        tokens_by_domain = np.zeros(len(domains), np.int64)
         for tokens, table in _shards(documents, tokenizer, domains, dtype):
             shards.append(f"{name}-{len(shards):05d}")
             (folder / f"{shards[-1]}.bin").write_bytes(tokens.data)
             np.save(folder / f"{shards[-1]}.documents.npy", table, allow_pickle=False)
-            np.add.at(tokens_D, table[:, 1], np.diff(table[:, 0], append=len(tokens)))
-        manifest["splits"][name] = _count(documents, domains, tokens_D) | {"shards": shards}
+            np.add.at(tokens_by_domain, table[:, 1], np.diff(table[:, 0], append=len(tokens)))
+        manifest["splits"][name] = _count(documents, domains, tokens_by_domain) | {"shards": shards}
+    # Checksums of all that, and one of the checksums.
     tokenizer.save(folder)
     manifest["files"] = {
         path.name: {"size": path.stat().st_size, "sha256": _file_sha256(path)} for path in sorted(folder.iterdir())
@@ -87,7 +90,7 @@ def _shards(
     table: list[tuple[int, int]] = []
     length = 0
     for group in _groups(documents):
-        for document, ids in zip(group, tokenizer.encode_batch([each.text for each in group]), strict=True):
+        for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group]), strict=True):
             ids.append(tokenizer.eot)
             if pieces and length + len(ids) > SHARD_TOKENS:
                 yield np.concatenate(pieces), np.array(table, np.int64)
@@ -111,15 +114,16 @@ def _groups(documents: list[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _count(documents: list[Document], domains: list[str], tokens_D: np.ndarray) -> dict[str, Any]:
+def _count(documents: list[Document], domains: list[str], tokens_by_domain: np.ndarray) -> dict[str, Any]:
     """Documents, UTF-8 bytes and tokens (end-of-text tokens included), in total and by domain."""
     by_domain = {
-        name: {"documents": 0, "bytes": 0, "tokens": int(n)} for name, n in zip(domains, tokens_D, strict=True)
+        name: {"documents": 0, "bytes": 0, "tokens": int(tokens)}
+        for name, tokens in zip(domains, tokens_by_domain, strict=True)
     }
     for document in documents:
         by_domain[document.domain]["documents"] += 1
         by_domain[document.domain]["bytes"] += len(document.text.encode())
-    total = {key: sum(each[key] for each in by_domain.values()) for key in ("documents", "bytes", "tokens")}
+    total = {key: sum(counts[key] for counts in by_domain.values()) for key in ("documents", "bytes", "tokens")}
     return total | {"domains": by_domain}
 
 
@@ -140,8 +144,9 @@ class Dataset:
         self.manifest, self.sha256 = _read_manifest(folder)
         self.domains: list[str] = self.manifest["domains"]
         files = self.manifest["files"]
+        name_of = {entry["sha256"]: name for name, entry in files.items()}
         for name, entry in files.items():
-            _verify(folder / name, entry, {each["sha256"]: other for other, each in files.items()})
+            _verify(folder / name, entry, name_of)
         self.tokenizer = Tokenizer.load(folder)
         vocab_size = self.manifest["vocab_size"]
         if (self.tokenizer.fingerprint, self.tokenizer.vocab_size) != (self.manifest["tokenizer"], vocab_size):

@@ -122,16 +122,16 @@ def _files(path: str) -> tuple[Path, list[Path]]:
     their names. For a glob the root is what comes before its first wildcard."""
     given = Path(path).expanduser()
     if given.is_file():
-        root, found = given.parent, [given]
+        root, paths = given.parent, [given]
     elif given.is_dir():
-        root, found = given, list(given.rglob("*"))
+        root, paths = given, list(given.rglob("*"))
     elif glob.has_magic(path):
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)
-        root, found = Path(*fixed), [Path(name) for name in glob.glob(str(given), recursive=True)]
+        root, paths = Path(*fixed), [Path(name) for name in glob.glob(str(given), recursive=True)]
     else:
         raise BadInput(f"data.path={path} does not exist; accepted is a file, a folder or a glob.")
     kinds = f"{', '.join(SUFFIXES)}, each also with .gz or .zst"
-    files = [file for file in found if file.is_file() and _kind(file) in SUFFIXES]
+    files = [file for file in paths if file.is_file() and _kind(file) in SUFFIXES]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
         raise BadInput(f"data.path={path} matches no file of an accepted kind: {kinds}.")
@@ -292,6 +292,7 @@ def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document]:
         raise BadInput(
             "data.name=huggingface needs the package datasets: pip install 'moe-switchyard[huggingface]'."
         ) from error
+    # A file or folder here, else the name of a set on a hub.
     local = Path(cfg.path).expanduser()
     source: dict[str, Any] = {"path": str(local) if local.exists() else cfg.path, "name": cfg.subset or None}
     if local.is_file():
@@ -300,6 +301,7 @@ def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document]:
         source |= {"path": BUILDERS[_kind(local)], "data_files": str(local)}
     elif not local.exists() and (local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") > 1):
         raise BadInput(f"data.path={cfg.path} does not exist; accepted is a file, a folder or a dataset's name.")
+    # Its rows, one document each.
     domain = _plain(local).stem if local.is_file() else local.name
     seen: set[str] = set()
     try:

@@ -37,6 +37,8 @@ def router_class(name: str) -> type[Router]:
             return ExpertChoiceRouter
         case "soft":
             return SoftRouter
+
+    # One of your own.
     module, _, attribute = name.partition(":")
     try:
         chosen = getattr(importlib.import_module(module), attribute)

@@ -143,7 +143,7 @@ def line_to_json(line: MetricsLine) -> dict[str, Any]:
 
 def line_from_json(tree: dict[str, Any], where: str = "the line") -> MetricsLine:
     """A line from its JSON. A number whose name is no field's is a loss. Raises `BadInput` for anything else."""
-    names = {each.name for each in dataclasses.fields(MetricsLine)}
+    names = {entry.name for entry in dataclasses.fields(MetricsLine)}
     losses = {name: value for name, value in tree.items() if name not in names}
     return jsonl.record(MetricsLine, {**{k: v for k, v in tree.items() if k in names}, "losses": losses}, where)
 
