@@ -15,8 +15,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import compare as command
-from experiments.compare import HEADINGS, CompareConfig, compare
+from experiments.compare import CompareConfig, compare
 from experiments.pages.tables import markdown
+from experiments.stats.verdict import HEADINGS
 from moe.config.parse import to_dict
 from moe.config.run import Config, build
 from moe.data import loader
