@@ -1,16 +1,20 @@
 # make demo: train a Mixture-of-Experts model and its dense twin on real text, and say which is better.
 # make test: run the tests. Both create .venv and install on first use; both can be repeated.
+# make kernels: the tests that `make test` leaves out: compile every kernel for every GPU (minutes; if none changed, seconds).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test kernels lint clean
 demo: .venv/installed
 	$(PY) -m experiments.compare experiment=demo run=runs/demo resume=true
 
 test: .venv/installed-test
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+kernels: .venv/installed-test
+	$(PY) -m pytest -m aot tests/kernels/test_aot.py
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .

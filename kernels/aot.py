@@ -2,6 +2,7 @@
 
     python -m kernels.aot            # compile all, print the table, fail on what is wrong or differs from aot.txt
     python -m kernels.aot --write    # the same, and keep the table in aot.txt
+    python -m kernels.aot --cache build/aot    # the same as the first, and compile only what changed since the last time
 
 It calls the functions that production calls, on tensors without memory, with Triton's launch replaced by its compiler:
 the constants, specialisations and tiles are those of a run. What the compilers made of it is read off the binaries.
@@ -9,6 +10,8 @@ the constants, specialisations and tiles are those of a run. What the compilers 
 
 import argparse
 import difflib
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -224,6 +227,35 @@ def table(name: str) -> list[Row]:
     return list(rows.values())
 
 
+def _inputs(name: str) -> str:
+    """A digest of all that decides what a target's kernels compile to: this folder's sources and tiles (the cases and
+    the targets among them), the versions of Triton and torch, and what Triton is told by the environment."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(f"{name} triton {triton.__version__} torch {torch.__version__}".encode())
+    for path in (*sorted(folder.glob("*.py")), tuning.TABLE):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    told = sorted((key, value) for key, value in os.environ.items() if key.startswith("TRITON_"))
+    digest.update(json.dumps(told).encode())
+    return digest.hexdigest()
+
+
+def cached_table(name: str, cache: Path | None) -> list[Row]:
+    """`table`, kept as NAME.json in the folder `cache`, or read from there where nothing it follows from has changed."""
+    if cache is None:
+        return table(name)
+    path, inputs = cache / f"{name}.json", _inputs(name)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["inputs"] == inputs:
+            return [Row(*row) for row in kept["rows"]]
+    rows = table(name)
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"inputs": inputs, "rows": rows}))
+    unfinished.replace(path)  # whole or not at all
+    return rows
+
+
 def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     target, use, asm, metadata = TARGETS[name], _use(launch), launch.kernel.asm, launch.kernel.metadata
     tile, tma = f"w{metadata.num_warps}", False
@@ -323,12 +355,14 @@ def main() -> None:
     """Compile, print, check, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the table in aot.txt instead of comparing with it")
+    parser.add_argument("--cache", type=Path, help="a folder: targets whose kernels have not changed are read from it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets that compile at the same time")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it.")
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        rows = [row for target_rows in pool.map(table, TARGETS) for row in target_rows]
+        tables = pool.map(partial(cached_table, cache=arguments.cache), TARGETS)
+        rows = [row for target_rows in tables for row in target_rows]
     text = render(rows)
     print(text, end="")
     wrong = check(rows)

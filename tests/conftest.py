@@ -1,6 +1,7 @@
 """Shared by the tests of the model: every router's settings, every backend, and small models with odd sizes."""
 
 import dataclasses
+import gc
 import itertools
 import os
 from typing import Any
@@ -14,12 +15,16 @@ from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.layer import MoELayer
 from moe.model.transformer import Transformer
-from tests.router_presets import Preset, presets_of_routers
+from tests.router_presets import Preset, different_layers, presets_of_routers
 from tests.small_models import made_run, run  # noqa: F401 — fixtures: a run with untrained weights
 from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as a kernel is defined, which is later: whoever needs one imports it
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of these share the cores: one thread each,
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # and one for each process that a test starts
 
 # The same examples on every run, and no folder of them in the repository.
 hypothesis.settings.register_profile("claims", derandomize=True, deadline=None, database=None)
@@ -40,11 +45,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`preset`: every router with the balance and the experts it comes with."""
+    """`preset`: every router with the balance and the experts it comes with. A test of a layer leaves out those that
+    differ between layers alone."""
     own = metafunc.config.getoption("--router")
     presets = {own: Preset(RouterConfig(own), BalanceConfig(), {})} if own else PRESETS
     if "preset" in metafunc.fixturenames:
+        if "make_layer" in metafunc.fixturenames and "make_model" not in metafunc.fixturenames:
+            presets = different_layers(presets)
         metafunc.parametrize("preset", presets.values(), ids=presets, indirect=True)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections need not walk over what stays to the end: every module and every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=ROUTERS.values(), ids=ROUTERS)

@@ -1,7 +1,12 @@
-"""Claims about compiling ahead of time: what is compiled, what is refused, and how many blocks fit."""
+"""Claims about compiling ahead of time: what is compiled, what is refused, and how many blocks fit.
+
+Those about all kernels on all GPUs are marked `aot` and left to `make kernels`: compiling takes minutes.
+"""
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,23 +28,25 @@ UP = aot.Row(
 PLACE = UP._replace(use="place", tile="w8", tma=False, counts=NONE)
 
 
-def _run(**environment):
+def _run(*arguments, **environment):
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.aot"]
+    command = [sys.executable, *(arguments or ("-m", "kernels.aot"))]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean | environment)
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The command's run over all targets: minutes."""
-    return _run()
+    """The command's run over all targets: minutes, or seconds where no kernel has changed since the last time."""
+    return _run("-m", "kernels.aot", "--cache", "build/aot")
 
 
+@pytest.mark.aot
 @pytest.mark.timeout(3600)
 def test_every_kernel_compiles_well_for_every_gpu_and_as_the_table_says(compiled):
     assert compiled.returncode == 0, compiled.stdout[-2000:] + compiled.stderr
 
 
+@pytest.mark.aot
 @pytest.mark.timeout(3600)
 def test_every_tile_of_the_tuning_table_is_compiled(compiled):
     listed = {tuple(line.split()[:4]) for line in compiled.stdout.splitlines()}
@@ -48,11 +55,75 @@ def test_every_tile_of_the_tuning_table_is_compiled(compiled):
         assert arch == "interpreter" or {(arch, name, kind, load) for name in names} <= listed
 
 
+@pytest.mark.aot
 @pytest.mark.timeout(3600)
 def test_kernels_without_tiles_are_compiled_for_every_gpu(compiled):
     listed = {tuple(line.split()[:2]) for line in compiled.stdout.splitlines()}
     uses = ("count", "scan", "place", "gate", "gate_backward", "combine_weighted", "combine_plain")
     assert {(name, use) for name in aot.TARGETS for use in uses} <= listed
+
+
+FEW = """
+import json
+from kernels import aot
+
+rows = []
+for name in ("sm_90", "gfx942"):
+    with aot.compiling(name) as launches:
+        tile = aot.tuning.table()[name, "16bit", "many", "down"]
+        plan = aot.fused.Plan(*(aot._new(2048, dtype=aot.torch.int32) for _ in aot.fused.Plan._fields))
+        h, w = (aot._new(*shape, dtype=aot.torch.bfloat16) for shape in ((2048, 512), (8, 512, 512)))
+        aot.fused.down(h, w, plan, tile, False)
+        aot.gate._forward._init_fn(aot._new(64, 8), 2, "softmax", None, True, 1.0, 1, 1, 2)
+        rows += [aot._row(name, "16bit", "many", "even", launch) for launch in launches]
+print(json.dumps(rows))
+"""
+
+
+def test_two_kernels_compile_well_for_a_gpu_of_each_maker():
+    """What `make kernels` does with all of them, in seconds."""
+    done = _run("-c", FEW)
+    assert done.returncode == 0, done.stderr
+    rows = [aot.Row(*row) for row in json.loads(done.stdout)]
+    assert [(row.target, row.use) for row in rows] == [
+        ("sm_90", "down"), ("sm_90", "gate"), ("gfx942", "down"), ("gfx942", "gate"),
+    ]  # fmt: skip
+    assert aot.check(rows) == []
+    assert all(row.registers > 0 and row.blocks > 0 for row in rows)
+    assert [row.counts["UTMALDG"] > 0 for row in rows] == [rows[0].tma, False, False, False]
+
+
+def test_a_target_is_compiled_again_only_if_what_it_follows_from_changes(monkeypatch, tmp_path):
+    tables = []
+    monkeypatch.setattr(aot, "table", lambda name: tables.append(name) or [UP, PLACE])
+    read = lambda: aot.cached_table("sm_90", tmp_path / "cache")
+    assert read() == read() == [UP, PLACE]
+    assert tables == ["sm_90"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sm_90.json"]
+    aot.cached_table("sm_80", tmp_path / "cache")
+    assert tables.pop() == "sm_80"
+
+    sources = shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(aot, "__file__", str(sources / "aot.py"))
+    monkeypatch.setattr(tuning, "TABLE", sources / "tuning.jsonl")
+    read()
+    assert len(tables) == 1, "the same bytes elsewhere"
+    for name in ("ragged_mm.py", "plan.py", "tuning.jsonl"):
+        with (sources / name).open("a") as file:
+            file.write("\n")
+        assert read() == read() == [UP, PLACE]
+        assert tables.pop() == "sm_90", name
+    monkeypatch.setattr(triton, "__version__", "9.9.9")
+    read()
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "another")
+    read()
+    read()
+    assert len(tables) == 3, "another Triton, another assembler"
+
+
+def test_without_a_folder_everything_is_compiled(monkeypatch):
+    monkeypatch.setattr(aot, "table", lambda name: [UP] if name == "sm_90" else [])
+    assert aot.cached_table("sm_90", None) == [UP]
 
 
 def test_the_interpreter_is_refused_in_one_sentence():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_without_resume_old_rows_go_once_there_is_a_new_one(tmp_path):
 
 def test_after_the_budget_no_row_is_started_and_the_rest_is_listed(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(cases.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cases, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = run([_case(name) for name in "abc"], Rows(tmp_path / "r.jsonl", COMMON, resume=False), CPU, budget=25)
     assert [row["status"] for row in found] == ["measured", "left out", "left out"]
     assert found[1]["error"] == "the 25 s for this were used up"
