@@ -2,7 +2,7 @@
 
     python -m kernels.aot            # compile all, print the table, fail on what is wrong or differs from aot.txt
     python -m kernels.aot --write    # the same, and keep the table in aot.txt
-    python -m kernels.aot --cache build/aot    # the same as the first, and compile only what changed since the last time
+    python -m kernels.aot --cache build/aot    # as the first, but compile only what changed since the last time
 
 It calls the functions that production calls, on tensors without memory, with Triton's launch replaced by its compiler:
 the constants, specialisations and tiles are those of a run. What the compilers made of it is read off the binaries.
@@ -240,7 +240,7 @@ def _inputs(name: str) -> str:
 
 
 def cached_table(name: str, cache: Path | None) -> list[Row]:
-    """`table`, kept as NAME.json in the folder `cache`, or read from there where nothing it follows from has changed."""
+    """`table`, kept as a file in the folder `cache`, or read from there if nothing it follows from has changed."""
     if cache is None:
         return table(name)
     path, inputs = cache / f"{name}.json", _inputs(name)

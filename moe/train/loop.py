@@ -206,6 +206,7 @@ def summarize(
     code: machine.GitState,
 ) -> Summary:
     """The numbers of a finished run, and what they came from."""
+    # Every step's tokens: one that was skipped was read, too.
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
     return Summary(
         name=Path(cfg.run).name,
