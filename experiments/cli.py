@@ -17,7 +17,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.parse import lookup, nearest, parse
-from moe.config.run import Config, build
+from moe.config.run import Config, validate
 from moe.errors import BadInput
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -48,11 +48,13 @@ def command(
     verbatim: tuple[str, ...] = (),
     complete: bool = True,
     after: Callable[[list[Any]], object] | None = None,
+    under: Callable[[C, list[str]], C] | None = None,
 ) -> Callable[[Callable[[C], Any]], Callable[[], None]]:
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
     it has. `complete` False: the settings add to those of a run that `main` reads and validates with them; here only
-    names and types are checked. After a sweep (--multirun) `after` is called with what `main` returned for each of its
+    names and types are checked. `under`: (settings, keys that the command line gives) -> the settings with those of a run
+    that lie under the command line; what is validated are these. After a sweep (--multirun) `after` is called with what `main` returned for each of its
     jobs, in order."""
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
@@ -61,12 +63,13 @@ def command(
             results: list[Any] = []
 
             def job(tree: DictConfig) -> None:
-                results.append(refuse(lambda: main(typed(tree, schema, complete))))
+                given = HydraConfig.get().overrides.task
+                results.append(refuse(lambda: main(typed(tree, schema, complete, under, given))))
 
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(argument, verbatim) for argument in sys.argv[1:]]
             arguments = get_args_parser().parse_args()
-            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete)
+            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
             hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
             if after and arguments.multirun:
                 refuse(after, results)
@@ -76,13 +79,25 @@ def command(
     return decorate
 
 
-def typed(tree: DictConfig, schema: type[C], complete: bool = True) -> C:
-    """The dataclass of a composed tree, validated if it is `complete`. Raises `BadInput`."""
+def typed(
+    tree: DictConfig,
+    schema: type[C],
+    complete: bool = True,
+    under: Callable[[C, list[str]], C] | None = None,
+    overrides: Sequence[str] = (),
+) -> C:
+    """The dataclass of a composed tree, over the settings that lie `under` its `overrides`, validated if it is
+    `complete`. Raises `BadInput`."""
     try:
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise BadInput(sentence(error)) from None
-    return build(plain, schema) if complete and issubclass(schema, Config) else parse(schema, plain)
+    settings = parse(schema, plain)
+    if under:
+        settings = under(settings, keys_of(overrides))
+    if complete and isinstance(settings, Config):
+        validate(settings)
+    return settings
 
 
 def refuse(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,7 +124,14 @@ def literal(argument: str, verbatim: tuple[str, ...]) -> str:
     return f"{key}='{value}'"
 
 
-def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool, complete: bool = True) -> None:
+def check_overrides(
+    name: str,
+    schema: type,
+    overrides: list[str],
+    sweeps: bool,
+    complete: bool = True,
+    under: Callable[[Any, list[str]], Any] | None = None,
+) -> None:
     """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice; `sweeps`: whether an
     override may have several values. Then the settings of every job are checked, so that none is refused after others
     have run for hours. Raises `BadInput`."""
@@ -128,7 +150,8 @@ def check_overrides(name: str, schema: type, overrides: list[str], sweeps: bool,
         for job in jobs:
             tree = compose(name, list(job))
             if len(jobs) > 1:
-                check_job(tree, schema, complete, [line for line, lines in zip(job, options, strict=True) if lines[1:]])
+                swept = [line for line, lines in zip(job, options, strict=True) if lines[1:]]
+                check_job(tree, schema, complete, under, job, swept)
 
 
 def check_override(
@@ -158,14 +181,21 @@ def singles(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def check_job(tree: DictConfig, schema: type, complete: bool, swept: list[str]) -> None:
+def check_job(
+    tree: DictConfig,
+    schema: type,
+    complete: bool,
+    under: Callable[[Any, list[str]], Any] | None,
+    overrides: Sequence[str],
+    swept: list[str],
+) -> None:
     """Refuse a job of a sweep by what `typed` refuses, naming its own values `swept`. Raises `BadInput`."""
     try:
         OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException:  # what only a running job knows, like its number
         return
     try:
-        typed(tree, schema, complete)
+        typed(tree, schema, complete, under, overrides)
     except BadInput as bad:
         raise BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {' '.join(swept)}).") from None
 
@@ -199,16 +229,24 @@ def check_key(schema: type, key: str) -> None:
 
 def keys_given() -> list[str]:
     """The settings and groups that the command line of the running command gives, by their keys."""
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+    return keys_of(HydraConfig.get().overrides.task)
+
+
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """The settings and groups that a command line's words give, by their keys."""
+    return [override.lstrip("+~").partition("=")[0] for override in overrides]
 
 
 def overlay(base: Config, cfg: Config, keys: list[str]) -> Config:
-    """`base` with the settings and groups that `keys` name taken from `cfg`."""
+    """`base` with the settings and groups that `keys` name taken from `cfg`. Raises `BadInput` for a setting of a group
+    that is null in `base`."""
     merged = copy.deepcopy(base)
     for key in keys:
         path, _, name = key.rpartition(".")
         group = lookup(merged, path) if path else merged
-        if hasattr(group, name):  # a group may be null in one of the two
+        if group is None:
+            raise BadInput(f"{key}={lookup(cfg, key)} means nothing here: {path} is null in the settings it adds to.")
+        if hasattr(group, name):  # not hydra's own
             setattr(group, name, lookup(cfg, key))
     return merged
 

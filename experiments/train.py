@@ -16,12 +16,16 @@ from moe.run import folder
 from moe.train.loop import train
 
 
-@cli.command("train", Config)
-def main(cfg: Config) -> None:
-    """Train. With `run=... resume=true` every setting that the command line does not give is the run's own."""
-    given = cli.keys_given()
+def over_its_own(cfg: Config, given: list[str]) -> Config:
+    """With `run=... resume=true` every setting that the command line does not give is the run's own."""
     if cfg.resume and cfg.run and Path(cfg.run).exists() and "experiment" not in given:
-        cfg = cli.overlay(folder.read_config(Path(cfg.run)), cfg, given)
+        return cli.overlay(folder.read_config(Path(cfg.run)), cfg, given)
+    return cfg
+
+
+@cli.command("train", Config, under=over_its_own)
+def main(cfg: Config) -> None:
+    """Train, or go on with a run."""
     train(cfg)
 
 

@@ -21,6 +21,18 @@ from moe.errors import BadInput
 
 # Where a run is kept, how it is watched and how fast it reads: no part of its result, and free to change on resuming.
 FREE = ("run", "resume", "log", "data.cache", "data.workers")
+# What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
+# teacher or a recording may have moved.
+RESUMABLE = (
+    "train.non_finite",
+    "train.eval_every",
+    "train.threads",
+    "train.device",
+    "train.checkpoint_activations",
+    "checkpoint",
+    "distill.teacher",
+    "balance.recorded",
+)
 
 
 @dataclass
@@ -81,6 +93,27 @@ def validate(cfg: Config) -> None:
         raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")
     data.validate(cfg.data)
     train.validate(cfg.optim, cfg.train)
+
+
+def is_among(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of `keys`, or lies in a group that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in keys)
+
+
+def may_change(key: str, cfg: Config) -> bool:
+    """Whether the run of `cfg` may go on with another value of the setting `key`."""
+    return is_among(key, (*FREE, *RESUMABLE)) or (key == "train.accumulate" and splits_freely(cfg))
+
+
+def splits_freely(cfg: Config) -> bool:
+    """Whether a step is the same, but for rounding, however many micro-batches it is split into: no token's way and no
+    loss depends on the tokens beside it in a micro-batch, and nothing is drawn at random."""
+    if not cfg.model.moe:
+        return True
+    router, terms = cfg.router, cfg.balance
+    drawn = router.noisy or router.jitter > 0 or router.second == "random"
+    shared = terms.capacity or terms.tile or terms.importance or terms.load or terms.spread or terms.bandpass
+    return not (facts(router).decides != "token" or drawn or shared or (terms.aux and terms.scope == "batch"))
 
 
 def fingerprint(cfg: Config) -> str:

@@ -144,6 +144,19 @@ def latest(root: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def newest_meta(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in `root` whose meta is as its manifest says, and that meta; None where there is none. No
+    tensor is read, so that it costs nothing to ask."""
+    for path in _checkpoints(root):
+        try:
+            manifest, raw = _read_manifest(path), _read_bytes(path / META)
+            if hashlib.sha256(raw).hexdigest() == manifest["files"][META]["sha256"]:
+                return path, _parse_json(path / META, raw)
+        except BadInput:
+            continue
+    return None
+
+
 def best(root: Path) -> Path | None:
     """The verified checkpoint with the lowest score (of equals the newest), or None where none has a score."""
     return _best(_good(root))

@@ -5,15 +5,17 @@ Every file is written under a temporary name and renamed, or appended line by li
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moe.config.parse import to_dict
-from moe.config.run import FREE, Config, build, fingerprint
+from moe.config.run import FREE, Config, build, fingerprint, is_among, may_change
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
+from moe.run import checkpoint
 from moe.run.jsonl import write_atomically
 
 
@@ -34,9 +36,12 @@ def read_config(run: Path) -> Config:
         raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{hint}.")
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
-    return build(tree)
+    try:
+        return build(tree)
+    except BadInput as bad:
+        raise BadInput(f"{path}: {bad}") from None
 
 
 def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
@@ -46,7 +51,7 @@ def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     try:
         (temporary / "tokenizer").mkdir(parents=True)
         tokenizer.save(temporary / "tokenizer")
-        write_atomically(temporary / "config.yaml", yaml.safe_dump(to_dict(cfg), sort_keys=False))
+        write_config(temporary, cfg)
         temporary.rename(run)
     except OSError as error:
         raise BadInput(f"run={run} cannot be created ({error.strerror or error}).") from error
@@ -54,17 +59,47 @@ def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_same(old: Config, new: Config) -> None:
-    """Refuse to go on with settings other than the run's own: the result would be neither run's."""
+def write_config(run: Path, cfg: Config) -> None:
+    """Replace the run's config.yaml. Raises `BadInput` when it cannot be written."""
+    tree = to_dict(cfg) | {"resume": False}
+    write_atomically(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+
+
+def check_same(old: Config, new: Config) -> list[str]:
+    """Refuse to go on with settings that the steps already taken would have depended on: the result would be neither
+    run's. Returns a sentence for each other setting that changes. Raises `BadInput` naming the first refused key."""
+    changes = []
+    for key, before, after in differences(old, new):
+        if not may_change(key, old):
+            raise BadInput(
+                f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, choose "
+                f"another run, or start a new run from this one's weights with source={new.run} run=NEW {key}={after}."
+            )
+        if not is_among(key, FREE):
+            changes.append(f"{key} was {before} and is {after} from here on.")
+    return changes
+
+
+def check_unedited(run: Path, cfg: Config, groups: tuple[str, ...] = ()) -> None:
+    """Refuse a config.yaml, read as `cfg`, that says other than what the run was trained with, which its newest
+    checkpoint holds under a checksum; `groups`: only of these groups of settings. Raises `BadInput` naming the key."""
+    path, meta = checkpoint.newest_meta(run / "checkpoints") or (None, {})
+    if "config" not in meta:
+        return
+    for key, trained, here in differences(build(meta["config"]), cfg):
+        if not may_change(key, cfg) and (not groups or is_among(key, groups)):
+            raise BadInput(
+                f"{run / 'config.yaml'} has {key}={here}, and {path} was trained with {trained}: put {trained} back; "
+                f"to train with {here}, start a new run from its weights with source={run} run=NEW {key}={here}."
+            )
+
+
+def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every setting that differs, in the order of the settings."""
     before, after = flat(to_dict(old)), flat(to_dict(new))
     for key in dict.fromkeys([*after, *before]):
-        if any(key == free or key.startswith(f"{free}.") for free in FREE):
-            continue
         if before.get(key) != after.get(key):
-            raise BadInput(
-                f"{key}={after.get(key)} differs from the run's own {before.get(key)}: leave it out to go on with "
-                f"{new.run}, or choose another run."
-            )
+            yield key, before.get(key), after.get(key)
 
 
 def check_tokenizer(run: Path, tokenizer: Tokenizer) -> None:

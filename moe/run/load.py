@@ -8,7 +8,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model
 from moe.run import checkpoint
-from moe.run.folder import read_config
+from moe.run.folder import check_unedited, read_config
 
 
 def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Config]:
@@ -25,6 +25,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Co
             f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
             f"{snapshot.meta['tokenizer']}: put that one back, or choose another run."
         )
+    check_unedited(run, cfg, ("model", "router", "balance"))
     model = Transformer(cfg.model, cfg.router, cfg.balance).eval()
     try:
         load_model(model, snapshot.model)

@@ -26,7 +26,15 @@ from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer
 from moe.run import jsonl, machine
-from moe.run.folder import check_same, check_tokenizer, create_folder, default_folder, read_config
+from moe.run.folder import (
+    check_same,
+    check_tokenizer,
+    check_unedited,
+    create_folder,
+    default_folder,
+    read_config,
+    write_config,
+)
 from moe.run.machine import autocast
 from moe.run.summary import MetricsLine, Summary, line_from_json, read_summary, write_summary
 from moe.train import trackers
@@ -52,6 +60,9 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> Summary:
     started = folder.exists()
     if started and not cfg.resume:
         raise BadInput(f"run={folder} exists: add resume=true to go on with it, or choose another run.")
+    if started:
+        own = read_config(folder)
+        check_unedited(folder, own)
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
@@ -64,7 +75,7 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> Summary:
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
     if started:
-        check_same(read_config(folder), cfg)
+        changes = check_same(own, cfg)
         check_tokenizer(folder, dataset.tokenizer)
         if (folder / "summary.json").exists():
             say(f"run: {folder} is finished")
@@ -77,6 +88,10 @@ def train(cfg: Config, say: Callable[[str], None] = print) -> Summary:
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if not started:
         create_folder(folder, cfg, dataset.tokenizer)
+    elif changes:
+        for change in changes:
+            say(f"run: {change}")
+        write_config(folder, cfg)
 
     # The state of the beginning, or of the last checkpoint.
     machine.reset_peak_memory(device)

@@ -86,6 +86,31 @@ def test_a_setting_changed_on_resuming_is_named(given, named, command, interrupt
     assert read_lines(interrupted / "metrics.jsonl") == lines
 
 
+def test_the_command_line_is_validated_over_the_runs_own_settings(command, corpus, tmp_path):
+    """The defaults' warm-up of 50 steps and their own K are nothing to a run that has others."""
+    train_until(settings(corpus, tmp_path / "run", {"model.moe.n_experts": 3}), 5)
+    run = f"run={tmp_path / 'run'}"
+    status, _, err, configs = command(run, "resume=true", "checkpoint.every=1")
+    assert (status, err) == (0, "")
+    assert (configs[0].optim.warmup, configs[0].train.steps, configs[0].checkpoint.every) == (2, STEPS, 1)
+    status, _, err, _ = command(run, "resume=true", f"train.steps={STEPS + 1}", really=True)
+    assert status == 2
+    assert err.startswith(f"error: train.steps={STEPS + 1} differs from the run's own {STEPS}")
+    assert f"source={tmp_path / 'run'}" in err
+    status, _, err, _ = command(run, "resume=true", "model.moe.k=4")
+    assert status == 2
+    assert err.startswith("error: model.moe.k=4 exceeds model.moe.n_experts=3: ")
+    status, _, err, _ = command("-m", run, "resume=true", "model.moe.k=2,4")
+    assert err.endswith("(in the sweep's job model.moe.k=4).\n")
+
+
+def test_a_setting_of_a_group_that_the_run_does_not_have_is_refused(command, corpus, tmp_path):
+    train_until(settings(corpus, tmp_path / "run", {"model.moe": None}), 2)
+    status, _, err, _ = command(f"run={tmp_path / 'run'}", "resume=true", "model.moe.k=2")
+    assert status == 2
+    assert err.startswith("error: model.moe.k=2 means nothing here: model.moe is null")
+
+
 def test_repeating_the_whole_command_goes_on(command, corpus, tmp_path):
     arguments = words(corpus, tmp_path / "run")
     train_until(settings(corpus, tmp_path / "run"), 5)

@@ -10,12 +10,15 @@ import yaml
 import moe.train.loop
 import moe.train.step
 import moe.train.trackers
+from moe.config import parse
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.data.prepare import prepare
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.run.folder import check_same, create_folder, default_folder, read_config
+from moe.run.jsonl import read_lines
+from moe.run.load import load_run
 from moe.run.summary import read_summary
 from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
 
@@ -84,8 +87,8 @@ CHANGED = {
     "train.steps": STEPS + 1,
     "train.batch_size": 8,
     "train.precision": "bf16",
-    "train.threads": 0,
-    "checkpoint.keep": 5,
+    "train.eval_tokens": 512,
+    "train.accumulate": 2,  # the balancing loss of the defaults is a micro-batch's
 }
 
 
@@ -106,6 +109,90 @@ def test_of_several_changed_settings_the_first_is_named_every_time(corpus, tmp_p
     new = settings(corpus, tmp_path, {"seed": 1, "optim.lr": 0.1, "model.n_layers": 3})
     with pytest.raises(BadInput, match=r"^seed=1 "):
         check_same(old, new)
+
+
+def test_what_no_step_taken_depends_on_may_change_and_is_said_and_kept(interrupted, corpus, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "run")
+    changes = {"train.non_finite": "skip", "train.eval_every": 3, "train.threads": 2, "checkpoint.keep": 5}
+    changes |= {"train.checkpoint_activations": True, "checkpoint.every": 1}
+    said: list[str] = []
+    train(settings(corpus, tmp_path / "run", {"resume": True, **changes}), said.append)
+    for key, value in changes.items():
+        assert any(line.startswith(f"run: {key} was ") and f" is {value} " in line for line in said), key
+        assert parse.lookup(read_config(tmp_path / "run"), key) == value
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "val" in line] == [0, 2, 3, 6, 7]
+    assert {f"step-{step:08d}" for step in (4, 5, 6, 7)} <= {
+        path.name for path in (tmp_path / "run/checkpoints").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "alike"),
+    [
+        ({"model.moe": None}, True),
+        ({"balance.scope": "sequence"}, True),
+        ({"balance.scope": "global"}, True),
+        ({"balance.aux": 0.0}, True),
+        ({}, False),
+        ({"balance.aux": 0.0, "balance.capacity": 1.0}, False),
+        ({"balance.aux": 0.0, "balance.importance": 0.1}, False),
+        ({"balance.aux": 0.0, "router.jitter": 0.1}, False),
+        ({"balance.aux": 0.0, "router.name": "sinkhorn"}, False),
+    ],
+)
+def test_micro_batches_may_change_where_a_step_is_the_same_however_it_is_split(own, alike, corpus, tmp_path):
+    old, new = settings(corpus, tmp_path, own), settings(corpus, tmp_path, own | {"train.accumulate": 2})
+    if alike:
+        assert check_same(old, new) == ["train.accumulate was 1 and is 2 from here on."]
+    else:
+        with pytest.raises(BadInput, match=r"^train.accumulate=2 differs from the run's own 1"):
+            check_same(old, new)
+
+
+EDITED = {
+    "optim.lr": 0.5,
+    "optim.betas": [0.5, 0.6],
+    "model.moe.k": 3,
+    "router.scale": 2.0,
+    "balance.z": 0.5,
+    "seed": 9,
+    "train.steps": STEPS + 5,
+}
+
+
+@pytest.mark.parametrize("which", ["finished", "interrupted"])
+@pytest.mark.parametrize("key", EDITED)
+def test_a_config_edited_by_hand_is_refused_naming_the_key(which, key, corpus, request, tmp_path, monkeypatch):
+    """The checkpoint knows what the run was trained with, whatever config.yaml says."""
+    no_training(monkeypatch)
+    shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
+    edit(tmp_path / "run" / "config.yaml", key, EDITED[key])
+    before = files(tmp_path / "run")
+    with pytest.raises(BadInput) as caught:
+        train(settings(corpus, tmp_path / "run", {"resume": True, key: EDITED[key]}))
+    assert str(caught.value).startswith(f"{tmp_path / 'run' / 'config.yaml'} has {key}={EDITED[key]}, and ")
+    assert "source=" in str(caught.value)
+    assert files(tmp_path / "run") == before
+
+
+def edit(path: Path, key: str, value) -> None:
+    """Change one value of a config.yaml."""
+    tree = yaml.safe_load(path.read_text())
+    *groups, name = key.split(".")
+    group = tree
+    for part in groups:
+        group = group[part]
+    group[name] = value
+    path.write_text(yaml.safe_dump(tree))
+
+
+def test_a_model_is_not_read_back_with_settings_edited_by_hand(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    edit(tmp_path / "run" / "config.yaml", "optim.lr", 0.5)  # says nothing of the model
+    load_run(tmp_path / "run")
+    edit(tmp_path / "run" / "config.yaml", "router.scale", 2.0)
+    with pytest.raises(BadInput, match=r"config\.yaml has router.scale=2.0, and .* was trained with 1.0"):
+        load_run(tmp_path / "run")
 
 
 def test_where_a_run_is_kept_and_how_it_is_watched_may_change(interrupted, corpus, tmp_path):
