@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -29,7 +30,7 @@ from experiments.stats import verdict
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
-from moe.config.parse import nearest, to_dict
+from moe.config.parse import ANY, Between, nearest, to_dict
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.data.loader import validation_starts
@@ -50,6 +51,8 @@ class CompareConfig(Config):
     """A training run's settings, for both models."""
 
     match: str = "active_params"  # active_params | flops | total_params: what the dense twin has in common
+    # for match=flops where a router takes as many experts as it likes: `rows` of a finished run's summary.json; 0: none
+    rows: Annotated[float, Between(0, ANY)] = 0.0
     seeds: list[int] = field(default_factory=list)  # a pair of runs for each; empty: only `seed`
     twins: str = ""  # where dense twins are kept for other comparisons to reuse; "": in `run`, in a sweep beside it
 
@@ -141,7 +144,7 @@ def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config,
     of the settings of one, so that it is the twin of every MoE of its size."""
     shared = {setting.name: getattr(cfg, setting.name) for setting in dataclasses.fields(Config)}
     moe = Config(**shared | {"model": model})
-    twin = cost.dense_twin(model, cfg.match, cfg.router)
+    twin = cost.dense_twin(model, cfg.match, cfg.router, cfg.balance, cfg.rows or None)
     return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
 
 

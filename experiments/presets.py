@@ -34,9 +34,9 @@ def main(cfg: PresetsConfig) -> None:
         if name not in presets:
             raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, presets)}.")
         model = read_preset(name, cfg.vocab_size)
-        forward, training = flops(model, context=cfg.context)
+        cost = flops(model, context=cfg.context)
         total, active = size(model)
-        cells = (total, active, cfg.context or model.context, forward, training)
+        cells = (total, active, cfg.context or model.context, cost.forward, cost.training)
         rows.append((name, *(f"{cell:,}" for cell in cells)))
     headings = ("model", "parameters", "active", "context", "FLOPs per token, forward", "training")
     tables.print_table(headings, rows)

@@ -1,6 +1,7 @@
 """What to say about routing, from counts. Formulas and sources: each function's docstring."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +35,24 @@ def effective_experts(count_E: Tensor) -> float:
     return math.exp(torch.special.entr(count_E.double() / count_E.sum()).sum().item())
 
 
-def layer_metrics(layer: int, count_E: Tensor, dropped: int, skipped: int, tokens: int) -> LayerMetrics:
+def rows_of(count_E: Tensor, tokens: int, work: Sequence[float] | None = None) -> float:
+    """What experts computed per token: their rows, each times its expert's work (`MoEConfig.work`; 1 by default)."""
+    work_E = torch.ones(len(count_E)) if work is None else torch.tensor(work)
+    return (count_E.double() @ work_E.to(count_E.device, torch.float64)).item() / max(1, tokens)
+
+
+def layer_metrics(
+    layer: int,
+    count_E: Tensor,
+    dropped: int,
+    skipped: int,
+    tokens: int,
+    work: Sequence[float] | None = None,
+    losses: dict[str, float] | None = None,
+) -> LayerMetrics:
     """What to say of one layer. The window is what was counted: one optimiser step, its micro-batches summed, or a
-    whole validation. `dropped` counts rows, `skipped` tokens that no expert took."""
+    whole validation. `dropped` counts rows, `skipped` tokens that no expert took; `work` as in `rows_of`. Counts that
+    are on a GPU make it wait several times: bring them to the host first."""
     return LayerMetrics(
         layer=layer,
         max_vio=max_violation(count_E),
@@ -45,4 +61,6 @@ def layer_metrics(layer: int, count_E: Tensor, dropped: int, skipped: int, token
         dead=dead_experts(count_E),
         dropped=dropped / max(1, int(count_E.sum()) + dropped),
         skipped=skipped / max(1, tokens),
+        rows=rows_of(count_E, tokens, work),
+        losses=losses or {},
     )

@@ -46,6 +46,21 @@ class BalanceConfig:
     recorded: str = ""  # its folder
 
 
+def rows_vary(moe: MoEConfig, router: RouterConfig, balance: BalanceConfig) -> str:
+    """The setting for which the work of a token's experts in training is not known before it is measured; "": it is."""
+    choices, work = facts(router).choices, moe.work()
+    if choices not in ("k", "ragged", "mixture"):
+        return f"router.name={router.name}"
+    if router.second == "random":
+        return "router.second=random"
+    if choices != "mixture" and len(set(work)) > 1 and moe.k < len(work):
+        return f"model.moe.widths={moe.widths}" if moe.widths else f"its {moe.n_cheap} experts that cost nothing"
+    for name in ("capacity", "tile"):
+        if getattr(balance, name):
+            return f"balance.{name}={getattr(balance, name)}"
+    return ""
+
+
 def validate(layers: list[MoEConfig], router: RouterConfig, balance: BalanceConfig) -> None:
     """Check the router, and what of the balance does not go with it. `layers`: the settings of every MoE layer; none
     for a dense model, of which no more than a known router is asked. Raises `BadInput`."""

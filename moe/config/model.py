@@ -41,6 +41,11 @@ class MoEConfig:
         """Null, copy and constant experts together."""
         return self.n_null + self.n_copy + self.n_constant
 
+    def work(self) -> list[float]:
+        """What a row costs at every expert, cheap ones behind: 1 at one of mean width, 0 at a cheap one."""
+        widths = self.widths or [1] * self.n_experts
+        return [width * len(widths) / sum(widths) for width in widths] + [0.0] * self.n_cheap
+
 
 @dataclass
 class ModelConfig:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from moe.config.model import MoEConfig
 from moe.config.parse import ANY, MANY, Between, OneOf
@@ -77,14 +77,40 @@ def soft_slots(router: RouterConfig, moe: MoEConfig, context: int) -> int:
     return router.slots or max(1, -(-moe.k * context // moe.n_experts))
 
 
-def _flops_of_scores(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> float:
-    """2·D for the logit of every expert; null, copy and constant ones have theirs too."""
-    return 2 * d_model * (moe.n_experts + moe.n_cheap)
+class RouterFlops(NamedTuple):
+    """Floating-point operations of a router's matmuls per token; `backward` those of its gradients alone."""
+
+    evaluation: float
+    forward: float  # in training
+    backward: float
 
 
-def _flops_of_mixing(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> float:
+def _flops_of_scores(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> RouterFlops:
+    """A matmul over the D·E (null, copy and constant experts have logits too) for each of these:
+
+    - the logits; gradients to the state and, unless frozen, to the weights
+    - in training the size of the noise (`noisy`), with the same gradients
+    - the default vectors' share in the output, and what they are fitted by: one gradient each, as either the weights
+      or the vectors are taken as given
+    - the predictor that stands in for expert choice: no gradient to the state"""
+    matmul, gradients = 2 * d_model * (moe.n_experts + moe.n_cheap), 1 if router.frozen else 2
+    vectors, predictor = router.gradient == "default-vector", router.causal == "predictor"
+    return RouterFlops(
+        evaluation=matmul * (1 + 2 * vectors + predictor),
+        forward=matmul * (1 + router.noisy + 2 * vectors + predictor),
+        backward=matmul * (gradients * (1 + router.noisy) + 2 * vectors + predictor),
+    )
+
+
+def _flops_of_mixing(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> RouterFlops:
     """6·D for every slot of the E·P: its logit, the token's part in it, and its part in the token."""
-    return 6 * d_model * moe.n_experts * soft_slots(router, moe, context)
+    forward = 6 * d_model * moe.n_experts * soft_slots(router, moe, context)
+    return RouterFlops(forward, forward, 2 * forward)
+
+
+def _no_flops(router: RouterConfig, moe: MoEConfig, d_model: int, context: int) -> RouterFlops:
+    """A table is looked up."""
+    return RouterFlops(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,7 @@ class RouterFacts:
     # on whom it depends in training where a token goes
     decides: Literal["token", "batch", "sequence", "unknown"] = "token"
     # what routing one token costs, from (router, moe, D, S), S the model's context
-    forward_flops: Callable[[RouterConfig, MoEConfig, int, int], float] = _flops_of_scores
+    flops: Callable[[RouterConfig, MoEConfig, int, int], RouterFlops] = _flops_of_scores
 
     @property
     def scored(self) -> bool:
@@ -129,11 +155,9 @@ FACTS = {
     "relu": RouterFacts(("logits", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),
     "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), score="softmax", choices="k", decides="batch"),
     "base": RouterFacts((), score="sigmoid", choices="k", decides="batch"),
-    "hash": RouterFacts(("scale",), score="none", choices="k"),
+    "hash": RouterFacts(("scale",), score="none", choices="k", flops=_no_flops),
     "expert-choice": RouterFacts(("scale", "causal", "decay"), score="softmax", choices="ragged", decides="batch"),
-    "soft": RouterFacts(
-        ("slots",), score="none", choices="mixture", decides="sequence", forward_flops=_flops_of_mixing
-    ),
+    "soft": RouterFacts(("slots",), score="none", choices="mixture", decides="sequence", flops=_flops_of_mixing),
 }
 # Of module:Class nothing is known. It is taken to have scores, and to cost what they cost.
 OWN = RouterFacts((), score="unknown", choices="unknown", decides="unknown")
@@ -153,11 +177,12 @@ def n_choices(router: RouterConfig, moe: MoEConfig) -> int | None:
     return {"k": moe.k, "k_max": min(router.k_max or e, e), "all": e}.get(facts(router).choices)
 
 
-def rows_per_token(router: RouterConfig, moe: MoEConfig, context: int) -> float:
+def rows_per_token(router: RouterConfig, moe: MoEConfig, context: int, length: int = 0) -> float:
     """Rows that experts compute for a token, on average: K, also of routers that come to about K by learning, or take
-    as many as they like; E·P/S of a soft one."""
+    as many as they like (`moe.config.balance.rows_vary`); of a soft one E·P/S, in sequences of `length` (0: the model's
+    context)."""
     if facts(router).choices == "mixture":
-        return moe.n_experts * soft_slots(router, moe, context) / context
+        return moe.n_experts * soft_slots(router, moe, context) / (length or context)
     return moe.k
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.analysis.metrics import layer_metrics
-from moe.config.model import moe_layers
+from moe.config.model import ModelConfig, layer_moe, moe_layers
 from moe.data.loader import validation_starts
 from moe.data.shards import Dataset
 from moe.model.layer import LayerRouting
@@ -51,7 +51,8 @@ def evaluate(
     Bits per byte count the text's own bytes: the end-of-text token has none, and its loss counts."""
     context, split = model.cfg.context, dataset.split("val")
     device = next(model.parameters()).device
-    text, layers = TextTally(dataset, device), [LayerTally(layer, dataset, device) for layer in moe_layers(model.cfg)]
+    text = TextTally(dataset, device)
+    layers = [LayerTally(layer, model.cfg, dataset, device) for layer in moe_layers(model.cfg)]
     starts = validation_starts(split, context, n_tokens)
     for chunk in np.array_split(starts, math.ceil(len(starts) / batch_size)):
         if stop():
@@ -109,8 +110,8 @@ def _score(nats: float, tokens: float, n_bytes: float) -> tuple[float, float]:
 class LayerTally:
     """One MoE layer's rows by domain and expert, summed over batches on the device."""
 
-    def __init__(self, layer: int, dataset: Dataset, device: torch.device) -> None:
-        self.layer, self.n_domains = layer, len(dataset.domains)
+    def __init__(self, layer: int, cfg: ModelConfig, dataset: Dataset, device: torch.device) -> None:
+        self.layer, self.work, self.n_domains = layer, layer_moe(cfg, layer).work(), len(dataset.domains)
         self.rows_dE: Tensor | None = None
         self.count_E = self.dropped = self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -127,7 +128,8 @@ class LayerTally:
 
     def metrics(self, n_tokens: int) -> LayerMetrics:
         """What to say of the layer over all the text."""
-        return layer_metrics(self.layer, self.count_E, int(self.dropped), int(self.skipped), n_tokens)
+        counts = self.count_E.cpu(), int(self.dropped), int(self.skipped)
+        return layer_metrics(self.layer, *counts, n_tokens, self.work)
 
 
 def expert_load(layers: list[LayerTally], dataset: Dataset, n_tokens: int) -> ExpertLoad | None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
+from moe.config.balance import BalanceConfig, rows_vary
+from moe.config.model import ModelConfig, MoEConfig, entering, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.config.router import RouterConfig, facts, rows_per_token
 from moe.errors import BadInput
 from moe.model.experts import up_width
@@ -24,8 +25,9 @@ class Size(NamedTuple):
 class Flops(NamedTuple):
     """Floating-point operations per token."""
 
-    forward: int
-    training: int
+    forward: int  # in training
+    training: int  # forward and backward
+    evaluation: int = 0  # a forward pass in evaluation; 0 in files that are older than this number
 
 
 def size(cfg: ModelConfig, router: RouterConfig | None = None) -> Size:
@@ -58,42 +60,66 @@ def expert_width(moe: MoEConfig) -> float:
 def _proper(rows: float, moe: MoEConfig) -> float:
     """Of so many rows those that go to experts proper, and not to null, copy and constant ones, when all are equally
     busy."""
-    return rows * moe.n_experts / (moe.n_experts + moe.n_cheap)
+    return rows * sum(moe.work()) / len(moe.work())
 
 
-def flops(cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0) -> Flops:
+def flops(
+    cfg: ModelConfig, router: RouterConfig | None = None, context: int = 0, *, rows: float | None = None
+) -> Flops:
     """FLOPs per token at sequence length `context` (0: the model's own).
 
-    2 per weight of every matmul a token passes (router and vocabulary projection included, embedding lookup not), and
+    2 per weight of every matmul that a token passes (router and vocabulary projection included, embeddings not), and
     4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B).
-    Training is three times forward. A soft router's experts compute its slots, and mixing tokens into slots and back
-    counts like its scores. Routers that take as many experts as they like count as if they took K. A block that only
-    some tokens enter counts by their share, and its attention is over as many positions: so it is in training, while in
-    evaluation attention is computed for all and masked."""
+    The gradients of a matmul cost twice as much, or as much where only one of its sides has one. What a backend adds
+    to fill tiles is not counted, nor that expert choice rounds K·T/E up.
+
+    rows: what experts computed per token of all, measured (`LayerMetrics.rows`), in every MoE layer. Without it, a
+    router that takes as many experts as it likes counts as if it took K (`moe.config.balance.rows_vary`), and cheap
+    experts as if all were equally busy. A soft router's experts compute its slots, and mixing tokens into
+    slots and back counts like its scores. A block that only some tokens enter counts by their share, and its attention
+    is over as many positions; in evaluation attention is computed for all and masked, and the share is about that."""
     router = router or RouterConfig()
     d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
     d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
-    total = 2.0 * d * cfg.vocab_size
+    projections, scores = 2 * (2 * d * d_heads + 2 * d * d_kv), 4 * s * d_heads
+    # What costs as much in both modes, with both gradients; then what evaluation, and what forward and backward add.
+    common, evaluation, forward, backward = 2.0 * d * cfg.vocab_size, 0.0, 0.0, 0.0
     for layer in range(cfg.n_layers):
-        share, mlp, routing = 1.0, mlp_size(cfg, cfg.d_ff), 0.0
-        if is_moe_layer(cfg, layer):
-            moe = layer_moe(cfg, layer)
-            taken = _proper(rows_per_token(router, moe, cfg.context), moe)
-            experts = taken * mlp_size(cfg, expert_width(moe)) + moe.n_shared * mlp_size(cfg, moe.d_expert)
-            routing = facts(router).forward_flops(router, moe, d, cfg.context)
-            share, mlp = moe.depth, experts + d * moe.shared_gate
-        attention = 2 * (2 * d * d_heads + 2 * d * d_kv) + 4 * share * s * d_heads
-        total += share * (attention + 2 * mlp + routing) + (2 * d if share < 1 else 0)
-    return Flops(round(total), 3 * round(total))
+        if not is_moe_layer(cfg, layer):
+            common += projections + scores + 2 * mlp_size(cfg, cfg.d_ff)
+            continue
+        moe = layer_moe(cfg, layer)
+        share = entering(moe, s) / s if moe.depth < 1 else 1.0
+        taken = share * _proper(rows_per_token(router, moe, cfg.context, s), moe) if rows is None else rows
+        always = moe.n_shared * mlp_size(cfg, moe.d_expert) + d * (moe.shared_gate + 3 * moe.n_constant)
+        common += 2 * taken * mlp_size(cfg, expert_width(moe)) + 2 * share * always
+        evaluation += projections + scores
+        forward += share * (projections + share * scores)
+        backward += 2 * share * (projections + share * scores)
+        routing = facts(router).flops(router, moe, d, cfg.context)
+        evaluation, forward = evaluation + share * routing.evaluation, forward + share * routing.forward
+        backward += share * routing.backward
+        if share < 1:  # who enters: a score, and where a predictor stands in for it, one without gradient to the state
+            predictor = moe.depth_causal == "predictor"
+            evaluation, forward = evaluation + 2 * d * (1 + predictor), forward + 2 * d * (1 + predictor)
+            backward += 2 * d * (2 + predictor)
+    return Flops(round(common + forward), round(3 * common + forward + backward), round(common + evaluation))
 
 
-def dense_twin(cfg: ModelConfig, match: str, router: RouterConfig | None = None) -> ModelConfig:
-    """The dense model of the same depth and width whose feed-forward width meets `match` within 1%; `router` is the
-    MoE's, softmax by default.
+def dense_twin(
+    cfg: ModelConfig,
+    match: str,
+    router: RouterConfig | None = None,
+    balance: BalanceConfig | None = None,
+    rows: float | None = None,
+) -> ModelConfig:
+    """The dense model of the same depth and width whose feed-forward width meets `match` within 1%; router and balance
+    are the MoE's, softmax by default, and `rows` the measured ones of `flops`.
 
     match: active_params (its parameters = the MoE's active ones), total_params, or flops (per token, forward). Each is
     linear in the width, so two measurements give it; a multiple of 8 is taken where one fits. Raises `BadInput` saying
-    how close it can get when no width of at least 1 does."""
+    how close it can get when no width of at least 1 does, and for match=flops where only `rows` would say what the
+    MoE costs."""
     if cfg.moe is None:
         raise BadInput(f"match={match} needs a Mixture-of-Experts model, and model={cfg.name} has model.moe=null.")
     # What is matched, and how a dense model measures up.
@@ -103,7 +129,15 @@ def dense_twin(cfg: ModelConfig, match: str, router: RouterConfig | None = None)
         case "total_params":
             target, measure = size(cfg, router).total, lambda twin: size(twin).total
         case "flops":
-            target, measure = flops(cfg, router).forward, lambda twin: flops(twin).forward
+            layers = [layer_moe(cfg, layer) for layer in moe_layers(cfg)]
+            unknown = [rows_vary(moe, router or RouterConfig(), balance or BalanceConfig()) for moe in layers]
+            if any(unknown) and rows is None:
+                raise BadInput(
+                    f"match=flops of model={cfg.name} is not known in advance: with {max(unknown)} tokens take more "
+                    "or fewer experts as training goes; choose match=active_params or total_params, or set rows to the "
+                    "`rows` that the summary.json of a finished run of these settings has measured."
+                )
+            target, measure = flops(cfg, router, rows=rows).forward, lambda twin: flops(twin).forward
         case _:
             raise BadInput(f"match={match} is not one of active_params, flops, total_params.")
 

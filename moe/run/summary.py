@@ -51,6 +51,9 @@ class LayerMetrics:
     dead: int
     dropped: float  # share of the rows
     skipped: float  # share of the tokens, that no expert took
+    # what experts computed per token, in rows at one of mean width; cheap ones compute none. None in older files
+    rows: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # of a step, unweighted, by name as in MetricsLine
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Summary:
     seed: int
     model: dict[str, Any]  # the settings, as in config.yaml
     params: Size
-    flops: Flops  # per token
+    flops: Flops  # per token, with `rows` where the router does not fix them
     steps: int
     tokens: int  # trained on
     seconds: float  # of training, without validations and checkpoints
@@ -113,6 +116,7 @@ class Summary:
     commit: str | None  # of the code; None outside a checkout
     dirty: bool  # whether tracked files differed from it
     schema: int = SCHEMA
+    rows: float | None = None  # `LayerMetrics.rows`, the mean over MoE layers and steps; None for a dense model
 
 
 def read_summary(folder: Path) -> Summary:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from moe.analysis.replay import Replay
+from moe.config.balance import rows_vary
+from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.data.loader import Loader, validation_starts
@@ -36,7 +38,7 @@ from moe.run.folder import (
     write_config,
 )
 from moe.run.machine import autocast
-from moe.run.summary import MetricsLine, Summary, line_from_json, read_summary, write_summary
+from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, read_summary, write_summary
 from moe.train import trackers
 from moe.train.distill import load_teacher
 from moe.train.optimizer import build_optimizer
@@ -211,6 +213,12 @@ def take_back_unevaluated(state: State, cfg: Config, path: Path) -> MetricsLine 
     return line
 
 
+def measured_rows(lines: list[MetricsLine]) -> float | None:
+    """`LayerMetrics.rows`, the mean over the MoE layers and the steps of these lines; None where nothing says it."""
+    rows = [layer.rows for line in lines for layer in line.layers or [] if layer.rows is not None]
+    return sum(rows) / len(rows) if rows else None
+
+
 def summarize(
     state: State,
     cfg: Config,
@@ -223,12 +231,16 @@ def summarize(
     """The numbers of a finished run, and what they came from."""
     # Every step's tokens: one that was skipped was read, too.
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
+    rows = measured_rows(read_metrics(Path(cfg.run)))
+    layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
+    vary = any(rows_vary(moe, cfg.router, cfg.balance) for moe in layers)
     return Summary(
         name=Path(cfg.run).name,
         seed=cfg.seed,
         model=to_dict(cfg.model),
         params=cost.size(cfg.model, cfg.router),
-        flops=cost.flops(cfg.model, cfg.router),
+        flops=cost.flops(cfg.model, cfg.router, rows=rows if vary else None),
+        rows=rows,
         steps=state.step,
         tokens=tokens,
         seconds=state.seconds,

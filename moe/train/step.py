@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.analysis.metrics import layer_metrics
 from moe.config.balance import BalanceConfig
-from moe.config.model import moe_layers
+from moe.config.model import layer_moe, moe_layers
 from moe.config.run import Config
 from moe.data.loader import Batch
 from moe.errors import BadInput
@@ -102,7 +102,14 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         tokens_per_s=batch.targets_BS.numel() / seconds,
         skipped=state.skipped,
         layers=[
-            layer_metrics(layer, totals.count_E, int(totals.dropped), int(totals.skipped), totals.tokens)
+            layer_metrics(
+                layer,
+                totals.count_E,
+                int(totals.dropped),
+                int(totals.skipped),
+                totals.tokens,
+                layer_moe(cfg.model, layer).work(),
+            )
             for layer, totals in zip(layers, gradients.routing, strict=True)
         ],
     )

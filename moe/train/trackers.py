@@ -28,7 +28,9 @@ def flatten(line: MetricsLine) -> dict[str, float]:
     flat = {name: value for name, value in line_to_json(line).items() if isinstance(value, int | float)}
     for metrics in line.layers or []:
         values = dataclasses.asdict(metrics)
-        flat |= {f"layer{metrics.layer}/{name}": value for name, value in values.items() if name != "layer"}
+        values |= values.pop("losses")
+        values = {name: value for name, value in values.items() if name != "layer" and value is not None}
+        flat |= {f"layer{metrics.layer}/{name}": value for name, value in values.items()}
     if line.val:
         flat |= {"val/loss": line.val.loss, "val/bpb": line.val.bpb}
         for domain, score in line.val.domains.items():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.analysis.metrics import dead_experts, effective_experts, layer_metrics, load_entropy, max_violation
+from moe.config.model import MoEConfig
 
 counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=40)
 
@@ -55,5 +56,12 @@ def test_an_even_load_and_a_collapsed_one_are_the_two_ends():
 
 
 def test_an_entry_is_plain_numbers():
-    entry = layer_metrics(0, torch.tensor([1, 2, 3]), 0, 0, 6)
-    assert {type(value) for value in dataclasses.asdict(entry).values()} <= {int, float}
+    entry = dataclasses.asdict(layer_metrics(0, torch.tensor([1, 2, 3]), 0, 0, 6, losses={"aux": 1.5}))
+    assert entry.pop("losses") == {"aux": 1.5}
+    assert {type(value) for value in entry.values()} <= {int, float}
+
+
+def test_rows_per_token_weigh_an_experts_width_and_leave_cheap_ones_out():
+    moe = MoEConfig(n_experts=2, widths=[10, 30], n_null=1)
+    assert layer_metrics(0, torch.tensor([4, 2, 9]), 0, 0, 8, moe.work()).rows == (4 * 0.5 + 2 * 1.5) / 8
+    assert layer_metrics(0, torch.tensor([4, 2, 9]), 0, 0, 8).rows == 15 / 8

@@ -8,12 +8,18 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config.model import MoEConfig
+from kernels import reference
+from kernels.reference import activate
+from moe.analysis.metrics import layer_metrics
+from moe.config.balance import BalanceConfig, rows_vary
+from moe.config.model import MoEConfig, layer_moe
 from moe.config.router import RouterConfig
 from moe.config.run import build
 from moe.errors import BadInput
 from moe.model import cost
 from moe.model.transformer import Transformer
+from moe.train.step import layer_totals, update_routers
+from tests.router_presets import presets_of_routers
 
 FOLDER = Path(__file__).parents[3] / "conf" / "model"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -30,6 +36,7 @@ PUBLISHED = {
     "olmoe-1b-7b": 6_919_161_856,
     "qwen3-30b-a3b": 30_532_122_624,
 }
+PRESETS_OF_ROUTERS = presets_of_routers()
 MATCHES = ("active_params", "total_params", "flops")
 
 
@@ -128,6 +135,86 @@ def test_flops_are_what_torch_counts(make_model, name):
     expected = cost.flops(model.cfg, context=8)
     assert forward.get_total_flops() == 2 * 8 * expected.forward
     assert forward.get_total_flops() + backward.get_total_flops() == 2 * 8 * expected.training
+
+
+# Every form an expert or its layer has; the router is softmax.
+FORMS = {
+    "shared": dict(n_shared=2),
+    "gated shared": dict(n_shared=2, shared_gate=True),
+    "mixed widths": dict(widths=[4] * 32 + [12] * 32),
+    "cheap experts": dict(n_null=3, n_copy=2, n_constant=5),
+    "depth": dict(depth=0.3),
+    "depth by a predictor": dict(depth=0.3, depth_causal="predictor", n_shared=1),
+    "E and K by layer": dict(n_experts_by_layer=[64, 32], k_by_layer=[4, 8]),
+}
+CASES = {name: (preset.router, preset.balance, preset.moe) for name, preset in PRESETS_OF_ROUTERS.items()} | {
+    name: (RouterConfig(), BalanceConfig(), form) for name, form in FORMS.items()
+}
+
+
+def _experts_at_once(x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation):
+    """`reference.experts` in two matmuls over all live rows, as 64 experts one by one take torch's counter seconds."""
+    live_N = expert_N >= 0
+    token_N, expert_N, weight_N = token_N[live_N], expert_N[live_N], weight_N[live_N]
+    h_NF = activate((x_TD[token_N, None] @ w_up_EFD[expert_N].mT)[:, 0], activation)
+    y_ND = (h_NF[:, None] @ w_down_EDF[expert_N].mT)[:, 0] * weight_N[:, None]
+    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
+
+
+def _counted(model, tokens):
+    """FLOPs per token that torch counts forward and backward, and what experts computed (`LayerMetrics.rows`)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        out = model(tokens, backend="reference")
+    loss = out.logits_BSV.sum() + sum(sum(layer.losses.values()) for layer in out.routing)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    rows = [
+        layer_metrics(i, layer.count_E, 0, 0, tokens.numel(), layer_moe(model.cfg, i).work()).rows
+        for i, layer in enumerate(out.routing)
+    ]
+    model.zero_grad()
+    both = forward.get_total_flops() + backward.get_total_flops()
+    return forward.get_total_flops() / tokens.numel(), both / tokens.numel(), sum(rows) / len(rows), out.routing
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_of_every_router_and_form_are_what_torch_counts_in_both_modes(make_model, name, monkeypatch):
+    """At 64 experts, where logits weigh as much as experts. With the measured rows where, and only where, they vary."""
+    monkeypatch.setattr(reference, "experts", _experts_at_once)
+    router, balance, changes = CASES[name]
+    moe = MoEConfig(**{"n_experts": 64, "k": 4, "d_expert": 8} | changes | ({"k": 64} if name == "dense" else {}))
+    model = make_model(router, balance=balance, context=32, d_model=16, moe=moe)
+    tokens = torch.randint(0, 17, (1, 32), generator=torch.Generator().manual_seed(1))
+
+    forward, both, rows, routing = _counted(model.train(), tokens)
+    vary = rows_vary(layer_moe(model.cfg, 0), router, balance)
+    said = cost.flops(model.cfg, router, rows=rows if vary else None)
+    assert (said.forward, said.training) == pytest.approx((forward, both), rel=0.002)
+
+    # Routers that choose over the batch have learnt from the pass before to take as many of its tokens alone.
+    update_routers(model, [layer_totals(layer, 32) for layer in routing], BalanceConfig(), 0.0)
+    counted, _, rows, _ = _counted(model.eval(), tokens)
+    learned = router.causal == "predictor" or moe.depth_causal == "predictor"
+    if moe.depth < 1 and moe.depth_causal == "predictor":
+        return  # how many tokens enter, to a gate and to shared experts, is not told apart by rows
+    assert cost.flops(model.cfg, router, rows=rows if vary or learned else None).evaluation == pytest.approx(
+        counted, rel=0.002
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_twin_of_flops_that_only_training_tells_needs_the_measured_rows(model_config, name):
+    router, balance, changes = CASES[name]
+    moe = MoEConfig(**{"n_experts": 64, "k": 4, "d_expert": 8} | changes | ({"k": 64} if name == "dense" else {}))
+    cfg = model_config(moe=moe, d_model=16)
+    if name in ("threshold", "top-p", "relu", "gshard", "switch", "mode", "moepp", "mixed widths", "cheap experts"):
+        with pytest.raises(BadInput, match=r"^match=flops of model=tiny is not known in advance: with .* or set rows"):
+            cost.dense_twin(cfg, "flops", router, balance)
+        twin = cost.dense_twin(cfg, "flops", router, balance, rows=2.5)
+        aim = cost.flops(cfg, router, rows=2.5).forward
+    else:
+        twin, aim = cost.dense_twin(cfg, "flops", router, balance), cost.flops(cfg, router).forward
+    assert cost.flops(twin).forward == pytest.approx(aim, rel=0.01)
 
 
 @pytest.mark.parametrize("router", [RouterConfig("soft"), RouterConfig("soft", slots=5)], ids=["K", "five slots"])

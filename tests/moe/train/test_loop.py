@@ -14,10 +14,12 @@ import moe.train.step
 from moe.config.parse import to_dict
 from moe.config.run import build
 from moe.data import loader
+from moe.model import cost
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
+from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
-from moe.run.summary import read_summary
+from moe.run.summary import read_metrics, read_summary
 from moe.train.optimizer import learning_rate
 from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
 
@@ -99,7 +101,8 @@ def test_metrics_have_one_line_per_step_with_every_field(finished):
         assert [each["layer"] for each in line["layers"]] == [0, 1]
         for each in line["layers"]:
             assert each.keys() == {
-                    "layer", "max_vio", "load_entropy", "effective_experts", "dead", "dropped", "skipped"
+                    "layer", "max_vio", "load_entropy", "effective_experts", "dead", "dropped", "skipped", "rows",
+                    "losses",
                 }  # fmt: skip
             assert each["dropped"] == 0
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["aux"] + 0.001 * line["z"], rel=1e-12)
@@ -145,13 +148,25 @@ def test_only_the_layers_with_experts_are_measured(corpus, tmp_path):
     assert [[each["layer"] for each in line["layers"]] for line in lines[1:]] == [[1], [1]]
 
 
+def test_what_a_router_of_no_fixed_number_took_is_measured_and_costed(corpus, tmp_path):
+    cfg = settings(corpus, tmp_path / "run", {"router.name": "threshold", "train.steps": 3})
+    summary = train(cfg)
+    counts = [line["counts"] for line in read_lines(tmp_path / "run" / "routing" / "counts.jsonl")]
+    lines = read_metrics(tmp_path / "run")
+    assert [layer.rows for layer in lines[2].layers] == [sum(count) / 128 for count in counts[0]]  # log.every=2
+    assert summary.rows == pytest.approx(sum(layer.rows for line in lines[1:] for layer in line.layers) / 6)
+    model = read_config(tmp_path / "run").model
+    assert summary.flops == cost.flops(model, cfg.router, rows=summary.rows)
+    assert all(0 < layer.rows <= 4 for layer in summary.load.routing)
+
+
 def test_a_summary_leads_back_to_its_run(finished):
     folder, summary, _ = finished
     assert summary == read_summary(folder)
     assert json.loads((folder / "summary.json").read_text()).keys() == {
         "name", "seed", "model", "params", "flops", "steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes",
         "val", "val_windows", "load", "dataset", "tokenizer", "precision", "dispatch", "device", "threads", "versions",
-        "commit", "dirty", "skipped", "schema",
+        "commit", "dirty", "skipped", "schema", "rows",
     }  # fmt: skip
     lines = read_lines(folder / "metrics.jsonl")
     assert dataclasses.asdict(summary.val) == lines[-1]["val"]

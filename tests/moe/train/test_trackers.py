@@ -53,13 +53,13 @@ def test_a_resumed_run_has_no_step_twice(corpus, tmp_path):
 def test_a_line_is_flattened_to_numbers_by_name():
     line = MetricsLine(
         3, 9.0, loss=1.5, losses={"aux": 1.25},
-        layers=[LayerMetrics(2, 0.5, 0.75, 3.0, 1, 0.0, 0.125)],
+        layers=[LayerMetrics(2, 0.5, 0.75, 3.0, 1, 0.0, 0.125, losses={"aux": 0.25})],
         val=Validation(2.0, 1.0, {"code": DomainScore(3.0, 2.0, 64)}),
     )  # fmt: skip
     assert flatten(line) == {
         "step": 3, "seconds": 9.0, "loss": 1.5, "aux": 1.25,
         "layer2/max_vio": 0.5, "layer2/load_entropy": 0.75, "layer2/effective_experts": 3.0, "layer2/dead": 1,
-        "layer2/dropped": 0.0, "layer2/skipped": 0.125,
+        "layer2/dropped": 0.0, "layer2/skipped": 0.125, "layer2/aux": 0.25,
         "val/loss": 2.0, "val/bpb": 1.0, "val/code/loss": 3.0, "val/code/bpb": 2.0,
     }  # fmt: skip
 
