@@ -14,7 +14,6 @@ suites for a GPU then run on a CPU, where their times mean nothing.
 """
 
 import importlib.util
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from moe.config.run import Config
 from moe.config.train import TrainConfig
 from moe.errors import BadInput
 from moe.run import machine
-from moe.run.jsonl import write_atomically
+from moe.run.jsonl import to_text, write_atomically
 
 SUITES = ("train_step", "routing", "kernels", "layer", "tune")
 INSTEAD = "suite=routing and suite=train_step run on a CPU, and sizes=smoke of the others in Triton's interpreter."
@@ -151,7 +150,7 @@ def train_step(cfg: BenchConfig, device: torch.device) -> None:
     tables.print_table(*train_step_suite.table(rows))
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(out, "".join(to_text(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

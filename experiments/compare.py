@@ -12,6 +12,7 @@ runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and 
 """
 
 import dataclasses
+import math
 import os
 import shlex
 import sys
@@ -40,6 +41,7 @@ from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model import cost
 from moe.run import machine
+from moe.run.folder import read_config
 from moe.run.jsonl import write_atomically, write_json
 from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
@@ -164,8 +166,14 @@ def command_line(overrides: Sequence[str]) -> str:
 
 
 def read_run(folder: Path) -> verdict.Run:
-    """A finished run from its folder."""
-    return verdict.Run(folder.name, read_summary(folder), read_metrics(folder))
+    """A finished run from its folder. Raises `BadInput` for one whose validation loss is not finite."""
+    summary = read_summary(folder)
+    if not math.isfinite(summary.val.loss):
+        raise BadInput(
+            f"{folder} ended with a validation loss that is not finite, and cannot be compared: lower optim.lr="
+            f"{read_config(folder).optim.lr}, with another run=..."
+        )
+    return verdict.Run(folder.name, summary, read_metrics(folder))
 
 
 def describe(

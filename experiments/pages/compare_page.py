@@ -5,7 +5,6 @@ Here is what the drawings show and where each mark goes, in px; page.html draws 
 Letters beside the glossary: d domains (with all text before them where a share is of rows) · r rows of a heat map.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from experiments.stats import verdict
 from experiments.stats.verdict import Comparison, Pair, Run
+from moe.run.jsonl import to_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 BINS = 120  # a training curve is drawn as at most this many means
@@ -52,7 +52,7 @@ def render(pairs: list[Pair], result: Comparison) -> str:
             shade(2.0**power) | {"ratio": name}
             for power, name in zip(range(-2, 3), ("¼× or less", "½×", "1×", "2×", "4× or more"), strict=True)
         ],
-        settings=json.dumps(result.config, indent=1),
+        settings=to_text(result.config, indent=1),
     )
 
 

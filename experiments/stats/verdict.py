@@ -37,10 +37,13 @@ class Pair(NamedTuple):
 
 
 def validation_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
-    """Steps, training seconds, and validation loss (nats per token) at each evaluation, in order."""
+    """Steps, training seconds, and validation loss (nats per token) at each evaluation, in order. One that was not
+    finite is left out, but for the last."""
     end = run.summary
     points = [
-        (float(line.step), line.seconds, line.val.loss) for line in run.metrics if line.val and line.step < end.steps
+        (float(line.step), line.seconds, line.val.loss)
+        for line in run.metrics
+        if line.val and line.step < end.steps and math.isfinite(line.val.loss)
     ]
     points.append((float(end.steps), end.seconds, end.val.loss))
     return (

@@ -23,7 +23,7 @@ import torch
 
 from experiments.suites import timing
 from moe.errors import BadInput
-from moe.run.jsonl import write_atomically
+from moe.run.jsonl import to_text, write_atomically
 
 SAME = ("commit", "code", "device")  # what a kept row has in common with a new one, beside its key
 FOLDERS = re.compile(r"""(?<![\w.=])(?:/[^/\s:'"]+)+/""")  # of an absolute path
@@ -91,13 +91,13 @@ class Rows:
 
     def add(self, values: dict[str, Any]) -> dict[str, Any]:
         """Append a row and have it on its way to the disk. JSON has no NaN: a number that is not finite is null."""
-        row = json.loads(json.dumps(_finite(_plain(self.common | values)), allow_nan=False))
+        row = json.loads(to_text(_plain(self.common | values)))
         try:
             if not self.begun:  # what was there before is kept whole until there is something to put in its place
-                write_atomically(self.path, "".join(json.dumps(earlier) + "\n" for earlier in self.rows))
+                write_atomically(self.path, "".join(to_text(earlier) + "\n" for earlier in self.rows))
                 self.begun = True
             with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_text(row) + "\n")
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
         self.rows.append(row)
@@ -129,7 +129,7 @@ def run(
 
 def _measured(case: Case, rows: Rows, device: torch.device) -> dict[str, Any]:
     """What a case gives, or why it gives nothing; its file has a mark beside it meanwhile."""
-    rows.mark.write_text(json.dumps(_plain(case.key)))
+    rows.mark.write_text(to_text(_plain(case.key)))
     began = time.monotonic()
     values: dict[str, Any]
     try:
@@ -207,11 +207,3 @@ def _has(row: dict[str, Any], part: dict[str, Any]) -> bool:
 def _plain(tree: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(tree, default=str))
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

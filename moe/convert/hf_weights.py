@@ -26,6 +26,7 @@ from moe.convert.hf_config import config_to_hf, family_of, read_config
 from moe.errors import BadInput
 from moe.model.attention import rotary
 from moe.model.transformer import Transformer
+from moe.run.jsonl import to_text
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -243,7 +244,7 @@ def save(model: Transformer, router: RouterConfig, folder: Path, shard_bytes: in
     try:
         temporary.mkdir(parents=True)
         _write_shards(temporary, views, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(to_text(tree, indent=2) + "\n", encoding="utf-8")
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{folder} cannot be written ({error}).") from error
@@ -271,4 +272,4 @@ def _write_shards(folder: Path, views: Mapping[str, list[Tensor]], shard_bytes: 
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(size, views))}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(to_text(index, indent=2) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.errors import BadInput
+from moe.run.jsonl import finite, to_text
 
 FORMAT = 1  # of the folder; a reader refuses any other
 META = "meta.json"
@@ -71,7 +72,8 @@ def save(
     device and need not be contiguous, but no two may share elements (tied weights are saved once).
 
     Raises `BadInput`, with the bytes needed and free, when the disk is full or cannot be written: the temporary folder
-    is gone and the earlier checkpoints are untouched. Raises `ValueError` for a `meta` that JSON would alter."""
+    is gone and the earlier checkpoints are untouched. Raises `ValueError` for a `meta` that JSON would alter, but for
+    numbers that are not finite: they are null."""
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     # A good checkpoint of this step is kept; the damage of a bad one is remembered.
     final = root / f"step-{snapshot.step:08d}"
@@ -173,8 +175,8 @@ def verify(path: Path) -> None:
 
 
 def _encode_meta(meta: dict[str, Any]) -> bytes:
-    text = json.dumps(meta, indent=1, allow_nan=False)
-    if json.loads(text) != meta:
+    text = to_text(meta, indent=1)
+    if json.loads(text) != finite(meta):
         raise ValueError("meta has tuples or keys that are not strings: JSON would not give it back as it was")
     return text.encode()
 

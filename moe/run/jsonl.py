@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 def to_text(tree: Any, indent: int | None = None) -> str:
     """A tree of dicts, lists and values as JSON that any reader takes."""
-    return json.dumps(_finite(tree), indent=indent, allow_nan=False)
+    return json.dumps(finite(tree), indent=indent, allow_nan=False)
 
 
-def _finite(tree: Any) -> Any:
+def finite(tree: Any) -> Any:
     """`tree` with None for every number that is not finite."""
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
+        return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
-        return _finite(tree._asdict())
-    return [_finite(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return finite(tree._asdict())
+    return type(tree)(finite(value) for value in tree) if isinstance(tree, list | tuple) else tree
 
 
 def write_json(path: Path, tree: Any) -> None:

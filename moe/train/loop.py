@@ -41,6 +41,7 @@ from moe.run.machine import autocast
 from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, read_summary, write_summary
 from moe.train import trackers
 from moe.train.distill import load_teacher
+from moe.train.non_finite import check_validation
 from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
 from moe.train.signals import Stop, catch_signals
@@ -167,8 +168,8 @@ def run_steps(state: State, cfg: Config, folder: Path, dataset: Dataset, stop: S
 
 
 def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluation | None:
-    """Evaluate this moment's model; None when a signal cuts it short."""
-    return evaluate(
+    """Evaluate this moment's model; None when a signal cuts it short. Raises `BadInput` where a loss is not finite."""
+    evaluation = evaluate(
         state.model,
         dataset,
         n_tokens=cfg.train.eval_tokens,
@@ -177,6 +178,9 @@ def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluat
         autocast=partial(autocast, cfg),
         stop=lambda: bool(stop.number),
     )
+    if evaluation:
+        check_validation(state, evaluation, cfg, dataset, Path(cfg.run) / "checkpoints")
+    return evaluation
 
 
 def with_validation(line: MetricsLine, evaluation: Evaluation | None) -> MetricsLine:

@@ -1,6 +1,7 @@
 """Where a number that is not finite first appeared, in one sentence."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from moe.config.run import Config
-from moe.data.loader import Batch
+from moe.data.loader import Batch, validation_starts
+from moe.data.shards import Dataset
+from moe.errors import BadInput
+from moe.eval.evaluate import Evaluation, eval_mode
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
 from moe.run.machine import autocast
@@ -19,23 +23,65 @@ from moe.train.state import State
 def explain_non_finite(state: State, batch: Batch, loss: float, cfg: Config, root: Path) -> str:
     """One sentence: the step, the place where a non-finite number first appears, the last good checkpoint."""
     place = first_non_finite(state.model, batch, loss, cfg)
-    good = checkpoint.latest(root, lambda _: None)
-    keep = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return (
-        f"step {state.step + 1}: {place} is not finite; no parameter was changed by it and {keep}: "
-        f"lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set train.non_finite=skip to "
-        "leave such steps out."
+        f"step {state.step + 1}: {place} is not finite; no parameter was changed by it and {last_good(root)}: "
+        f"{_remedy(cfg)} leave such steps out."
     )
+
+
+def check_validation(state: State, evaluation: Evaluation, cfg: Config, dataset: Dataset, root: Path) -> None:
+    """Raise `BadInput` for a validation that is not finite, with the sentence of a training step, unless
+    train.non_finite=skip: then it is recorded as null, and no checkpoint has it for a score."""
+    bad = [i for i, nats in enumerate(evaluation.windows) if not math.isfinite(nats)]
+    if not bad or cfg.train.non_finite == "skip":
+        return
+    # The first window that is not finite, looked into once more.
+    split, context = dataset.split("val"), cfg.model.context
+    starts = validation_starts(split, context, cfg.train.eval_tokens)
+    tokens_1S = torch.from_numpy(split.read(starts[bad[:1]], context)[0][:, :-1])
+    with eval_mode(state.model):
+        place = first_bad_parameter(state.model) or first_bad_output(state.model, [tokens_1S], cfg)
+    raise BadInput(
+        f"step {state.step}: {place or 'the loss'} is not finite in {len(bad)} of the {len(evaluation.windows)} "
+        f"windows of the validation and {last_good(root)}: {_remedy(cfg)} record it as null and go on."
+    )
+
+
+def last_good(root: Path) -> str:
+    """What to say of the checkpoints in `root`: which is the last good one."""
+    try:
+        good = checkpoint.latest(root, lambda _: None)
+    except BadInput:
+        return "no checkpoint is good"
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+
+def _remedy(cfg: Config) -> str:
+    return f"lower optim.lr={cfg.optim.lr} or raise optim.warmup={cfg.optim.warmup}, or set train.non_finite=skip to"
 
 
 def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config) -> str:
     """Where a non-finite number first appears: a parameter, else a module's output in the forward pass, else the loss,
     else (backward runs from the last layer) the last parameter in order whose gradient is not finite."""
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            return f"the parameter {name}"
+    place = first_bad_parameter(model) or first_bad_output(model, batch.tokens_BS.chunk(cfg.train.accumulate), cfg)
+    if place:
+        return place
 
-    # The forward pass once more, with a look at the output of every module in the order they finish.
+    # The forward pass is finite, so what comes after it is not.
+    if not math.isfinite(loss):
+        return "the loss"
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {bad[-1]}" if bad else "the gradients' norm"
+
+
+def first_bad_parameter(model: Transformer) -> str | None:
+    """The first parameter that is not finite, in words."""
+    return next((f"the parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+def first_bad_output(model: Transformer, micro_batches: Iterable[Tensor], cfg: Config) -> str | None:
+    """The first module, in the order they finish, whose output for tokens (B, S) is not finite, in words: the forward
+    passes are run once more, with a look at each output."""
     bad_outputs: list[str] = []
 
     def hook(name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -47,18 +93,11 @@ def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config)
     handles = [m.register_forward_hook(partial(hook, name)) for name, m in model.named_modules()]
     try:
         device = next(model.parameters()).device
-        for tokens_BS in batch.tokens_BS.chunk(cfg.train.accumulate):
+        for tokens_BS in micro_batches:
             # Not compiled: for the hooks the model would be compiled anew.
             with torch.no_grad(), autocast(cfg), torch.compiler.set_stance("force_eager"):
                 model(tokens_BS.to(device), backend=cfg.dispatch)
     finally:
         for handle in handles:
             handle.remove()
-    if bad_outputs:
-        return bad_outputs[0]
-
-    # It is finite, so what comes after it is not.
-    if not math.isfinite(loss):
-        return "the loss"
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return f"the gradient of {bad[-1]}" if bad else "the gradients' norm"
+    return bad_outputs[0] if bad_outputs else None

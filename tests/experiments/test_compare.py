@@ -5,6 +5,7 @@ import inspect
 import json
 import json.encoder
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import compare as command
-from experiments.compare import CompareConfig, compare
+from experiments.compare import CompareConfig, compare, read_run
 from experiments.pages.tables import markdown
 from experiments.stats.verdict import HEADINGS
 from moe.config.parse import to_dict
@@ -326,3 +327,14 @@ def test_the_command_line_prints_the_table_the_verdict_and_where_the_page_is(fin
     assert markdown(HEADINGS, result.table) in out
     assert "\n".join(result.sentences) in out
     assert out.endswith(f"page: {cfg.run}/index.html\n")
+
+
+def test_a_run_that_ended_without_a_finite_loss_is_refused_in_a_sentence(finished, tmp_path):
+    cfg, _ = finished
+    folder = tmp_path / "diverged"
+    shutil.copytree(Path(cfg.run, "moe-seed0"), folder)
+    tree = json.loads((folder / "summary.json").read_text())
+    tree["val"]["loss"] = None
+    (folder / "summary.json").write_text(json.dumps(tree))
+    with pytest.raises(BadInput, match=r"diverged ended with a validation loss that is not finite"):
+        read_run(folder)

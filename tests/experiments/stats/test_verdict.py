@@ -1,6 +1,7 @@
 """Claims about experiments/stats/verdict.py."""
 
 import dataclasses
+import math
 
 import pytest
 from scipy.stats import ttest_rel
@@ -22,6 +23,15 @@ def test_runs_on_different_validation_windows_are_refused():
     dense.summary.val_windows.pop()
     with pytest.raises(ValueError, match="64 validation windows and dense-seed0 63"):
         verdict.loss_difference([Pair(moe, dense)])
+
+
+def test_an_evaluation_that_is_not_finite_is_left_out_of_the_curve():
+    run = fake_run()
+    steps, _, loss = verdict.validation_curve(run)
+    ruined = dataclasses.replace(run.metrics[200], val=dataclasses.replace(run.metrics[200].val, loss=math.nan))
+    run.metrics[200] = ruined
+    assert verdict.validation_curve(run)[0] == [step for step in steps if step != 200]
+    assert verdict.validation_curve(run)[2] == [value for step, value in zip(steps, loss, strict=True) if step != 200]
 
 
 def test_a_loss_is_reached_on_the_line_between_two_evaluations():

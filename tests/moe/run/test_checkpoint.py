@@ -107,7 +107,13 @@ def test_random_generators_continue_where_they_were_saved(tmp_path):
     assert draw() == expected
 
 
-@pytest.mark.parametrize("meta", [{"nan": float("nan")}, {"inf": [-float("inf")]}, {"tuple": (1, 2)}, {"key": {1: 2}}])
+def test_a_number_in_the_metadata_that_is_not_finite_is_null_and_costs_no_checkpoint(tmp_path):
+    meta = {"nan": float("nan"), "inf": [{"deep": -float("inf")}], "one": 1.0}
+    path = checkpoint.save(tmp_path, Snapshot(1, {}, {}, meta, {}), keep=1)
+    assert checkpoint.load(path).meta == {"nan": None, "inf": [{"deep": None}], "one": 1.0}
+
+
+@pytest.mark.parametrize("meta", [{"tuple": (1, 2)}, {"key": {1: 2}}])
 def test_metadata_that_json_would_alter_is_refused_before_anything_is_written(tmp_path, meta):
     with pytest.raises(ValueError):
         checkpoint.save(tmp_path / "root", Snapshot(1, {}, {}, meta, {}), keep=1)

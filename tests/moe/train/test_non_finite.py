@@ -180,6 +180,53 @@ def test_a_skipped_step_is_counted_and_not_taken(place, poison, corpus, tmp_path
     assert taken == {STEPS - 2}
 
 
+@pytest.fixture
+def diverged_validation(monkeypatch):
+    """(steps) -> the validation after each of them meets an activation that is not finite; training does not."""
+
+    def arrange(*steps):
+        evaluated = moe.train.loop.validate
+
+        def validate(state, *arguments):
+            hook = state.model.blocks[1].attn.register_forward_hook(
+                lambda module, inputs, output: output * math.nan if state.step in steps else output
+            )
+            try:
+                return evaluated(state, *arguments)
+            finally:
+                hook.remove()
+
+        monkeypatch.setattr(moe.train.loop, "validate", validate)
+
+    return arrange
+
+
+def test_a_validation_that_is_not_finite_stops_with_the_sentence_of_a_step(diverged_validation, corpus, tmp_path):
+    diverged_validation(BAD)
+    with pytest.raises(BadInput) as caught:
+        train(settings(corpus, tmp_path / "run", {"train.eval_every": 1}))
+    good = tmp_path / "run" / "checkpoints" / f"step-{SAVED:08d}"
+    assert re.fullmatch(
+        rf"step {BAD}: the output of blocks\.1\.attn is not finite in 8 of the 8 windows of the validation and the "
+        rf"last good checkpoint is {re.escape(str(good))}: lower optim\.lr=\S+ or raise optim\.warmup=2, or set "
+        r"train\.non_finite=skip to record it as null and go on\.",
+        str(caught.value),
+    )
+    assert checkpoint.load(good).step == SAVED
+
+
+def test_a_skipped_validation_is_null_and_its_checkpoint_is_never_the_best(diverged_validation, corpus, tmp_path):
+    """The checkpoints are of steps 3, 6 and 7; those of 6 and 7 have no score."""
+    diverged_validation(2 * SAVED, STEPS)
+    summary = train(settings(corpus, tmp_path / "run", {"train.eval_every": 1, "train.non_finite": "skip"}))
+    assert math.isnan(summary.val.loss)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["val"]["loss"] is None] == [2 * SAVED, STEPS]
+    assert lines[-1]["val"]["domains"]["chess"]["bpb"] is None
+    assert "NaN" not in (tmp_path / "run" / "summary.json").read_text()
+    assert checkpoint.best(tmp_path / "run" / "checkpoints").name == f"step-{SAVED:08d}"
+
+
 def test_too_many_skipped_steps_in_a_row_stop_the_run(poison, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(moe.train.step, "MAX_SKIPPED", 2)
     poison(poison_loss, 1, 2, 4, 5, 6)
