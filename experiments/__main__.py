@@ -3,11 +3,14 @@
 import ast
 from pathlib import Path
 
+from moe.run import terminal
+
 SHARED = ("__init__", "__main__", "cli")  # files beside the commands that are none
 
 
 def main() -> None:
     """Print a line per command, and how to get help."""
+    terminal.begin()
     said = {path.stem: sentence(path) for path in commands()}
     width = max(map(len, said))
     print("Commands, run as python -m experiments.NAME; what one can be told: python -m experiments.NAME --help\n")

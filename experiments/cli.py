@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.config.parse import lookup, nearest, parse
 from moe.config.run import Config, validate
 from moe.errors import BadInput
+from moe.run import terminal
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 REFUSED = 2  # exit status for bad input
@@ -53,13 +54,14 @@ def command(
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
     it has. `complete` False: the settings add to those of a run that `main` reads and validates with them; here only
-    names and types are checked. `under`: (settings, keys that the command line gives) -> the settings with those of a run
-    that lie under the command line; what is validated are these. After a sweep (--multirun) `after` is called with what `main` returned for each of its
-    jobs, in order."""
+    names and types are checked. `under`: (settings, keys that the command line gives) -> the settings with those of a
+    run that lie under the command line; what is validated are these. After a sweep (--multirun) `after` is called with
+    what `main` returned for each of its jobs, in order."""
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
+            terminal.begin()
             results: list[Any] = []
 
             def job(tree: DictConfig) -> None:
@@ -70,9 +72,11 @@ def command(
             sys.argv[1:] = [literal(argument, verbatim) for argument in sys.argv[1:]]
             arguments = get_args_parser().parse_args()
             refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
-            hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
+            refuse(hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job))
             if after and arguments.multirun:
                 refuse(after, results)
+            if not issubclass(schema, Config):  # there the output is all there is; a run has its files
+                refuse(terminal.check)
 
         return entry
 
@@ -106,7 +110,7 @@ def refuse(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except BadInput as bad:
         sys.stdout.flush()
-        print(f"error: {bad}", file=sys.stderr)
+        print(f"error: {terminal.printable(str(bad))}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:  # before there is anything to save: training and generating answer it themselves
         print("interrupted", file=sys.stderr)

@@ -40,7 +40,7 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model import cost
-from moe.run import machine
+from moe.run import machine, terminal
 from moe.run.folder import read_config
 from moe.run.jsonl import write_atomically, write_json
 from moe.run.load import load_run
@@ -78,8 +78,8 @@ def main(cfg: CompareConfig) -> sweep_table.Job:
     print()
     tables.print_table(verdict.HEADINGS, result.table)
     for sentence in result.sentences:
-        print(sentence)
-    print(f"page: {Path(result.folder, 'index.html')}")
+        terminal.say(sentence)
+    terminal.say(f"page: {Path(result.folder, 'index.html')}")
     return sweep_table.Job(list(hydra.overrides.task), result)
 
 
@@ -97,7 +97,7 @@ def fingerprint(cfg: CompareConfig) -> str:
 
 
 def compare(
-    cfg: CompareConfig, say: Callable[[str], None] = print, overrides: Sequence[str] = ()
+    cfg: CompareConfig, say: Callable[[str], None] = terminal.say, overrides: Sequence[str] = ()
 ) -> verdict.Comparison:
     """Train a pair of models per seed and write the comparison: what `compare.json` holds.
 

@@ -10,7 +10,6 @@ else. Commas, colons, brackets, quotes, $ and line breaks in it are text. No pro
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +21,8 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text, token_bytes
 from moe.model import dispatch
-from moe.run import machine
+from moe.run import machine, terminal
 from moe.run.load import load_run
-
-# Control characters would move a terminal's cursor or switch its character set: their pictures are shown instead.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclass
@@ -100,16 +95,17 @@ def main(cfg: GenerateConfig) -> None:
 
 
 def say(prompt: str, pieces: Iterator[str]) -> None:
-    """Write the prompt and every piece as it comes. Ctrl-C, or a reader that goes away, ends it."""
-    picture = PICTURES if sys.stdout.isatty() else {}
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            print(prompt.translate(picture), end="", flush=True)
-            for piece in pieces:
-                print(piece.translate(picture), end="", flush=True)
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+    """Write the prompt and every piece as it comes; a terminal is shown pictures of control characters. Ctrl-C, or a
+    reader that goes away, ends it. Raises `BadInput` for an output that takes no text for any other reason."""
+    shown = (lambda text: terminal.printable(text, lines=True)) if sys.stdout.isatty() else str
+    with contextlib.suppress(KeyboardInterrupt):
+        print(shown(prompt), end="", flush=True)
+        for piece in pieces:
+            if terminal.lost():
+                break
+            print(shown(piece), end="", flush=True)
+    print(flush=True)
+    terminal.check()
 
 
 def show_next(tokenizer: Tokenizer, tokens: list[tuple[int, float]], choices: list[LayerChoice]) -> None:

@@ -6,6 +6,8 @@ python -m experiments.train model.moe=null                     # a dense model
 python -m experiments.train data=text data.path=my/texts       # your own text
 python -m experiments.train run=runs/... resume=true           # go on with an interrupted run, its own settings
 python -m experiments.train -m router=softmax,sigmoid seed=0,1,2 resume=true   # a sweep that can be repeated
+
+Ctrl-C, SIGTERM and a terminal that is closed end it after the step, saved. A reader that goes away (`| head`) does not.
 """
 
 from pathlib import Path

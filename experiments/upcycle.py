@@ -40,7 +40,7 @@ from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model, model_tensors
-from moe.run import machine
+from moe.run import machine, terminal
 from moe.run.folder import check_tokenizer, create_folder
 from moe.run.load import load_run
 from moe.run.summary import read_summary
@@ -179,7 +179,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     target = target_config(sources[0][1], cfg, given)
     tensors, target.model = convert(cfg, target, sources)
     # The text that training will go on with, in the sources' own tokens.
-    dataset = prepare(target.data, target.tokenizer, print)
+    dataset = prepare(target.data, target.tokenizer, terminal.say)
     for name in (cfg.source, *cfg.others):
         check_tokenizer(Path(name), dataset.tokenizer)
     # The state before the first step, in a folder that appears whole.
@@ -188,14 +188,14 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
     try:
         create_folder(temporary, target, tokenizer)
-        save_checkpoint(state, target, temporary / "checkpoints", dataset, None, print)
+        save_checkpoint(state, target, temporary / "checkpoints", dataset, None, terminal.say)
         temporary.rename(folder)
     except OSError as error:
         raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
-    print(
+    terminal.say(
         f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "
         f"from {', '.join((cfg.source, *cfg.others))}. Train it with: python -m experiments.train "
         f"{shlex.quote(f'run={folder}')} resume=true"

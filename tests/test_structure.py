@@ -185,7 +185,7 @@ def test_moe_and_kernels_import_where_triton_hydra_and_omegaconf_are_absent():
     assert set(done.stdout.split()) == expected - need
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
+@pytest.mark.parametrize("room", sorted(ROOMS - {"experiments"}))
 def test_a_package_opens_with_a_docstring_and_nothing_else(room):
     tree = _tree(MODULES[room])
     assert ast.get_docstring(tree)
@@ -257,8 +257,10 @@ SIDE_EFFECTS = (ast.Expr, ast.For, ast.While, ast.With, ast.Try, ast.Delete)
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_nothing_happens_at_import(path):
-    """Definitions and constants only; the exceptions are torch.library's registrations and a command's last lines."""
-    allowed = re.compile(r"[_\w]+\.register_(autograd|fake)\(|if __name__ == '__main__':")
+    """Definitions and constants only; the exceptions are torch.library's registrations, a command's last lines, and
+    what Ctrl-C does to a command whose imports are not done (experiments/__init__.py)."""
+    importing = r"if sys\.argv\[:1\] == \['-m'\] and"
+    allowed = re.compile(rf"[_\w]+\.register_(autograd|fake)\(|if __name__ == '__main__':|{importing}")
     for node in _tree(path).body[1:]:
         if isinstance(node, (*SIDE_EFFECTS, ast.If)):
             assert allowed.match(ast.unparse(node)), f"{path.name}:{node.lineno}"

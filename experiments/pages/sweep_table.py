@@ -19,6 +19,7 @@ from experiments.pages import tables
 from experiments.stats import statistics, verdict
 from experiments.stats.verdict import Measured, SeedResult
 from moe.run.jsonl import write_atomically, write_json
+from moe.run.terminal import say
 
 SEEDS = ("seed", "seeds")
 BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it
@@ -74,8 +75,8 @@ def report(jobs: Sequence[Job]) -> None:
     tables.print_table(headings, rows)
     leaking = [line.label for line in sweep if (line.leak or 0) > verdict.LEAK]
     if leaking:
-        print(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
-    print(f"table: {folder / 'table.md'}")
+        say(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
+    say(f"table: {folder / 'table.md'}")
 
 
 def lines(jobs: Sequence[Job]) -> list[Line]:

@@ -6,10 +6,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe.run.terminal import printable
+
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """The table as Markdown, its columns aligned: the first `left` to the left, the others to the right."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    """The table as Markdown, its cells printable and its columns aligned: the first `left` to the left, the others to
+    the right."""
+    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in (headings, *rows)]
     width = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" is the shortest that is Markdown
     cells.insert(1, ["-" * dashes if i < left else "-" * (dashes - 1) + ":" for i, dashes in enumerate(width)])
     lines = []
@@ -28,9 +31,9 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: in
         return
     table = Table()
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < left else "right")
+        table.add_column(Text(printable(heading)), justify="left" if i < left else "right")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 

@@ -126,5 +126,5 @@ def _windows(split: Split, context: int) -> int:
 
 def _ignore_interruption(worker: int) -> None:
     """Signals to the whole process group are for the main process to answer: it needs its batches until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -6,4 +6,5 @@ summary     what a run says of itself in numbers: a metrics line, and the summar
 checkpoint  atomic, verified snapshots
 load        a run's model, read back
 machine     device, precision, memory, versions
+terminal    outputs that do not fail, and text that a terminal shows as it is
 """

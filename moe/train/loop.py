@@ -1,8 +1,8 @@
 """The one training loop: prepare or resume a run, take steps, evaluate, save, and leave a summary.
 
 A run is resumed bitwise: model, optimiser, schedule, loader position, random generators and counters all come back from
-the checkpoint, and the loader's batches are a function of (seed, step). SIGINT or SIGTERM finishes the step, saves, and
-says how to go on. A loss or gradient that is not finite never reaches a parameter.
+the checkpoint, and the loader's batches are a function of (seed, step). SIGINT, SIGTERM or SIGHUP finishes the step,
+saves, and says how to go on. A loss or gradient that is not finite never reaches a parameter.
 """
 
 import copy
@@ -27,7 +27,7 @@ from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer
-from moe.run import jsonl, machine
+from moe.run import jsonl, machine, terminal
 from moe.run.folder import (
     check_same,
     check_tokenizer,
@@ -49,11 +49,11 @@ from moe.train.state import State, restore, save_checkpoint, seed_everything
 from moe.train.step import take_step
 
 
-def train(cfg: Config, say: Callable[[str], None] = print) -> Summary:
+def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     """Train, resume, or (if it is finished) only read the run of `cfg`. Returns its summary, as in summary.json.
 
-    Raises `BadInput` for anything a person can correct; `SystemExit` with 128 + the signal's number after SIGINT or
-    SIGTERM, once the step is saved."""
+    Raises `BadInput` for anything a person can correct; `SystemExit` with 128 + the signal's number after SIGINT,
+    SIGTERM or SIGHUP, once the step is saved."""
     cfg = copy.deepcopy(cfg)
     code = machine.git_state()  # now: by the end the files may be others than those imported
 

@@ -1,14 +1,17 @@
-"""What a person sees of training: a live bar and a strip of expert load on a terminal, plain lines in a pipe."""
+"""What a person sees of training: a live bar and a strip of expert load on a terminal, plain lines in a pipe. When
+nobody reads any more, training goes on all the same."""
 
 import sys
 from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
+from moe.run import terminal
 from moe.run.summary import MetricsLine
 
 STRIP = "▁▂▃▄▅▆▇█"
@@ -51,10 +54,11 @@ class Watch:
         self.name, self.steps, self.every, self.val = name, steps, every, ""
         self.console = Console()
         self.live: Live | None = None
+        self.left = False  # whether the reader has gone, and stderr was told
         if sys.stdout.isatty():
             self.bar = Progress(
-                TextColumn(f"[bold]{name}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console,
+                TextColumn(f"[bold]{escape(terminal.printable(name))}"), BarColumn(), MofNCompleteColumn(),
+                TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=steps, completed=done, note="")
             self.live = Live(self.bar, console=self.console, refresh_per_second=4, transient=True)
@@ -71,9 +75,9 @@ class Watch:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.live:
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(terminal.printable(text), markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            terminal.say(text)
 
     def step(self, line: MetricsLine, counts: list[Tensor]) -> None:
         """Show one metrics line; `counts` holds each MoE layer's routed rows per expert."""
@@ -89,4 +93,8 @@ class Watch:
             ]
             self.live.update(Group(self.bar, *strips))
         elif line.val or line.step % self.every == 0 or line.step == self.steps:
-            print(plain_line(line, self.steps), flush=True)
+            terminal.say(plain_line(line, self.steps))
+        if (error := terminal.lost()) and not self.left:
+            self.left = True
+            why = f"Nobody reads standard output ({error.strerror})"
+            print(f"{why}: training goes on; a signal ends it.", file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @dataclass
 class Stop:
@@ -16,8 +18,11 @@ class Stop:
 
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """While inside, the first SIGINT or SIGTERM only sets `Stop.number`; the second acts as it always did."""
-    stop, before = Stop(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """While inside, the first SIGINT, SIGTERM or SIGHUP (the terminal is closed; nohup has it ignored, and it stays so)
+    only sets `Stop.number`; the second acts as it always did."""
+    stop, before = Stop(), {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def handle(number: int, frame: Any) -> None:
         stop.number = number

@@ -1,5 +1,7 @@
 """Claims about the command line: it composes what was asked for, or says in one sentence why not."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -202,3 +204,27 @@ def test_a_verbatim_value_arrives_as_it_was_typed(value):
     tree = OmegaConf.create({"prompt": parsed.value()})
     assert OmegaConf.to_container(tree, resolve=True) == {"prompt": value}
     assert cli.literal(f"other={value}", ("prompt",)) == f"other={value}"
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_word_and_status_130(tmp_path):
+    (tmp_path / "hydra.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train"],
+        capture_output=True, text=True, cwd=cli.CONF.parent, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("output", ["a closed one", "a full disk", "no reader", "ascii"])
+def test_a_command_ends_well_whatever_becomes_of_its_output(output, tmp_path):
+    """A table that could not be written is one sentence; a reader who has enough is no mistake."""
+    redirect = {"a closed one": ">&-", "a full disk": ">/dev/full", "no reader": "| true", "ascii": "| cat"}[output]
+    command = f"set -o pipefail; {sys.executable} -m experiments.routers 'names=[softmax]' {redirect}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True, text=True, cwd=cli.CONF.parent, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    refused = {"a closed one": "it is closed", "a full disk": "No space left on device"}.get(output)
+    said = f"error: standard output cannot be written ({refused}): give it another place to go.\n" if refused else ""
+    assert (done.returncode, done.stderr) == (2 if refused else 0, said)
+    assert done.stdout.isascii()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 import pytest
@@ -14,7 +15,9 @@ from omegaconf import OmegaConf
 from experiments import cli
 from experiments.generate import GenerateConfig, main, repr_token, say, show_next
 from experiments.pages.tables import markdown
+from moe.errors import BadInput
 from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text
+from moe.run import terminal
 from moe.run.load import load_run
 from tests.small_models import BYTES
 
@@ -116,10 +119,20 @@ def test_an_interrupt_ends_the_text_with_a_line_break(capsys):
 def test_a_reader_that_goes_away_ends_the_text(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        say("I ", iter(["said"]))
-        print("nothing is raised later", flush=True)
+    monkeypatch.setattr(sys, "stdout", terminal.outlet(writer))
+    pieces = iter(["said", "no more"])
+    say("I ", pieces)
+    assert list(pieces) == ["no more"], "it went on without a reader"
+    print("nothing is raised later", flush=True)
+    os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_takes_no_text_is_one_sentence(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", terminal.outlet(full.fileno()))
+        with pytest.raises(BadInput, match=r"^standard output cannot be written \(No space left on device\)"):
+            say("I ", iter(["said"]))
 
 
 def test_a_terminal_is_shown_pictures_of_control_characters_and_a_file_gets_the_characters(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Tables say the same on a terminal and in a pipe."""
 
+import pytest
+
 from experiments.pages.tables import markdown, print_table
 
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")
@@ -36,3 +38,15 @@ def test_a_terminal_gets_every_cell_as_it_is(monkeypatch, capsys):
     print_table(HEADINGS, [cells])
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
+
+
+@pytest.mark.parametrize("colours", ["", "1"], ids=["pipe", "terminal"])
+def test_a_name_with_control_characters_moves_no_cursor(colours, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if colours:
+        monkeypatch.setenv("FORCE_COLOR", colours)
+    print_table(("domain\x1b[2J", "loss"), [("a\x1b]0;title\x07\nb", "3.2")])
+    out = capsys.readouterr().out
+    assert "domain␛[2J" in out
+    assert "a␛]0;title␇␊b" in out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.run.summary import LayerMetrics, MetricsLine, Validation
+from moe.run.terminal import outlet, say
 from moe.train.progress import STRIP, STRIP_WIDTH, Watch, load_strip, plain_line
-from tests.small_runs import settings, train
+from tests.small_runs import STEPS, settings, train
 
 VAL = Validation(2.5, 1.25, {})
 LINE = MetricsLine(
@@ -96,6 +98,25 @@ def test_on_a_terminal_what_is_said_stays_above_the_bar():
         watch.say("checkpoint: runs/[a]/step-1")
     shown = plain(out.getvalue())
     assert "checkpoint: runs/[a]/step-1\n" in shown.replace("\r", "")
+
+
+def test_a_runs_name_is_neither_markup_nor_control_characters():
+    with terminal() as out, Watch("\x1b[31m[red]run", 20, 0, 1) as watch:
+        watch.say("run: \x1b[31mred\r\n")
+    assert "␛[31m[red]run" in plain(out.getvalue())
+    assert "run: ␛[31mred␍␊" in plain(out.getvalue())
+    assert "\x1b[31m" not in out.getvalue()
+
+
+def test_without_a_reader_training_goes_on_and_says_so_once_elsewhere(monkeypatch, corpus, tmp_path, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", outlet(writer))
+    summary = train(settings(corpus, tmp_path / "run", {"log.every": 1}), say)
+    os.close(writer)
+    assert summary.steps == STEPS
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert capfd.readouterr().err.count("Nobody reads standard output (Broken pipe): training goes on") == 1
 
 
 def test_a_whole_run_can_be_watched_on_a_terminal(corpus, tmp_path):

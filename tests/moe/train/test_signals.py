@@ -1,4 +1,4 @@
-"""Claims about SIGINT and SIGTERM: whatever a run was doing, it saves, says how to go on, and nothing is lost."""
+"""Claims about SIGINT, SIGTERM and SIGHUP: whatever a run did, it saves, says how to go on, and nothing is lost."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 import experiments.train
 from moe.run import checkpoint
 from moe.run.jsonl import read_lines
-from moe.train.signals import catch_signals
+from moe.train.signals import SIGNALS, catch_signals
 from tests.small_runs import STEPS, fate, noisy, settings, start, train
 
 # Phase -> the step that is saved: a step and a save are finished, an evaluation is given up and made up for later.
@@ -49,7 +49,12 @@ def paste(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [*((phase, signal.SIGTERM) for phase in PHASES), ("step", signal.SIGINT), ("evaluation", signal.SIGINT)],
+    [
+        *((phase, signal.SIGTERM) for phase in PHASES),
+        ("step", signal.SIGINT),
+        ("evaluation", signal.SIGINT),
+        ("step", signal.SIGHUP),
+    ],
 )
 def test_a_signal_saves_and_the_printed_command_leads_to_the_uninterrupted_result(
     phase, number, started, whole, tmp_path, monkeypatch
@@ -86,9 +91,19 @@ def test_a_second_signal_acts_as_it_always_did():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with catch_signals() as stop:
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert stop.number == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
