@@ -64,8 +64,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     if started and not cfg.resume:
         raise BadInput(f"run={folder} exists: add resume=true to go on with it, or choose another run.")
     if started:
-        own = read_config(folder)
-        check_unedited(folder, own)
+        recorded = read_config(folder)
+        check_unedited(folder, recorded)
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
@@ -78,7 +78,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
     if started:
-        changes = check_same(own, cfg)
+        changes = check_same(recorded, cfg)
         check_tokenizer(folder, dataset.tokenizer)
         if (folder / "summary.json").exists():
             say(f"run: {folder} is finished")
