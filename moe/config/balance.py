@@ -17,7 +17,8 @@ class BalanceConfig:
     """What keeps the load even. Coefficients of the losses added to the language-model loss; 0 switches one off."""
 
     aux: Annotated[float, Between(0, ANY)] = 0.01  # load-balancing loss, E * sum_i f_i m_i
-    # what aux is computed over: sequence | batch (a micro-batch) | global (the optimiser step)
+    # what aux is computed over: sequence | batch (a micro-batch) | global (the optimiser step, as is then every other
+    # term; moe.routing.balance has the whole table)
     scope: Annotated[str, OneOf("sequence", "batch", "global")] = "batch"
     z: Annotated[float, Between(0, ANY)] = 0.001  # router z-loss
     importance: Annotated[float, Between(0, ANY)] = 0.0  # CV² of every expert's summed weights (Shazeer 2017)

@@ -17,7 +17,7 @@ from moe.model import dispatch
 from moe.model.experts import MLP, CheapExperts, Experts, MixedExperts
 from moe.routing import balance, policies
 from moe.routing.build import build_router
-from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing
+from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing, Step
 
 
 class LayerInput(NamedTuple):
@@ -26,7 +26,7 @@ class LayerInput(NamedTuple):
     tokens_T: Tensor | None = None  # int64 ids, for routers that read them
     previous_TD: Tensor | None = None  # the previous MoE layer's states, for routers that read those
     router: Router | None = None  # the one that layers share, for a layer without its own
-    load_E: Tensor | None = None  # int64 rows that the whole optimiser step wants of every expert: balance.scope=global
+    step: Step = Step()  # the whole optimiser step, for balance.scope=global
     recorded_TK: Tensor | None = None  # int64 experts to take instead of the router's choice
 
 
@@ -41,7 +41,7 @@ class LayerRouting(NamedTuple):
     expert: Tensor  # (T, K), or (N,) for ragged routers
     weight: Tensor
     token_N: Tensor | None
-    observed: dict[str, Tensor]  # for `Router.update`, to be summed over micro-batches
+    observed: dict[str, Tensor]  # for `Router.update` and `Step.total`, to be summed over micro-batches
     state_TD: Tensor | None  # the layer's input, where a router one layer on reads it
 
     @property
@@ -97,14 +97,14 @@ class MoELayer(nn.Module):
         state_TD, previous_TD = rearrange(x_BSD, "b s d -> (b s) d"), layer_input.previous_TD
         if self.reads_previous and previous_TD is not None:
             state_TD = previous_TD
-        routing = router(state_TD, backend, Context(layer_input.tokens_T, len(x_BSD)))
+        routing = router(state_TD, backend, Context(layer_input.tokens_T, len(x_BSD), layer_input.step))
         # Through the routed experts and back: rows, or slots that are mixtures of tokens.
         if isinstance(routing, Mixture):
             if layer_input.recorded_TK is not None:
                 raise ValueError("a soft router has no experts to replay")
             y_BSD, report = self.mix(x_BSD, routing, backend)
         else:
-            y_BSD, report = self.send(x_BSD, routing, backend, layer_input.load_E, layer_input.recorded_TK)
+            y_BSD, report = self.send(x_BSD, routing, backend, layer_input.step, layer_input.recorded_TK)
         # The shared experts take every token.
         if self.shared is not None:
             shared_BSD = self.shared(x_BSD)
@@ -116,16 +116,16 @@ class MoELayer(nn.Module):
         x_BSD: Tensor,
         routing: Routing,
         backend: str,
-        load_E: Tensor | None = None,
+        step: Step = Step(),  # noqa: B008 — immutable
         recorded_TK: Tensor | None = None,
     ) -> tuple[Tensor, LayerRouting]:
-        """Rows to experts and back; `load_E` and `recorded_TK` as in `LayerInput`."""
+        """Rows to experts and back; `step` and `recorded_TK` as in `LayerInput`."""
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
         wanted, routing = routing, self.limited(routing, len(x_TD), recorded_TK)
         y_TD, count_E = self.apply_experts(x_TD, routing, backend)
         # The balance works on what the router wanted, in the whole optimiser step where that is known.
         wanted_E = count_E if routing is wanted else reference.count(wanted.expert.flatten(), self.n_with_cheap)
-        losses = self.losses(wanted, wanted_E if load_E is None else load_E, len(x_BSD))
+        losses, observed = self.losses(wanted, wanted_E, len(x_BSD), step)
         if self.default_ED is not None and routing.rest_TE is not None:
             rest_TD, losses["default"] = default_vectors(self.default_ED, routing, routing.rest_TE, y_TD)
             y_TD = y_TD + rest_TD
@@ -138,7 +138,7 @@ class MoELayer(nn.Module):
             expert=routing.expert,
             weight=routing.weight.detach(),
             token_N=routing.token_N,
-            observed=routing.observed or {},
+            observed=observed,
             state_TD=x_TD if self.reads_previous else None,
         )
 
@@ -165,27 +165,41 @@ class MoELayer(nn.Module):
         count_E = reference.count(routing.expert.flatten(), self.n_with_cheap)
         return y_TD + self.cheap(x_TD, routing), count_E
 
-    def losses(self, routing: Routing, load_E: Tensor, n_sequences: int) -> dict[str, Tensor]:
-        """The balancing losses that have a coefficient, aux and z in any case, and the router's own."""
-        cfg, router_losses = self.balance, routing.losses or {}
+    def losses(
+        self,
+        routing: Routing,
+        wanted_E: Tensor,
+        n_sequences: int,
+        step: Step = Step(),  # noqa: B008 — immutable
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The balancing losses that have a coefficient, aux and z in any case, and the router's own; what they are of
+        says `moe.routing.balance`. And what was observed: by the router, and the sums that losses are functions of."""
+        cfg, router_losses, observed = self.balance, routing.losses or {}, routing.observed or {}
         if routing.prob_E is None or routing.lse_T is None:
             zero = torch.zeros((), device=routing.weight.device)
-            return {"aux": zero, "z": zero, **router_losses}
+            return {"aux": zero, "z": zero, **router_losses}, observed
         prob_E, n_tokens = routing.prob_E, len(routing.lse_T)
+        # Means over tokens.
         if cfg.scope == "sequence":
             aux = balance.sequence_balancing_loss(routing.prob_TE(), routing.expert, routing.token_N, n_sequences)
         else:
-            aux = balance.load_balancing_loss(prob_E, load_E, n_tokens)
+            aux = balance.load_balancing_loss(prob_E, step.total("count", wanted_E), n_tokens)
         losses = {"aux": aux, "z": balance.z_loss(routing.lse_T)}
-        if cfg.importance:
-            losses["importance"] = balance.importance_loss(routing.weight, routing.expert, self.n_with_cheap)
         if cfg.entropy:
             losses["entropy"] = balance.token_entropy(routing.prob_TE())
-        if cfg.spread:
-            losses["spread"] = balance.spread_loss(prob_E, n_tokens)
-        if cfg.bandpass:
-            losses["bandpass"] = balance.bandpass_loss(prob_E, n_tokens, cfg.band)
-        return losses | router_losses
+        # Functions of sums over tokens, which are the whole step's where it is known.
+        if cfg.importance:
+            importance_E = balance.importance(routing.weight, routing.expert, self.n_with_cheap)
+            losses["importance"] = balance.cv_squared(step.total("importance", importance_E))
+            observed = observed | {"importance": importance_E.detach()}
+        if cfg.spread or cfg.bandpass:
+            step_prob_E, n_step_tokens = step.total("prob", prob_E), step.tokens(n_tokens)
+            if cfg.spread:
+                losses["spread"] = balance.spread_loss(step_prob_E, n_step_tokens)
+            if cfg.bandpass:
+                losses["bandpass"] = balance.bandpass_loss(step_prob_E, n_step_tokens, cfg.band)
+            observed = observed | {"prob": prob_E.detach()}
+        return losses | router_losses, observed
 
     def mix(self, x_BSD: Tensor, mixture: Mixture, backend: str) -> tuple[Tensor, LayerRouting]:
         """Slots to experts and back. It is reported as every token at every expert, by its share of the weight."""

@@ -23,7 +23,7 @@ from moe.model.attention import Attention, KVCache, rotary
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
-from moe.routing.contract import Router
+from moe.routing.contract import Router, Step
 
 
 class Output(NamedTuple):
@@ -137,13 +137,13 @@ class Transformer(nn.Module):
         backend: str = "torch",
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
-        loads: Sequence[Tensor] | None = None,
+        steps: Sequence[Step] | None = None,
         recorded: Sequence[Tensor] | None = None,
     ) -> Output:
         """With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
-        for backward and computes the rest again. For every MoE layer in order, `loads` are the rows that the whole
-        optimiser step wants of its experts (for balance.scope=global), and `recorded` the experts (T, K) to take
-        instead of the router's choice, as an earlier pass returned them in `LayerRouting.expert`."""
+        for backward and computes the rest again. For every MoE layer in order, `steps` are the whole optimiser step
+        (for balance.scope=global), and `recorded` the experts (T, K) to take instead of the router's choice, as an
+        earlier pass returned them in `LayerRouting.expert`."""
         past = cache.length if cache is not None else 0
         end = past + tokens_BS.shape[1]
         if end > self.cfg.context:
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
                     tokens_T=tokens_T,
                     previous_TD=routing[-1].state_TD if routing else None,
                     router=shared,
-                    load_E=loads[n_before] if loads is not None else None,
+                    step=steps[n_before] if steps is not None else Step(),
                     recorded_TK=recorded[n_before] if recorded is not None else None,
                 )
             arguments = (x_BSD, rope, backend, cache, layer_input)

@@ -3,6 +3,17 @@
 Probabilities are a token's scores divided by their sum. `prob_E` is their sum over the tokens and m_i = prob_i / T
 their mean (P_i in the papers); f_i is expert i's share of the routed rows. Negative experts are none, and count
 nowhere. Every loss is 0 for a batch without tokens.
+
+A step's loss is the mean over its micro-batches and ranks, and balance.scope says what each is of:
+
+                                     sequence               batch                  global
+aux                                  each sequence          the micro-batch        the step
+importance, load, spread, bandpass   the micro-batch        the micro-batch        the step
+l1 of the ReLU router: its f         of the micro-batch     of the micro-batch     of the step
+z, entropy, default, depth           means over tokens, and so the same whatever they are of
+predictor of expert choice           a mean over tokens, of a choice that every micro-batch makes for itself
+
+With global every one but the last has the value and the gradient that one big batch would give it.
 """
 
 import torch
@@ -16,8 +27,7 @@ def load_balancing_loss(prob_E: Tensor, count_E: Tensor, n_tokens: int) -> Tenso
     f_i = c_i / sum c, no gradient. A batch with no routed row gives 0.
 
     The mean over micro-batches of this loss is not the loss of the whole batch, but asks for balance in each of them.
-    With the whole step's counts in every micro-batch it is, in value and gradient, as micro-batches of equal size make
-    the mean of their m_i that of the whole batch (global-batch balance, 2501.11873)."""
+    With the whole step's counts in every micro-batch it is (global-batch balance, 2501.11873)."""
     share_E = count_E.to(prob_E.dtype) / count_E.sum().clamp_min(1)
     return count_E.numel() * (share_E * prob_E / max(1, n_tokens)).sum()
 
@@ -57,15 +67,17 @@ def cv_squared(value_E: Tensor) -> Tensor:
     return torch.where(nonzero, (value_E / torch.where(nonzero, mean, 1.0) - 1).square().mean(), 0.0)
 
 
-def importance_loss(weight_N: Tensor, expert_N: Tensor, n_experts: int) -> Tensor:
-    """CV² of the weights summed per expert (Shazeer 2017, 1701.06538, eq. 6-7); weight and expert (N,) or (T, K)."""
+def importance(weight_N: Tensor, expert_N: Tensor, n_experts: int) -> Tensor:
+    """The weights summed per expert, (E,), of which the importance loss is the CV² (Shazeer 2017, 1701.06538, eq. 6-7);
+    weight and expert (N,) or (T, K)."""
     expert_E = torch.arange(n_experts, device=expert_N.device)
     weight_NE = torch.where(expert_N.reshape(-1, 1) == expert_E, weight_N.reshape(-1, 1), 0.0)
-    return cv_squared(weight_NE.sum(0))  # one sum per expert, without atomics: the same on a rerun
+    return weight_NE.sum(0)  # one sum per expert, without atomics: the same on a rerun
 
 
 def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) -> Tensor:
-    """Expected rows of every expert, were its noise drawn again: (T, E) three times -> (E,), differentiable.
+    """Expected rows of every expert, were its noise drawn again: (T, E) three times -> (E,), differentiable. The load
+    loss is its CV² (eq. 11).
 
     sum_t Phi((clean_ti − the K-th highest of the token's other noisy logits) / noise_ti), Phi the normal distribution
     function (Shazeer 2017, 1701.06538, eq. 8-10). noisy = clean + noise · normal draws, noise their standard deviation,
@@ -78,11 +90,6 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) ->
     to_beat_TE = torch.where(noisy_TE >= last_in_T1, first_out_T1, last_in_T1)
     noise_TE = noise_TE.clamp_min(torch.finfo(noise_TE.dtype).eps)
     return torch.special.ndtr((clean_TE - to_beat_TE) / noise_TE).sum(0)
-
-
-def load_loss(clean_TE: Tensor, noisy_TE: Tensor, noise_TE: Tensor, k: int) -> Tensor:
-    """CV² of `smooth_load`, which see (Shazeer 2017, 1701.06538, eq. 11)."""
-    return cv_squared(smooth_load(clean_TE, noisy_TE, noise_TE, k))
 
 
 def token_entropy(prob_TE: Tensor) -> Tensor:

@@ -23,11 +23,34 @@ DROPPED = -1  # the row wanted an expert and got none: capacity. Counted as drop
 UNUSED = -2  # no expert by design: fewer than K were wanted
 
 
+class Step(NamedTuple):
+    """The optimiser step that a batch is one of `parts` equal parts of (micro-batches times ranks), in one MoE layer.
+
+    With balance.scope=global `sums` are what losses are computed from, summed over the whole step: "count", the rows
+    wanted of every expert, and what routers and layers `observed`. None: a batch's losses are of the batch alone."""
+
+    parts: int = 1
+    sums: dict[str, Tensor] | None = None
+
+    def total(self, name: str, batch_sum: Tensor) -> Tensor:
+        """The whole step's sum in value, the batch's own (times `parts`) in gradient: so the mean over the parts of any
+        function of it has the value and the gradient of that function of one big batch. `batch_sum` where the step's
+        is not known."""
+        if self.sums is None:
+            return batch_sum
+        return self.sums[name].to(batch_sum.dtype) + self.parts * (batch_sum - batch_sum.detach())
+
+    def tokens(self, n_tokens: int) -> int:
+        """How many tokens `total` is a sum over, `n_tokens` being the batch's."""
+        return n_tokens if self.sums is None else self.parts * n_tokens
+
+
 class Context(NamedTuple):
     """What a router may know of a batch beside its states. T = n_sequences · S, sequence after sequence."""
 
     tokens_T: Tensor | None = None  # token ids
     n_sequences: int = 1
+    step: Step = Step()
 
 
 class Routing(NamedTuple):
@@ -48,7 +71,8 @@ class Routing(NamedTuple):
     score: str = "softmax"  # how logits become scores: softmax | sigmoid | relu
     rest_TE: Tensor | None = None  # weights of the experts a token did not take, for their default vectors
     losses: dict[str, Tensor] | None = None  # scalars. One named as a balance coefficient is weighted by it, else by 1
-    observed: dict[str, Tensor] | None = None  # what `Router.update` learns from; summed over micro-batches
+    # what `Router.update` learns from and `Step.total` knows; summed over micro-batches
+    observed: dict[str, Tensor] | None = None
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token_N, expert_N, weight_N), whatever the family."""

@@ -48,11 +48,13 @@ class TopKRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             # Scores, in training with noise.
             clean_TE = logits_TE = self.logits(x_TD)
-            losses = {}
+            losses, observed = {}, {}
             if self.training and self.w_noise_ED is not None:
                 noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
-                losses["load"] = balance.load_loss(clean_TE, logits_TE, noise_TE, self.k)
+                smooth_E = balance.smooth_load(clean_TE, logits_TE, noise_TE, self.k)
+                losses["load"] = balance.cv_squared(context.step.total("smooth", smooth_E))
+                observed["smooth"] = smooth_E.detach()
             # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
                 backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize, cfg.scale,
@@ -72,7 +74,7 @@ class TopKRouter(LinearRouter):
                 taken_T = torch.rand_like(share_T) < 2 * share_T
                 second_T = torch.where(taken_T, expert_TK[:, 1], UNUSED)
                 expert_TK = torch.stack((expert_TK[:, 0], second_T), -1)
-        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, losses)
+        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, losses, observed)
 
     @torch.no_grad()
     def update(self, cfg: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
@@ -159,10 +161,10 @@ class ReluRouter(LinearRouter):
     """relu: w_e = relu(z_e) · scale, and a token takes the experts with w_e > 0: none, some or all (ReMoE, 2412.14711).
 
     An L1 loss keeps them few: l1 · sum_e f_e · mean_t relu(z_te), f_e = E/(K·T) times the rows of expert e, so that the
-    busy ones are pressed more. After every step l1 is multiplied by l1_factor where tokens took more than K experts on
-    average, divided by it where fewer, between 1e-20 and 1e20. Every router has its own l1 and comes to K by itself;
-    the paper's is one for all layers, which may then differ. The weight is continuous in z where an expert comes and
-    goes. At inference a token needs nothing but itself."""
+    busy ones are pressed more (balance.scope=global: rows and T of the whole step). After every step l1 is multiplied
+    by l1_factor where tokens took more than K experts on average, divided by it where fewer, between 1e-20 and 1e20.
+    Every router has its own l1 and comes to K by itself; the paper's is one for all layers, which may then differ. The
+    weight is continuous in z where an expert comes and goes. At inference a token needs nothing but itself."""
 
     fixed_k = False
     l1: Tensor
@@ -177,7 +179,8 @@ class ReluRouter(LinearRouter):
             score_TE = F.relu(logits_TE)
             n_tokens = max(1, len(x_TD))
             active_TE = logits_TE.detach() > 0
-            share_E = active_TE.to(score_TE.dtype).sum(0) * self.n_experts / (self.k * n_tokens)
+            count_E = context.step.total("count", active_TE.sum(0))
+            share_E = count_E.to(score_TE.dtype) * self.n_experts / (self.k * context.step.tokens(n_tokens))
             l1 = self.l1.to(score_TE.dtype)[0] * (share_E * score_TE.sum(0) / n_tokens).sum()
             prob_TE = probabilities(logits_TE, "relu")
         expert_TE = torch.where(active_TE, torch.arange(self.n_experts, device=x_TD.device), UNUSED)

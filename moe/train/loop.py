@@ -233,7 +233,7 @@ def summarize(
     code: machine.GitState,
 ) -> Summary:
     """The numbers of a finished run, and what they came from."""
-    # Every step's tokens: one that was skipped was read, too.
+    # What experts computed counts as measured where the settings do not say it.
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
     rows = measured_rows(read_metrics(Path(cfg.run)))
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]

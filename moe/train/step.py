@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.analysis.metrics import layer_metrics
 from moe.config.balance import BalanceConfig
 from moe.config.model import layer_moe, moe_layers
+from moe.config.router import facts
 from moe.config.run import Config
 from moe.data.loader import Batch
 from moe.errors import BadInput
@@ -21,8 +22,8 @@ from moe.model.layer import LayerRouting
 from moe.model.transformer import Output, Transformer, next_token_loss
 from moe.parallel.collectives import n_ranks, summed_over_ranks
 from moe.routing import balance
-from moe.routing.contract import Router
-from moe.run.machine import autocast
+from moe.routing.contract import Router, Step
+from moe.run.machine import autocast, synchronize, to_host
 from moe.run.summary import MetricsLine
 from moe.train.distill import distill_loss
 from moe.train.non_finite import explain_non_finite
@@ -54,22 +55,38 @@ class LayerTotals:
     tokens: int
     observed: dict[str, Tensor]
     expert: list[Tensor] = field(default_factory=list)  # every micro-batch's choices, where they are recorded
+    losses: dict[str, Tensor] = field(default_factory=dict)  # float64, unweighted; over the step their mean
 
     def add(self, other: "LayerTotals") -> None:
         """Another micro-batch of the layer."""
         for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens", "expert"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.observed = {name: value + other.observed.get(name, 0) for name, value in self.observed.items()}
+        self.observed, self.losses = added(self.observed, other.observed), added(self.losses, other.losses)
+
+    def told(self) -> list[Tensor]:
+        """What the host is told of the layer; what its router learns from stays on the device."""
+        return [self.count_E, self.dropped, self.skipped, *self.losses.values()]
+
+    def on_host(self, told: Iterator[Tensor]) -> "LayerTotals":
+        """The same with the host's copies of `told`, in its order."""
+        count_E, dropped, skipped = (next(told).long() for _ in range(3))
+        losses = {name: next(told) for name in self.losses}
+        return dataclasses.replace(self, count_E=count_E, dropped=dropped, skipped=skipped, losses=losses)
+
+
+def added(sums: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums by name; a name that only one of them has counts as 0 in the other."""
+    return {name: sums.get(name, 0) + others.get(name, 0) for name in sums | others}  # type: ignore[misc]
 
 
 def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[MetricsLine, Gradients]:
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
-    start, step = time.perf_counter(), state.step + 1
+    start, step, device = time.perf_counter(), state.step + 1, next(state.model.parameters()).device
     lr = learning_rate(cfg.optim, step, cfg.train.steps)
     progress = state.step / cfg.train.steps
 
     # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
-    recorded = state.replay.step(step, next(state.model.parameters()).device) if state.replay else None
+    recorded = state.replay.step(step, device) if state.replay else None
     gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded)
     loss = gradients.total
 
@@ -87,7 +104,8 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
             raise BadInput(explain_non_finite(state, batch, loss, cfg, root))
     state.optimizer.zero_grad(set_to_none=True)
 
-    # What the step is told by.
+    # What the step is told by. The optimiser's part of it may still be running.
+    synchronize(device)
     seconds = time.perf_counter() - start
     state.step, state.seconds = step, state.seconds + seconds
     layers = moe_layers(cfg.model)
@@ -109,6 +127,7 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
                 int(totals.skipped),
                 totals.tokens,
                 layer_moe(cfg.model, layer).work(),
+                {name: value.item() for name, value in totals.losses.items()},
             )
             for layer, totals in zip(layers, gradients.routing, strict=True)
         ],
@@ -128,7 +147,9 @@ def compute_gradients(
     the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
     instead of the routers' choice."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
-    result, loads = Gradients(), global_loads(model, batch, cfg, recorded)
+    steps = whole_step(model, batch, cfg, recorded)
+    mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
+    layers: list[LayerTotals] = []
     for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
         # Forward.
         tokens_BS = tokens_BS.to(device)
@@ -137,7 +158,7 @@ def compute_gradients(
                 tokens_BS,
                 backend=cfg.dispatch,
                 checkpoint_activations=cfg.train.checkpoint_activations,
-                loads=loads,
+                steps=steps,
                 recorded=experts,
             )
 
@@ -156,20 +177,23 @@ def compute_gradients(
         total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
         (total / n_micro).backward()
 
-        # Sums over the micro-batches.
-        result.lm_loss += lm_loss.item() / n_micro
-        for name, value in losses.items():
-            result.losses[name] = result.losses.get(name, 0.0) + value.item() / n_micro
-        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts) for routing in output.routing]
-        for step_totals, micro_totals in zip(result.routing, totals, strict=False):
+        # Sums over the micro-batches, on the device.
+        micro_losses = {name: value.detach().double() / n_micro for name, value in ({"lm": lm_loss} | losses).items()}
+        mean_losses = added(mean_losses, micro_losses)
+        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in output.routing]
+        for step_totals, micro_totals in zip(layers, totals, strict=False):
             step_totals.add(micro_totals)
-        result.routing = result.routing or totals
+        layers = layers or totals
 
-    # Of the whole step: what was minimised, and the gradients' norm.
+    # Of the whole step, and the one time that the host waits for the device: what was minimised, the gradients' norm,
+    # and what the layers did.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    told = iter(to_host([norm, *mean_losses.values(), *(value for layer in layers for value in layer.told())]))
+    result = Gradients(norm=next(told).item(), losses={name: next(told).item() for name in mean_losses})
+    result.lm_loss = result.losses.pop("lm")
+    result.routing = [layer.on_host(told) for layer in layers]
     weights = loss_weights(cfg, result.losses, progress)
     result.total = weights["lm"] * result.lm_loss + sum(weights[name] * value for name, value in result.losses.items())
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    result.norm = torch.nn.utils.get_total_norm(grads).item()
     return result
 
 
@@ -183,11 +207,12 @@ def micro_batches(
         yield tokens_BS, targets_BS, None if part is None else list(part)
 
 
-def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False) -> LayerTotals:
-    """What of one forward pass is summed over a step."""
+def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False, n_micro: int = 1) -> LayerTotals:
+    """What of one forward pass, of `n_micro`, is summed over a step."""
     detached = {name: value.detach() for name, value in routing.observed.items()}
+    losses = {name: value.detach().double() / n_micro for name, value in routing.losses.items()}
     counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
-    return LayerTotals(*counts, [routing.expert] if keep_experts else [])
+    return LayerTotals(*counts, [routing.expert] if keep_experts else [], losses)
 
 
 def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:
@@ -202,30 +227,31 @@ def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
 
 
 @torch.no_grad()
-def global_loads(
+def whole_step(
     model: Transformer, batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
-) -> list[Tensor] | None:
-    """With balance.scope=global, how many rows the whole step, over all its micro-batches and ranks, wants of every
-    expert, for each MoE layer (2501.11873). E · sum f_i m_i is linear in m: with f of the whole step, the mean of the
-    micro-batches' losses is the whole step's loss, which it is not with f of each.
+) -> list[Step] | None:
+    """With balance.scope=global, what the losses of every MoE layer are functions of, summed over all micro-batches and
+    ranks (2501.11873): with it every micro-batch's losses are the whole step's, which a mean of theirs is not.
 
-    f must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
-    are run once more in advance, with the same random numbers; None where a pass knows f by itself."""
-    ranks = n_ranks()
-    if cfg.balance.scope != "global" or not cfg.balance.aux or (cfg.train.accumulate == 1 and ranks == 1):
+    It must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
+    are run once more in advance, with the same random numbers; None where a pass knows it by itself, or no loss reads
+    it."""
+    n_parts = cfg.train.accumulate * n_ranks()
+    if cfg.balance.scope != "global" or n_parts == 1 or not facts(cfg.router).scored or cfg.model.moe is None:
         return None
     device = next(model.parameters()).device
-    loads: list[Tensor] = []
+    sums: list[dict[str, Tensor]] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for tokens_BS, _, experts in micro_batches(batch, cfg, recorded):
             with autocast(cfg):
                 routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
-            wanted = [layer.wanted_E for layer in routing]
-            loads = [load_E + wanted_E for load_E, wanted_E in zip(loads, wanted, strict=True)] if loads else wanted
-    return [summed_over_ranks(load_E) for load_E in loads]
+            micro_sums = [layer.observed | {"count": layer.wanted_E} for layer in routing]
+            sums = list(map(added, sums, micro_sums)) if sums else micro_sums
+    return [Step(n_parts, _summed(layer_sums)) for layer_sums in sums]
 
 
 def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over the ranks."""
     return {name: summed_over_ranks(value) for name, value in sorted(observed.items())}
 
 

@@ -1,19 +1,24 @@
 """Claims about one optimiser step: its gradients, its losses, and what routers learn from it."""
 
+import copy
 import math
+import time
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe.train.loop
 import moe.train.step
 from moe.config.balance import BalanceConfig
 from moe.data.loader import Batch
 from moe.model.transformer import Transformer
-from moe.run import checkpoint
+from moe.run import checkpoint, machine
 from moe.run.jsonl import read_lines
+from moe.run.summary import read_metrics
 from moe.train.step import coefficient, compute_gradients
 from tests.small_runs import settings, silent, train
 
@@ -82,25 +87,132 @@ def test_the_global_balancing_loss_of_micro_batches_is_the_whole_steps(corpus):
     assert abs(found["batch", 4][0] / whole_loss - 1) > 1e-4
 
 
+# Every term there is; of what scores it is a function is in the formulas that test_balance holds.
+TERMS = {
+    "importance": {"balance.importance": 0.5},
+    "load": {"balance.load": 0.5, "router.noisy": True},
+    "spread": {"balance.spread": 0.5},
+    "bandpass": {"balance.bandpass": 0.5, "balance.band": 0.01},
+    "l1": {"router.name": "relu", "router.l1": 0.5},
+    "entropy": {"balance.entropy": 0.5},
+    "aux": {"balance.aux": 0.0},  # logged all the same
+    "depth": {"model.moe.depth": 0.5, "model.moe.depth_causal": "predictor", "balance.spread": 0.5},
+    "default": {"router.gradient": "default-vector", "router.renormalize": False, "balance.importance": 0.5},
+}
+OF_A_BATCH = {"importance", "load", "spread", "bandpass", "l1", "aux"}  # not means over tokens
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_with_global_scope_every_term_is_the_whole_steps_whatever_it_is_split_into(name, corpus, monkeypatch):
+    """Value and gradient, in all and in every layer. With the other scopes a step's loss is the mean over its parts."""
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1e3 * x.detach()))  # noise that no batching changes
+    result, gradients = {}, {}
+    for scope, n in (("global", 1), ("global", 4), ("batch", 1), ("batch", 4)):
+        changes = TERMS[name] | {"balance.scope": scope, "train.batch_size": 8, "train.accumulate": n}
+        cfg, model, batch = model_and_batch(corpus, changes)
+        result[scope, n] = compute_gradients(model, batch, cfg)
+        gradients[scope, n] = {key: p.grad for key, p in model.named_parameters()}
+    whole = result["batch", 1]
+    for key in (("global", 1), ("global", 4)):
+        assert result[key].losses == pytest.approx(whole.losses, rel=1e-9)
+        for layer, of_whole in zip(result[key].routing, whole.routing, strict=True):
+            assert {term: value.item() for term, value in layer.losses.items()} == pytest.approx(
+                {term: value.item() for term, value in of_whole.losses.items()}, rel=1e-9
+            )
+        for parameter, gradient in gradients["batch", 1].items():
+            torch.testing.assert_close(gradients[key][parameter], gradient, rtol=1e-9, atol=1e-12, msg=parameter)
+    assert whole.losses[name] > 0
+    differs = abs(result["batch", 4].losses[name] / whole.losses[name] - 1) > 1e-4
+    assert differs == (name in OF_A_BATCH)
+
+
+def test_the_losses_of_the_layers_add_up_to_the_steps(corpus, tmp_path):
+    changes = {"balance.importance": 0.1, "train.accumulate": 2, "train.steps": 2, "model.moe.first_dense": 0}
+    train(settings(corpus, tmp_path / "run", changes))
+    for line in read_metrics(tmp_path / "run")[1:]:
+        assert line.losses.keys() == {"aux", "z", "importance"}
+        for name, value in line.losses.items():
+            assert sum(layer.losses[name] for layer in line.layers) == pytest.approx(value, rel=1e-6)
+        assert line.layers[0].losses != line.layers[1].losses
+
+
 def _rank(rank: int, corpus, folder, changes) -> None:
     """One of two processes: its half of the batch, in two micro-batches."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     cfg, model, batch = model_and_batch(corpus, changes)
     half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
     result = compute_gradients(model, half, cfg)
-    torch.save([result.losses["aux"], model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
+    torch.save([result.losses, model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_the_global_balancing_loss_spans_the_ranks(corpus, tmp_path):
+def test_the_global_balancing_losses_span_the_ranks(corpus, tmp_path):
     changes = {"train.batch_size": 8, "balance.aux": 0.5, "balance.scope": "global"}
+    changes |= {"balance.importance": 0.5, "balance.bandpass": 0.5, "balance.band": 0.01}
     torch.multiprocessing.spawn(_rank, (corpus, tmp_path, changes | {"train.accumulate": 2}), nprocs=2)
     losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
     cfg, model, batch = model_and_batch(corpus, changes)
     whole = compute_gradients(model, batch, cfg)
-    assert sum(losses) / 2 == pytest.approx(whole.losses["aux"], rel=1e-12)
+    mean = {name: sum(of_rank[name] for of_rank in losses) / 2 for name in whole.losses}
+    assert mean == pytest.approx(whole.losses, rel=1e-9)
     expected = model.blocks[0].mlp.router.w_ED.grad
     torch.testing.assert_close(sum(gradients) / 2, expected, rtol=1e-9, atol=1e-12)
+
+
+class Scalars(TorchDispatchMode):
+    """Counts how often the host asks for a number of a tensor, which on a GPU it would have to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.n += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("n_layers", [1, 4])
+def test_a_step_asks_the_device_for_its_numbers_once_however_many_layers_it_has(n_layers, corpus, monkeypatch):
+    """As if the host had copies: after the transfer what is on the device is spoilt, and the metrics do not notice."""
+    changes = {"model.n_layers": n_layers, "train.accumulate": 2, "balance.importance": 0.1}
+    cfg, model, batch = model_and_batch(corpus, changes)
+    expected = compute_gradients(copy.deepcopy(model), batch, cfg)
+    asked = []
+
+    def transfer(tensors):
+        asked.append(scalars.n)
+        copies = machine.to_host(tensors)
+        for tensor in tensors:
+            tensor.data.fill_(-7)
+        return copies
+
+    monkeypatch.setattr(moe.train.step, "to_host", transfer)
+    with Scalars() as scalars:
+        found = compute_gradients(model, batch, cfg)
+    assert asked == [0]
+    assert (found.lm_loss, found.total, found.norm, found.losses) == (
+        expected.lm_loss, expected.total, expected.norm, expected.losses
+    )  # fmt: skip
+    for layer, of_expected in zip(found.routing, expected.routing, strict=True):
+        assert torch.equal(layer.count_E, of_expected.count_E)
+        assert (layer.dropped, layer.skipped, layer.losses) == (
+            of_expected.dropped, of_expected.skipped, of_expected.losses
+        )  # fmt: skip
+
+
+def test_the_clock_is_read_when_the_device_is_done_with_the_optimisers_part(corpus, tmp_path, monkeypatch):
+    events = []
+
+    def note(event, function=lambda *arguments: None):
+        return lambda *arguments, **keywords: (events.append(event), function(*arguments, **keywords))[1]
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: (events.append("update"), step(self, *rest))[1])
+    monkeypatch.setattr(moe.train.step, "synchronize", note("wait"))
+    clock = types.SimpleNamespace(perf_counter=note("clock", time.perf_counter))
+    monkeypatch.setattr(moe.train.step, "time", clock)
+    train(settings(corpus, tmp_path / "run", {"train.steps": 2}))
+    assert events == ["clock", "update", "wait", "clock"] * 2
 
 
 LEARNING = {
