@@ -33,7 +33,7 @@ from experiments.suites import layer as layer_suite
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Absent, Case, DeviceLost, Rows, run
 from moe.errors import BadInput
-from moe.run import machine
+from moe.run import machine, terminal
 
 REFUSED, LOST, INTERRUPTED = 2, 75, 130  # exit statuses
 GRACE = 40.0  # seconds that a row may go on after its stage's time is used up
@@ -43,6 +43,7 @@ MODELS = ("gpu-300m", "gpu-1b")  # presets of stage train_step
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run the stages; exit status 2 for what cannot be run, 1 when a stage broke off."""
+    terminal.begin()
     arguments = parser().parse_args(given)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:

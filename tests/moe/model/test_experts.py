@@ -7,6 +7,7 @@ from torch.nn import functional
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.experts import MLP, MixedExperts
+from moe.model.layer import LayerInput
 from moe.routing.contract import UNUSED
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -25,7 +26,8 @@ def _ids(x, seed=5):
 def _run(layer, x, backend="torch", tokens=None, **given):
     """One pass, with the same random numbers in every call."""
     torch.manual_seed(7)
-    return layer(x, backend, tokens_BS=_ids(x) if tokens is None else tokens, **given)
+    tokens_BS = _ids(x) if tokens is None else tokens
+    return layer(x, backend, LayerInput(tokens_BS.flatten(), **given))
 
 
 @BACKENDS
