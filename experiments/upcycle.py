@@ -35,6 +35,7 @@ from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 from moe.data.loader import Loader
+from moe.data.owner import temporary
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
@@ -185,15 +186,15 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     # The state before the first step, in a folder that appears whole.
     target = resolve(target, folder, dataset, machine.choose_device(target.train.device))
     state = _initial_state(target, tensors, dataset)
-    temporary = folder.with_name(f"{folder.name}.new-{os.getpid()}")
+    beside = temporary(folder.with_name(f"{folder.name}.new"))
     try:
-        create_folder(temporary, target, tokenizer)
-        save_checkpoint(state, target, temporary / "checkpoints", dataset, None, terminal.say)
-        temporary.rename(folder)
+        create_folder(beside, target, tokenizer)
+        save_checkpoint(state, target, beside / "checkpoints", dataset, None, terminal.say)
+        beside.rename(folder)
     except OSError as error:
         raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
     terminal.say(
         f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "

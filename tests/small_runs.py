@@ -1,8 +1,10 @@
 """Small real training runs, shared by the tests of the training loop and the command line."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import moe.train.loop
 import moe.train.state
 import moe.train.step
 from moe.config.run import Config, build
+from moe.data import owner
 from moe.run import checkpoint, machine
 from moe.run.jsonl import read_lines
 
@@ -163,12 +166,31 @@ def fate(run: Path) -> dict[str, Any]:
     return found | meta
 
 
+def left_by_others(path: Path) -> dict[str, Path]:
+    """Names of half-written files beside `path`: of a dead process, of this one, of another that lives, of one whose
+    number was given again, of one on another machine."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    dead = dataclasses.replace(owner.this_process(), pid=pid)
+    os.waitpid(pid, 0)
+    ours = owner.this_process()
+    owners = {
+        "dead": dead,
+        "ours": ours,
+        "live": owner.Owner(ours.place, os.getppid(), owner._began(os.getppid())),
+        "again": dataclasses.replace(ours, start=ours.start - 1),
+        "elsewhere": dataclasses.replace(ours, place="0123abcd"),
+    }
+    return {who: path.with_name(f"{path.name}.tmp-{by.place}-{by.pid}-{by.start}") for who, by in owners.items()}
+
+
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and modification time of every file below `folder`."""
+    """Content and modification time of every file below `folder`, but for its lock."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith("lock-")
     }
 
 

@@ -1,5 +1,6 @@
 """Text to batches.
 
+owner      whose a half-written file is
 sources    documents with a domain, from files or a hub
 blend      the default corpus, in five domains
 clean      the counted cleaning pipeline

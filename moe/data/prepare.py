@@ -23,6 +23,7 @@ from typing import Any
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.parse import to_dict
 from moe.data import clean, sources
+from moe.data.owner import remove_leftovers
 from moe.data.shards import FORMAT, SPLITS, Dataset, publish
 from moe.data.sources import Document
 from moe.data.tokenizer import train
@@ -47,6 +48,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
     `say` gets plain lines of progress. Raises `BadInput` for a corpus that is empty, too small for its tokenizer or
     leaves a split without a document, for a folder that cannot be written, and for a damaged one."""
     root = cache_root(data)
+    remove_leftovers(root / "prepared")
     settings = _settings(data, tokenizer, root)
     folder = _folder(root, settings)
     if not folder.exists() and (unversioned := _folder(root, _settings_unversioned(data, tokenizer, root))).exists():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.data.owner import temporary
 from moe.data.sources import Document
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -32,8 +33,10 @@ SPLITS = ("train", "val")
 def publish(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer, record: dict[str, Any]) -> None:
     """Build beside `folder`, then rename. Where another process was first, its folder (of the same content) stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-", ignore_cleanup_errors=True) as temporary:
-        building = Path(temporary) / "dataset"
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=".building-", suffix=temporary(Path("x")).suffix, ignore_cleanup_errors=True
+    ) as beside:
+        building = Path(beside) / "dataset"
         building.mkdir()
         _write(building, splits, tokenizer, record)
         try:

@@ -1,5 +1,6 @@
 """What a run leaves on disk, and the machine it ran on.
 
+lock        which process trains a run: one at a time
 folder      config, tokenizer, logs: what lies where, and whether it is the same run
 jsonl       lines appended, files replaced in one move
 summary     what a run says of itself in numbers: a metrics line, and the summary at its end

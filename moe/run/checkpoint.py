@@ -4,7 +4,7 @@ A checkpoint is a folder that is written once and never changed:
 
     step-00000123/  model.safetensors  optimizer.safetensors  rng.safetensors  meta.json  manifest.json
 
-`save` writes it as `step-00000123.tmp-<pid>`, syncs every file and the folder, and only then renames it, so a process
+`save` writes it as `step-00000123.tmp-<owner>`, syncs every file and the folder, and only then renames it, so a process
 killed at any point leaves the earlier checkpoints as they were. The manifest, written last, holds the size and SHA-256
 of every file, and its own SHA-256: without it, one flipped bit in a tensor file loads without a word. Tensors are
 safetensors, everything else is JSON; nothing here unpickles. Whatever is wrong with a checkpoint is a `BadInput` that
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe.data.owner import remove_leftovers, temporary
 from moe.errors import BadInput
 from moe.run.jsonl import finite, to_text
 
@@ -40,7 +41,6 @@ TENSORS = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "
 FILES = {*TENSORS.values(), META}
 
 _FOLDER = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"step-\d{8,}\.tmp-(\d+)")
 _MARGIN = 2**20  # bytes asked for beyond the tensors: headers, manifest, file-system blocks
 
 
@@ -77,7 +77,7 @@ def save(
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     # A good checkpoint of this step is kept; the damage of a bad one is remembered.
     final = root / f"step-{snapshot.step:08d}"
-    temporary = _temporary(final)
+    unfinished = temporary(final)
     damage = None
     if os.path.lexists(final):
         try:
@@ -94,17 +94,17 @@ def save(
     # Write under a temporary name, and rename only what is whole and durable.
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root)
+        remove_leftovers(root, ours=True)  # this process has no other save here
         if shutil.disk_usage(root).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
-            os.mkdir(temporary)
-            _write(temporary, tensors, meta, snapshot.step, score)
+            os.mkdir(unfinished)
+            _write(unfinished, tensors, meta, snapshot.step, score)
             if damage:
                 warn(f"{damage} It is moved to {_move_aside(final)}, and step {snapshot.step} is saved anew.")
-            os.rename(temporary, final)
+            os.rename(unfinished, final)
         finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         _sync(root)
         _sync(root.parent)
     except (OSError, SafetensorError) as error:
@@ -220,10 +220,6 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
 
 
 def _move_aside(folder: Path) -> Path:
@@ -382,25 +378,7 @@ def _prune(root: Path, new: Path, keep: int, warn: Callable[[str], None]) -> Non
     for path in good:
         if path not in kept:
             try:
-                os.rename(path, _temporary(path))
-                shutil.rmtree(_temporary(path))
+                os.rename(path, temporary(path))
+                shutil.rmtree(temporary(path))
             except OSError as error:
                 warn(f"{path}: this superseded checkpoint cannot be deleted ({error.strerror}).")
-
-
-def _remove_stale(root: Path) -> None:
-    """Remove what dead processes left half written or half deleted, and what this one left: it has no other save."""
-    for name in os.listdir(root):
-        parts = _TEMPORARY.fullmatch(name)
-        if parts and (int(parts[1]) == os.getpid() or not _alive(int(parts[1]))):
-            shutil.rmtree(root / name, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it exists and belongs to someone else
-        return True
-    return True

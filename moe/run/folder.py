@@ -3,7 +3,6 @@
 Every file is written under a temporary name and renamed, or appended line by line, so that whatever is there is whole.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,12 @@ import yaml
 
 from moe.config.parse import to_dict
 from moe.config.run import FREE, Config, build, fingerprint, is_among, may_change
+from moe.data.owner import temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.jsonl import write_atomically
+from moe.run.lock import holding
 
 
 def default_folder(cfg: Config) -> Path:
@@ -47,16 +48,28 @@ def read_config(run: Path) -> Config:
 def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """A new run's folder, with its resolved config and its tokenizer: whole, or not at all. Raises `BadInput` when it
     cannot be written."""
-    temporary = run.with_name(f"{run.name}.tmp-{os.getpid()}")
+    beside = temporary(run)
     try:
-        (temporary / "tokenizer").mkdir(parents=True)
-        tokenizer.save(temporary / "tokenizer")
-        write_config(temporary, cfg)
-        temporary.rename(run)
+        (beside / "tokenizer").mkdir(parents=True)
+        tokenizer.save(beside / "tokenizer")
+        write_config(beside, cfg)
+        beside.rename(run)
     except OSError as error:
+        if (run / "config.yaml").exists():
+            raise BadInput(f"run={run} was created by another process at this moment{_held(run)}.") from error
         raise BadInput(f"run={run} cannot be created ({error.strerror or error}).") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_existing(run: Path) -> None:
+    """Refuse a folder that exists and is not to be gone on with. Raises `BadInput`."""
+    if run.exists():
+        raise BadInput(f"run={run} exists{_held(run)}: add resume=true to go on with it, or choose another run.")
+
+
+def _held(run: Path) -> str:
+    return f" and is being trained by {words}" if (words := holding(run)) else ""
 
 
 def write_config(run: Path, cfg: Config) -> None:

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe.data.owner import temporary
 from moe.errors import BadInput
 
 T = TypeVar("T")
@@ -74,15 +75,15 @@ def _fields(kind: type[T], tree: dict[str, Any], where: str) -> T:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`, or leave it as it was."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    beside = temporary(path)
     try:
-        with open(temporary, "w") as file:
+        with open(beside, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(beside, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
 
 

@@ -21,6 +21,7 @@ from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.data.loader import Loader, validation_starts
+from moe.data.owner import remove_leftovers
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.errors import BadInput
@@ -35,8 +36,10 @@ from moe.run.folder import (
     create_folder,
     default_folder,
     read_config,
+    refuse_existing,
     write_config,
 )
+from moe.run.lock import Lock
 from moe.run.machine import autocast
 from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, read_summary, write_summary
 from moe.train import trackers
@@ -61,8 +64,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     trackers.check(cfg)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
-    if started and not cfg.resume:
-        raise BadInput(f"run={folder} exists: add resume=true to go on with it, or choose another run.")
+    if not cfg.resume:
+        refuse_existing(folder)
     if started:
         recorded = read_config(folder)
         check_unedited(folder, recorded)
@@ -77,6 +80,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     # The text, and with it the last settings that were open; a run that is there must have had the same.
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     cfg = resolve(cfg, folder, dataset, device)
+    changes: list[str] = []
     if started:
         changes = check_same(recorded, cfg)
         check_tokenizer(folder, dataset.tokenizer)
@@ -91,35 +95,41 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if not started:
         create_folder(folder, cfg, dataset.tokenizer)
-    elif changes:
+    with Lock(folder) as lock:
+        if (folder / "summary.json").exists():
+            return read_summary(folder)  # another process was there first, and is done
+        for left in (folder.parent, folder, folder / "checkpoints"):
+            remove_leftovers(left)
+        if changes:
+            write_config(folder, cfg)
         for change in changes:
             say(f"run: {change}")
-        write_config(folder, cfg)
 
-    # The state of the beginning, or of the last checkpoint.
-    machine.reset_peak_memory(device)
-    seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
-    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
-    restore(state, folder, threads, say)
-    if cfg.train.compile:
-        model.compile()
+        # The state of the beginning, or of the last checkpoint.
+        machine.reset_peak_memory(device)
+        seed_everything(cfg.seed)
+        model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
+        state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
+        restore(state, folder, threads, say)
+        if cfg.train.compile:
+            model.compile()
 
-    size = cost.size(cfg.model, cfg.router)
-    say(
-        f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
-        f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
-    )
-    with catch_signals() as stop:
-        final = run_steps(state, cfg, folder, dataset, stop)
-    if final is None:
+        size = cost.size(cfg.model, cfg.router)
         say(
-            f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
-            f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
+            f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
+            f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
         )
-        raise SystemExit(128 + stop.number)
-    summary = summarize(state, cfg, dataset, final, device, threads, code)
-    write_summary(folder, summary)
+        with catch_signals() as stop:
+            final = run_steps(state, cfg, lock, dataset, stop)
+        if final is None:
+            say(
+                f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
+                f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
+            )
+            raise SystemExit(128 + stop.number)
+        summary = summarize(state, cfg, dataset, final, device, threads, code)
+        lock.check()
+        write_summary(folder, summary)
     say(f"run: {folder} is finished  val loss {summary.val.loss:.4f}  bits per byte {summary.val.bpb:.4f}")
     return summary
 
@@ -139,13 +149,15 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device) -
     return cfg
 
 
-def run_steps(state: State, cfg: Config, folder: Path, dataset: Dataset, stop: Stop) -> Evaluation | None:
-    """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved)."""
-    final = None
+def run_steps(state: State, cfg: Config, lock: Lock, dataset: Dataset, stop: Stop) -> Evaluation | None:
+    """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved). Raises
+    `BadInput` when the run's folder is another process' or gone, and writes nothing there."""
+    final, folder = None, lock.folder
     unevaluated = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
     with Recorder(cfg, folder, state.step) as recorder:
         if unevaluated:
             final = validate(state, cfg, dataset, stop)
+            lock.check()
             recorder.record(with_validation(unevaluated, final))
         with closing(state.loader.iterate(state.step)) as batches:
             for batch in batches if state.step < cfg.train.steps and not stop.number else ():
@@ -153,15 +165,16 @@ def run_steps(state: State, cfg: Config, folder: Path, dataset: Dataset, stop: S
                 if evaluates(state.step, cfg):
                     final = validate(state, cfg, dataset, stop)
                     line = with_validation(line, final)
+                lock.check()
                 recorder.record(line, gradients.routing)
                 at_end = state.step == cfg.train.steps or bool(stop.number)
                 if at_end or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-                    save(state, cfg, folder, dataset, line, recorder, stop)
+                    save(state, cfg, lock, dataset, line, recorder, stop)
                     # `at_end` from before the save: a signal since then must not end a step that is not saved.
                     if at_end or stop.number:
                         break
         if stop.number and state.step == 0:
-            save(state, cfg, folder, dataset, None, recorder, stop)
+            save(state, cfg, lock, dataset, None, recorder, stop)
         if stop.number:
             return None
         return final or validate(state, cfg, dataset, stop)  # a run killed between its last checkpoint and its summary
@@ -189,11 +202,12 @@ def with_validation(line: MetricsLine, evaluation: Evaluation | None) -> Metrics
 
 
 def save(
-    state: State, cfg: Config, folder: Path, dataset: Dataset, line: MetricsLine | None, recorder: Recorder, stop: Stop
+    state: State, cfg: Config, lock: Lock, dataset: Dataset, line: MetricsLine | None, recorder: Recorder, stop: Stop
 ) -> None:
     """A checkpoint, which a person who asked for an end is told of."""
     score = line.val.loss if line and line.val else None
-    path = save_checkpoint(state, cfg, folder / "checkpoints", dataset, score, recorder.watch.say)
+    lock.check()
+    path = save_checkpoint(state, cfg, lock.folder / "checkpoints", dataset, score, recorder.watch.say)
     if stop.number:
         recorder.watch.say(f"checkpoint: {path}")
 

@@ -13,6 +13,7 @@ from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.checkpoint import Snapshot
 from moe.train import state as state_module
+from tests.small_runs import left_by_others
 
 
 def snapshot(step: int) -> Snapshot:
@@ -224,16 +225,12 @@ def test_checkpoints_of_which_none_is_good_are_an_error(tmp_path):
 
 
 def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_are_not(tmp_path):
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    dead, ours, live = (tmp_path / f"step-00000001.tmp-{each}" for each in (pid, os.getpid(), os.getppid()))
-    for folder in (dead, ours, live):
+    names = left_by_others(tmp_path / "step-00000001")
+    for folder in names.values():
         folder.mkdir()
         (folder / "model.safetensors").touch()
     path = checkpoint.save(tmp_path, snapshot(2), keep=1)
-    assert set(tmp_path.iterdir()) == {path, live}
+    assert set(tmp_path.iterdir()) == {path, names["live"], names["elsewhere"]}
 
 
 @pytest.mark.parametrize("place", ["file", "file/checkpoints"])

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moe.data.owner import temporary
 from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.checkpoint import Snapshot
@@ -219,7 +220,7 @@ def test_everything_is_synced_before_the_rename_and_the_root_after_it(tmp_path, 
     monkeypatch.setattr(os, "rename", recorded_rename)
     checkpoint.save(tmp_path / "root", snapshot(1), keep=1)
     files = ["meta.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors"]
-    folder = f"step-00000001.tmp-{os.getpid()}"
+    folder = temporary(Path("step-00000001")).name
     assert done == [*files, "manifest.json", folder, "renamed", "root", tmp_path.name]
 
 
