@@ -23,6 +23,7 @@ from moe.config.router import n_choices
 from moe.config.run import FREE, Config
 from moe.errors import BadInput
 from moe.run.folder import flat, read_config
+from moe.run.jsonl import is_in_place
 
 NOT_RECORDED = -128  # what a step holds before it is written; no router gives it
 # What decides a step's tokens: settings whose names begin like this.
@@ -52,12 +53,22 @@ class Recording:
         try:
             if not self.files:
                 self.files = [self._open(*layer) for layer in zip(self.layers, expert_TK, strict=True)]
+            self.check()
             for (file, dtype, start), layer_TK in zip(self.files, expert_TK, strict=True):
                 file.seek(start + (step - 1) * layer_TK.numel() * dtype.itemsize)
                 file.write(layer_TK.cpu().numpy().astype(dtype).tobytes())
                 file.flush()
         except OSError as error:
             raise BadInput(f"{self.folder / 'routing'} cannot be written ({error.strerror or error}).") from error
+
+    def check(self) -> None:
+        """Raise `BadInput` if a file was deleted meanwhile: too large to be made again."""
+        for (file, _, _), layer in zip(self.files, self.layers, strict=False):
+            if not is_in_place(file, path_of(self.folder, layer)):
+                raise BadInput(
+                    f"{path_of(self.folder, layer)} was deleted or replaced while the run was writing it: the run "
+                    "stops here. Start it anew, or go on with resume=true log.experts=false."
+                )
 
     def _open(self, layer: int, expert_TK: Tensor) -> "tuple[BinaryIO, np.dtype[Any], int]":
         """The layer's file, made anew unless it is there; its steps take their space on the disk at once."""

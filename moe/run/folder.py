@@ -13,7 +13,7 @@ import yaml
 from moe.config.parse import to_dict
 from moe.config.run import FREE, Config, build, fingerprint, is_among, may_change
 from moe.data.owner import temporary
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer import HEADER, RANKS, Tokenizer
 from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.jsonl import write_atomically
@@ -60,6 +60,18 @@ def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         raise BadInput(f"run={run} cannot be created ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def mend_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
+    """Write again what was deleted of that which `create_folder` wrote. Raises `BadInput` when it cannot be written."""
+    try:
+        (run / "tokenizer").mkdir(exist_ok=True)
+        if not all((run / "tokenizer" / name).exists() for name in (HEADER, RANKS)):
+            tokenizer.save(run / "tokenizer")
+    except OSError as error:
+        raise BadInput(f"{run / 'tokenizer'} cannot be written ({error.strerror or error}).") from error
+    if not (run / "config.yaml").exists():
+        write_config(run, cfg)
 
 
 def refuse_existing(run: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from moe.data.owner import temporary
 from moe.errors import BadInput
@@ -88,37 +88,90 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; a last line cut short by a crash is left out."""
-    if not path.exists():
+    """The lines of a .jsonl file; a last line cut short by a crash is left out. Raises `BadInput` for any other line
+    that is no JSON object, naming the file and the line's number."""
+    return [line for line, _ in _read(path)]
+
+
+def _read(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """The lines of `read_lines`, each with its bytes; of none where there is no file."""
+    try:
+        *whole, cut = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror or error}).") from error
     lines = []
-    for text in path.read_text().splitlines():
+    for number, raw in enumerate([*whole, cut] if cut else whole, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(raw)
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError):
+            if number > len(whole):
+                break
+            raise BadInput(
+                f"{path}, line {number} is damaged: {raw[:40].decode(errors='replace')!r} is no JSON object; restore "
+                "the file, or delete that line if what it said may be lost."
+            ) from None
+        lines.append((line, raw))
     return lines
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
-    if path.exists():
-        lines = [line for line in read_lines(path) if line["step"] <= step]
-        write_atomically(path, "".join(to_text(line) + "\n" for line in lines))
+    """Drop the lines after `step`, which a resumed run writes again, and a last one cut short. Raises `BadInput` for
+    any other that is damaged, and leaves the file as it is."""
+    if not path.exists():
+        return
+    kept = b""
+    for number, (line, raw) in enumerate(_read(path), 1):
+        if not isinstance(line.get("step"), int):
+            raise BadInput(f"{path}, line {number} is damaged: it has no step.")
+        kept += raw + b"\n" if line["step"] <= step else b""
+    if kept != path.read_bytes():
+        write_atomically(path, kept.decode())
+
+
+def is_in_place(file: IO[Any], path: Path) -> bool:
+    """Whether `path` still names the open `file`, and was not deleted or replaced meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 class Lines:
-    """Appends JSON lines; each is on its way to the disk before the next step."""
+    """Appends JSON lines; each is on its way to the disk before the next step. A file that is deleted meanwhile is made
+    again, with all that was in it."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.file = path, open(path, "a")  # noqa: SIM115 — closed by `close`
+        self.path, self.file = path, open(path, "a+")  # noqa: SIM115 — closed by `close`
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line. Raises `BadInput` when the disk is full."""
+        """Append one line. Raises `BadInput` when the disk is full, and when another file has taken its place."""
+        self.keep()
         try:
             self.file.write(to_text(line) + "\n")
             self.file.flush()
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
+
+    def keep(self) -> None:
+        """Make the file again if it was deleted: it can be read as long as it is open. Raises `BadInput` as `write`."""
+        if is_in_place(self.file, self.path):
+            return
+        if self.path.exists():
+            raise BadInput(
+                f"{self.path} was replaced by another file while the run was writing it: the run stops here; put the "
+                "file in order and go on from the last checkpoint with resume=true."
+            )
+        try:
+            self.file.seek(0)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, self.file.read())
+            self.file.close()
+            self.file = open(self.path, "a+")  # noqa: SIM115
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
 

@@ -35,6 +35,7 @@ from moe.run.folder import (
     check_unedited,
     create_folder,
     default_folder,
+    mend_folder,
     read_config,
     refuse_existing,
     write_config,
@@ -177,7 +178,9 @@ def run_steps(state: State, cfg: Config, lock: Lock, dataset: Dataset, stop: Sto
             save(state, cfg, lock, dataset, None, recorder, stop)
         if stop.number:
             return None
-        return final or validate(state, cfg, dataset, stop)  # a run killed between its last checkpoint and its summary
+        final = final or validate(state, cfg, dataset, stop)  # a run killed between its last checkpoint and its summary
+        keep_whole(cfg, lock, dataset, recorder)
+        return final
 
 
 def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluation | None:
@@ -206,10 +209,17 @@ def save(
 ) -> None:
     """A checkpoint, which a person who asked for an end is told of."""
     score = line.val.loss if line and line.val else None
-    lock.check()
+    keep_whole(cfg, lock, dataset, recorder)
     path = save_checkpoint(state, cfg, lock.folder / "checkpoints", dataset, score, recorder.watch.say)
     if stop.number:
         recorder.watch.say(f"checkpoint: {path}")
+
+
+def keep_whole(cfg: Config, lock: Lock, dataset: Dataset, recorder: Recorder) -> None:
+    """Make again what was deleted of the run's files. Raises `BadInput` where it is not to be mended."""
+    lock.check()
+    recorder.keep_files()
+    mend_folder(lock.folder, cfg, dataset.tokenizer)
 
 
 def evaluates(step: int, cfg: Config) -> bool:

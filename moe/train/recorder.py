@@ -37,6 +37,12 @@ class Recorder:
         for file in (self.choices, self.counts, self.lines, self.trackers):
             file.close()
 
+    def keep_files(self) -> None:
+        """Make again what was deleted of the files. Raises `BadInput` for what cannot be."""
+        self.lines.keep()
+        self.counts.keep()
+        self.choices.check()
+
     def record(self, line: MetricsLine, routing: list[LayerTotals] | None = None) -> None:
         """A metrics line, and what the MoE layers did in its step; None before the first."""
         loads = [layer.count_E for layer in routing or []]

@@ -107,6 +107,10 @@ def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]
                 say(f"warning: {key} was {meta[key]} and is {value}: the result may differ in its last bits.")
     for name in ("metrics.jsonl", "routing/counts.jsonl"):
         jsonl.keep_until(folder / name, state.step if path else -1)
+    lines = jsonl.read_lines(folder / "metrics.jsonl")
+    last = lines[-1]["step"] if lines else 0
+    if last < state.step:
+        say(f"warning: {folder / 'metrics.jsonl'} has no lines of the steps {last + 1} to {state.step}: they are lost.")
 
 
 def seed_everything(seed: int) -> None:

@@ -1,5 +1,6 @@
 """Claims about a run's folder: what is refused leaves everything as it was, and what is there is whole."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from moe.run.folder import check_same, create_folder, default_folder, read_confi
 from moe.run.jsonl import read_lines
 from moe.run.load import load_run
 from moe.run.summary import read_summary
-from tests.small_runs import STEPS, Killed, files, settings, silent, train, train_until, write_texts
+from tests.small_runs import STEPS, Killed, fate, files, settings, silent, train, train_until, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +249,49 @@ def test_another_tokenizer_on_resuming_is_refused(killed_at, tmp_path):
     before = files(tmp_path / "run")
     with pytest.raises(BadInput, match="has another tokenizer"):
         train(cfg)
+    assert files(tmp_path / "run") == before
+
+
+def test_what_is_deleted_while_a_run_trains_is_there_again_at_its_end(finished, corpus, tmp_path, monkeypatch):
+    take_step = moe.train.loop.take_step
+
+    def take(state, *arguments):
+        if state.step == 4:
+            for name in ("metrics.jsonl", "config.yaml", "tokenizer/tokenizer.json"):
+                (tmp_path / "run" / name).unlink()
+            for name in ("routing", "checkpoints"):
+                shutil.rmtree(tmp_path / "run" / name)
+        return take_step(state, *arguments)
+
+    monkeypatch.setattr(moe.train.loop, "take_step", take)
+    train(settings(corpus, tmp_path / "run"))
+    assert fate(tmp_path / "run") == fate(finished)
+    for name in ("tokenizer/tokenizer.json", "tokenizer/ranks.tiktoken"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    assert read_config(tmp_path / "run") == dataclasses.replace(read_config(finished), run=str(tmp_path / "run"))
+
+
+def test_choices_deleted_while_a_run_trains_stop_it_with_a_sentence(corpus, tmp_path, monkeypatch):
+    take_step = moe.train.loop.take_step
+
+    def take(state, *arguments):
+        if state.step == 4:
+            (tmp_path / "run" / "routing" / "experts-1.npy").unlink()
+        return take_step(state, *arguments)
+
+    monkeypatch.setattr(moe.train.loop, "take_step", take)
+    with pytest.raises(BadInput, match=r"experts-1\.npy was deleted or replaced"):
+        train(settings(corpus, tmp_path / "run", {"log.experts": True}))
+
+
+def test_a_damaged_log_is_refused_on_resuming_and_left_as_it_was(interrupted, corpus, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:], ""]))
+    before = files(tmp_path / "run")
+    with pytest.raises(BadInput, match=r"metrics\.jsonl, line 3 is damaged"):
+        train(settings(corpus, tmp_path / "run", {"resume": True}))
     assert files(tmp_path / "run") == before
 
 

@@ -1,6 +1,7 @@
 """Lines appended and files replaced: whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,54 @@ def test_a_last_line_cut_short_is_left_out_and_later_steps_are_dropped(tmp_path)
     jsonl.keep_until(path, 1)
     assert path.read_text() == '{"step": 1, "loss": 0.1}\n'
     assert jsonl.read_lines(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"", b"\x00\xff\x00", b"5", b"[1]", b"null", b"[" * 100_000])
+def test_any_other_damaged_line_is_refused_by_file_and_number_and_nothing_is_dropped(damage, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = [b'{"step": 1}', damage, b'{"step": 3}', b'{"step": 4}', b""]
+    path.write_bytes(b"\n".join(lines))
+    for read in (jsonl.read_lines, lambda path: jsonl.keep_until(path, 9), lambda path: jsonl.keep_until(path, -1)):
+        with pytest.raises(BadInput, match=r"lines\.jsonl, line 2 is damaged"):
+            read(path)
+    assert path.read_bytes() == b"\n".join(lines)
+    path.write_bytes(b"\n".join([lines[0], damage, b""]))  # the last one, but not cut: its end is there
+    with pytest.raises(BadInput, match="line 2 is damaged"):
+        jsonl.read_lines(path)
+
+
+def test_a_line_without_its_step_is_refused_when_steps_are_dropped(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    with pytest.raises(BadInput, match="line 2 is damaged: it has no step"):
+        jsonl.keep_until(tmp_path / "lines.jsonl", 1)
+
+
+def test_lines_that_stay_are_kept_byte_for_byte(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step":1,  "loss": 1.50}\n{"step": 2}')
+    jsonl.keep_until(path, 2)
+    assert path.read_text() == '{"step":1,  "loss": 1.50}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_file_deleted_while_it_is_written_is_made_again_with_all_its_lines(whole_folder, tmp_path):
+    lines = jsonl.Lines(tmp_path / "below" / "lines.jsonl")
+    lines.write({"step": 1})
+    shutil.rmtree(tmp_path / "below") if whole_folder else lines.path.unlink()
+    lines.write({"step": 2})
+    lines.path.unlink()
+    lines.keep()
+    lines.close()
+    assert jsonl.read_lines(lines.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_that_another_took_the_place_of_stops_the_run(tmp_path):
+    lines = jsonl.Lines(tmp_path / "lines.jsonl")
+    lines.write({"step": 1})
+    jsonl.write_atomically(lines.path, "edited")
+    with pytest.raises(BadInput, match="was replaced by another file"):
+        lines.write({"step": 2})
+    assert lines.path.read_text() == "edited"
 
 
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
