@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import torch._dynamo  # makes its table of torch's functions here, before a test puts another in the place of one
 
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig

@@ -1,10 +1,9 @@
-"""What every router of conf/router must hold, and which of them are the same where they should be.
+"""What every router of conf/router must hold.
 
 What a router says of itself (causal, causal_in_eval, per_token, fixed_k, smooth) is held against what it does.
 """
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -12,86 +11,32 @@ import torch
 from kernels import reference
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
-from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.errors import BadInput
 from moe.model.attention import KVCache
 from moe.model.layer import LayerInput
 from moe.model.transformer import next_token_loss
 from moe.routing.build import build_router
-from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Routing
+from moe.routing.contract import DROPPED, UNUSED, Mixture, Routing
 from moe.train import step
 from moe.train.optimizer import build_optimizer
 from tests.conftest import PRESETS
-
-EXACT = dict(rtol=1e-12, atol=1e-12)
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
-TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-
-
-def _experts(preset, **moe):
-    """The settings of the experts that go with a preset: E=8 is the least that four groups of two need."""
-    moe = {"n_experts": 8, "k": 3, **preset.moe, **moe}
-    cheap = sum(moe.get(name, 0) for name in ("n_null", "n_copy", "n_constant"))
-    return moe | ({"k": moe["n_experts"] + cheap} if moe["k"] == "all" else {})
-
-
-def _layer(make_layer, preset, dtype=torch.float64, training=False, **moe):
-    return make_layer(preset.router, dtype, balance=preset.balance, **_experts(preset, **moe)).train(training)
-
-
-def _model(make_model, preset, dtype=torch.float64, training=False, every=1, **changes):
-    moe = MoEConfig(d_expert=7, every=every, **_experts(preset))
-    return make_model(preset.router, dtype, balance=preset.balance, moe=moe, **changes).train(training)
-
-
-def _x(n_sequences=2, length=9, dtype=torch.float64, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((n_sequences, length, 12), generator=generator, dtype=torch.float64).to(dtype)
-
-
-def _ids(x, seed=5):
-    return torch.randint(0, 17, x.shape[:2], generator=torch.Generator().manual_seed(seed))
-
-
-def _run(layer, x, backend="torch", tokens=None, **given):
-    """One pass, with the same random numbers in every call."""
-    torch.manual_seed(7)
-    return layer(x, backend, LayerInput((_ids(x) if tokens is None else tokens).flatten(), **given))
-
-
-def _objective(out, routing):
-    """A scalar that every output of the layer feeds."""
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return (out * weights).sum() + sum(routing.losses.values())
-
-
-def _pass(layer, x, backend):
-    """Output, report and named gradients of one pass."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad(set_to_none=True)
-    out, report = _run(layer, x, backend)
-    _objective(out, report).backward()
-    return out.detach(), report, {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-
-
-def _gradients(layer, x, backend):
-    return _pass(layer, x, backend)[2]
-
-
-def _same_bits(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        one, other = first[name], second[name]
-        assert (one is None) == (other is None), name
-        assert one is None or torch.equal(one, other), name
-
-
-def _decide(layer, x):
-    """What the router says, before anything limits it."""
-    torch.manual_seed(7)
-    return layer.router(x.flatten(0, 1), "reference", Context(_ids(x).flatten(), len(x)))
-
+from tests.small_layers import (
+    BACKENDS,
+    EXACT,
+    TRAINING,
+    decide,
+    experts_of,
+    gradients_of,
+    layer_of,
+    model_of,
+    objective,
+    one_pass,
+    run_layer,
+    same_bits,
+    states,
+    token_ids,
+)
 
 # --- Accounting -------------------------------------------------------------------------------------------------------
 
@@ -99,9 +44,9 @@ def _decide(layer, x):
 @BACKENDS
 @TRAINING
 def test_every_row_and_every_token_is_accounted_for(make_layer, preset, backend, training):
-    layer, x = _layer(make_layer, preset, training=training), _x()
-    report = _run(layer, x, backend)[1]
-    decision = _decide(layer, x)
+    layer, x = layer_of(make_layer, preset, training=training), states()
+    report = run_layer(layer, x, backend)[1]
+    decision = decide(layer, x)
     if isinstance(decision, Mixture):  # rows are slots, and every token reads every expert
         assert report.count_E.tolist() == [2 * decision.dispatch_BSEP.shape[-1]] * 8
         assert report.expert.shape == (18, 8)
@@ -127,8 +72,8 @@ def test_every_row_and_every_token_is_accounted_for(make_layer, preset, backend,
 
 @TRAINING
 def test_a_tokens_probabilities_sum_to_one(make_layer, preset, training):
-    layer, x = _layer(make_layer, preset, training=training), _x()
-    decision = _decide(layer, x)
+    layer, x = layer_of(make_layer, preset, training=training), states()
+    decision = decide(layer, x)
     if isinstance(decision, Mixture) or decision.logits_TE is None:
         assert preset.router.name in ("soft", "hash")
         return
@@ -145,7 +90,7 @@ def test_a_tokens_probabilities_sum_to_one(make_layer, preset, training):
 
 @BACKENDS
 def test_identical_experts_are_the_dense_mlp_times_the_sum_of_a_tokens_weights(make_layer, preset, backend):
-    layer, x = _layer(make_layer, preset), _x()
+    layer, x = layer_of(make_layer, preset), states()
     if preset.router.name == "soft":
         pytest.skip("every expert reads other mixtures of tokens")
     up, down = layer.experts.w_up_EFD, layer.experts.w_down_EDF
@@ -153,7 +98,7 @@ def test_identical_experts_are_the_dense_mlp_times_the_sum_of_a_tokens_weights(m
         up[:], down[:] = up[:1].clone(), down[:1].clone()
         if layer.default_ED is not None:
             layer.default_ED.zero_()
-        out, report = _run(layer, x, backend)
+        out, report = run_layer(layer, x, backend)
         rows = Routing(report.expert, report.weight, report.token_N)
         token_N, expert_N, weight_N = rows.rows()
         real_N = torch.where((expert_N >= 0) & (expert_N < layer.n_experts), weight_N, 0.0)
@@ -174,9 +119,9 @@ def test_one_expert_is_the_dense_mlp_times_its_weight(make_layer, preset, backen
         pytest.skip(str(refusal))
     if preset.router.name == "soft":
         pytest.skip("the expert reads a mixture of tokens")
-    layer, x = _layer(make_layer, preset, **moe), _x()
+    layer, x = layer_of(make_layer, preset, **moe), states()
     with torch.no_grad():
-        out, report = _run(layer, x, backend)
+        out, report = run_layer(layer, x, backend)
         dense = reference.activate(x @ layer.experts.w_up_EFD[0].T, "swiglu") @ layer.experts.w_down_EDF[0].T
     total_T = torch.zeros(18, dtype=torch.float64)
     token_N, expert_N, weight_N = Routing(report.expert, report.weight, report.token_N).rows()
@@ -189,16 +134,16 @@ def test_one_expert_is_the_dense_mlp_times_its_weight(make_layer, preset, backen
 @BACKENDS
 def test_permuting_the_tokens_permutes_the_output(make_layer, preset, backend):
     """A batch's routers too, where no two scores tie; a soft one within a sequence."""
-    layer, x = _layer(make_layer, preset), _x(1, 18)
+    layer, x = layer_of(make_layer, preset), states(1, 18)
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
-    tokens = _ids(x)
-    moved = _run(layer, x[:, order], backend, tokens[:, order])[0]
-    torch.testing.assert_close(moved, _run(layer, x, backend, tokens)[0][:, order], **EXACT)
+    tokens = token_ids(x)
+    moved = run_layer(layer, x[:, order], backend, tokens[:, order])[0]
+    torch.testing.assert_close(moved, run_layer(layer, x, backend, tokens)[0][:, order], **EXACT)
 
 
 def test_the_triton_kernels_give_the_references_output_and_gradients_in_training(make_layer, preset):
-    layer, x = _layer(make_layer, preset, training=True), _x(1, 5)
-    (out_reference, _, expected), (out, _, got) = _pass(layer, x, "reference"), _pass(layer, x, "triton")
+    layer, x = layer_of(make_layer, preset, training=True), states(1, 5)
+    (out_reference, _, expected), (out, _, got) = one_pass(layer, x, "reference"), one_pass(layer, x, "triton")
     torch.testing.assert_close(out, out_reference, rtol=1e-11, atol=1e-11)
     for name, gradient in expected.items():
         if gradient is not None:
@@ -211,7 +156,7 @@ def test_the_triton_kernels_give_the_references_output_and_gradients_in_training
 @BACKENDS
 @TRAINING
 def test_a_later_token_changes_no_earlier_logit_or_the_router_says_so(make_model, preset, backend, training):
-    model = _model(make_model, preset, training=training)
+    model = model_of(make_model, preset, training=training)
     router = model.routers()[0]
     promised = (router.causal and model.blocks[1].depth is None) if training else router.causal_in_eval
     tokens = torch.randint(0, 17, (1, 16), generator=torch.Generator().manual_seed(1))
@@ -236,7 +181,7 @@ def test_what_each_router_promises():
     """Named once, so that a promise is not dropped in silence."""
     promises = {}
     for name, preset in PRESETS.items():
-        router = build_router(preset.router, 4, MoEConfig(**_experts(preset)), vocab_size=3)
+        router = build_router(preset.router, 4, MoEConfig(**experts_of(preset)), vocab_size=3)
         promises[name] = (router.causal, router.causal_in_eval, router.per_token)
     never = {name for name, each in promises.items() if each == (False, False, False)}
     after_training = {name for name, each in promises.items() if each == (False, True, True)}
@@ -246,7 +191,7 @@ def test_what_each_router_promises():
 
 
 def test_cached_logits_are_the_uncached_where_a_token_decides_alone(make_model, preset, tokens):
-    model = _model(make_model, preset)
+    model = model_of(make_model, preset)
     if not model.routers()[0].per_token:
         pytest.skip("the router decides over what it is given at once")
     with torch.no_grad():
@@ -262,8 +207,8 @@ def test_cached_logits_are_the_uncached_where_a_token_decides_alone(make_model, 
 
 @TRAINING
 def test_every_gradient_is_the_references(make_layer, preset, training):
-    layer, x = _layer(make_layer, preset, training=training), _x()
-    expected, got = _gradients(layer, x, "reference"), _gradients(layer, x, "torch")
+    layer, x = layer_of(make_layer, preset, training=training), states()
+    expected, got = gradients_of(layer, x, "reference"), gradients_of(layer, x, "torch")
     for name in expected:
         assert (expected[name] is None) == (got[name] is None), name
         if expected[name] is None:
@@ -277,7 +222,7 @@ def test_every_gradient_is_the_references(make_layer, preset, training):
 def test_gradients_are_the_derivative_where_the_router_says_so(make_layer, preset, training):
     """On the reference; the other backends' gradients equal its. The random numbers are the same in every call, and no
     choice is near a tie. The predictor's loss is left out: it is made to tell the states nothing."""
-    layer = _layer(make_layer, preset, training=training, d_expert=2)
+    layer = layer_of(make_layer, preset, training=training, d_expert=2)
     if not layer.router.smooth:
         pytest.skip("an estimator's gradient is no derivative")
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -285,15 +230,15 @@ def test_gradients_are_the_derivative_where_the_router_says_so(make_layer, prese
     def function(x, *values):
         given = dict(zip(parameters, values, strict=True))
         torch.manual_seed(7)
-        out, report = torch.func.functional_call(layer, given, (x, "reference", LayerInput(_ids(x).flatten())))
+        out, report = torch.func.functional_call(layer, given, (x, "reference", LayerInput(token_ids(x).flatten())))
         return out, *(each for name, each in report.losses.items() if name != "predictor")
 
-    inputs = (_x(1, 5).requires_grad_(), *(p.detach().clone().requires_grad_() for p in parameters.values()))
+    inputs = (states(1, 5).requires_grad_(), *(p.detach().clone().requires_grad_() for p in parameters.values()))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 def test_estimators_say_that_they_are_no_derivative(make_layer):
-    smooth = {name: _layer(make_layer, preset).router.smooth for name, preset in PRESETS.items()}
+    smooth = {name: layer_of(make_layer, preset).router.smooth for name, preset in PRESETS.items()}
     assert {name for name, each in smooth.items() if not each} == {"default-vector", "sparsemixer", "straight-through"}
 
 
@@ -302,14 +247,14 @@ def test_estimators_say_that_they_are_no_derivative(make_layer):
 
 @BACKENDS
 def test_the_same_seed_gives_the_same_bits(make_layer, preset, backend):
-    layer, x = _layer(make_layer, preset, training=True), _x()
-    first, again = _run(layer, x, backend)[0], _run(layer, x, backend)[0]
+    layer, x = layer_of(make_layer, preset, training=True), states()
+    first, again = run_layer(layer, x, backend)[0], run_layer(layer, x, backend)[0]
     assert torch.equal(first, again)
-    _same_bits(_gradients(layer, x, backend), _gradients(layer, x, backend))
+    same_bits(gradients_of(layer, x, backend), gradients_of(layer, x, backend))
 
 
 def test_activation_checkpointing_changes_no_bit(make_model, preset, tokens):
-    model = _model(make_model, preset, torch.float32, training=True)
+    model = model_of(make_model, preset, torch.float32, training=True)
 
     def gradients(**how):
         torch.manual_seed(7)
@@ -320,18 +265,18 @@ def test_activation_checkpointing_changes_no_bit(make_model, preset, tokens):
         loss.backward()
         return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
-    _same_bits(gradients(), gradients(checkpoint_activations=True))
+    same_bits(gradients(), gradients(checkpoint_activations=True))
 
 
 @TRAINING
 def test_compiled_in_one_graph_is_the_same(make_layer, preset, training):
     """In training the gradients too, with the same random numbers."""
-    layer, x = _layer(make_layer, preset, training=training), _x()
+    layer, x = layer_of(make_layer, preset, training=training), states()
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     if training:
-        expected, report, gradients = _pass(layer, x, "torch")
-        got, report_compiled, gradients_compiled = _pass(compiled, x, "torch")
+        expected, report, gradients = one_pass(layer, x, "torch")
+        got, report_compiled, gradients_compiled = one_pass(compiled, x, "torch")
         for name, gradient in gradients_compiled.items():
             eager = gradients[name.removeprefix("_orig_mod.")]
             assert (gradient is None) == (eager is None), name
@@ -339,7 +284,7 @@ def test_compiled_in_one_graph_is_the_same(make_layer, preset, training):
                 torch.testing.assert_close(gradient, eager, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
     else:
         with torch.no_grad():
-            (expected, report), (got, report_compiled) = _run(layer, x), _run(compiled, x)
+            (expected, report), (got, report_compiled) = run_layer(layer, x), run_layer(compiled, x)
     torch.testing.assert_close(got, expected, **EXACT)
     assert torch.equal(report_compiled.count_E, report.count_E)
     assert torch.equal(report_compiled.expert, report.expert)
@@ -352,11 +297,11 @@ def test_compiled_in_one_graph_is_the_same(make_layer, preset, training):
 @pytest.mark.parametrize("how", ["bf16", "autocast"])
 def test_scores_are_float32_in_bf16_and_everything_is_finite(make_layer, preset, training, how):
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
-    layer, x = _layer(make_layer, preset, dtype, training), _x(dtype=dtype)
+    layer, x = layer_of(make_layer, preset, dtype, training), states(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        decision = _decide(layer, x)
-        out, report = _run(layer, x)
-        _objective(out.float(), report).backward()
+        decision = decide(layer, x)
+        out, report = run_layer(layer, x)
+        objective(out.float(), report).backward()
     if isinstance(decision, Mixture):
         assert {each.dtype for each in decision} == {torch.float32}
     else:
@@ -373,10 +318,10 @@ def test_scores_are_float32_in_bf16_and_everything_is_finite(make_layer, preset,
 @TRAINING
 @pytest.mark.parametrize("shape", [(1, 0), (1, 1)], ids=str)
 def test_no_token_and_one_token_are_no_special_case(make_layer, preset, backend, training, shape):
-    layer, x = _layer(make_layer, preset, training=training), _x(*shape)
-    gradients = _gradients(layer, x, backend)
+    layer, x = layer_of(make_layer, preset, training=training), states(*shape)
+    gradients = gradients_of(layer, x, backend)
     assert all(each.isfinite().all() for each in gradients.values() if each is not None)
-    out, report = _run(layer, x, backend)
+    out, report = run_layer(layer, x, backend)
     assert out.shape == x.shape
     assert out.isfinite().all()
     assert all(each.isfinite().all() for each in report.losses.values())
@@ -392,13 +337,13 @@ def test_no_token_and_one_token_are_no_special_case(make_layer, preset, backend,
 @TRAINING
 @pytest.mark.parametrize("size", [0.0, 1e30])
 def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, preset, training, size):
-    layer, x = _layer(make_layer, preset, training=training), _x()
+    layer, x = layer_of(make_layer, preset, training=training), states()
     with torch.no_grad():
         for name, p in layer.router.named_parameters():
             if name in ("w_ED", "w_phi", "w_predict_ED"):
                 p.mul_(size)
-    out, report = _run(layer, x)
-    again = _run(layer, x)[0]
+    out, report = run_layer(layer, x)
+    again = run_layer(layer, x)[0]
     assert torch.equal(out, again)
     assert out.isfinite().all()
     assert all(each.isfinite().all() for each in report.losses.values())
@@ -413,7 +358,7 @@ def test_equal_and_huge_logits_give_finite_outputs_and_gradients(make_layer, pre
 @TRAINING
 def test_one_infinite_logit_concerns_its_token_alone_and_is_not_hidden(make_layer, preset, backend, training):
     """The z-loss is not finite then, which ends a step of training before a parameter changes."""
-    layer, x = _layer(make_layer, preset, torch.float32, training), _x(dtype=torch.float32)
+    layer, x = layer_of(make_layer, preset, torch.float32, training), states(dtype=torch.float32)
     own = ":" in preset.router.name
     if own or preset.router.name in ("hash", "soft") or preset.router.logits == "cosine":
         pytest.skip("no logit of a table or a cosine is infinite; what it takes in a router of one's own is unknown")
@@ -422,11 +367,11 @@ def test_one_infinite_logit_concerns_its_token_alone_and_is_not_hidden(make_laye
     with torch.no_grad():
         layer.router.w_ED[expert] = 0.0
         layer.router.w_ED[expert, 0] = 3e38
-        calm = _run(layer, x)[0].flatten(0, 1)
+        calm = run_layer(layer, x)[0].flatten(0, 1)
         x[0, token, 0] = 10.0
-        out, report = _run(layer, x, backend)
+        out, report = run_layer(layer, x, backend)
     out = out.flatten(0, 1)
-    assert _decide(layer, x).logits_TE[token, expert] == torch.inf
+    assert decide(layer, x).logits_TE[token, expert] == torch.inf
     token_N, expert_N, _ = Routing(report.expert, report.weight, report.token_N).rows()
     assert ((expert_N >= -2) & (expert_N < layer.router.n_experts)).all()
     assert not report.z.isfinite()
@@ -446,11 +391,11 @@ def test_every_router_trains_and_learns_what_it_should(make_model, preset, token
     balance = preset.balance
     if preset.router.selection_bias:
         balance = BalanceConfig(aux=0.0, z=0.0, bias_rate=0.01)
-    validate([MoEConfig(**_experts(preset))], preset.router, balance)
+    validate([MoEConfig(**experts_of(preset))], preset.router, balance)
     preset = preset._replace(balance=balance)
     # Interpreted, a layer is slow: one of them and one step tell that the router learns from what the kernels report.
     every, steps = (2, 1) if backend == "triton" else (1, 2)
-    model = _model(make_model, preset, torch.float32, training=True, every=every)
+    model = model_of(make_model, preset, torch.float32, training=True, every=every)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01))
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(7)
@@ -484,220 +429,3 @@ def test_every_router_trains_and_learns_what_it_should(make_model, preset, token
     }
     for suffix, there in learnt.items():
         assert any(key.endswith(suffix) for key in own) == there
-
-
-# --- Which are the same -----------------------------------------------------------------------------------------------
-
-
-def _pair(make_layer, one, other, training=False, **moe):
-    """Two layers with the same weights, whatever the second has besides."""
-    first = make_layer(one, n_experts=8, **{"k": 3, **moe}).train(training)
-    second = make_layer(other, n_experts=8, **{"k": 3, **moe}).train(training)
-    second.load_state_dict(first.state_dict(), strict=False)
-    return first, second
-
-
-@BACKENDS
-def test_a_threshold_between_a_tokens_kth_and_next_score_is_top_k(make_layer, backend):
-    x = _x(1, 1)
-    plain = make_layer(RouterConfig(), n_experts=8, k=3).eval()
-    best = plain.router.logits(x[0]).softmax(-1).sort(descending=True).values[0]
-    threshold = 8 * (best[2] + best[3]).item() / 2
-    other = _pair(make_layer, RouterConfig(), RouterConfig("threshold", threshold=threshold))[1]
-    torch.testing.assert_close(_run(other, x, backend)[0], _run(plain, x, backend)[0], **EXACT)
-
-
-@BACKENDS
-@pytest.mark.parametrize("cfg", [RouterConfig("top-p", top_p=1.0), RouterConfig("threshold", threshold=0.0)])
-def test_taking_all_of_the_probability_is_the_dense_mixture(make_layer, backend, cfg):
-    dense, other = _pair(make_layer, RouterConfig(), cfg, k=8)
-    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(dense, _x(), backend)[0], **EXACT)
-
-
-@pytest.mark.parametrize("cfg", [RouterConfig("top-p", top_p=0.0), RouterConfig("threshold", threshold=1e9)])
-def test_taking_as_little_as_possible_is_top_1(make_layer, cfg):
-    one, other = _pair(make_layer, RouterConfig(), cfg, k=1)
-    torch.testing.assert_close(_run(other, _x())[0], _run(one, _x())[0], **EXACT)
-
-
-@BACKENDS
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-def test_choosing_all_groups_is_choosing_among_all_experts(make_layer, backend, name):
-    plain, grouped = _pair(make_layer, RouterConfig(name), RouterConfig(name, groups=4, k_groups=4))
-    assert torch.equal(_run(grouped, _x(), backend)[0], _run(plain, _x(), backend)[0])
-
-
-@pytest.mark.parametrize("factor", [1e9, float("inf")])
-def test_more_capacity_than_rows_is_dropless_to_the_last_bit(make_layer, preset, factor):
-    try:
-        validate([MoEConfig(**_experts(preset))], preset.router, BalanceConfig(aux=0, z=0, capacity=2.0))
-    except BadInput as refusal:
-        assert preset.router.name in ("soft", "expert-choice")
-        pytest.skip(str(refusal))
-    dropless = dataclasses.replace(preset.balance, capacity=0.0)
-    one, other = (
-        _layer(make_layer, preset._replace(balance=each), training=True)
-        for each in (dropless, dataclasses.replace(dropless, capacity=factor))
-    )
-    assert torch.equal(_run(one, _x())[0], _run(other, _x())[0])
-    _same_bits(_gradients(one, _x(), "torch"), _gradients(other, _x(), "torch"))
-
-
-@BACKENDS
-def test_mixtures_of_one_token_each_are_a_routing(make_layer, preset, backend):
-    """Slot p of expert e reads the p-th token that goes there, and nobody else does."""
-    if preset.router.name != "softmax":
-        pytest.skip("said once per router that chooses by softmax")
-    layer, x = _layer(make_layer, preset), _x(2, 6)
-    layer.cheap = layer.default_ED = None
-    expert_T = torch.randint(0, 8, (12,), generator=torch.Generator().manual_seed(0))
-    one_hot = torch.zeros(2, 6, 8, 6, dtype=torch.float64)
-    for t, e in enumerate(expert_T.tolist()):
-        slot = sum(each == e for each in expert_T[t // 6 * 6 : t].tolist())
-        one_hot[t // 6, t % 6, e, slot] = 1
-    mixed, report = layer.mix(x, Mixture(one_hot, one_hot), backend)
-    weight_T1 = torch.ones(12, 1, dtype=torch.float64)
-    routed, _ = layer.send(x, Routing(expert_T[:, None], weight_T1, None), backend)
-    torch.testing.assert_close(mixed, routed, **EXACT)
-    assert report.count_E.tolist() == [12] * 8
-
-
-@BACKENDS
-@TRAINING
-def test_a_selection_bias_of_zero_is_none(make_layer, backend, training):
-    plain, biased = _pair(make_layer, RouterConfig("sigmoid"), RouterConfig("sigmoid", selection_bias=True), training)
-    biased.router.bias_E.zero_()
-    assert torch.equal(_run(biased, _x(), backend)[0], _run(plain, _x(), backend)[0])
-    _same_bits(_gradients(biased, _x(), backend), _gradients(plain, _x(), backend))
-
-
-@BACKENDS
-@pytest.mark.parametrize(
-    ("cfg", "k"),
-    [
-        (RouterConfig(noisy=True), 3),
-        (RouterConfig(jitter=0.5), 3),
-        (RouterConfig(second="random"), 2),
-        (RouterConfig(frozen=True), 3),
-        (RouterConfig(input="previous"), 3),
-        (RouterConfig("sinkhorn"), 3),
-    ],
-    ids=["noisy", "jitter", "gshard", "frozen", "first of lookahead", "sinkhorn"],
-)
-def test_what_only_training_does_is_plain_top_k_in_evaluation(make_layer, backend, cfg, k):
-    plain, other = _pair(make_layer, RouterConfig(), cfg, k=k)
-    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(plain, _x(), backend)[0], **EXACT)
-
-
-@pytest.mark.parametrize("cfg", [RouterConfig(noisy=True), RouterConfig(jitter=0.5), RouterConfig("sinkhorn")])
-def test_what_only_training_does_is_done_in_training(make_layer, cfg):
-    plain, other = _pair(make_layer, RouterConfig(), cfg, training=True)
-    assert (_run(other, _x())[0] - _run(plain, _x())[0]).abs().max() > 1e-3
-
-
-@BACKENDS
-@TRAINING
-def test_experts_that_choose_every_token_are_the_dense_mixture(make_layer, backend, training):
-    dense, other = _pair(make_layer, RouterConfig(renormalize=False), RouterConfig("expert-choice"), training, k=8)
-    torch.testing.assert_close(_run(other, _x(), backend)[0], _run(dense, _x(), backend)[0], **EXACT)
-
-
-@BACKENDS
-def test_equal_widths_are_one_width(make_layer, preset, backend):
-    one = _layer(make_layer, preset, training=True)
-    other = _layer(make_layer, preset, training=True, widths=[7] * 8)
-    state = {name.replace("experts.w_", "experts.stacks.0.w_"): each for name, each in one.state_dict().items()}
-    other.load_state_dict(state)
-    (expected, report), (out, report_other) = _run(one, _x(), backend), _run(other, _x(), backend)
-    torch.testing.assert_close(out, expected, **EXACT)
-    assert torch.equal(report.count_E, report_other.count_E)
-
-
-@BACKENDS
-def test_experts_of_several_widths_are_those_experts_padded_with_zeros(make_layer, preset, backend):
-    widths = [3, 7, 1, 7, 3, 2, 7, 5]
-    mixed = _layer(make_layer, preset, training=True, widths=widths)
-    padded = _layer(make_layer, preset, training=True)
-    padded.load_state_dict({k: v for k, v in mixed.state_dict().items() if not k.startswith("experts.")}, strict=False)
-    with torch.no_grad():
-        padded.experts.w_up_EFD.zero_()
-        padded.experts.w_down_EDF.zero_()
-        for stack, local_E in zip(mixed.experts.stacks, mixed.experts.local_GE.tolist(), strict=True):
-            for e, local in enumerate(local_E):
-                if local >= 0:
-                    f = widths[e]
-                    padded.experts.w_up_EFD[e, :f] = stack.w_up_EFD[local, :f]
-                    padded.experts.w_up_EFD[e, 7 : 7 + f] = stack.w_up_EFD[local, f:]
-                    padded.experts.w_down_EDF[e, :, :f] = stack.w_down_EDF[local]
-    (out, report), (expected, report_padded) = _run(mixed, _x(), backend), _run(padded, _x(), backend)
-    torch.testing.assert_close(out, expected, **EXACT)
-    assert torch.equal(report.count_E, report_padded.count_E)
-
-
-@BACKENDS
-def test_replaying_a_pass_is_that_pass_to_the_last_bit(make_layer, preset, backend):
-    layer, x = _layer(make_layer, preset), _x()
-    expected, report = _run(layer, x, backend)
-    if preset.router.name == "soft" or report.token_N is not None:
-        with pytest.raises(ValueError, match="replay"):
-            _run(layer, x, backend, recorded_TK=report.expert)
-        return
-    out, again = _run(layer, x, backend, recorded_TK=report.expert)
-    assert torch.equal(out, expected)
-    assert torch.equal(again.expert, report.expert)
-
-
-@BACKENDS
-def test_relu_with_positive_logits_takes_every_expert_by_its_logit(make_layer, backend):
-    layer, x = make_layer(RouterConfig("relu", scale=0.5), n_experts=8, k=3), _x().abs()
-    with torch.no_grad():
-        layer.router.w_ED.abs_()
-    out, report = _run(layer, x, backend)
-    logits_TE = layer.router.logits(x.flatten(0, 1))
-    experts = layer.experts
-    hidden = torch.einsum("td,efd->tef", x.flatten(0, 1), experts.w_up_EFD)
-    each = torch.einsum("tef,edf->ted", reference.activate(hidden, "swiglu"), experts.w_down_EDF)
-    torch.testing.assert_close(out.flatten(0, 1), (0.5 * logits_TE[..., None] * each).sum(1), **EXACT)
-    assert report.count_E.tolist() == [18] * 8
-
-
-def test_a_shared_router_is_one_module_whose_gradient_is_the_sum_over_layers(make_model, tokens):
-    moe = MoEConfig(n_experts=5, k=3, d_expert=7)
-    shared = make_model(RouterConfig(shared=True), moe=moe, n_layers=3)
-    assert len(set(shared.routers())) == 1
-    assert len(shared.routers()) == 3
-    assert [block.mlp.router is None for block in shared.blocks] == [False, True, True]
-    alone = make_model(RouterConfig(), moe=moe, n_layers=3)
-    state = shared.state_dict()
-    w_ED = state["blocks.0.mlp.router.w_ED"]
-    alone.load_state_dict(state | {f"blocks.{layer}.mlp.router.w_ED": w_ED for layer in range(3)})
-    logits = []
-    for model in (shared, alone):
-        out = model(tokens)
-        logits.append(out.logits_BSV)
-        next_token_loss(out.logits_BSV[:, :-1], tokens[:, 1:]).backward()
-    assert torch.equal(*logits)
-    expected = sum(router.w_ED.grad for router in alone.routers())
-    torch.testing.assert_close(shared.routers()[0].w_ED.grad, expected, **EXACT)
-
-
-def test_a_shared_router_learns_from_all_its_layers_at_once(make_model, tokens):
-    model = make_model(RouterConfig("sigmoid", selection_bias=True, shared=True))
-    out = model(tokens)
-    before = model.routers()[0].bias_E.clone()
-    totals = [step.layer_totals(each, tokens.numel()) for each in out.routing]
-    step.update_routers(model, totals, BalanceConfig(aux=0.0, z=0.0, bias_rate=0.125), 0.0)
-    count_E = sum(each.wanted_E for each in out.routing).double()
-    torch.testing.assert_close(model.routers()[0].bias_E - before, 0.125 * (count_E.mean() - count_E).sign(), **EXACT)
-
-
-def test_lookahead_routes_by_the_previous_layers_input(make_model, tokens):
-    model = make_model(RouterConfig(input="previous"), n_layers=4).eval()
-    assert all(each.state_TD is None for each in make_model(RouterConfig())(tokens).routing)  # nobody reads it there
-    read, entered = [], []
-    for router in model.routers():
-        router.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    for block in model.blocks:
-        block.mlp_norm.register_forward_hook(lambda module, inputs, output: entered.append(output.flatten(0, 1)))
-    model(tokens)
-    assert [[torch.equal(one, other) for other in entered].index(True) for one in read] == [0, 0, 1, 2]

@@ -2,7 +2,7 @@
 
 Here is what the drawings show and where each mark goes, in px; page.html draws it, as SVG coloured by its style sheet.
 
-Letters beside the glossary: d domains (with all text before them where a share is of rows) · r rows of a heat map.
+Letters beside the glossary: Y domains (with all text before them where a share is of rows) · r rows of a heat map.
 """
 
 import math
@@ -30,7 +30,7 @@ def render(pairs: list[Pair], result: Comparison) -> str:
     summary = pairs[0].moe.summary
     load = summary.load
     assert load is not None, "a comparison has a Mixture of Experts"
-    share_LdE = [shares(counts) for counts in load.counts]
+    share_LYE = [shares(counts) for counts in load.counts]
     layers = [f"layer {layer}" for layer in load.layers]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         result=result,
@@ -38,16 +38,16 @@ def render(pairs: list[Pair], result: Comparison) -> str:
         n_seeds=len(pairs),
         charts=[loss_chart(pairs, 0, "step"), loss_chart(pairs, 1, "training time (s)")],
         bin=bin_width(pairs[0].moe),
-        layer_map=heat_map(layers, [share_dE[0] for share_dE in share_LdE]),
+        layer_map=heat_map(layers, [share_YE[0] for share_YE in share_LYE]),
         domain_maps=[
-            (layer, heat_map(["all text", *load.domains], share_dE, by_domain(share_dE)))
-            for layer, share_dE in zip(layers, share_LdE, strict=True)
+            (layer, heat_map(["all text", *load.domains], share_YE, by_domain(share_YE)))
+            for layer, share_YE in zip(layers, share_LYE, strict=True)
         ],
         specialists=[
-            (layer, specialists(load.domains, share_dE)) for layer, share_dE in zip(layers, share_LdE, strict=True)
+            (layer, specialists(load.domains, share_YE)) for layer, share_YE in zip(layers, share_LYE, strict=True)
         ],
         domains=load.domains,
-        n_experts=share_LdE[0].shape[1],
+        n_experts=share_LYE[0].shape[1],
         legend=[
             shade(2.0**power) | {"ratio": name}
             for power, name in zip(range(-2, 3), ("¼× or less", "½×", "1×", "2×", "4× or more"), strict=True)
@@ -158,30 +158,30 @@ def apart(a: float, b: float, distance: float) -> tuple[float, float]:
 
 
 def shares(counts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Routed rows (d, E) by domain -> (1 + d, E) share of the rows that go to each expert: first of all text, then of
+    """Routed rows (Y, E) by domain -> (1 + Y, E) share of the rows that go to each expert: first of all text, then of
     each domain; nan for a domain without a row."""
-    count_dE = np.array(counts, dtype=float)
-    count_dE = np.concatenate([count_dE.sum(0, keepdims=True), count_dE])
+    count_YE = np.array(counts, dtype=float)
+    count_YE = np.concatenate([count_YE.sum(0, keepdims=True), count_YE])
     with np.errstate(invalid="ignore"):
-        return count_dE / count_dE.sum(1, keepdims=True)
+        return count_YE / count_YE.sum(1, keepdims=True)
 
 
-def by_domain(share_dE: np.ndarray) -> list[int]:
+def by_domain(share_YE: np.ndarray) -> list[int]:
     """Experts in an order that shows structure: grouped by the domain that leans most towards each, in the domains'
     order, and within a group from the strongest leaning down."""
-    domain_dE = np.nan_to_num(share_dE[1:])
-    leading_E, strength_E = domain_dE.argmax(0), domain_dE.max(0)
-    return sorted(range(share_dE.shape[1]), key=lambda i: (leading_E[i], -strength_E[i]))
+    domain_YE = np.nan_to_num(share_YE[1:])
+    leading_E, strength_E = domain_YE.argmax(0), domain_YE.max(0)
+    return sorted(range(share_YE.shape[1]), key=lambda i: (leading_E[i], -strength_E[i]))
 
 
-def specialists(domains: list[str], share_dE: np.ndarray) -> list[dict[str, Any] | None]:
+def specialists(domains: list[str], share_YE: np.ndarray) -> list[dict[str, Any] | None]:
     """For each domain the expert that gets most more of its rows than of all text's; None for a domain without
     rows, or where none gets more."""
     leaning: list[dict[str, Any] | None] = []
-    for _, share_E in zip(domains, share_dE[1:], strict=True):
-        more_E = np.nan_to_num(share_E - share_dE[0])
+    for _, share_E in zip(domains, share_YE[1:], strict=True):
+        more_E = np.nan_to_num(share_E - share_YE[0])
         expert = int(more_E.argmax())
-        share, overall = f"{share_E[expert]:.1%}", f"{share_dE[0][expert]:.1%}"
+        share, overall = f"{share_E[expert]:.1%}", f"{share_YE[0][expert]:.1%}"
         leaning.append({"expert": expert, "share": share, "overall": overall} if more_E[expert] > 0 else None)
     return leaning
 

@@ -110,10 +110,13 @@ def splits_freely(cfg: Config) -> bool:
     loss depends on the tokens beside it in a micro-batch, and nothing is drawn at random."""
     if not cfg.model.moe:
         return True
-    router, terms = cfg.router, cfg.balance
+    router, terms, about = cfg.router, cfg.balance, facts(cfg.router)
     drawn = router.noisy or router.jitter > 0 or router.second == "random"
-    shared = terms.capacity or terms.tile or terms.importance or terms.load or terms.spread or terms.bandpass
-    return not (facts(router).decides != "token" or drawn or shared or (terms.aux and terms.scope == "batch"))
+    if about.decides != "token" or drawn or terms.capacity or terms.tile:
+        return False
+    # Losses of a whole micro-batch; with balance.scope=global they are the whole step's. The ReLU router has one.
+    of_a_batch = terms.importance or terms.load or terms.spread or terms.bandpass or about.score == "relu"
+    return terms.scope == "global" or not (of_a_batch or (terms.aux and terms.scope == "batch"))
 
 
 def fingerprint(cfg: Config) -> str:

@@ -1,7 +1,7 @@
 """Validation: loss and bits per byte in total and by domain, which expert served which domain, and whether a model
 sees later tokens.
 
-d counts the text's domains.
+Y counts the text's domains.
 """
 
 import copy
@@ -112,17 +112,17 @@ class LayerTally:
 
     def __init__(self, layer: int, cfg: ModelConfig, dataset: Dataset, device: torch.device) -> None:
         self.layer, self.work, self.n_domains = layer, layer_moe(cfg, layer).work(), len(dataset.domains)
-        self.rows_dE: Tensor | None = None
+        self.rows_YE: Tensor | None = None
         self.count_E = self.dropped = self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, routing: LayerRouting, domain_BS: Tensor) -> None:
         """A batch; `domain_BS` says whose text each token is followed by."""
-        if self.rows_dE is None:
-            self.rows_dE = torch.zeros_like(routing.count_E).repeat(self.n_domains, 1)
+        if self.rows_YE is None:
+            self.rows_YE = torch.zeros_like(routing.count_E).repeat(self.n_domains, 1)
         token_N, expert_N, _ = rows(routing.token_N, routing.expert, routing.weight)
         routed = expert_N >= 0
         index = domain_BS.flatten().long()[token_N[routed]], expert_N[routed]
-        self.rows_dE.index_put_(index, torch.ones_like(index[1]), accumulate=True)
+        self.rows_YE.index_put_(index, torch.ones_like(index[1]), accumulate=True)
         self.count_E = self.count_E + routing.count_E
         self.dropped, self.skipped = self.dropped + routing.dropped, self.skipped + routing.skipped
 
@@ -139,7 +139,7 @@ def expert_load(layers: list[LayerTally], dataset: Dataset, n_tokens: int) -> Ex
     return ExpertLoad(
         layers=[tally.layer for tally in layers],
         domains=dataset.domains,
-        counts=[tally.rows_dE.tolist() for tally in layers if tally.rows_dE is not None],
+        counts=[tally.rows_YE.tolist() for tally in layers if tally.rows_YE is not None],
         routing=[tally.metrics(n_tokens) for tally in layers],
     )
 

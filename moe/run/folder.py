@@ -97,8 +97,8 @@ def check_same(old: Config, new: Config) -> list[str]:
     for key, before, after in differences(old, new):
         if not may_change(key, old):
             raise BadInput(
-                f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, choose "
-                f"another run, or start a new run from this one's weights with source={new.run} run=NEW {key}={after}."
+                f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, or choose "
+                "another run."
             )
         if not is_among(key, FREE):
             changes.append(f"{key} was {before} and is {after} from here on.")
@@ -114,8 +114,8 @@ def check_unedited(run: Path, cfg: Config, groups: tuple[str, ...] = ()) -> None
     for key, trained, here in differences(build(meta["config"]), cfg):
         if not may_change(key, cfg) and (not groups or is_among(key, groups)):
             raise BadInput(
-                f"{run / 'config.yaml'} has {key}={here}, and {path} was trained with {trained}: put {trained} back; "
-                f"to train with {here}, start a new run from its weights with source={run} run=NEW {key}={here}."
+                f"{run / 'config.yaml'} has {key}={here}, and {path} was trained with {trained}: put {trained} back, "
+                f"or choose another run to train with {here}."
             )
 
 

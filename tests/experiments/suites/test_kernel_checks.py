@@ -1,35 +1,19 @@
 """The checks of single kernels: wrong ones are found."""
 
 import pytest
-import torch
 
 from experiments.suites import kernel_checks
 from experiments.suites.cases import Wrong
-from experiments.suites.layer_checks import Settings
-from experiments.suites.shapes import Shape
 from tests import fake_cuda
+from tests.experiments.suites.small_checks import SHAPE, small_settings
 
 pytestmark = fake_cuda.interpreted
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SHAPE = Shape(9, 16, 16, 4, 2)
-
-
-def _settings(device=CPU, **changes):
-    given = {
-        "regular": SHAPE,
-        "odd": SHAPE,
-        "large": SHAPE,
-        "dtypes": ("bf16", "fp32"),
-        "reruns": 1,
-        "interpreted": True,
-    }
-    return Settings(device, **given | changes)
 
 
 def test_a_plan_a_gate_or_a_matmul_that_is_wrong_is_found(monkeypatch):
     from kernels import gate, plan, ragged_mm
 
-    settings = _settings()
+    settings = small_settings()
     assert kernel_checks.check_plan(settings, SHAPE, "", "ragged") == {}
     right_plan, right_gate, right_dh = plan.plan, gate.gate, ragged_mm.dh
 

@@ -9,26 +9,12 @@ import torch
 
 from experiments.suites import kernel_checks, layer_checks, timing
 from experiments.suites.cases import Absent, LeftOut, Rows, run
-from experiments.suites.layer_checks import Settings
 from experiments.suites.shapes import Shape
 from moe.errors import BadInput
 from tests import fake_cuda
+from tests.experiments.suites.small_checks import CPU, CUDA, SHAPE, small_settings
 
 pytestmark = fake_cuda.interpreted
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SHAPE = Shape(9, 16, 16, 4, 2)
-
-
-def _settings(device=CPU, **changes):
-    given = {
-        "regular": SHAPE,
-        "odd": SHAPE,
-        "large": SHAPE,
-        "dtypes": ("bf16", "fp32"),
-        "reruns": 1,
-        "interpreted": True,
-    }
-    return Settings(device, **given | changes)
 
 
 def test_every_kind_of_check_passes_on_what_looks_like_a_gpu(monkeypatch, tmp_path):
@@ -65,7 +51,7 @@ def test_all_of_it_covers_every_type_load_activation_and_number_of_choices():
 
 
 def _layer(**changes):
-    return layer_checks.check_layer(_settings(**changes), SHAPE, "fp32", "dropped", "swiglu")
+    return layer_checks.check_layer(small_settings(**changes), SHAPE, "fp32", "dropped", "swiglu")
 
 
 def test_a_layer_of_zeros_a_scaled_one_and_one_that_leaves_an_element_are_wrong(monkeypatch):
@@ -134,26 +120,26 @@ def test_loads_are_what_they_are_called(load):
 def test_other_bits_on_a_rerun_are_wrong(monkeypatch):
     right, noise = layer_checks.by_triton, iter((0.0, 1e-7))
     monkeypatch.setattr(layer_checks, "by_triton", lambda layer: right(layer) + next(noise))
-    found = layer_checks.check_reruns(_settings(), "fp32")
+    found = layer_checks.check_reruns(small_settings(), "fp32")
     assert found["error"] == "y differ between runs"
 
 
 def test_a_graph_that_keeps_the_old_plan_is_wrong(monkeypatch):
     with pytest.raises(Absent, match="need a GPU"):
-        layer_checks.check_graph(_settings())
+        layer_checks.check_graph(small_settings())
     with fake_cuda.install(monkeypatch):
-        assert layer_checks.check_graph(_settings(CUDA)) == {}
+        assert layer_checks.check_graph(small_settings(CUDA)) == {}
         monkeypatch.setattr(timing, "captured", lambda function, device: timing.Captured(lambda: None, function()))
-        assert layer_checks.check_graph(_settings(CUDA))["status"] == "wrong"
+        assert layer_checks.check_graph(small_settings(CUDA))["status"] == "wrong"
 
 
 def test_a_compiled_layer_equals_the_eager_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, fullgraph, backend: module if fullgraph else None)
-    found = layer_checks.check_compiled(_settings())
+    found = layer_checks.check_compiled(small_settings())
     assert set(found["errors"].values()) == {0.0}
     half = lambda module, fullgraph, backend: lambda *given: (module(*given)[0] / 2, module(*given)[1])
     monkeypatch.setattr(torch, "compile", half)
-    assert layer_checks.check_compiled(_settings())["status"] == "wrong"
+    assert layer_checks.check_compiled(small_settings())["status"] == "wrong"
 
 
 @pytest.mark.parametrize("wide", ["D", "F"])
@@ -167,14 +153,14 @@ def test_offsets_past_2_to_the_31_are_sampled_where_they_are(wide, monkeypatch):
         return real(Shape(40, 16, 16, 4, 2), CPU, kind)
 
     with pytest.raises(LeftOut, match="and a GPU"):
-        layer_checks.check_far(_settings(), wide)
+        layer_checks.check_far(small_settings(), wide)
     with fake_cuda.install(monkeypatch):
         with pytest.raises(LeftOut, match="0 are free"):
-            layer_checks.check_far(_settings(CUDA), wide)
+            layer_checks.check_far(small_settings(CUDA), wide)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**40, 2**40))
         monkeypatch.setattr(layer_checks, "draw", small)
         monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.arange(*size) % 40)
-        found = layer_checks.check_far(_settings(CUDA), wide)
+        found = layer_checks.check_far(small_settings(CUDA), wide)
     assert found["errors"].keys() == {"y", "dx", "dweight"}
     assert "status" not in found
     (shape,) = shapes
@@ -183,8 +169,8 @@ def test_offsets_past_2_to_the_31_are_sampled_where_they_are(wide, monkeypatch):
 
 def test_the_sanitizer_runs_a_small_layer_and_what_it_says_is_kept(monkeypatch):
     with pytest.raises(Absent):
-        layer_checks.check_sanitizer(_settings(), "memcheck")
-    settings = _settings(CUDA)
+        layer_checks.check_sanitizer(small_settings(), "memcheck")
+    settings = small_settings(CUDA)
     monkeypatch.setattr(layer_checks.shutil, "which", lambda name, path=None: None)
     with pytest.raises(Absent, match="not on the PATH"):
         layer_checks.check_sanitizer(settings, "memcheck")

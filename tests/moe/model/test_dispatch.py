@@ -10,12 +10,9 @@ from kernels import tuning
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model import dispatch
+from tests.small_layers import states
 
 CPU = torch.device("cpu")
-
-
-def _x(dtype=torch.float64):
-    return torch.randn(2, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
 @pytest.mark.parametrize("interpreting", ["1", "0"])
@@ -64,4 +61,4 @@ def test_auto_on_a_gpu_takes_triton_where_its_kernels_are_built_for_it(found, ex
 
 def test_an_unknown_backend_is_refused(make_layer):
     with pytest.raises(ValueError, match="backend='cuda' is not one of"):
-        make_layer(RouterConfig())(_x(), "cuda")
+        make_layer(RouterConfig())(states(), "cuda")

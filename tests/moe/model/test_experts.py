@@ -7,27 +7,8 @@ from torch.nn import functional
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.experts import MLP, MixedExperts
-from moe.model.layer import LayerInput
 from moe.routing.contract import UNUSED
-
-EXACT = dict(rtol=1e-12, atol=1e-12)
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
-
-
-def _x(n_sequences=2, length=9, dtype=torch.float64, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((n_sequences, length, 12), generator=generator, dtype=torch.float64).to(dtype)
-
-
-def _ids(x, seed=5):
-    return torch.randint(0, 17, x.shape[:2], generator=torch.Generator().manual_seed(seed))
-
-
-def _run(layer, x, backend="torch", tokens=None, **given):
-    """One pass, with the same random numbers in every call."""
-    torch.manual_seed(7)
-    tokens_BS = _ids(x) if tokens is None else tokens
-    return layer(x, backend, LayerInput(tokens_BS.flatten(), **given))
+from tests.small_layers import BACKENDS, EXACT, run_layer, states
 
 
 @BACKENDS
@@ -39,7 +20,7 @@ def test_cheap_experts_that_nobody_chooses_change_nothing(make_layer, backend):
         other.router.bias_E[:8], other.router.bias_E[8:] = plain.router.bias_E, -100
         other.router.w_ED[:8] = plain.router.w_ED
     other.experts.load_state_dict(plain.experts.state_dict())
-    (out, report), (expected, _) = _run(other, _x(), backend), _run(plain, _x(), backend)
+    (out, report), (expected, _) = run_layer(other, states(), backend), run_layer(plain, states(), backend)
     torch.testing.assert_close(out, expected, **EXACT)
     assert report.count_E[8:].sum() == 0
 
@@ -47,12 +28,12 @@ def test_cheap_experts_that_nobody_chooses_change_nothing(make_layer, backend):
 @BACKENDS
 def test_cheap_experts_alone_give_nothing_the_token_or_a_mix(make_layer, backend):
     cfg = RouterConfig("sigmoid", selection_bias=True, renormalize=True)
-    layer, x = make_layer(cfg, n_experts=5, k=1, n_null=1, n_copy=1, n_constant=1), _x()
+    layer, x = make_layer(cfg, n_experts=5, k=1, n_null=1, n_copy=1, n_constant=1), states()
     mix = (x @ layer.cheap.mix.weight.T).softmax(-1)
     expected = [0 * x, x, mix[..., :1] * x + mix[..., 1:] * layer.cheap.v_ZD[0]]
     for e, each in enumerate(expected, start=5):
         layer.router.bias_E.zero_()[e] = 100.0
-        out, report = _run(layer, x, backend)
+        out, report = run_layer(layer, x, backend)
         assert report.count_E[e] == 18
         torch.testing.assert_close(out, each, **EXACT)
 
@@ -60,7 +41,7 @@ def test_cheap_experts_alone_give_nothing_the_token_or_a_mix(make_layer, backend
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh", "relu2"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_dense_mlp_is_the_formula(model_config, activation, bias):
-    mlp, x = MLP(model_config(activation=activation, bias=bias), 7).double(), _x()
+    mlp, x = MLP(model_config(activation=activation, bias=bias), 7).double(), states()
     hidden = x @ mlp.up.weight.T + (mlp.up.bias if bias else 0)
     expected = {
         "swiglu": lambda: functional.silu(hidden[..., :7]) * hidden[..., 7:],

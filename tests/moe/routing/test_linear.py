@@ -6,38 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
-from moe.routing.build import build_router
-from moe.routing.contract import Context
 from moe.train.optimizer import build_optimizer
-
-EXACT = dict(rtol=1e-12, atol=1e-12)
-E, D, K = 5, 6, 3
-
-
-def _router(cfg, k=K, n_experts=E, d=D, dtype=torch.float64, **where):
-    """A router with random weights."""
-    router = build_router(cfg, d, MoEConfig(n_experts=n_experts, k=k), **where)
-    generator = torch.Generator().manual_seed(0)
-    for weight in router.parameters():
-        if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, generator=generator)
-    return router.to(dtype)
-
-
-def _x(n_tokens=40, d=D, dtype=torch.float64, seed=1):
-    return torch.randn(n_tokens, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _route(router, x_TD, seed=0):
-    torch.manual_seed(seed)
-    return router(x_TD, "reference", Context())
+from tests.moe.routing.token_routers import EXACT, E, K, make_router, route, states
 
 
 def test_cosine_logits_are_the_cosine_over_the_temperature_times_the_gain():
-    router, x = _router(RouterConfig(logits="cosine")), _x()
+    router, x = make_router(RouterConfig(logits="cosine")), states()
     assert router.gain.item() == 1
     with torch.no_grad():
         router.gain.fill_(1.7)
@@ -56,12 +32,12 @@ def test_cosine_logits_are_the_cosine_over_the_temperature_times_the_gain():
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p", "relu"])
 def test_every_linear_router_reads_the_same_logits(name, logits):
     cfg, plain = RouterConfig(name, logits=logits), RouterConfig(logits=logits)
-    assert torch.equal(_route(_router(cfg), _x()).logits_TE, _router(plain).logits(_x()))
+    assert torch.equal(route(make_router(cfg), states()).logits_TE, make_router(plain).logits(states()))
 
 
 @pytest.mark.parametrize("name", ["softmax", "threshold", "top-p", "relu"])
 def test_jitter_multiplies_every_element_within_its_bounds_in_training_only(name):
-    router, x = _router(RouterConfig(name, jitter=0.3)), _x(400)
+    router, x = make_router(RouterConfig(name, jitter=0.3)), states(400)
     torch.manual_seed(0)
     ratio = router.train().jittered(x) / x
     assert ratio.min() >= 0.7 - 1e-12
@@ -71,14 +47,14 @@ def test_jitter_multiplies_every_element_within_its_bounds_in_training_only(name
     assert abs(ratio.mean() - 1) < 5 * deviation / math.sqrt(ratio.numel())
     assert abs(ratio.std() - deviation) < 0.1 * deviation
     assert router.eval().jittered(x) is x
-    training, evaluation = (_route(router.train(mode), x).logits_TE for mode in (True, False))
+    training, evaluation = (route(router.train(mode), x).logits_TE for mode in (True, False))
     assert not torch.equal(training, evaluation)
     assert torch.equal(evaluation, x @ router.w_ED.T)
 
 
 def test_noise_has_the_learned_size_and_is_independent():
-    router, x = _router(RouterConfig(noisy=True)), _x(4000)
-    routing = _route(router, x)
+    router, x = make_router(RouterConfig(noisy=True)), states(4000)
+    routing = route(router, x)
     size = np.log1p(np.exp(x.numpy() @ router.w_noise_ED.detach().numpy().T))
     unit = (routing.logits_TE - x @ router.w_ED.T).detach().numpy() / size
     n = len(x)
@@ -91,7 +67,7 @@ def test_noise_has_the_learned_size_and_is_independent():
     # the choice is made by the noisy logits, the weights are theirs too
     assert torch.equal(routing.expert, routing.logits_TE.sort(descending=True, stable=True).indices[:, :K])
     torch.testing.assert_close(routing.weight, routing.logits_TE.gather(1, routing.expert).softmax(-1), **EXACT)
-    still = _route(router.eval(), x)
+    still = route(router.eval(), x)
     assert torch.equal(still.logits_TE, x @ router.w_ED.T)
     assert not still.losses
 
@@ -110,5 +86,5 @@ def test_a_frozen_router_has_no_gradient_and_no_optimizer(make_model, tokens, cf
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p"])
 def test_frozen_is_read_by_every_router_that_says_so(name):
-    assert not _router(RouterConfig(name, frozen=True)).w_ED.requires_grad
-    assert _router(RouterConfig(name)).w_ED.requires_grad
+    assert not make_router(RouterConfig(name, frozen=True)).w_ED.requires_grad
+    assert make_router(RouterConfig(name)).w_ED.requires_grad

@@ -11,39 +11,17 @@ from hypothesis import strategies as st
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.routing.build import build_router
 from moe.routing.contract import UNUSED, Context
 from moe.routing.token_choice import MIXER_EPS, HashRouter, sparsemixer
-
-EXACT = dict(rtol=1e-12, atol=1e-12)
-E, D, K = 5, 6, 3
-
-
-def _router(cfg, k=K, n_experts=E, d=D, dtype=torch.float64, **where):
-    """A router with random weights."""
-    router = build_router(cfg, d, MoEConfig(n_experts=n_experts, k=k), **where)
-    generator = torch.Generator().manual_seed(0)
-    for weight in router.parameters():
-        if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, generator=generator)
-    return router.to(dtype)
+from tests.moe.routing.token_routers import EXACT, D, E, K, make_router, route, states
 
 
 def _reads_logits(cfg, k=K, n_experts=E, training=False):
     """A router whose states are its logits."""
-    router = _router(cfg, k, n_experts, d=n_experts)
+    router = make_router(cfg, k, n_experts, d=n_experts)
     with torch.no_grad():
         router.w_ED.copy_(torch.eye(n_experts))
     return router.train(training)
-
-
-def _x(n_tokens=40, d=D, dtype=torch.float64, seed=1):
-    return torch.randn(n_tokens, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _route(router, x_TD, seed=0):
-    torch.manual_seed(seed)
-    return router(x_TD, "reference", Context())
 
 
 def _softmax(z):
@@ -63,9 +41,9 @@ def _near(hits, probability, message=""):
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_the_second_expert_is_kept_with_twice_its_share_of_the_two_weights(renormalize):
-    router = _router(RouterConfig(second="random", renormalize=renormalize), k=2)
-    x = _x(20_000)
-    plain, routing = _route(router.eval(), x), _route(router.train(), x)
+    router = make_router(RouterConfig(second="random", renormalize=renormalize), k=2)
+    x = states(20_000)
+    plain, routing = route(router.eval(), x), route(router.train(), x)
     p = np.sort(np.array([_softmax(z) for z in plain.logits_TE.detach().numpy()]), axis=1)
     keep = np.minimum(1, 2 * p[:, -2] / (p[:, -1] + p[:, -2]))
     kept = (routing.expert[:, 1] >= 0).numpy()
@@ -95,7 +73,7 @@ def _mixer_steps(z, taken_K):
 
 
 def test_sparsemixer_is_greedy_in_evaluation_and_weighs_by_the_near_ones():
-    z = _x(60, E).abs() + 1
+    z = states(60, E).abs() + 1
     expert, weight = sparsemixer(z, K, training=False)
     assert torch.equal(expert, z.sort(descending=True, stable=True).indices[:, :K])
     for t in range(len(z)):
@@ -180,8 +158,8 @@ def test_sparsemixer_takes_near_and_distinct_experts_whatever_is_drawn(monkeypat
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_sparsemixer_router_scales_the_estimate(scale):
     cfg = RouterConfig(gradient="sparsemixer", renormalize=False, scale=scale)
-    router, x = _router(cfg), _x()
-    routing = _route(router, x)
+    router, x = make_router(cfg), states()
+    routing = route(router, x)
     torch.manual_seed(0)
     expert, weight = sparsemixer(x @ router.w_ED.T, K, training=True)
     assert torch.equal(routing.expert, expert)
@@ -192,9 +170,9 @@ def test_a_sparsemixer_router_scales_the_estimate(scale):
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_straight_through_weights_are_equal_and_have_the_derivative_of_the_probabilities(name, renormalize):
     cfg = RouterConfig(name, gradient="straight-through", renormalize=renormalize, scale=2.5)
-    router = _router(cfg)
-    exact = _router(RouterConfig(name, renormalize=renormalize, scale=2.5))
-    one, other = _route(router, _x()), _route(exact, _x())
+    router = make_router(cfg)
+    exact = make_router(RouterConfig(name, renormalize=renormalize, scale=2.5))
+    one, other = route(router, states()), route(exact, states())
     assert torch.equal(one.expert, other.expert)
     torch.testing.assert_close(one.weight, torch.full((40, K), 2.5 / K, dtype=torch.float64), **EXACT)
     push = torch.linspace(-1, 1, 40 * K, dtype=torch.float64).view(40, K)
@@ -206,8 +184,8 @@ def test_straight_through_weights_are_equal_and_have_the_derivative_of_the_proba
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_default_vectors_get_the_scores_of_the_experts_that_were_not_taken(name):
-    router, x = _router(RouterConfig(name, gradient="default-vector", renormalize=False, scale=2.5)), _x()
-    routing = _route(router, x)
+    router, x = make_router(RouterConfig(name, gradient="default-vector", renormalize=False, scale=2.5)), states()
+    routing = route(router, x)
     for t, z in enumerate((x @ router.w_ED.T).detach().numpy()):
         p = _softmax(z) if name == "softmax" else 1 / (1 + np.exp(-z))
         taken = sorted(range(E), key=lambda e: -z[e])[:K]
@@ -285,7 +263,7 @@ def test_relu_takes_what_is_positive_and_its_loss_presses_the_busy_ones(z, k):
 
 
 def test_the_l1_coefficient_comes_back_from_where_it_was_for_thousands_of_steps():
-    router, tokens = _router(RouterConfig("relu")), {"tokens": torch.tensor(40)}
+    router, tokens = make_router(RouterConfig("relu")), {"tokens": torch.tensor(40)}
     for rows in [0] * 3000 + [200] * 300:
         router.update(BalanceConfig(aux=0, z=0), 0.0, torch.tensor([rows, 0, 0, 0, 0]), tokens)
     assert router.l1.item() > 1.0
@@ -293,7 +271,7 @@ def test_the_l1_coefficient_comes_back_from_where_it_was_for_thousands_of_steps(
 
 @pytest.mark.parametrize(("rows", "factor"), [(121, 1.5), (119, 1 / 1.5), (120, 1.0), (0, 1 / 1.5)])
 def test_the_l1_coefficient_grows_when_tokens_take_more_than_k_experts(rows, factor):
-    router = _router(RouterConfig("relu", l1=0.5, l1_factor=1.5))
+    router = make_router(RouterConfig("relu", l1=0.5, l1_factor=1.5))
     observed = {"tokens": torch.tensor(40)}  # of two micro-batches
     router.update(BalanceConfig(aux=0, z=0), 0.0, torch.tensor([rows, 0, 0, 0, 0]), observed)
     assert router.l1.tolist() == pytest.approx([0.5 * factor])
@@ -311,8 +289,8 @@ def _hash(layer=0, vocab=500, n_experts=E, k=K, scale=1.0):
 
 def test_hash_gives_an_id_the_same_distinct_experts_wherever_it_stands():
     router, ids = _hash(scale=2.5), torch.randint(0, 500, (300,), generator=torch.Generator().manual_seed(0))
-    one = router(_x(300), "reference", Context(ids, 3))
-    other = _hash(scale=2.5)(_x(300, seed=2).flip(0), "reference", Context(ids.flip(0), 1))
+    one = router(states(300), "reference", Context(ids, 3))
+    other = _hash(scale=2.5)(states(300, seed=2).flip(0), "reference", Context(ids.flip(0), 1))
     assert torch.equal(one.expert, other.expert.flip(0))
     assert all(len(set(each)) == K for each in one.expert.tolist())
     assert one.expert.min() >= 0
@@ -342,4 +320,4 @@ def test_hash_differs_by_layer_vocabulary_and_number_of_experts():
 
 def test_hash_without_ids_is_refused():
     with pytest.raises(AssertionError, match="reads token ids"):
-        _hash()(_x(), "reference", Context())
+        _hash()(states(), "reference", Context())

@@ -137,6 +137,10 @@ def test_what_no_step_taken_depends_on_may_change_and_is_said_and_kept(interrupt
         ({}, False),
         ({"balance.aux": 0.0, "balance.capacity": 1.0}, False),
         ({"balance.aux": 0.0, "balance.importance": 0.1}, False),
+        ({"balance.scope": "sequence", "balance.spread": 0.1}, False),
+        ({"balance.scope": "global", "balance.importance": 0.1}, True),
+        ({"balance.aux": 0.0, "router.name": "relu"}, False),
+        ({"balance.aux": 0.0, "router.name": "relu", "balance.scope": "global"}, True),
         ({"balance.aux": 0.0, "router.jitter": 0.1}, False),
         ({"balance.aux": 0.0, "router.name": "sinkhorn"}, False),
     ],
@@ -172,7 +176,7 @@ def test_a_config_edited_by_hand_is_refused_naming_the_key(which, key, corpus, r
     with pytest.raises(BadInput) as caught:
         train(settings(corpus, tmp_path / "run", {"resume": True, key: EDITED[key]}))
     assert str(caught.value).startswith(f"{tmp_path / 'run' / 'config.yaml'} has {key}={EDITED[key]}, and ")
-    assert "source=" in str(caught.value)
+    assert str(caught.value).endswith(f" back, or choose another run to train with {EDITED[key]}.")
     assert files(tmp_path / "run") == before
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import queue
 import shutil
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe.errors import BadInput
 from moe.run import lock
 from moe.run.jsonl import read_lines
 from moe.run.lock import Lock, holding
+from moe.run.summary import read_summary
 from tests.small_runs import fate, files, noisy, settings, start, train, train_until
 
 
@@ -64,26 +66,33 @@ def test_a_lock_that_cannot_be_read_holds_until_it_is_old(tmp_path):
 
 def test_of_many_that_reach_for_a_stale_lock_one_gets_it(tmp_path):
     held_by(tmp_path, dataclasses.replace(owner.this_process(), start=1))
-    ready, done, outcome = threading.Barrier(8), threading.Event(), []
+    ready, done, outcome = threading.Barrier(8), threading.Event(), queue.Queue()
 
     def reach() -> None:
         ready.wait()
         try:
             with Lock(tmp_path) as taken:
-                outcome.append(taken.number)
+                outcome.put(taken.number)
                 done.wait()
         except BadInput:
-            outcome.append(None)
+            outcome.put(None)
 
     threads = [threading.Thread(target=reach) for _ in range(8)]
     for thread in threads:
         thread.start()
-    while len(outcome) < 8:
-        pass
+    numbers = [outcome.get() for _ in threads]
     done.set()
     for thread in threads:
         thread.join()
-    assert len([number for number in outcome if number]) == 1
+    assert len([number for number in numbers if number]) == 1
+
+
+def test_a_holder_touches_its_lock_so_that_others_see_it_live(tmp_path, monkeypatch):
+    touched = queue.Queue()
+    monkeypatch.setattr(lock, "BEAT", 0.001)
+    monkeypatch.setattr(lock.os, "utime", touched.put)
+    with Lock(tmp_path):
+        assert touched.get(timeout=60) == tmp_path / "lock-1"
 
 
 def test_a_finished_run_keeps_no_lock(tmp_path):
@@ -132,6 +141,22 @@ def test_a_process_that_lost_its_lock_writes_nothing_more(loss, message, corpus,
         train(cfg)
     assert read_lines(run / "metrics.jsonl")[-1]["step"] == 4
     assert not (run / "summary.json").exists()
+
+
+def test_who_waited_while_another_process_finished_the_run_only_reads_it(corpus, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    summary = (tmp_path / "run" / "summary.json").rename(tmp_path / "summary.json")
+    enter = Lock.__enter__
+
+    def finished_meanwhile(self):
+        shutil.copy(summary, tmp_path / "run")
+        return enter(self)
+
+    monkeypatch.setattr(Lock, "__enter__", finished_meanwhile)
+    monkeypatch.setattr(moe.train.loop, "restore", lambda *arguments: pytest.fail("it is trained again"))
+    cfg = settings(corpus, tmp_path / "run", {"resume": True})
+    assert train(cfg) == read_summary(whole)
+    assert fate(tmp_path / "run") == fate(whole)
 
 
 def test_a_folder_deleted_while_it_is_trained_ends_the_run_with_a_sentence(corpus, tmp_path, monkeypatch):
