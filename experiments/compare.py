@@ -111,14 +111,15 @@ def compare(
         raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
-    moe, dense = settings_of_the_two(cfg, dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
+    settings = dict(zip(("moe", "dense"), settings_of_the_two(cfg, model), strict=True))
 
-    # Two runs per seed.
+    # Two runs per seed, all in the precision of the first: measured again, a twin's might come out another.
     pairs = []
     for seed in cfg.seeds or [cfg.seed]:
         runs = []
-        for kind, settings in (("moe", moe), ("dense", dense)):
-            run_cfg = dataclasses.replace(settings, seed=seed, run=str(folder / f"{kind}-seed{seed}"))
+        for kind in ("moe", "dense"):
+            run_cfg = dataclasses.replace(settings[kind], seed=seed, run=str(folder / f"{kind}-seed{seed}"))
             if cfg.twins and kind == "dense":
                 run_cfg.run, run_cfg.resume = str(Path(cfg.twins, f"dense-{run_config.fingerprint(run_cfg)}")), True
             say(f"compare: {kind}, seed {seed}")
@@ -128,12 +129,14 @@ def compare(
                 say(f"The comparison is not finished. Go on with it: {command_line(overrides)} resume=true")
                 raise
             run = read_run(Path(run_cfg.run))
+            train_cfg = dataclasses.replace(run_cfg.train, precision=run.summary.precision)
+            settings = {name: dataclasses.replace(of_kind, train=train_cfg) for name, of_kind in settings.items()}
             leak = measure_leak(Path(run_cfg.run), dataset, cfg.train.device)
             runs.append(run._replace(folder=os.path.relpath(run_cfg.run, folder), leak=leak))
         pairs.append(verdict.Pair(*runs))
 
     # What they say, for people and for machines.
-    twin = run_config.fingerprint(dataclasses.replace(dense, seed=0))
+    twin = run_config.fingerprint(dataclasses.replace(settings["dense"], seed=0))
     result = describe(cfg, folder, pairs, command_line(overrides), twin)
     write_atomically(folder / "table.md", tables.markdown(verdict.HEADINGS, result.table))
     write_atomically(folder / "index.html", compare_page.render(pairs, result))

@@ -184,7 +184,8 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     for name in (cfg.source, *cfg.others):
         check_tokenizer(Path(name), dataset.tokenizer)
     # The state before the first step, in a folder that appears whole.
-    target = resolve(target, folder, dataset, machine.choose_device(target.train.device))
+    machine.set_threads(target.train)
+    target = resolve(target, folder, dataset, machine.choose_device(target.train.device), terminal.say)
     state = _initial_state(target, tensors, dataset)
     beside = temporary(folder.with_name(f"{folder.name}.new"))
     try:

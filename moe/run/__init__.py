@@ -6,6 +6,7 @@ jsonl       lines appended, files replaced in one move
 summary     what a run says of itself in numbers: a metrics line, and the summary at its end
 checkpoint  atomic, verified snapshots
 load        a run's model, read back
-machine     device, precision, memory, versions
+machine     device, memory, versions
+precision   bf16 or fp32, whichever this machine multiplies faster
 terminal    outputs that do not fail, and text that a terminal shows as it is
 """

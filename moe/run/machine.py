@@ -1,4 +1,4 @@
-"""The machine a run is on: device, precision, memory, and what to write down so that a number leads back to its run."""
+"""The machine a run is on: device, memory, and what to write down so that a number leads back to its run."""
 
 import ctypes
 import gc
@@ -32,16 +32,6 @@ def choose_device(name: str) -> torch.device:
             f"train.device={name} is not here: {torch.cuda.device_count()} CUDA devices are visible; use cpu."
         )
     return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """bf16 or fp32; auto is bf16 where the processor multiplies it natively (elsewhere it is emulated, and slower)."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
 
 
 def set_threads(cfg: TrainConfig) -> int:

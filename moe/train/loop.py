@@ -42,6 +42,7 @@ from moe.run.folder import (
 )
 from moe.run.lock import Lock
 from moe.run.machine import autocast
+from moe.run.precision import choose_precision
 from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, read_summary, write_summary
 from moe.train import trackers
 from moe.train.distill import load_teacher
@@ -80,7 +81,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
 
     # The text, and with it the last settings that were open; a run that is there must have had the same.
     dataset = prepare(cfg.data, cfg.tokenizer, say)
-    cfg = resolve(cfg, folder, dataset, device)
+    if started and cfg.train.precision == "auto":
+        cfg.train.precision = recorded.train.precision  # measured when it began
+    cfg = resolve(cfg, folder, dataset, device, say)
     changes: list[str] = []
     if started:
         changes = check_same(recorded, cfg)
@@ -135,8 +138,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     return summary
 
 
-def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device) -> Config:
-    """The config with every "auto" and "derive it" replaced. Raises `BadInput` for a vocabulary that does not fit."""
+def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, say: Callable[[str], None]) -> Config:
+    """The config with every "auto" and "derive it" replaced, and said what a measurement decided. Raises `BadInput` for
+    a vocabulary that does not fit."""
     vocab_size = dataset.tokenizer.vocab_size
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
         raise BadInput(
@@ -145,7 +149,10 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device) -
         )
     cfg.run = str(folder)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size
-    cfg.train.precision = machine.choose_precision(cfg.train.precision, device)
+    precision, why = choose_precision(cfg, device)
+    if cfg.train.precision == "auto":
+        say(f"precision: {precision}, because {why}")
+    cfg.train.precision = precision
     cfg.train.device = str(device)
     return cfg
 
@@ -257,8 +264,8 @@ def summarize(
     code: machine.GitState,
 ) -> Summary:
     """The numbers of a finished run, and what they came from."""
-    # What experts computed counts as measured where the settings do not say it.
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
+    # What experts computed counts as measured where the settings do not say it.
     rows = measured_rows(read_metrics(Path(cfg.run)))
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     vary = any(rows_vary(moe, cfg.router, cfg.balance) for moe in layers)

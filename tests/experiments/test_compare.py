@@ -16,7 +16,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import compare as command
-from experiments.compare import CompareConfig, compare, read_run
+from experiments.compare import CompareConfig, compare, read_run, settings_of_the_two
 from experiments.pages.tables import markdown
 from experiments.stats.verdict import HEADINGS
 from moe.config.parse import to_dict
@@ -26,6 +26,8 @@ from moe.errors import BadInput
 from moe.model import cost
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
+from moe.run.summary import read_summary
+from moe.train import loop
 
 
 def settings(root: Path, **changes) -> dict:
@@ -243,6 +245,32 @@ def test_the_leak_is_measured_and_one_is_said(root, finished):
     assert again.leak > 1e-6
     assert "The router sees later tokens (" in again.sentences[1]
     assert again.by_seed[0].moe.leak == again.leak > again.by_seed[0].dense.leak
+
+
+def test_all_runs_have_the_precision_that_the_first_one_measured(root, tmp_path, monkeypatch):
+    """bf16 is the faster one while the MoE is asked about, and never again."""
+    answers = iter([("bf16", "it is faster")])
+    asked = lambda cfg, device: (cfg.train.precision, "as asked") if cfg.train.precision != "auto" else next(answers)
+    monkeypatch.setattr(loop, "choose_precision", asked)
+    tree = settings(root, run=str(tmp_path / "compare"), seeds=[0, 1])
+    tree["train"] |= {"steps": 2, "precision": "auto", "eval_every": 0, "eval_tokens": 256}
+    compare(build(tree, CompareConfig), say=lambda _: None)
+    found = {path.parent.name: read_summary(path.parent).precision for path in tmp_path.glob("compare/*/summary.json")}
+    assert found == dict.fromkeys(("moe-seed0", "dense-seed0", "moe-seed1", "dense-seed1"), "bf16")
+
+
+def test_a_router_of_no_fixed_number_is_matched_in_flops_by_measured_rows_alone(root, tmp_path):
+    tree = settings(root, run=str(tmp_path / "compare"), match="flops", router={"name": "threshold"})
+    with pytest.raises(
+        BadInput, match=r"router\.name=threshold.*choose match=active_params or total_params, or set rows"
+    ):
+        compare(build(tree, CompareConfig), say=lambda _: None)
+    assert not (tmp_path / "compare").exists()
+    cfg = build(tree | {"rows": 1.5}, CompareConfig)
+    model = dataclasses.replace(cfg.model, vocab_size=257)
+    moe, dense = settings_of_the_two(cfg, model)
+    wanted = cost.flops(moe.model, cfg.router, rows=1.5).forward
+    assert cost.flops(dense.model).forward == pytest.approx(wanted, rel=0.01)
 
 
 def test_comparisons_share_the_twins_of_one_size(root):

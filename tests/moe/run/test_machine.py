@@ -62,15 +62,23 @@ def test_a_gpu_that_is_not_there_is_refused(name, here, fits, monkeypatch):
             machine.choose_device(name)
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "precision"),
-    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")],
-)
-def test_auto_is_bf16_where_the_processor_multiplies_it(capabilities, precision, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert machine.choose_precision("auto", CPU) == precision
-    assert machine.choose_precision("fp32", CPU) == "fp32"
-    assert machine.choose_precision("bf16", CPU) == "bf16"
+def test_a_transfer_brings_copies_of_every_shape_and_dtype_in_one():
+    tensors = [torch.tensor([[1, 2**53]]), torch.tensor(0.1), torch.zeros(0), torch.tensor(True)]
+    found = machine.to_host(tensors)
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in tensors]
+    assert {tensor.dtype for tensor in found} == {torch.float64}
+    assert found[0].long().tolist() == [[1, 2**53]]
+    assert found[1].item() == tensors[1].item()
+    tensors[0].zero_()
+    assert found[0].any()
+
+
+def test_only_a_gpu_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    machine.synchronize(CPU)
+    machine.synchronize(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
 
 
 def test_threads_are_set_and_reported():
