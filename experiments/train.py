@@ -5,6 +5,9 @@ python -m experiments.train model=cpu-nano train.steps=50      # seconds
 python -m experiments.train model.moe=null                     # a dense model
 python -m experiments.train data=text data.path=my/texts       # your own text
 python -m experiments.train run=runs/... resume=true           # go on with an interrupted run, its own settings
+python -m experiments.train source=runs/... run=runs/NEW optim.lr=1e-4   # a new run from another's weights
+python -m experiments.train source=runs/.../checkpoints/step-00000400 source_state=all run=runs/NEW \\
+    train.steps=500 optim=wsd optim.decay=0.2                  # all of its state, and a decay from there on
 python -m experiments.train -m router=softmax,sigmoid seed=0,1,2 resume=true   # a sweep that can be repeated
 
 Ctrl-C, SIGTERM and a terminal that is closed end it after the step, saved. A reader that goes away (`| head`) does not.

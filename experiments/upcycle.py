@@ -51,7 +51,7 @@ from moe.train.state import State, save_checkpoint, seed_everything
 
 FROM_MOE = ("grow", "prune", "dense")
 ALL_METHODS = (*METHODS, "merge", *FROM_MOE)
-OWN = ("source", "others", "which", "method", "noise", "drop", "resume")
+OWN = ("source", "others", "which", "method", "noise", "drop", "resume", "source_state")
 
 
 @dataclass
@@ -109,7 +109,7 @@ def target_config(source: Config, cfg: UpcycleConfig, given: list[str]) -> Confi
         moe.n_experts = _resized(cfg.method, moe.n_experts)
         moe.n_experts_by_layer = [_resized(cfg.method, n_experts) for n_experts in moe.n_experts_by_layer]
     target = cli.overlay(target, cfg, keys)
-    target.resume = False
+    target.resume, target.source, target.source_state = False, "", "weights"
     if cfg.method == "dense":
         target.model.moe = None  # its d_ff is known once it is made
     validate(target)

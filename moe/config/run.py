@@ -42,6 +42,11 @@ class Config:
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
     resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
+    # a run's folder (its newest checkpoint) or one checkpoint's, whose weights a new run starts from; "": none
+    source: str = ""
+    # weights (optimiser, data and schedule begin anew) | all (the step, optimiser, place in the data and random
+    # generators too: the source, continued under the schedule given here)
+    source_state: Annotated[str, OneOf("weights", "all")] = "weights"
     dispatch: Annotated[str, OneOf("auto", "reference", "torch", "triton")] = "auto"  # the backend of the experts
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -70,6 +75,8 @@ def build(tree: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[ass
 def validate(cfg: Config) -> None:
     """Check every value and every impossible pair. Raises `BadInput`."""
     check_values(cfg)
+    if cfg.source_state != "weights" and not cfg.source:
+        raise BadInput(f"source_state={cfg.source_state} needs source: a run's folder or a checkpoint's.")
     model.validate(cfg.model)
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     balance.validate(layers, cfg.router, cfg.balance)

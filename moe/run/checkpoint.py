@@ -55,6 +55,11 @@ class Snapshot:
     rng: dict[str, Tensor]  # torch RNG states, uint8: "cpu", "cuda:0", ...
 
 
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint folder."""
+    return f"step-{step:08d}"
+
+
 def save(
     root: Path,
     snapshot: Snapshot,
@@ -76,7 +81,7 @@ def save(
     numbers that are not finite: they are null."""
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     # A good checkpoint of this step is kept; the damage of a bad one is remembered.
-    final = root / f"step-{snapshot.step:08d}"
+    final = root / name_of(snapshot.step)
     unfinished = temporary(final)
     damage = None
     if os.path.lexists(final):
@@ -115,6 +120,26 @@ def save(
         ) from error
     _prune(root, final, keep, warn)
     return final
+
+
+def add_score(path: Path, score: float, *, keep: int, warn: Callable[[str], None] = warnings.warn) -> None:
+    """Give the checkpoint in folder `path`, saved before its validation was finished, the score of it, and delete what
+    `save` would have deleted; one that has a score keeps it. Raises `BadInput` for a damaged one, and when the disk
+    cannot be written: the checkpoint is as it was."""
+    manifest = _verified(path)
+    if manifest["score"] is None and math.isfinite(score):
+        beside = temporary(
+            path.with_name(f"{path.name}.manifest")
+        )  # not in the folder, which would hold a file too many
+        try:
+            beside.write_bytes(_seal(manifest | {"score": score}))
+            _sync(beside)
+            os.replace(beside, path / MANIFEST)
+            _sync(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise BadInput(f"{path / MANIFEST} cannot be written ({error.strerror or error}).") from error
+        _prune(path.parent, path, keep, warn)
 
 
 def load(path: Path) -> Snapshot:

@@ -74,10 +74,13 @@ def mend_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         write_config(run, cfg)
 
 
-def refuse_existing(run: Path) -> None:
-    """Refuse a folder that exists and is not to be gone on with. Raises `BadInput`."""
-    if run.exists():
-        raise BadInput(f"run={run} exists{_held(run)}: add resume=true to go on with it, or choose another run.")
+def refuse_existing(run: Path, resume: bool) -> None:
+    """Refuse a folder that exists and is not to be gone on with, or that a live process trains. Raises `BadInput`."""
+    held = _held(run)
+    if run.exists() and not resume:
+        raise BadInput(f"run={run} exists{held}: add resume=true to go on with it, or choose another run.")
+    if held:
+        raise BadInput(f"run={run} exists{held}: let that end, or end it, and try again.")
 
 
 def _held(run: Path) -> str:
@@ -96,9 +99,11 @@ def check_same(old: Config, new: Config) -> list[str]:
     changes = []
     for key, before, after in differences(old, new):
         if not may_change(key, old):
+            state = " source_state=all" if key == "train.steps" or key.startswith("optim.") else ""
+            anew = f"source={new.run}{state} run=NEW {key}={after}"
             raise BadInput(
-                f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, or choose "
-                "another run."
+                f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, choose "
+                f"another run, or start a new run from this one's weights with {anew}."
             )
         if not is_among(key, FREE):
             changes.append(f"{key} was {before} and is {after} from here on.")

@@ -34,6 +34,22 @@ def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Co
     return model, tokenizer, cfg
 
 
+def find_source(source: str) -> Path:
+    """The checkpoint that `source` names: the newest good one of a run's folder, or the folder of one.
+
+    Raises `BadInput` for anything else."""
+    folder = Path(source)
+    if (folder / "config.yaml").is_file():
+        return _find_checkpoint(folder / "checkpoints", "last")
+    if not (folder / checkpoint.MANIFEST).is_file():
+        raise BadInput(
+            f"source={source} is neither a run's folder nor a checkpoint: accepted are runs/NAME and "
+            "runs/NAME/checkpoints/step-00000100."
+        )
+    checkpoint.verify(folder)
+    return folder
+
+
 def _find_checkpoint(root: Path, which: str) -> Path:
     step = {path.name: int(path.name[5:]) for path in sorted(root.glob("step-*")) if path.name[5:].isdecimal()}
     if not step:

@@ -112,7 +112,7 @@ def holding(folder: Path) -> str:
     try:
         with open(_path(folder, last)) as file:
             touched, text = os.fstat(file.fileno()).st_mtime, file.read()
-    except FileNotFoundError:  # there is none, or it was taken this moment
+    except (FileNotFoundError, NotADirectoryError):  # there is none, or it was taken this moment
         return ""
     if text == FREE:
         return ""
@@ -147,7 +147,11 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the lock's files in `folder`."""
-    with suppress(FileNotFoundError):
-        return [int(named[1]) for name in os.listdir(folder) if (named := _NAME.fullmatch(name))]
-    return []
+    """Of the lock's files in `folder`; none where there is no folder. Raises `BadInput` for one that cannot be read."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BadInput(f"run={folder} cannot be read ({error.strerror or error}).") from error
+    return [int(named[1]) for name in names if (named := _NAME.fullmatch(name))]

@@ -28,7 +28,7 @@ from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer
-from moe.run import jsonl, machine, terminal
+from moe.run import checkpoint, jsonl, machine, terminal
 from moe.run.folder import (
     check_same,
     check_tokenizer,
@@ -40,6 +40,7 @@ from moe.run.folder import (
     refuse_existing,
     write_config,
 )
+from moe.run.load import find_source
 from moe.run.lock import Lock
 from moe.run.machine import autocast
 from moe.run.precision import choose_precision
@@ -50,7 +51,7 @@ from moe.train.non_finite import check_validation
 from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
 from moe.train.signals import Stop, catch_signals
-from moe.train.state import State, restore, save_checkpoint, seed_everything
+from moe.train.state import State, restore, save_checkpoint, seed_everything, start_from
 from moe.train.step import take_step
 
 
@@ -66,8 +67,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     trackers.check(cfg)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
-    if not cfg.resume:
-        refuse_existing(folder)
+    refuse_existing(folder, cfg.resume)
     if started:
         recorded = read_config(folder)
         check_unedited(folder, recorded)
@@ -85,6 +85,10 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
         cfg.train.precision = recorded.train.precision  # measured when it began
     cfg = resolve(cfg, folder, dataset, device, say)
     changes: list[str] = []
+    if started and Path(recorded.source).is_relative_to(cfg.source or recorded.source):
+        cfg.source = recorded.source  # as it was found then
+    elif cfg.source:
+        cfg.source = str(find_source(cfg.source))
     if started:
         changes = check_same(recorded, cfg)
         check_tokenizer(folder, dataset.tokenizer)
@@ -97,6 +101,16 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
+
+    # The state of the beginning, which may be another run's.
+    machine.reset_peak_memory(device)
+    seed_everything(cfg.seed)
+    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
+    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
+    if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
+        start_from(state, cfg, dataset.tokenizer.fingerprint, say)
+
+    # From here on the folder is this process' alone.
     if not started:
         create_folder(folder, cfg, dataset.tokenizer)
     with Lock(folder) as lock:
@@ -108,12 +122,6 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
             write_config(folder, cfg)
         for change in changes:
             say(f"run: {change}")
-
-        # The state of the beginning, or of the last checkpoint.
-        machine.reset_peak_memory(device)
-        seed_everything(cfg.seed)
-        model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(cfg.seed).to(device)
-        state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
         restore(state, folder, threads, say)
         if cfg.train.compile:
             model.compile()
@@ -167,6 +175,9 @@ def run_steps(state: State, cfg: Config, lock: Lock, dataset: Dataset, stop: Sto
             final = validate(state, cfg, dataset, stop)
             lock.check()
             recorder.record(with_validation(unevaluated, final))
+            saved = checkpoint.latest(folder / "checkpoints", recorder.watch.say)
+            if final and saved and saved.name == checkpoint.name_of(state.step):
+                checkpoint.add_score(saved, final.val.loss, keep=cfg.checkpoint.keep, warn=recorder.watch.say)
         with closing(state.loader.iterate(state.step)) as batches:
             for batch in batches if state.step < cfg.train.steps and not stop.number else ():
                 line, gradients = take_step(state, batch, cfg, folder / "checkpoints")

@@ -1,5 +1,6 @@
 """What training changes: a state, where a checkpoint puts it, and what brings it back."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from moe.analysis.replay import Replay
 from moe.config.parse import to_dict
-from moe.config.run import Config
+from moe.config.run import Config, build
 from moe.data.loader import Loader
 from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import checkpoint, jsonl, machine
-from moe.train.optimizer import optimizer_tensors, restore_optimizer
+from moe.train.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -90,6 +91,47 @@ def save_checkpoint(
     return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
 
 
+def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], None]) -> None:
+    """Give a new run the weights of the checkpoint in `cfg.source`, and with `cfg.source_state` all the rest of it.
+    `tokenizer`: the fingerprint of this run's. Raises `BadInput` for a checkpoint that does not fit."""
+    snapshot, about = checkpoint.load(Path(cfg.source)), f"source={cfg.source}"
+    meta = snapshot.meta
+    if meta["tokenizer"] != tokenizer:
+        raise BadInput(
+            f"{about} was trained with another tokenizer ({meta['tokenizer'][:12]}) than this run's "
+            f"({tokenizer[:12]}): the two must read the same ids."
+        )
+    try:
+        load_model(state.model, snapshot.model)
+        if cfg.source_state == "all":
+            state.loader.check_state(meta["loader"])
+    except BadInput as error:
+        raise BadInput(f"{about} does not fit this run: {error}") from error
+    if cfg.source_state == "weights":
+        say(f"source: the weights of {cfg.source}")
+        return
+    if snapshot.step >= cfg.train.steps:
+        raise BadInput(
+            f"train.steps={cfg.train.steps} is not above the step {snapshot.step} of {about}, from which "
+            "source_state=all goes on: give more, or source_state=weights."
+        )
+    _put_back(state, snapshot)
+    before: Config = build(meta["config"])
+    was, now = (learning_rate(its.optim, state.step, its.train.steps) for its in (before, cfg))
+    say(f"source: all of {cfg.source}, from step {state.step} on")
+    if not math.isclose(was, now):
+        say(f"warning: the learning rate was {was:g} at step {state.step}, and in this run's schedule it is {now:g}.")
+
+
+def _put_back(state: State, snapshot: checkpoint.Snapshot) -> None:
+    """All but the model's weights."""
+    meta = snapshot.meta
+    restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
+    set_rng_state(snapshot.rng, meta["rng"])
+    state.step, state.seconds = snapshot.step, meta["seconds"]
+    state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+
+
 def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]) -> None:
     """Put the newest good checkpoint of the run back, if there is one, and drop the log lines after it."""
     path = checkpoint.latest(folder / "checkpoints", say)
@@ -98,10 +140,7 @@ def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]
         meta = snapshot.meta
         state.loader.check_state(meta["loader"])
         load_model(state.model, snapshot.model)
-        restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
-        set_rng_state(snapshot.rng, meta["rng"])
-        state.step, state.seconds = snapshot.step, meta["seconds"]
-        state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        _put_back(state, snapshot)
         for key, value in (("threads", threads), ("versions", machine.versions())):
             if meta[key] != value:
                 say(f"warning: {key} was {meta[key]} and is {value}: the result may differ in its last bits.")
@@ -109,7 +148,7 @@ def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]
         jsonl.keep_until(folder / name, state.step if path else -1)
     lines = jsonl.read_lines(folder / "metrics.jsonl")
     last = lines[-1]["step"] if lines else 0
-    if last < state.step:
+    if path and last < state.step:
         say(f"warning: {folder / 'metrics.jsonl'} has no lines of the steps {last + 1} to {state.step}: they are lost.")
 
 

@@ -15,6 +15,7 @@ from tests.moe.config.refusals import fields, refusal, tree
 ROOT = Path(__file__).parents[3]
 
 IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
+    "the state of no source": ({"source_state": "all"}, "source_state=all needs source"),
     "no room for the tokens that enter": (
         {"model.moe.depth": 0.01, "balance.capacity": 0.01, "train.batch_size": 1, "model.moe.depth_every": 1},
         "leaves no expert room for one token: with 3 tokens",

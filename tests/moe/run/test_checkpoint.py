@@ -192,6 +192,31 @@ def test_saving_a_step_whose_checkpoint_is_damaged_moves_that_aside_with_one_war
         assert_same_bits(checkpoint.load(path), snapshot(7))
 
 
+def test_a_score_can_be_added_once_and_changes_nothing_else(tmp_path):
+    checkpoint.save(tmp_path, snapshot(1), keep=1, score=2.0)
+    path = checkpoint.save(tmp_path, snapshot(2), keep=1)
+    assert checkpoint.best(tmp_path).name == "step-00000001"
+    checkpoint.add_score(path, 1.0, keep=1)
+    checkpoint.add_score(path, 5.0, keep=1)  # it has one
+    assert json.loads((path / "manifest.json").read_text())["score"] == 1.0
+    assert_same_bits(checkpoint.load(path), snapshot(2))
+    assert checkpoint.best(tmp_path) == path
+    assert list(tmp_path.iterdir()) == [path], "the best of before is superseded"
+
+
+def test_a_score_that_cannot_be_written_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+
+    def full(*arguments):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(BadInput, match=r"manifest\.json cannot be written"):
+        checkpoint.add_score(path, 1.0, keep=1)
+    assert list(tmp_path.iterdir()) == [path]
+    checkpoint.verify(path)
+
+
 def test_no_checkpoint_at_all_is_none_and_no_error(tmp_path):
     assert checkpoint.latest(tmp_path / "missing", no_warning) is None
     (tmp_path / "step-00000001.tmp-1").mkdir()

@@ -21,7 +21,18 @@ from moe.run.folder import check_same, create_folder, default_folder, read_confi
 from moe.run.jsonl import read_lines
 from moe.run.load import load_run
 from moe.run.summary import read_summary
-from tests.small_runs import STEPS, Killed, fate, files, settings, silent, train, train_until, write_texts
+from tests.small_runs import (
+    STEPS,
+    Killed,
+    fate,
+    files,
+    left_by_others,
+    settings,
+    silent,
+    train,
+    train_until,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +308,18 @@ def test_a_damaged_log_is_refused_on_resuming_and_left_as_it_was(interrupted, co
     with pytest.raises(BadInput, match=r"metrics\.jsonl, line 3 is damaged"):
         train(settings(corpus, tmp_path / "run", {"resume": True}))
     assert files(tmp_path / "run") == before
+
+
+def test_the_next_command_removes_what_killed_ones_left(interrupted, corpus, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "run")
+    prepared = corpus / "cache" / "prepared" / ".building-abc"
+    left = [left_by_others(path) for path in (tmp_path / "another-run", tmp_path / "run" / "summary.json", prepared)]
+    for names in left:
+        names["dead"].mkdir()
+        names["live"].mkdir()
+    train(settings(corpus, tmp_path / "run", {"resume": True}))
+    assert [[names["dead"].exists(), names["live"].exists()] for names in left] == [[False, True]] * 3
+    left[2]["live"].rmdir()
 
 
 def test_a_folder_that_cannot_be_made_is_refused_and_leaves_nothing(corpus, tmp_path):

@@ -79,6 +79,12 @@ def test_a_signal_saves_and_the_printed_command_leads_to_the_uninterrupted_resul
     paste(re.search(r"Go on with: (.*)", last)[1], monkeypatch)
     assert fate(run) == fate(whole)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(STEPS + 1))
+    ours, theirs = (checkpoint._good(folder / "checkpoints") for folder in (run, whole))
+    common = {path.name for path in ours} & {path.name for path in theirs}
+    assert f"step-{STEPS:08d}" in common
+    assert {p.name: score for p, score in ours.items() if p.name in common} == {
+        p.name: score for p, score in theirs.items() if p.name in common
+    }, "a checkpoint whose evaluation was cut short has no score"
 
 
 def test_a_second_signal_acts_as_it_always_did():

@@ -17,13 +17,13 @@ import moe.train.step
 from moe.config.run import Config
 from moe.data import loader
 from moe.errors import BadInput
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, model_tensors
 from moe.run import checkpoint, machine
 from moe.run.checkpoint import Snapshot
 from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
 from moe.train.state import seed_everything
-from tests.small_runs import STEPS, Killed, fate, noisy, settings, start, tensors_digest, train, train_until
+from tests.small_runs import STEPS, Killed, fate, files, noisy, settings, start, tensors_digest, train, train_until
 
 BIAS = {"router.name": "sigmoid", "router.selection_bias": True, "balance.bias_rate": 0.01, "balance.aux": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -313,3 +313,92 @@ def test_every_global_generator_is_seeded():
         drawn.append((random.random(), np.random.random(), torch.rand(()).item()))  # noqa: NPY002
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+# A run that starts from another
+
+
+@pytest.fixture(scope="module")
+def stable(corpus, tmp_path_factory):
+    """A finished run at a constant rate, every checkpoint of which is kept."""
+    folder = tmp_path_factory.mktemp("stable") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        noisy(patch)
+        train(settings(corpus, folder, {"optim.schedule": "constant", "checkpoint.every": 1, "checkpoint.keep": 9}))
+    return folder
+
+
+DECAY = {"optim.schedule": "wsd", "optim.decay": 3 / STEPS, "optim.final": 0.0}  # the last three steps
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "killed before its first checkpoint"])
+def test_a_decay_from_a_step_of_a_stable_run_is_the_run_that_decayed_there(killed, stable, corpus, tmp_path):
+    train(settings(corpus, tmp_path / "whole", DECAY))
+    before, said = files(stable), []
+    cfg = settings(
+        corpus, tmp_path / "new", DECAY | {"source": f"{stable}/checkpoints/step-00000004", "source_state": "all"}
+    )
+    if killed:
+        train_until(cfg, 6)
+        cfg.resume = True
+    train(cfg, said.append)
+    ours, theirs = fate(tmp_path / "new"), fate(tmp_path / "whole")
+    assert [line["step"] for line in ours["lines"]] == [4, 5, 6, 7], "the first is a validation of the source"
+    for key in ("step", "model", "rng", "exp_avg", "exp_avg_sq", "summary", "loader"):
+        assert ours[key] == theirs[key], key
+    assert not any("warning" in line for line in said)
+    assert files(stable) == before
+
+
+def test_a_new_run_from_anothers_weights_begins_at_step_0_with_nothing_else_of_it(
+    stable, corpus, tmp_path, monkeypatch
+):
+    cfg = settings(corpus, tmp_path / "new", {"source": str(stable), "train.batch_size": 2, "train.steps": 2})
+    began = []
+    take_step = moe.train.loop.take_step
+
+    def take(state, *arguments):
+        began.append((state.step, model_digest(state.model), len(state.optimizer.state)))
+        return take_step(state, *arguments)
+
+    monkeypatch.setattr(moe.train.loop, "take_step", take)
+    train(cfg)
+    newest = stable / "checkpoints" / f"step-{STEPS:08d}"
+    assert began[0] == (0, tensors_digest(checkpoint.load(newest).model), 0)
+    assert read_config(tmp_path / "new").source == str(newest), "what it began from is written down"
+    train(resumed(cfg))  # finished: the source as it was given is the run's own
+
+
+def model_digest(model):
+    return tensors_digest(model_tensors(model))
+
+
+UNFIT = {
+    "nothing there": ({"source": "/nowhere"}, "source=/nowhere is neither a run's folder nor a checkpoint"),
+    "another model": ({"model.d_model": 16}, "does not fit this run: "),
+    "another tokenizer": ({"tokenizer.name": "char"}, "was trained with another tokenizer"),
+    "other data for all": (
+        {"source_state": "all", "train.batch_size": 2, "train.steps": 9},
+        "train.batch_size changed",
+    ),
+    "no step left": ({"source_state": "all"}, f"train.steps={STEPS} is not above the step {STEPS}"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_source_that_does_not_fit_is_refused_and_leaves_no_folder(what, stable, corpus, tmp_path):
+    changes, message = UNFIT[what]
+    before = files(stable)
+    with pytest.raises(BadInput) as caught:
+        train(settings(corpus, tmp_path / "new", {"source": str(stable)} | changes))
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert files(stable) == before
+
+
+def test_a_jump_of_the_learning_rate_is_said(stable, corpus, tmp_path):
+    said = []
+    changes = {"source": str(stable), "source_state": "all", "train.steps": STEPS + 1, "optim.schedule": "cosine"}
+    train(settings(corpus, tmp_path / "new", changes), said.append)
+    assert any(line.startswith(f"warning: the learning rate was 0.002 at step {STEPS}, and in this") for line in said)
+    assert read_lines(tmp_path / "new" / "metrics.jsonl")[-1]["step"] == STEPS + 1
