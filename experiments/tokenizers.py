@@ -16,6 +16,7 @@ from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.run import Config, validate
 from moe.data import clean, sources, tokenizer
 from moe.data.prepare import cache_root
+from moe.data.unreadable import Unreadable
 
 
 @dataclass
@@ -33,7 +34,10 @@ def main(cfg: TokenizersConfig) -> None:
     settings = [TokenizerConfig(name, cfg.vocab_size) for name in cfg.tokenizers]
     for setting in settings:
         validate(Config(data=cfg.data, tokenizer=setting))
-    documents, _ = clean.clean(sources.documents(cfg.data, cache_root(cfg.data)), cfg.data.clean)
+    unreadable = Unreadable(cfg.data.on_error)
+    raw = sources.documents(cfg.data, cache_root(cfg.data), unreadable)
+    documents, _ = clean.clean(raw, cfg.data.clean, unreadable)
+    unreadable.say(print)
     texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)

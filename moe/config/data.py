@@ -37,6 +37,10 @@ class DataConfig:
     domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
     # at most this much raw text per domain (decimal megabytes); 0: all of it
     max_mb: Annotated[float, Between(0, ANY)] = 4.0
+    # a document that cannot be read: all are counted and the first named, then refuse the corpus, or go on without them
+    on_error: Annotated[str, OneOf("refuse", "skip")] = "refuse"
+    # a larger JSONL line, HTML page or row cannot be read (decimal megabytes); 0: any size
+    max_document_mb: Annotated[float, Between(0, ANY)] = 64.0
     text_field: str = "text"  # JSONL and huggingface: the field that holds the document
     domain_field: str = ""  # JSONL and huggingface: the field that holds the domain; "": file or dataset name
     subset: str = ""  # huggingface: the configuration name

@@ -33,6 +33,8 @@ RESUMABLE = (
     "distill.teacher",
     "balance.recorded",
 )
+# Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
+YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb")
 
 
 @dataclass
@@ -128,8 +130,10 @@ def splits_freely(cfg: Config) -> bool:
 
 def fingerprint(cfg: Config) -> str:
     """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched)."""
-    tree = to_dict(cfg)
-    for key in FREE:
+    tree, defaults = to_dict(cfg), to_dict(Config())
+    for key in (*FREE, *YOUNGER):
         *groups, name = key.split(".")
-        functools.reduce(dict.__getitem__, groups, tree).pop(name)
+        group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))
+        if key in FREE or group[name] == group_defaults[name]:
+            del group[name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]

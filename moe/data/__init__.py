@@ -2,6 +2,8 @@
 
 owner      whose a half-written file is
 sources    documents with a domain, from files or a hub
+files      which there are, their text and lines, within bounds
+unreadable what cannot be read, counted
 blend      the default corpus, in five domains
 clean      the counted cleaning pipeline
 tokenizer  byte, char, BPE trained here, pretrained

@@ -11,7 +11,6 @@ import codecs
 import gc
 import hashlib
 import importlib.util
-import itertools
 import os
 import re
 import subprocess
@@ -84,19 +83,18 @@ def pieces(text: str, heading: re.Pattern[str] | None = None) -> Iterator[str]:
     """Divide a work into documents: at its headings, sections shorter than `SHORT` joined to the next, and those longer
     than `LONG` cut between paragraphs, else lines, else words. Joined together, the pieces are the text."""
     starts = [match.start() for match in heading.finditer(text)] if heading else []
-    waiting = ""
-    for start, end in itertools.pairwise([0, *starts, len(text)]):
-        waiting += text[start:end]
-        while len(waiting) > LONG:
-            cuts = (waiting.rfind(mark, LONG // 2, LONG) for mark in ("\n\n", "\n", " "))
-            cut = next((cut for cut in cuts if cut > 0), LONG)
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-        if len(waiting) >= SHORT:
-            yield waiting
-            waiting = ""
-    if waiting:
-        yield waiting
+    begin = 0  # of what waits for a cut
+    for end in [*starts, len(text)]:
+        while end - begin > LONG:
+            cuts = (text.rfind(mark, begin + LONG // 2, begin + LONG) for mark in ("\n\n", "\n", " "))
+            cut = next((cut for cut in cuts if cut >= 0), begin + LONG)
+            yield text[begin:cut]
+            begin = cut
+        if end - begin >= SHORT:
+            yield text[begin:end]
+            begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
 def fetch_sdist(cache: Path, domains: Sequence[str] = BLEND_DOMAINS) -> Path:

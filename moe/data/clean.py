@@ -17,11 +17,13 @@ from typing import Any
 
 import ftfy
 import numpy as np
-from bs4 import BeautifulSoup, NavigableString
+from bs4 import BeautifulSoup, CData, NavigableString, ParserRejectedMarkup, Tag
+from bs4.element import PageElement
 from datasketch import MinHash, MinHashLSH
 
 from moe.config.data import CleanConfig
 from moe.data.sources import Document
+from moe.data.unreadable import BadDocument, Unreadable
 
 VERSION = 1  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise
 LIBRARIES = ("ftfy", "beautifulsoup4", "datasketch")  # whose versions are in that key too
@@ -34,6 +36,8 @@ BATCH = 4096  # shingles hashed at a time, so that shingles x permutations stay 
 # Every control character except tab and newline.
 CONTROL = {code: None for code in range(0xA0) if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\t\n"}
 HELD = "\0"  # stands for a space that must stay, in preformatted text
+MOST_TAGS = 2**19  # of a page: they take a minute, and a gigabyte, as a tree
+MOST_READING = 10**7  # characters that the parser may read again for what is not closed
 UNSEEN = ["script", "style", "template", "noscript", "head"]
 BLOCKS = re.compile(
     r"address|article|aside|blockquote|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre"
@@ -58,10 +62,15 @@ def fingerprint() -> dict[str, Any]:
     return {"version": VERSION, "unicode": unicodedata.unidata_version, **libraries}
 
 
-def clean(documents: Iterable[Document], cfg: CleanConfig) -> tuple[list[Document], list[Step]]:
-    """The documents that pass every step that `cfg` switches on, in their order, and a `Step` for each of these."""
+def clean(
+    documents: Iterable[Document], cfg: CleanConfig, unreadable: Unreadable | None = None
+) -> tuple[list[Document], list[Step]]:
+    """The documents that pass every step that `cfg` switches on, in their order, and a `Step` for each of these.
+
+    `unreadable` counts what cannot be read. Raises `BadInput` unless that is to be skipped."""
+    unreadable = Unreadable("refuse") if unreadable is None else unreadable
     stages: list[tuple[str, bool, Callable[[Iterable[Document]], Iterator[Document]]]] = [
-        ("html", cfg.html, html_to_text),
+        ("html", cfg.html, functools.partial(html_to_text, unreadable=unreadable)),
         ("unicode", cfg.unicode != "none", functools.partial(normalize, form=cfg.unicode)),
         ("length", cfg.min_chars > 0 or cfg.max_chars > 0, functools.partial(within_length, cfg=cfg)),
         ("repetition", cfg.max_repetition < 1, functools.partial(not_repetitive, most=cfg.max_repetition)),
@@ -85,34 +94,65 @@ def _bytes(documents: Iterable[Document]) -> int:
     return sum(len(document.text.encode(errors="surrogatepass")) for document in documents)
 
 
-def html_to_text(documents: Iterable[Document]) -> Iterator[Document]:
+def html_to_text(documents: Iterable[Document], unreadable: Unreadable) -> Iterator[Document]:
     """Documents whose name ends in .html or .htm (before .gz or .zst) become their visible text, a blank line between
-    blocks; their names then end in .txt. Others pass unchanged."""
+    blocks; their names then end in .txt. Others pass unchanged. What is not to be parsed goes to `unreadable`; raises
+    `BadInput` at the end if that is not to be skipped."""
     for document in documents:
         name = document.name.removesuffix(".gz").removesuffix(".zst")
-        if name.lower().endswith((".html", ".htm")):
-            yield replace(document, text=_visible_text(document.text), name=f"{name}.txt")
-        else:
+        if not name.lower().endswith((".html", ".htm")):
             yield document
+            continue
+        try:
+            yield replace(document, text=_visible_text(document.text, document.name), name=f"{name}.txt")
+        except BadDocument as fault:
+            unreadable.add(fault)
+    unreadable.check()
 
 
-def _visible_text(html: str) -> str:
+def _visible_text(html: str, where: str) -> str:
+    _check_html(html, where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # for pages that look like XML or like a file's name
-        soup = BeautifulSoup(html, "html.parser")
-    for tag in soup(UNSEEN):
-        tag.decompose()
-    for string in soup.find_all(string=True):
-        if type(string) is NavigableString:  # comments and the like are subclasses
-            kept = string.find_parent("pre")
-            string.replace_with(string.replace(" ", HELD) if kept else re.sub(r"\s+", " ", string))
-    for tag in soup("br"):
-        tag.replace_with("\n")
-    for tag in soup(BLOCKS):
-        tag.insert_before("\n")
-        tag.insert_after("\n")
-    text = re.sub(r" *\n *", "\n", soup.get_text())
+        try:
+            soup = BeautifulSoup(html, "html.parser")
+        except ParserRejectedMarkup as error:
+            raise BadDocument(where, f"is not HTML: {' '.join(str(error).split())}", "not HTML") from error
+    text = "\n".join(line.strip(" ") for line in "".join(_strings(soup)).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip().replace(HELD, " ")
+
+
+def _strings(soup: BeautifulSoup) -> Iterator[str]:
+    """The visible strings of a page in order, a line break before and after each block. In one pass, with a stack: a
+    page may be as deep, and its tags have as many neighbours, as it likes."""
+    pending: list[tuple[PageElement | str, bool]] = [(soup, False)]  # what is to come, and whether it is preformatted
+    while pending:
+        node, kept = pending.pop()
+        if type(node) is NavigableString:
+            yield node.replace(" ", HELD) if kept else re.sub(r"\s+", " ", node)
+        elif type(node) in (str, CData):  # comments and the like are other subclasses
+            yield str(node)
+        elif isinstance(node, Tag) and node.name == "br":
+            yield "\n"
+        elif isinstance(node, Tag) and node.name not in UNSEEN:
+            edge = "\n" if BLOCKS.search(node.name) else ""
+            yield edge
+            kept = kept or node.name == "pre"
+            pending.append((edge, kept))
+            pending.extend((child, kept) for child in reversed(node.contents))
+
+
+def _check_html(html: str, where: str) -> None:
+    """Raises `BadDocument` for a page that would take the parser too long: it has very many tags, or what is opened and
+    never closed, from each of which the parser reads to the end of the page."""
+    if (tags := html.count("<")) > MOST_TAGS:
+        raise BadDocument(where, f"has {tags:,} tags, more than {MOST_TAGS:,}", "too large")
+    for opening, closing in (("<", ">"), ("<!--", "-->"), ("<![", "]>"), ("<![CDATA[", "]]>")):
+        rest = html[html.rfind(closing) + 1 :]
+        count = rest.count(opening)
+        if count > 10 and count * len(rest) > MOST_READING:
+            what = f"opens {opening} {count:,} times without closing it"
+            raise BadDocument(where, what, "not HTML")
 
 
 def normalize(documents: Iterable[Document], form: str) -> Iterator[Document]:

@@ -26,7 +26,7 @@ class Batch:
 
     tokens_BS: torch.Tensor  # int64
     targets_BS: torch.Tensor  # int64
-    domain_BS: torch.Tensor  # uint8, the domain id of each target
+    domain_BS: torch.Tensor  # uint8 (int32 for more than 256), the domain id of each target
 
 
 class Loader:

@@ -13,12 +13,13 @@ makes a new one. Documents lie in order of their hash, which mixes the domains.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.parse import to_dict
@@ -27,6 +28,7 @@ from moe.data.owner import remove_leftovers
 from moe.data.shards import FORMAT, SPLITS, Dataset, publish
 from moe.data.sources import Document
 from moe.data.tokenizer import train
+from moe.data.unreadable import Unreadable
 from moe.errors import BadInput
 
 # sha256 of the files whose version 1 is the same code; see `_settings_unversioned`.
@@ -35,6 +37,8 @@ UNVERSIONED = {
     "corpus": "ac0c8170a7c8f92e015d5e1582e661b029212867570164adb4d18ca7b5ba3004",
     "blend": "cf28260939987cf260b847934f6e46a80f231332647709a814281c31e3ab3122",
 }
+
+SHOWN = 12  # domains that are named in a line
 
 
 def cache_root(cfg: DataConfig) -> Path:
@@ -59,6 +63,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
         say(f"data: reading, cleaning and tokenizing into {folder} (once)")
         _build(data, tokenizer, root, folder, settings, say)
     dataset = Dataset(folder)
+    unreadable = Unreadable.of(dataset.manifest, data.on_error)
+    unreadable.check()
+    unreadable.say(say)
     _describe(dataset, say)
     return dataset
 
@@ -72,14 +79,15 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     """Read, clean, split and tokenize into `folder`, which appears when it is whole. Raises as `prepare`."""
-    documents, steps = clean.clean(sources.documents(data, root), data.clean)
+    unreadable = Unreadable(data.on_error)
+    documents, steps = clean.clean(sources.documents(data, root, unreadable), data.clean, unreadable)
     for step in steps:
         say(
             f"clean: {step.name}: {step.documents_in:,} -> {step.documents_out:,} documents, "
             f"{step.bytes_in / 1e6:.2f} -> {step.bytes_out / 1e6:.2f} MB"
         )
     splits = split_documents(documents, data.val_fraction)
-    record = {"settings": settings, "cleaning": [asdict(step) for step in steps]}
+    record = {"settings": settings, "cleaning": [asdict(step) for step in steps]} | unreadable.record()
     learned = train(tokenizer, (document.text for document in splits["train"]))
     try:
         publish(folder, splits, learned, record)
@@ -94,8 +102,10 @@ def _build(
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
     """Everything that decides a prepared corpus' content."""
     settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer), "format": FORMAT}
-    for where_or_how in ("cache", "workers"):
+    for where_or_how in ("cache", "workers", "on_error"):  # what a skipping preparation left out is in its manifest
         del settings["data"][where_or_how]
+    if data.max_document_mb == DataConfig.max_document_mb:  # so were all corpora that are older than the setting
+        del settings["data"]["max_document_mb"]
     settings |= {"source": sources.source_fingerprint(data, root), "clean": clean.fingerprint()}
     if tokenizer.name == "bpe":
         settings["tokenizer"]["trainer"] = f"rustbpe {importlib.metadata.version('rustbpe')}"
@@ -129,10 +139,23 @@ def split_documents(documents: list[Document], val_fraction: float) -> dict[str,
     for name in SPLITS:
         if not splits[name]:
             raise BadInput(
-                f"data: the {name} split got none of the {len(documents)} documents left after cleaning; add documents "
-                f"(data.max_mb, data.path), loosen data.clean, or change data.val_fraction={val_fraction:g}."
+                f"data: the {name} split got none of the {len(documents)} documents left after cleaning with "
+                f"data.val_fraction={val_fraction:g}; {_another_fraction(sorted(digest for digest, _ in hashed))}."
             )
     return splits
+
+
+def _another_fraction(digests: list[bytes]) -> str:
+    """What to set, if anything, so that documents of these hashes (ascending) are in both splits."""
+    advice = "add documents (data.max_mb, data.path), or loosen data.clean"
+    if len(set(digests)) < 2:
+        text = ", because a document is in one split as a whole: divide the text into several files or JSONL lines"
+        return f"a validation split needs a second document{text}, {advice}"
+    lowest, highest = (int.from_bytes(digest[:8]) / 2**64 for digest in (digests[0], digests[-1]))
+    bounds = next(hint.high for hint in get_type_hints(DataConfig, include_extras=True)["val_fraction"].__metadata__)
+    fraction = math.ceil(lowest * 10_000 + 1) / 10_000
+    fits = lowest < fraction <= min(highest, bounds)
+    return f"set data.val_fraction={fraction:g}, {advice}" if fits else advice
 
 
 def _text_sha256(document: Document) -> bytes:
@@ -151,14 +174,15 @@ def _describe(dataset: Dataset, say: Callable[[str], None]) -> None:
     say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens{learned}")
     for name in SPLITS:
         counts = dataset.manifest["splits"][name]
-        shares = ", ".join(
-            f"{domain} {domain_counts['tokens'] / counts['tokens']:.0%}"
-            for domain, domain_counts in counts["domains"].items()
-        )
+        domains = counts["domains"]
+        largest = sorted(domains, key=lambda domain: -domains[domain]["tokens"])[:SHOWN]
+        shares = [f"{d} {domains[d]['tokens'] / counts['tokens']:.0%}" for d in domains if d in largest]
+        shares += [f"{len(domains) - SHOWN:,} smaller"] if len(domains) > SHOWN else []
         say(
             f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes'] / 1e6:.2f} MB, "
-            f"{counts['bytes'] / counts['tokens']:.2f} bytes per token ({shares})"
+            f"{counts['bytes'] / counts['tokens']:.2f} bytes per token ({', '.join(shares)})"
         )
-        for domain, domain_counts in counts["domains"].items():
-            if not domain_counts["documents"]:
-                say(f"{name}: no document of domain {domain} fell into this split; add text or raise data.val_fraction")
+        if missing := [domain for domain in domains if not domains[domain]["documents"]]:
+            more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
+            which = f"{', '.join(missing[:SHOWN])}{more}"
+            say(f"{name}: no document of domain {which} fell into this split; add text or raise data.val_fraction")

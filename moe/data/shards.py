@@ -48,11 +48,6 @@ def publish(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenize
 
 def _write(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer, record: dict[str, Any]) -> None:
     domains = sorted({document.domain for documents in splits.values() for document in documents})
-    if len(domains) > 256:
-        raise BadInput(
-            f"data has {len(domains)} domains; at most 256 are accepted: choose a coarser data.domain_field."
-        )
-    # What holds for all of the folder.
     dtype = _dtype(tokenizer.vocab_size)
     manifest = record | {
         "format": FORMAT,
@@ -91,6 +86,7 @@ def _shards(
     """(tokens, (documents, 2) table) of each shard. A document is never cut; one longer than a shard has its own."""
     pieces: list[np.ndarray] = []
     table: list[tuple[int, int]] = []
+    domain_id = {domain: i for i, domain in enumerate(domains)}
     length = 0
     for group in _groups(documents):
         for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group]), strict=True):
@@ -98,7 +94,7 @@ def _shards(
             if pieces and length + len(ids) > SHARD_TOKENS:
                 yield np.concatenate(pieces), np.array(table, np.int64)
                 pieces, table, length = [], [], 0
-            table.append((length, domains.index(document.domain)))
+            table.append((length, domain_id[document.domain]))
             pieces.append(np.array(ids, dtype))
             length += len(ids)
     yield np.concatenate(pieces), np.array(table, np.int64)
@@ -199,7 +195,8 @@ class Split:
         self._shards = [np.memmap(path, dtype, "r") for path in paths]
         self._offsets = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self._starts = np.concatenate([t[:, 0] + offset for t, offset in zip(tables, self._offsets, strict=False)])
-        self._domains = np.concatenate([table[:, 1] for table in tables]).astype(np.uint8)
+        domains = np.concatenate([table[:, 1] for table in tables])
+        self._domains = domains.astype(np.uint8 if domains.max() < 256 else np.int32)
         self.n_tokens = int(self._offsets[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -211,8 +208,8 @@ class Split:
         return max(0, self.n_tokens - 1) // context
 
     def read(self, starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n, S+1) int64 from each of `starts` (n,), and the domain id (n, S) uint8 of each target, i.e. of
-        tokens 1 to S. The end-of-text token after a document counts as the document's."""
+        """Tokens (n, S+1) int64 from each of `starts` (n,), and the domain id (n, S) of each target, i.e. of tokens
+        1 to S: uint8 where 256 are enough, else int32. The end-of-text token after a document counts as its own."""
         tokens = np.stack([self._slice(int(start), int(start) + context + 1) for start in starts])
         targets = np.asarray(starts)[:, None] + np.arange(1, context + 1)
         return tokens, self._domains[np.searchsorted(self._starts, targets, side="right") - 1]

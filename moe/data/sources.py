@@ -5,34 +5,29 @@ Three kinds of source, chosen by `data.name`: `blend` (blend.py), `text` (a file
 the order of the hash of their names, so that a size limit takes a sample spread over the whole source.
 """
 
-import codecs
-import glob
-import gzip
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from moe.config.data import BLEND_DOMAINS, DataConfig
-from moe.data import blend
+from moe.data import blend, files
+from moe.data.unreadable import BadDocument, Unreadable
 from moe.errors import BadInput
 
 VERSION = (
     1  # of what is read here, in the key of every prepared corpus: raise it when the same source gives other documents
 )
-SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
+PLAIN = (".txt", ".md")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-BLOCK = 1 << 20  # bytes read at a time
 WHOLE = 32_000  # characters: a plain text up to this long stays one document
+MOST_DOMAINS = 4096  # each has scores of its own in every evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +39,17 @@ class Document:
     name: str
 
 
-def documents(cfg: DataConfig, cache: Path) -> Iterator[Document]:
+def documents(cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None) -> Iterator[Document]:
     """Raw documents of the source that `cfg` names, before cleaning, always in the same order.
 
     At most `cfg.max_mb` decimal megabytes of UTF-8 per domain (0: all); the document that crosses the limit is cut
-    there. `cache` keeps what had to be fetched. Raises `BadInput` for a source that is missing, unreachable, empty or
-    unreadable."""
+    there. `cache` keeps what had to be fetched; `unreadable` counts what cannot be read. Raises `BadInput` for a source
+    that is missing, unreachable or empty, for too many domains, and at the end for what cannot be read, unless it is to
+    be skipped."""
+    unreadable = Unreadable(cfg.on_error) if unreadable is None else unreadable
     limit = round(cfg.max_mb * 1e6)
     full: set[str] = set()  # domains that have reached the limit: the sources look here to stop reading early
-    source: Iterator[Document]
+    source: Iterator[Document | BadDocument]
     match cfg.name:
         case "blend":
             source = _blend(_domains(cfg), cache, full)
@@ -63,6 +60,9 @@ def documents(cfg: DataConfig, cache: Path) -> Iterator[Document]:
     size: Counter[str] = Counter()
     blank = True
     for document in source:
+        if isinstance(document, BadDocument):
+            unreadable.add(document)
+            continue
         if document.domain in full:
             continue
         text, data = document.text, document.text.encode()
@@ -71,10 +71,17 @@ def documents(cfg: DataConfig, cache: Path) -> Iterator[Document]:
             full.add(document.domain)
             text = data[:room].decode(errors="ignore")
         size[document.domain] += len(data)
+        if len(size) > MOST_DOMAINS:
+            raise BadInput(
+                f"data has more than {MOST_DOMAINS:,} domains ({document.name} is of one too many): choose a coarser "
+                f"data.domain_field than {cfg.domain_field!r}, or put the files into fewer folders."
+            )
         blank = blank and not text.strip()
         yield Document(text, document.domain, document.name)
+    unreadable.check()
     if blank:
-        raise BadInput(f"data.path={cfg.path} is empty: it holds no text.")
+        left_out = f", and {unreadable}" if unreadable.counts else ""
+        raise BadInput(f"data.path={files.readable(cfg.path)} is empty: it holds no text{left_out}.")
 
 
 def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str] = (VERSION, blend.VERSION)) -> str:
@@ -92,13 +99,14 @@ def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str
                     blend.package_folder(package)
                     facts.append(importlib.metadata.version(package))
         case "text":
-            root, files = _files(cfg.path)
-            facts += [root.resolve().name, cfg.text_field, cfg.domain_field, _stamps(root, files)]
+            root, found, faults = _files(cfg.path)
+            facts += [files.readable(root.resolve().name), cfg.text_field, cfg.domain_field, _stamps(root, found)]
+            facts += [sorted(map(str, faults))] if faults else []
         case _:
-            local = Path(cfg.path).expanduser()
-            files = [path for path in [local, *local.rglob("*")] if path.is_file()]
+            local = files.expand(cfg.path)
+            found = [path for path in [local, *files.walk(local, [])] if path.is_file()]
             facts += [cfg.path, cfg.subset, cfg.split, cfg.streaming, cfg.text_field, cfg.domain_field]
-            facts.append(_stamps(local, files))
+            facts.append(_stamps(local, found))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -106,7 +114,7 @@ def _domains(cfg: DataConfig) -> list[str]:
     return list(dict.fromkeys(cfg.domains or BLEND_DOMAINS))
 
 
-def _blend(domains: list[str], cache: Path, full: set[str]) -> Iterator[Document]:
+def _blend(domains: list[str], cache: Path, full: set[str]) -> Iterator[Document | BadDocument]:
     for domain in domains:
         for name, text in blend.texts(domain, domains, cache):
             yield Document(text, domain, name)
@@ -117,173 +125,114 @@ def _blend(domains: list[str], cache: Path, full: set[str]) -> Iterator[Document
 # ---------------------------------------------------------------- text
 
 
-def _files(path: str) -> tuple[Path, list[Path]]:
-    """The root that names are relative to, and the files below it that are not hidden, in the order of the hash of
-    their names. For a glob the root is what comes before its first wildcard."""
-    given = Path(path).expanduser()
-    if given.is_file():
-        root, paths = given.parent, [given]
-    elif given.is_dir():
-        root, paths = given, list(given.rglob("*"))
-    elif glob.has_magic(path):
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)
-        root, paths = Path(*fixed), [Path(name) for name in glob.glob(str(given), recursive=True)]
-    else:
-        raise BadInput(f"data.path={path} does not exist; accepted is a file, a folder or a glob.")
-    kinds = f"{', '.join(SUFFIXES)}, each also with .gz or .zst"
-    files = [file for file in paths if file.is_file() and _kind(file) in SUFFIXES]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-    if not files:
-        raise BadInput(f"data.path={path} matches no file of an accepted kind: {kinds}.")
-    return root, sorted(files, key=lambda file: blend.hash_order(file.relative_to(root).as_posix()))
+def _files(path: str) -> tuple[Path, list[Path], list[BadDocument]]:
+    """`files.text_files`, in the order of the hash of their names."""
+    root, found, faults = files.text_files(path)
+    return root, sorted(found, key=lambda file: blend.hash_order(_name(root, file))), faults
 
 
-def _plain(file: Path) -> Path:
-    """A file's name without the suffix of its compression."""
-    return file.with_suffix("") if file.suffix.lower() in (".gz", ".zst") else file
+def _name(root: Path, file: Path) -> str:
+    return files.readable(file.relative_to(root).as_posix())
 
 
-def _kind(file: Path) -> str:
-    return _plain(file).suffix.lower()
-
-
-def _stamps(root: Path, files: list[Path]) -> list[tuple[str, int, int]]:
-    stats = sorted((path.relative_to(root).as_posix(), path.stat()) for path in files)
+def _stamps(root: Path, found: list[Path]) -> list[tuple[str, int, int]]:
+    stats = sorted((_name(root, path), path.stat()) for path in found)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
-def _text(cfg: DataConfig, full: set[str], limit: int) -> Iterator[Document]:
+def _text(cfg: DataConfig, full: set[str], limit: int) -> Iterator[Document | BadDocument]:
     """Documents of `data=text`. A plain text longer than `WHOLE` is several, so that part of a book can be held out."""
-    root, files = _files(cfg.path)
-    for file in files:
-        below = file.relative_to(root)
-        name, kind = below.as_posix(), _kind(file)
+    root, found, faults = _files(cfg.path)
+    yield from faults
+    for file in found:
+        name, kind = _name(root, file), files.suffix(file)
+        folder, below, _ = name.partition("/")
         if Path(cfg.path).expanduser().is_file():
-            domain = _plain(file).stem
+            domain = files.readable(files.unpacked(file).stem)
         else:
-            domain = below.parts[0] if len(below.parts) > 1 else root.resolve().name
-        if kind == ".jsonl":
-            yield from _json_lines(cfg, file, name, domain, full)
-        elif domain not in full:
-            text = _decode(file, limit)
-            parts = blend.pieces(text) if kind in (".txt", ".md") and len(text) > WHOLE else [text]
-            yield from (Document(part, domain, f"{name}#{i}" if i else name) for i, part in enumerate(parts))
+            domain = folder if below else files.readable(root.resolve().name)
+        try:
+            if kind == ".jsonl":
+                yield from _json_lines(cfg, file, name, domain, full)
+            elif domain not in full:
+                text = files.decode(file, limit, longest=0 if kind in PLAIN else _longest(cfg))
+                parts = blend.pieces(text) if kind in PLAIN and len(text) > WHOLE else [text]
+                yield from (Document(part, domain, f"{name}#{i}" if i else name) for i, part in enumerate(parts))
+        except BadDocument as fault:
+            yield fault
 
 
-def _json_lines(cfg: DataConfig, file: Path, name: str, domain: str, full: set[str]) -> Iterator[Document]:
+def _longest(cfg: DataConfig) -> int:
+    return round(cfg.max_document_mb * 1e6)
+
+
+def _json_lines(
+    cfg: DataConfig, file: Path, name: str, domain: str, full: set[str]
+) -> Iterator[Document | BadDocument]:
     """One document per line. Where the file is of one domain, reading stops when that is full."""
-    for number, line in _lines(file):
+    for number, line in files.lines(file, _longest(cfg)):
         if domain in full and not cfg.domain_field:
             return
-        where = f"{file}, line {number}"
+        where = f"{files.readable(file)}, line {number}"
         try:
-            row = json.loads(line.decode().removeprefix("\ufeff"))
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{where} is not UTF-8 at byte {error.start} of the line.") from error
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-        if not isinstance(row, dict):
-            raise BadInput(
-                f"{where} must be a JSON object with the field {cfg.text_field!r}, not {type(row).__name__}."
-            )
-        yield _row(cfg, row, where, domain, f"{name}:{number}")
+            if line is None:
+                raise files.too_large(where, _longest(cfg))
+            yield _row(cfg, _json(line, where), where, domain, f"{name}:{number}")
+        except BadDocument as fault:
+            yield fault
 
 
-def _row(cfg: DataConfig, row: dict[str, Any], where: str, domain: str, name: str) -> Document:
-    """A document from a row's fields. Raises `BadInput` for a field that is missing, or no string of valid Unicode."""
+def _json(line: bytes, where: str) -> Any:
+    """What a line of JSON says. Raises `BadDocument` for one that is not JSON, or that Python does not read."""
+    if b"\0" in line:
+        raise BadDocument(where, f"is binary, not JSON: byte {line.index(0)} of the line is NUL", "with NUL bytes")
+    try:
+        return json.loads(line.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise BadDocument(where, f"is not UTF-8 at byte {error.start} of the line", "not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadDocument(where, f"is not JSON: {error.msg} at column {error.colno}", "not JSON") from error
+    except RecursionError as error:
+        raise BadDocument(where, "is nested too deeply to be read", "nested too deeply") from error
+    except ValueError as error:  # Python converts no more than 4,300 digits
+        raise BadDocument(where, "has a number of too many digits to be read", "with too long a number") from error
+
+
+def _row(cfg: DataConfig, row: Any, where: str, domain: str, name: str) -> Document:
+    """A document from a row's fields. Raises `BadDocument` for a row that is no object, for a field that is missing or
+    no string of valid Unicode, and for a text that is too large."""
 
     def field(setting: str, key: str) -> str:
+        value = row.get(key)
+        label = f"the field {key!r} (data.{setting})"
         if key not in row:
-            raise BadInput(f"{where} has no field {key!r} (data.{setting}); its fields are {', '.join(map(str, row))}.")
-        if not isinstance(row[key], str):
-            kind = type(row[key]).__name__
-            raise BadInput(f"{where}: the field {key!r} (data.{setting}) must be a string, and is of type {kind}.")
+            fields = f"its fields are {', '.join(map(str, itertools.islice(row, 20)))}" if row else "it has none"
+            raise BadDocument(where, f"has no field {key!r} (data.{setting}); {fields}", f"without {key!r}")
+        if not isinstance(value, str):
+            kind = "null" if value is None else f"of type {type(value).__name__}"
+            raise BadDocument(where, f": {label} must be a string, and is {kind}", f"with {key!r} {kind}")
         try:
-            row[key].encode()
+            size = len(value.encode())
         except UnicodeEncodeError as error:
-            raise BadInput(
-                f"{where}: the field {key!r} holds half a surrogate pair at character {error.start}."
-            ) from error
-        return row[key]
+            what = f": the field {key!r} holds half a surrogate pair at character {error.start}"
+            raise BadDocument(where, what, "with half a surrogate pair") from error
+        if _longest(cfg) and size > _longest(cfg):
+            raise files.too_large(where, _longest(cfg))
+        return value
 
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        what = f"must be a JSON object with the field {cfg.text_field!r}, not {kind}"
+        raise BadDocument(where, what, f"of type {kind} instead of an object")
     if cfg.domain_field:
         domain = field("domain_field", cfg.domain_field)
     return Document(field("text_field", cfg.text_field), domain, name)
 
 
-def _decode(file: Path, limit: int) -> str:
-    """The text of a file, a byte-order mark removed; no more than a block past `limit` bytes (0: all) is read."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    parts, done = [], 0
-    for block in itertools.chain(_blocks(file), [b""]):  # the empty one is the end: half a character is refused there
-        held = len(decoder.getstate()[0])
-        try:
-            parts.append(decoder.decode(block, final=not block))
-        except UnicodeDecodeError as error:
-            offset = done - held + error.start
-            raise BadInput(f"{file} is not UTF-8 at byte {offset}: convert it to UTF-8.") from error
-        done += len(block)
-        if limit and done > limit:
-            break
-    return "".join(parts).removeprefix("\ufeff")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, numbered from 1."""
-    number, rest = 0, b""
-    for block in _blocks(file):
-        *whole, rest = (rest + block).split(b"\n")
-        for line in whole:
-            number += 1
-            if line.strip():
-                yield number, line
-    if rest.strip():
-        yield number + 1, rest
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    """A file's bytes, decompressed, in blocks that are not empty. Raises `BadInput` for damage and for binary data."""
-    offset = 0
-    try:
-        for block in _decompressed(file):
-            if b"\0" in block:
-                at = offset + block.index(b"\0")
-                raise BadInput(f"{file} is binary, not UTF-8 text: byte {at} is NUL.")
-            offset += len(block)
-            if block:
-                yield block
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise BadInput(f"{file} is truncated or damaged: it cannot be decompressed ({error}).") from error
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-def _decompressed(file: Path) -> Iterator[bytes]:
-    if file.name.lower().endswith(".gz"):
-        with gzip.open(file) as stream:
-            while block := stream.read(BLOCK):
-                yield block
-        return
-    with file.open("rb") as raw:
-        if not file.name.lower().endswith(".zst"):
-            while block := raw.read(BLOCK):
-                yield block
-            return
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        while data := raw.read(BLOCK):
-            while data:
-                if frame.eof:  # another frame follows
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data if frame.eof else b""
-        if not frame.eof:
-            raise EOFError("the last frame does not end")
-
-
 # ---------------------------------------------------------------- huggingface
 
 
-def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document]:
+def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document | BadDocument]:
     """Documents of `data=huggingface`. Reading stops once every domain seen so far is full, when streaming a set of
     unknown length; a set that is not streamed is read to its end, for domains that come late."""
     try:
@@ -292,22 +241,24 @@ def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document]:
         raise BadInput(
             "data.name=huggingface needs the package datasets: pip install 'moe-switchyard[huggingface]'."
         ) from error
-    # A file or folder here, else the name of a set on a hub.
-    local = Path(cfg.path).expanduser()
+    local = files.expand(cfg.path)
     source: dict[str, Any] = {"path": str(local) if local.exists() else cfg.path, "name": cfg.subset or None}
     if local.is_file():
-        if _kind(local) not in BUILDERS:
+        if files.suffix(local) not in BUILDERS:
             raise BadInput(f"data.path={cfg.path} is not of a kind that datasets reads here: {', '.join(BUILDERS)}.")
-        source |= {"path": BUILDERS[_kind(local)], "data_files": str(local)}
+        source |= {"path": BUILDERS[files.suffix(local)], "data_files": str(local)}
     elif not local.exists() and (local.is_absolute() or cfg.path.startswith(".") or cfg.path.count("/") > 1):
         raise BadInput(f"data.path={cfg.path} does not exist; accepted is a file, a folder or a dataset's name.")
-    # Its rows, one document each.
-    domain = _plain(local).stem if local.is_file() else local.name
+    domain = files.readable(files.unpacked(local).stem if local.is_file() else local.name)
     seen: set[str] = set()
     try:
         rows = datasets.load_dataset(**source, split=cfg.split, streaming=cfg.streaming)
         for number, row in enumerate(rows):
-            document = _row(cfg, row, f"data.path={cfg.path}, row {number}", domain, f"{cfg.path}:{number}")
+            try:
+                document = _row(cfg, row, f"data.path={cfg.path}, row {number}", domain, f"{cfg.path}:{number}")
+            except BadDocument as fault:
+                yield fault
+                continue
             seen.add(document.domain)
             yield document
             if seen <= full and (cfg.streaming or not cfg.domain_field):
@@ -319,9 +270,10 @@ def _huggingface(cfg: DataConfig, full: set[str]) -> Iterator[Document]:
             f"data.path={cfg.path} cannot be reached: {_first_line(error)}; a local folder works too."
         ) from error
     except Exception as error:  # a library's loaders, each with exceptions of its own
+        by_line = "; data=text reads it line by line" if files.suffix(local) == ".jsonl" else ""
         raise BadInput(
             f"data.path={cfg.path} with data.subset={cfg.subset!r} and data.split={cfg.split} "
-            f"cannot be loaded by datasets: {_first_line(error)}."
+            f"cannot be loaded by datasets: {_first_line(error)}{by_line}."
         ) from error
 
 

@@ -15,6 +15,8 @@ from moe.config.data import CleanConfig
 from moe.data import clean as pipeline
 from moe.data.clean import clean
 from moe.data.sources import Document
+from moe.data.unreadable import Unreadable
+from moe.errors import BadInput
 
 OFF = CleanConfig(html=False, unicode="none", min_chars=0, max_chars=0, max_repetition=1, exact=False, near=0)
 
@@ -137,6 +139,33 @@ def test_html_that_was_converted_is_not_converted_again():
     once, _ = clean([Document("<p>&lt;b&gt; is bold</p>", "d", "a.html")], replace(OFF, html=True))
     assert once[0].text == "<b> is bold"
     assert clean(once, replace(OFF, html=True))[0] == once
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<div>" * 20_000 + "deep" + "</div>" * 20_000, "deep"),
+        ("<i>x" * 3000, "x" * 3000),
+        ("<p>x</p>" * 5000, "\n\n".join(["x"] * 5000)),
+        ("a" + "<b> </b>" * 5000 + "b", "a" + " " * 5000 + "b"),
+    ],
+    ids=["deep", "unclosed", "wide", "spaces"],
+)
+def test_a_page_may_be_deep_and_wide(page, text):
+    assert texts(page, name="a.html", html=True) == [text]
+
+
+@pytest.mark.parametrize(
+    "page", ["<a " * 9000, "<a x='" * 9000, "<!-- > " * 9000, "<![CDATA[" * 9000, "<![odd[ x", "<p>" * 2**20]
+)
+def test_a_page_that_cannot_be_parsed_in_time_is_counted_and_the_others_kept(page):
+    pages = [Document(page, "d", "bad.html"), Document("<p>good", "d", "good.html")]
+    tally = Unreadable("skip")
+    assert [d.text for d in clean(pages, replace(OFF, html=True), tally)[0]] == ["good"]
+    assert tally.counts.total() == 1
+    assert tally.places[0].startswith("bad.html ")
+    with pytest.raises(BadInput, match=r"1 document cannot be read .*data\.on_error=skip"):
+        clean(pages, replace(OFF, html=True))
 
 
 # ---------------------------------------------------------------- unicode

@@ -4,10 +4,12 @@ import hashlib
 import multiprocessing
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moe.data.prepare
@@ -151,20 +153,51 @@ def test_prepare_says_which_domain_has_no_validation_text(prepare_documents):
     assert any("byte, 257 tokens" in line for line in said)
 
 
-@pytest.mark.parametrize(
-    ("documents", "split"), [([], "train"), ([Document("alone " * 9, "prose", "one")], "(train|val)")]
-)
-def test_a_split_without_a_document_is_refused(prepare_documents, documents, split):
-    with pytest.raises(BadInput, match=rf"the {split} split got none of the {len(documents)} documents"):
+@pytest.mark.parametrize("documents", [[], [Document("alone " * 9, "prose", "one")]])
+def test_a_corpus_of_fewer_than_two_documents_is_refused_with_what_to_do(prepare_documents, documents):
+    expected = rf"the (train|val) split got none of the {len(documents)} documents.*a second document.*divide the text"
+    with pytest.raises(BadInput, match=expected):
         prepare_documents(documents)
 
 
-def test_too_many_domains_and_half_a_character_are_refused(prepare_documents):
-    many = [Document(f"text number {i}", f"domain {i}", str(i)) for i in range(300)]
-    with pytest.raises(BadInput, match="300 domains"):
-        prepare_documents(many)
+def test_a_split_without_a_document_is_refused_with_a_fraction_that_fits(prepare_documents):
+    for seed in range(20):
+        documents = documents_of(3, seed)
+        for fraction in (0.0001, 0.2, 0.5):
+            try:
+                split_documents(documents, fraction)
+            except BadInput as error:
+                advised = re.search(r"set data\.val_fraction=([\d.]+)", str(error))
+                if advised:
+                    assert all(split_documents(documents, float(advised[1])).values())
+                else:  # as fine a scan finds none either
+                    assert not any(_both(documents, i / 1000) for i in range(1, 501))
+
+
+def _both(documents: list[Document], fraction: float) -> bool:
+    try:
+        return all(split_documents(documents, fraction).values())
+    except BadInput:
+        return False
+
+
+def test_half_a_character_is_refused(prepare_documents):
     with pytest.raises(BadInput, match=r"bad\.jsonl:3 .* at character 4"):
         prepare_documents([*documents_of(20), Document("half\ud83d", "prose", "bad.jsonl:3")])
+
+
+def test_more_than_256_domains_are_told_apart(prepare_documents):
+    said: list[str] = []
+    many = [Document(f"text number {i:04d}", f"domain {i:04d}", str(i)) for i in range(300)]
+    dataset = prepare_documents(many, say=said.append)
+    split = dataset.split("train")
+    (tokens,), (domain,) = split.read(np.array([0]), split.n_tokens - 1)
+    ends = np.flatnonzero(tokens == dataset.tokenizer.eot)
+    assert len(ends) > 200
+    for end in ends:  # a target's domain is at the place before the target
+        number = dataset.tokenizer.decode(tokens[end - 4 : end])
+        assert dataset.domains[domain[end - 2]] == dataset.domains[domain[end - 1]] == f"domain {number}"
+    assert max(map(len, said)) < 500
 
 
 def test_the_cache_is_the_setting_else_the_variable_else_the_home_folder(monkeypatch, tmp_path):

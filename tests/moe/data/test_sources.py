@@ -12,8 +12,9 @@ import pytest
 import zstandard
 
 from moe.config.data import DataConfig
-from moe.data import sources
+from moe.data import files, sources
 from moe.data.sources import Document, documents, source_fingerprint
+from moe.data.unreadable import Unreadable
 from moe.errors import BadInput
 
 
@@ -113,7 +114,7 @@ def test_a_big_plain_text_becomes_several_documents(tmp_path):
 
 
 def test_characters_across_read_blocks_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 3)
+    monkeypatch.setattr(files, "BLOCK", 3)
     text = "aé世界🙂\nsecond line\n" * 5
     write(tmp_path / "a.txt", text)
     write(tmp_path / "b.jsonl", lines({"text": text}, {"text": "last"}))
@@ -180,7 +181,7 @@ def test_a_bad_domain_field_is_refused(tmp_path):
 
 
 def test_a_position_beyond_the_first_block_is_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 4)
+    monkeypatch.setattr(files, "BLOCK", 4)
     assert "not UTF-8 at byte 11" in refusal(lambda: read(write(tmp_path / "a.txt", "aé世xyzab".encode() + b"\xff.")))
     assert "byte 9 is NUL" in refusal(lambda: read(write(tmp_path / "b" / "a.txt", b"123456789\0")))
 
@@ -198,6 +199,14 @@ def test_a_missing_path_is_refused(tmp_path):
     assert f"data.path={tmp_path}/none does not exist" in refusal(lambda: read(tmp_path / "none"))
     assert "matches no file" in refusal(lambda: read(tmp_path / "*.txt"))
     assert "matches no file" in refusal(lambda: read(tmp_path))
+
+
+def test_too_many_domains_are_refused_as_soon_as_they_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_DOMAINS", 3)
+    rows = [{"text": f"{i}", "kind": f"{i}"} for i in range(4)]
+    path = write(tmp_path / "a.jsonl", lines(*rows) + "not json\n")
+    assert "more than 3 domains (a.jsonl:4 is of one too many)" in refusal(lambda: read(path, domain_field="kind"))
+    assert len(read(write(tmp_path / "b.jsonl", lines(*rows[:3])), domain_field="kind")) == 3
 
 
 # ---------------------------------------------------------------- fingerprint
@@ -304,9 +313,18 @@ def test_remote_code_is_never_trusted(datasets, monkeypatch):
 
 def test_a_missing_field_of_a_dataset_is_refused(datasets, tmp_path):
     path = write(tmp_path / "rows.jsonl", lines({"body": "x"}))
-    assert re.match(
-        r"data\.path=\S+, row 0 has no field 'text' \(data\.text_field\).* body\.", refusal(lambda: load(path))
+    assert re.search(
+        r"data\.path=\S+, row 0 has no field 'text' \(data\.text_field\).* body: mend", refusal(lambda: load(path))
     )
+
+
+def test_rows_that_cannot_be_read_are_counted_and_the_others_read(datasets, tmp_path):
+    path = write(tmp_path / "rows.csv", "text,n\nabc,1\n,2\nxyz,3\n")
+    tally = Unreadable("skip")
+    cfg = DataConfig(name="huggingface", path=str(path), on_error="skip")
+    assert [d.text for d in documents(cfg, tmp_path, tally)] == ["abc", "xyz"]
+    assert tally.counts == {"with 'text' null": 1}
+    assert "row 1" in tally.places[0]
 
 
 def test_an_unknown_split_or_kind_or_path_is_refused(datasets, tmp_path):
