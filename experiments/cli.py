@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.parse import lookup, nearest, parse
 from moe.config.run import Config, validate
-from moe.errors import BadInput
+from moe.errors import BadInput, of_the_machine
 from moe.run import terminal
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -105,12 +105,16 @@ def typed(
 
 
 def refuse(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, and return what it returns; a `BadInput` becomes its sentence on stderr and exit status 2."""
+    """Call, and return what it returns; a `BadInput`, or what the machine refuses, becomes its sentence on stderr and
+    exit status 2."""
     try:
         return function(*arguments)
-    except BadInput as bad:
+    except Exception as error:
+        refusal = error if isinstance(error, BadInput) else of_the_machine(error)
+        if refusal is None:
+            raise
         sys.stdout.flush()
-        print(f"error: {terminal.printable(str(bad))}", file=sys.stderr)
+        print(f"error: {terminal.printable(str(refusal))}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:  # before there is anything to save: training and generating answer it themselves
         print("interrupted", file=sys.stderr)

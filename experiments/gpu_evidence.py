@@ -32,7 +32,7 @@ from experiments.suites import kernels as kernels_suite
 from experiments.suites import layer as layer_suite
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Absent, Case, DeviceLost, Rows, run
-from moe.errors import BadInput
+from moe.errors import BadInput, of_the_machine
 from moe.run import machine, terminal
 
 REFUSED, LOST, INTERRUPTED = 2, 75, 130  # exit statuses
@@ -51,15 +51,16 @@ def main(given: Sequence[str] | None = None) -> None:
         if arguments.child:
             sys.exit(stage(arguments))
         broken = [name for name in arguments.stage if not whole(arguments, name)]
-    except BadInput as bad:
-        print(f"error: {bad}", file=sys.stderr)
+        conclude(arguments)
+    except (BadInput, OSError, MemoryError) as error:
+        refusal = error if isinstance(error, BadInput) else of_the_machine(error)
+        print(f"error: {terminal.printable(str(refusal))}", file=sys.stderr)
         sys.exit(REFUSED)
     except KeyboardInterrupt:
         print("interrupted: every row that was done is written; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
-    conclude(arguments)
     if broken:
         print(f"error: {', '.join(broken)} broke off; the same command goes on.", file=sys.stderr)
         sys.exit(1)

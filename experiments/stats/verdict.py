@@ -240,7 +240,7 @@ class Comparison:
     runs: dict[str, list[str]]  # "moe" and "dense": the runs' folders, a run per seed
     command: str
     commit: str | None
-    dirty: bool
+    dirty: bool | None
     config: dict[str, Any]
     # What results of earlier versions do not have.
     leak: float = 0.0  # the largest of the MoEs'

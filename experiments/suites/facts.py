@@ -27,7 +27,7 @@ def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "driver": driver(device),
         "versions": versions(),
         "commit": state.commit or commit,
-        "dirty": state.dirty if state.commit else None,
+        "dirty": state.dirty,
         "code": code(),
         "command": command(),
     }

@@ -9,6 +9,7 @@ can be timed under the same real load. The router still scores, weighs and learn
 
 import io
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +34,24 @@ SAME = ("seed", "tokenizer.", "data.", "model.context", "train.batch_size")
 def path_of(folder: Path, layer: int) -> Path:
     """Where the choices of a layer (from 0, among all layers) are."""
     return folder / "routing" / f"experts-{layer}.npy"
+
+
+def check_space(folder: Path, cfg: Config) -> None:
+    """Raise `BadInput` unless the disk has room for what log.experts=true makes in the run's `folder`."""
+    needed = 0
+    for layer in moe_layers(cfg.model):
+        moe = layer_moe(cfg.model, layer)
+        k = n_choices(cfg.router, moe) or moe.k
+        size = cfg.train.steps * cfg.train.batch_size * cfg.model.context * k * _dtype(cfg, layer).itemsize
+        path = path_of(folder, layer)
+        needed += max(0, size - (path.stat().st_size if path.exists() else 0))
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise BadInput(
+            f"log.experts=true writes {needed:,} bytes in train.steps={cfg.train.steps} into {folder}, and {free:,} "
+            "are free: lower train.steps, choose another run=..., or set log.experts=false."
+        )
 
 
 class Recording:
@@ -73,7 +92,7 @@ class Recording:
     def _open(self, layer: int, expert_TK: Tensor) -> "tuple[BinaryIO, np.dtype[Any], int]":
         """The layer's file, made anew unless it is there; its steps take their space on the disk at once."""
         path, shape = path_of(self.folder, layer), (self.cfg.train.steps, *expert_TK.shape)
-        dtype = np.min_scalar_type(-max(_n_experts(self.cfg, layer), -NOT_RECORDED))
+        dtype = _dtype(self.cfg, layer)
         header = io.BytesIO()
         about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, about)
@@ -143,6 +162,10 @@ class Replay:
 def tokens_of(cfg: Config) -> dict[str, Any]:
     """The settings that decide a step's tokens, by their full names."""
     return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in FREE}
+
+
+def _dtype(cfg: Config, layer: int) -> "np.dtype[Any]":
+    return np.min_scalar_type(-max(_n_experts(cfg, layer), -NOT_RECORDED))
 
 
 def _n_experts(cfg: Config, layer: int) -> int:

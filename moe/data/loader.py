@@ -6,18 +6,25 @@ after any interruption.
 """
 
 import hashlib
+import multiprocessing
 import signal
 import sys
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
 from moe.data.shards import Split
 from moe.errors import BadInput
+
+PATIENCE = 60.0  # seconds without a batch after which the workers are given up
+LOOK = 5.0  # seconds between looks at whether they have been
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,23 +49,36 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`, from 0."""
+        return _batch(*self.windows(step))
+
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of that batch, (B, S + 1) int64, and the domains of its targets, (B, S) uint8."""
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
         windows = [self._order(n // self.n_windows)[n % self.n_windows] for n in samples]
-        tokens, domain = self.split.read(np.array(windows) * self.context, self.context)
-        inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(domain))
+        return self.split.read(np.array(windows) * self.context, self.context)
 
     def iterate(self, from_step: int) -> Generator[Batch, None, None]:
-        """Batches of `from_step`, `from_step` + 1, ... without end. Closing the iterator ends the workers."""
-        batches: DataLoader[Batch] = DataLoader(
+        """Batches of `from_step`, `from_step` + 1, ... without end. Closing the iterator ends the workers. Raises
+        `BadInput` where they cannot be started or give no batch for `PATIENCE` seconds."""
+        # Workers hand over arrays: tensors would need shared memory and open files, which a machine may be short of.
+        batches: DataLoader[tuple[np.ndarray, np.ndarray]] = DataLoader(
             range(from_step, sys.maxsize),  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=self.batch,  # type: ignore[arg-type]  # a sample is a step
+            collate_fn=self.windows,  # type: ignore[arg-type]  # a sample is a step
             num_workers=self.workers,
+            timeout=LOOK if self.workers else 0,
             worker_init_fn=_ignore_interruption,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
         )
-        yield from batches
+        try:
+            iterator = iter(batches)
+        except OSError as error:
+            raise BadInput(
+                f"data.workers={self.workers} cannot be started ({error.strerror or error}): they need shared memory "
+                "(/dev/shm), open files (ulimit -n) and processes (ulimit -u); data.workers=0 reads without them."
+            ) from error
+        while True:
+            yield _batch(*(_handed_over(iterator) if self.workers else next(iterator)))
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the loader stands before `step`, for a checkpoint: plain JSON values."""
@@ -122,6 +142,48 @@ def _windows(split: Split, context: int) -> int:
             f"lower model.context={context}, or add text (data.max_mb, data.path{share})."
         )
     return windows
+
+
+def _batch(tokens: np.ndarray, domain: np.ndarray) -> Batch:
+    inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(domain))
+
+
+def _handed_over(iterator: Iterator[T]) -> T:
+    """The next of what workers hand over. Raises `BadInput` when none comes for `PATIENCE` seconds."""
+    states: list[str] = []
+
+    def look() -> None:
+        """Note what the workers do, and let go on who was stopped: in the middle of handing over, this process would
+        wait for it, and afterwards it could not end."""
+        workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+        now = [f"process {worker.pid} is {worker.status()}" for worker in workers]
+        for worker in workers:
+            worker.resume()
+        states.extend(now)
+
+    watch = threading.Timer(PATIENCE, look)
+    watch.start()
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except BadInput as error:  # raised in a worker, with its traceback for a message
+                raise BadInput(str(error).strip().splitlines()[-1].partition("BadInput: ")[2] or str(error)) from None
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                item = None
+            if states and (item is None or any("stopped" in state for state in states)):
+                raise BadInput(
+                    f"no batch came from the loader's workers for {PATIENCE:g} s ({', '.join(states)}): see what they "
+                    "wait for, a slow disk or somebody who stopped them, and go on with resume=true; data.workers=0 "
+                    "reads without them."
+                )
+            if item is not None:
+                return item
+    finally:
+        watch.cancel()
 
 
 def _ignore_interruption(worker: int) -> None:

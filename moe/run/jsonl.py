@@ -3,6 +3,7 @@
 JSON has no NaN and no infinity: a number that is not finite is written as null, at any depth.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -77,13 +78,14 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`, or leave it as it was."""
     beside = temporary(path)
     try:
-        with open(beside, "w") as file:
+        with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that cannot be written
+            beside.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
@@ -145,8 +147,13 @@ class Lines:
     again, with all that was in it."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.file = path, open(path, "a+")  # noqa: SIM115 — closed by `close`
+        """Open the file, made anew unless it is there. Raises `BadInput` where it cannot be written."""
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 — closed by `close`
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line. Raises `BadInput` when the disk is full, and when another file has taken its place."""
@@ -171,10 +178,11 @@ class Lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, self.file.read())
             self.file.close()
-            self.file = open(self.path, "a+")  # noqa: SIM115
+            self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror or error}).") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        """Close the file. What could not be written was refused by `write`, and is not refused again."""
+        with contextlib.suppress(OSError):
+            self.file.close()

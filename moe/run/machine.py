@@ -121,10 +121,11 @@ def versions() -> dict[str, str]:
 
 
 class GitState(NamedTuple):
-    """Which code this is: the commit, None outside a checkout, and whether tracked files differ from it."""
+    """Which code this is: the commit, and whether tracked files differ from it. None is what git does not say, as
+    outside a checkout."""
 
     commit: str | None
-    dirty: bool
+    dirty: bool | None
 
 
 def git_state() -> GitState:
@@ -139,7 +140,8 @@ def git_state() -> GitState:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    return GitState(git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")))
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return GitState(git("rev-parse", "HEAD"), None if changes is None else bool(changes))
 
 
 def autocast(cfg: Config) -> AbstractContextManager[Any]:

@@ -114,7 +114,7 @@ class Summary:
     versions: dict[str, str]
     skipped: int  # steps that were not taken, because they were not finite
     commit: str | None  # of the code; None outside a checkout
-    dirty: bool  # whether tracked files differed from it
+    dirty: bool | None  # whether tracked files differed from it; None where that is unknown
     schema: int = SCHEMA
     rows: float | None = None  # `LayerMetrics.rows`, the mean over MoE layers and steps; None for a dense model
 

@@ -5,6 +5,7 @@ step        one optimiser step: micro-batches, losses, update
 state       what a step changes, to a checkpoint and back
 non_finite  where a number that is not finite first appeared
 signals     an end that was asked for
+refusals    an end that was not, in a sentence with the last good checkpoint
 recorder    what a step leaves in the run's files, in trackers and on the screen
 optimizer   AdamW and schedules
 distill     another run's model as a teacher

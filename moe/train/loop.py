@@ -7,6 +7,7 @@ saves, and says how to go on. A loss or gradient that is not finite never reache
 
 import copy
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moe.analysis.replay import Replay
+from moe.analysis.replay import Replay, check_space
 from moe.config.balance import rows_vary
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
@@ -50,6 +51,7 @@ from moe.train.distill import load_teacher
 from moe.train.non_finite import check_validation
 from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
+from moe.train.refusals import naming_checkpoint
 from moe.train.signals import Stop, catch_signals
 from moe.train.state import State, restore, save_checkpoint, seed_everything, start_from
 from moe.train.step import take_step
@@ -101,6 +103,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
+    if cfg.log.experts:
+        check_space(folder, cfg)
 
     # The state of the beginning, which may be another run's.
     machine.reset_peak_memory(device)
@@ -131,7 +135,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
             f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
             f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
         )
-        with catch_signals() as stop:
+        with catch_signals() as stop, naming_checkpoint(cfg, folder / "checkpoints"):
             final = run_steps(state, cfg, lock, dataset, stop)
         if final is None:
             say(
@@ -290,7 +294,7 @@ def summarize(
         steps=state.step,
         tokens=tokens,
         seconds=state.seconds,
-        tokens_per_s=tokens / state.seconds,
+        tokens_per_s=tokens / state.seconds if state.seconds else math.nan,  # a clock may stand still
         peak_memory_bytes=machine.peak_memory(device),
         val=final.val,
         val_windows=final.windows,

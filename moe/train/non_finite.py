@@ -15,8 +15,8 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, eval_mode
 from moe.model.transformer import Transformer
-from moe.run import checkpoint
 from moe.run.machine import autocast
+from moe.train.refusals import last_good
 from moe.train.state import State
 
 
@@ -45,15 +45,6 @@ def check_validation(state: State, evaluation: Evaluation, cfg: Config, dataset:
         f"step {state.step}: {place or 'the loss'} is not finite in {len(bad)} of the {len(evaluation.windows)} "
         f"windows of the validation and {last_good(root)}: {_remedy(cfg)} record it as null and go on."
     )
-
-
-def last_good(root: Path) -> str:
-    """What to say of the checkpoints in `root`: which is the last good one."""
-    try:
-        good = checkpoint.latest(root, lambda _: None)
-    except BadInput:
-        return "no checkpoint is good"
-    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
 
 
 def _remedy(cfg: Config) -> str:

@@ -117,7 +117,7 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         losses=gradients.losses,
         grad_norm=gradients.norm,
         lr=lr,
-        tokens_per_s=batch.targets_BS.numel() / seconds,
+        tokens_per_s=batch.targets_BS.numel() / seconds if seconds else math.nan,
         skipped=state.skipped,
         layers=[
             layer_metrics(

@@ -14,6 +14,7 @@ import torch
 
 from experiments import gpu_evidence
 from experiments.suites import cases, evidence, facts
+from moe.errors import BadInput
 from tests import fake_cuda
 
 pytestmark = fake_cuda.interpreted
@@ -225,3 +226,17 @@ def test_a_stage_that_broke_off_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         gpu_evidence.main(["--out", str(tmp_path), *SMOKE])
     assert "error: layer broke off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "roofline.png"), BadInput("it is damaged.")])
+def test_a_summary_that_cannot_be_made_is_a_sentence(error, tmp_path, monkeypatch, capsys):
+    def refuse(rows, path):
+        raise error
+
+    monkeypatch.setattr(gpu_evidence, "attempt", lambda arguments, name, left: 0)
+    monkeypatch.setattr(gpu_evidence.roofline, "draw", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_evidence.main(["--out", str(tmp_path), *SMOKE])
+    said = capsys.readouterr().err
+    assert said.startswith("error: roofline.png: No space left on device: free" if error.args[1:] else "error: it is")
+    assert said.count("\n") == 1

@@ -1,7 +1,10 @@
 """Claims about the command that trains: what it writes, and how it goes on."""
 
+import errno
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +123,38 @@ def test_repeating_the_whole_command_goes_on(command, corpus, tmp_path):
     status, _, err, _ = command(*arguments, "resume=true", really=True)
     assert (status, err) == (0, "")
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run=" + "n" * 300], "File name too long: a name may have up to 255 bytes; choose a shorter one"),
+        (["run=" + "n" * 250], "File name too long"),
+        (["run=config.yaml/run"], "run=config.yaml/run cannot be created"),
+    ],
+)
+def test_a_folder_that_no_file_system_takes_is_one_sentence(arguments, sentence, command, corpus, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    status, _, err, _ = command(*words(corpus, "unused"), *arguments, really=True)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_file_of_a_run_that_cannot_be_read_on_resuming_is_named(name, command, interrupted, monkeypatch):
+    read_text = Path.read_text
+
+    def refuse(self, *arguments, **keywords):
+        if self.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return read_text(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    status, _, err, _ = command(f"run={interrupted}", "resume=true", really=True)
+    assert status == 2
+    assert f"{interrupted / name}" in err
+    assert "Permission denied" in err
+    assert err.count("\n") == 1

@@ -19,7 +19,7 @@ def test_facts_name_device_versions_commit_and_code():
 
 
 def test_a_copy_without_git_takes_the_commit_it_is_given(monkeypatch):
-    monkeypatch.setattr(facts.machine, "git_state", lambda: facts.machine.GitState(None, False))
+    monkeypatch.setattr(facts.machine, "git_state", lambda: facts.machine.GitState(None, None))
     found = facts.facts(CPU, commit="abc")
     assert (found["commit"], found["dirty"]) == ("abc", None)
     assert facts.facts(CPU)["commit"] is None

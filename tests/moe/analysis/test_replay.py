@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moe.analysis.replay import NOT_RECORDED, path_of
+from moe.analysis.replay import NOT_RECORDED, check_space, path_of
 from moe.errors import BadInput
 from moe.routing.contract import UNUSED
 from moe.run.jsonl import read_lines
@@ -192,3 +192,16 @@ def test_a_dense_run_has_no_choices_to_write(corpus, tmp_path):
 def test_ragged_choices_are_not_written(changes, corpus, tmp_path):
     with pytest.raises(BadInput, match=r"log.experts=true needs as many choices for every token"):
         settings(corpus, tmp_path / "run", {"log.experts": True} | changes)
+
+
+def test_choices_that_have_no_room_on_the_disk_are_refused_before_there_is_a_run(corpus, tmp_path):
+    """10^12 steps of 128 tokens with K = 2 experts, a byte each, in two layers."""
+    cfg = settings(corpus, tmp_path / "run", {"log.experts": True, "train.steps": 10**12})
+    with pytest.raises(BadInput, match=r"^log\.experts=true writes 512,000,000,000,000 bytes .* are free: lower"):
+        train(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_on_the_disk_already_needs_no_room(recorded, corpus, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, 0))
+    check_space(recorded, settings(corpus, recorded, {"log.experts": True}))

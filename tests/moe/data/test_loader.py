@@ -1,6 +1,8 @@
 """Claims about moe/data/loader.py: which windows a batch has, and going on from a state."""
 
+import errno
 import json
+import os
 from collections import Counter
 from itertools import islice
 
@@ -9,9 +11,10 @@ import psutil
 import pytest
 import torch
 
+import moe.data.loader
 from moe.data.loader import Loader, validation_starts
 from moe.data.shards import Dataset
-from moe.errors import BadInput
+from moe.errors import BadInput, of_the_machine
 from tests.moe.data.small_corpora import all_tokens, documents_of, same
 
 
@@ -165,3 +168,52 @@ def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
         assert starts[-1] + S + 1 <= split.n_tokens
         assert np.ptp(np.diff(starts)) <= S if count > 1 else True
         assert starts[-1] >= (windows - windows / count - 1) * S
+
+
+def test_a_worker_that_was_stopped_is_named_with_how_long_it_was_waited_for(dataset, monkeypatch):
+    monkeypatch.setattr(moe.data.loader, "PATIENCE", 0.4)
+    monkeypatch.setattr(moe.data.loader, "LOOK", 0.2)
+    before = set(psutil.Process().children())
+    batches = Loader(dataset.split("train"), 8, 64, 3, workers=1).iterate(0)
+    next(batches)
+    (worker,) = set(psutil.Process().children()) - before
+    worker.suspend()
+    with pytest.raises(BadInput, match=rf"for 0.4 s \(process {worker.pid} is stopped\): .*data\.workers=0"):
+        list(islice(batches, 10))  # some were read ahead
+    assert not worker.is_running(), "it was left behind"
+
+
+def test_a_worker_that_was_killed_is_named(dataset):
+    before = set(psutil.Process().children())
+    batches = Loader(dataset.split("train"), 8, 64, 3, workers=1).iterate(0)
+    next(batches)
+    (worker,) = set(psutil.Process().children()) - before
+
+    def read_on():
+        worker.kill()
+        yield from batches
+
+    with pytest.raises(RuntimeError) as caught:
+        list(islice(read_on(), 10**4))
+    assert f"the loader's worker process {worker.pid} ended (" in str(of_the_machine(caught.value))
+
+
+def test_a_refusal_in_a_worker_is_the_sentence_it_is_in_this_process(dataset, monkeypatch):
+    loader = Loader(dataset.split("train"), 8, 64, 3, workers=1)
+
+    def refuse(windows, context):
+        raise BadInput("train-00000.bin: cut short: 12 bytes are missing.")
+
+    monkeypatch.setattr(loader.split, "read", refuse)
+    with pytest.raises(BadInput) as caught:
+        next(loader.iterate(0))
+    assert str(caught.value) == "train-00000.bin: cut short: 12 bytes are missing."
+
+
+def test_workers_that_cannot_be_started_are_refused_with_what_they_need(dataset, monkeypatch):
+    def no_semaphore(*arguments, **keywords):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(moe.data.loader.DataLoader, "__iter__", no_semaphore)
+    with pytest.raises(BadInput, match=r"^data\.workers=2 cannot be started \(Function not implemented\): .*/dev/shm"):
+        next(Loader(dataset.split("train"), 8, 64, 3, workers=2).iterate(0))

@@ -95,3 +95,29 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
     lines = jsonl.Lines(Path("/dev/full"))
     with pytest.raises(BadInput, match="cannot be written"):
         lines.write({"step": 1})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["not text", "a folder"])
+def test_a_file_that_cannot_be_read_or_written_is_one_sentence(content, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(content) if content else path.mkdir()
+    with pytest.raises(BadInput, match=r"lines\.jsonl cannot be read"):
+        jsonl.read_lines(path)
+    if not content:
+        with pytest.raises(BadInput, match=r"lines\.jsonl cannot be written \(Is a directory\)"):
+            jsonl.Lines(path)
+
+
+def test_where_nothing_can_be_written_the_sentence_is_about_the_file(tmp_path, monkeypatch):
+    def read_only(*arguments, **keywords):
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(os, "unlink", read_only)
+    with pytest.raises(BadInput, match=r"file cannot be written \(Read-only file system\)"):
+        jsonl.write_atomically(tmp_path / "file", "new")
+
+
+def test_a_file_is_utf8_whatever_the_locale(tmp_path):
+    jsonl.write_atomically(tmp_path / "file", "± –")
+    assert (tmp_path / "file").read_bytes() == "± –".encode()

@@ -1,6 +1,7 @@
 """Claims about the machine a run is on."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +120,20 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     assert machine.git_state().dirty is True
 
 
-def test_outside_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
+def test_outside_a_checkout_neither_commit_nor_changes_are_known(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
-    assert machine.git_state() == (None, False)
+    assert machine.git_state() == (None, None)
     monkeypatch.setenv("PATH", str(tmp_path))  # nor without git
-    assert machine.git_state() == (None, False)
+    assert machine.git_state() == (None, None)
+
+
+def test_what_git_does_not_say_is_unknown_and_not_clean(monkeypatch, tmp_path):
+    """A git that names the commit and fails to compare, as with a damaged index."""
+    (tmp_path / "git").write_text('#!/bin/sh\n[ "$3" = rev-parse ] && echo abc || exit 128\n')
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.git_state() == ("abc", None)
 
 
 def test_no_path_of_the_system_is_needed_to_name_the_processor(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,12 @@ def test_auto_says_once_which_backend_it_took_and_why(corpus, tmp_path, dispatch
     train(settings(corpus, tmp_path / "run", changes), lines.append)
     found = [line for line in lines if line.startswith("dispatch: torch, because ")]
     assert len(found) == said
+
+
+def test_a_clock_that_stands_still_gives_no_speed_and_ends_no_run(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    summary = train(settings(corpus, tmp_path / "run"))
+    assert summary.seconds == 0
+    assert math.isnan(summary.tokens_per_s)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["tokens_per_s"] for line in lines[1:]] == [None] * STEPS

@@ -1,0 +1,35 @@
+"""What ended training, in a sentence that names the last good checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe.config.run import Config
+from moe.errors import BadInput, of_the_machine
+from moe.run import checkpoint
+
+
+def last_good(root: Path) -> str:
+    """What to say of the checkpoints in `root`: which is the last good one."""
+    try:
+        good = checkpoint.latest(root, lambda _: None)
+    except BadInput:
+        return "no checkpoint is good"
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+
+@contextmanager
+def naming_checkpoint(cfg: Config, root: Path) -> Iterator[None]:
+    """What the machine refuses meanwhile, and any other `BadInput`, is raised as a `BadInput` that names the last good
+    checkpoint in `root`."""
+    smaller = (
+        f"lower train.batch_size={cfg.train.batch_size}, model.context={cfg.model.context} or data.workers="
+        f"{cfg.data.workers}, raise train.accumulate={cfg.train.accumulate}, set train.checkpoint_activations=true"
+    )
+    try:
+        yield
+    except Exception as error:
+        refusal = error if isinstance(error, BadInput) else of_the_machine(error, smaller)
+        if refusal is None or (refusal is error and "checkpoint" in str(error)):  # whose sentence says it already
+            raise
+        raise BadInput(f"{str(refusal).rstrip('.')}; {last_good(root)}.") from error
