@@ -23,8 +23,8 @@ def naming_checkpoint(cfg: Config, root: Path) -> Iterator[None]:
     """What the machine refuses meanwhile, and any other `BadInput`, is raised as a `BadInput` that names the last good
     checkpoint in `root`."""
     smaller = (
-        f"lower train.batch_size={cfg.train.batch_size}, model.context={cfg.model.context} or data.workers="
-        f"{cfg.data.workers}, raise train.accumulate={cfg.train.accumulate}, set train.checkpoint_activations=true"
+        f"lower train.batch_size={cfg.train.batch_size} or model.context={cfg.model.context}, raise train.accumulate="
+        f"{cfg.train.accumulate}, set train.checkpoint_activations=true"
     )
     try:
         yield
