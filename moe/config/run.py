@@ -76,12 +76,17 @@ def build(tree: dict[str, Any], cls: type[C] = Config) -> C:  # type: ignore[ass
 
 def validate(cfg: Config) -> None:
     """Check every value and every impossible pair. Raises `BadInput`."""
+    # Each value, and each group within itself.
     check_values(cfg)
     if cfg.source_state != "weights" and not cfg.source:
         raise BadInput(f"source_state={cfg.source_state} needs source: a run's folder or a checkpoint's.")
     model.validate(cfg.model)
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     balance.validate(layers, cfg.router, cfg.balance)
+    data.validate(cfg.data)
+    train.validate(cfg.optim, cfg.train)
+
+    # A micro-batch must have room for the tokens of every expert.
     for moe in layers if cfg.balance.capacity else ():
         tokens = cfg.train.batch_size // cfg.train.accumulate * entering(moe, cfg.model.context)
         if cfg.balance.capacity * moe.k * tokens < moe.n_experts:
@@ -97,11 +102,11 @@ def validate(cfg: Config) -> None:
                 f"balance.tile={cfg.balance.tile} is more than twice the {rows / moe.n_experts:.3g} rows of an expert "
                 "in a micro-batch, and would round most to none: choose a smaller tile or a larger batch."
             )
+
+    # A record has a place for each choice.
     if cfg.log.experts and layers and (not facts(cfg.router).rectangular or cfg.balance.tile):
         key = f"balance.tile={cfg.balance.tile}" if cfg.balance.tile else f"router.name={cfg.router.name}"
         raise BadInput(f"log.experts=true needs as many choices for every token, which {key} does not give.")
-    data.validate(cfg.data)
-    train.validate(cfg.optim, cfg.train)
 
 
 def is_among(key: str, keys: tuple[str, ...]) -> bool:

@@ -99,14 +99,14 @@ def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str
                     blend.package_folder(package)
                     facts.append(importlib.metadata.version(package))
         case "text":
-            root, found, faults = _files(cfg.path)
-            facts += [files.readable(root.resolve().name), cfg.text_field, cfg.domain_field, _stamps(root, found)]
+            root, paths, faults = _files(cfg.path)
+            facts += [files.readable(root.resolve().name), cfg.text_field, cfg.domain_field, _stamps(root, paths)]
             facts += [sorted(map(str, faults))] if faults else []
         case _:
             local = files.expand(cfg.path)
-            found = [path for path in [local, *files.walk(local, [])] if path.is_file()]
+            paths = [path for path in [local, *files.walk(local, [])] if path.is_file()]
             facts += [cfg.path, cfg.subset, cfg.split, cfg.streaming, cfg.text_field, cfg.domain_field]
-            facts.append(_stamps(local, found))
+            facts.append(_stamps(local, paths))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -127,24 +127,24 @@ def _blend(domains: list[str], cache: Path, full: set[str]) -> Iterator[Document
 
 def _files(path: str) -> tuple[Path, list[Path], list[BadDocument]]:
     """`files.text_files`, in the order of the hash of their names."""
-    root, found, faults = files.text_files(path)
-    return root, sorted(found, key=lambda file: blend.hash_order(_name(root, file))), faults
+    root, paths, faults = files.text_files(path)
+    return root, sorted(paths, key=lambda file: blend.hash_order(_name(root, file))), faults
 
 
 def _name(root: Path, file: Path) -> str:
     return files.readable(file.relative_to(root).as_posix())
 
 
-def _stamps(root: Path, found: list[Path]) -> list[tuple[str, int, int]]:
-    stats = sorted((_name(root, path), path.stat()) for path in found)
+def _stamps(root: Path, paths: list[Path]) -> list[tuple[str, int, int]]:
+    stats = sorted((_name(root, path), path.stat()) for path in paths)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _text(cfg: DataConfig, full: set[str], limit: int) -> Iterator[Document | BadDocument]:
     """Documents of `data=text`. A plain text longer than `WHOLE` is several, so that part of a book can be held out."""
-    root, found, faults = _files(cfg.path)
+    root, paths, faults = _files(cfg.path)
     yield from faults
-    for file in found:
+    for file in paths:
         name, kind = _name(root, file), files.suffix(file)
         folder, below, _ = name.partition("/")
         if Path(cfg.path).expanduser().is_file():

@@ -94,6 +94,7 @@ def save_checkpoint(
 def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], None]) -> None:
     """Give a new run the weights of the checkpoint in `cfg.source`, and with `cfg.source_state` all the rest of it.
     `tokenizer`: the fingerprint of this run's. Raises `BadInput` for a checkpoint that does not fit."""
+    # Its weights, if the two fit.
     snapshot, about = checkpoint.load(Path(cfg.source)), f"source={cfg.source}"
     meta = snapshot.meta
     if meta["tokenizer"] != tokenizer:
@@ -110,6 +111,8 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
     if cfg.source_state == "weights":
         say(f"source: the weights of {cfg.source}")
         return
+
+    # All else, if there is a step to go on with.
     if snapshot.step >= cfg.train.steps:
         raise BadInput(
             f"train.steps={cfg.train.steps} is not above the step {snapshot.step} of {about}, from which "

@@ -83,12 +83,12 @@ def test_a_fingerprint_is_eight_hex_digits_and_the_same_in_every_process():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.strip()
     assert elsewhere == fingerprint(build({}))
+    assert len(bytes.fromhex(elsewhere)) == 4
 
 
 def test_settings_that_were_added_leave_the_names_of_older_runs_alone():
     assert fingerprint(build({})) == "c378cac9", "a new setting belongs among YOUNGER"
     assert fingerprint(build({"source": "runs/other"})) != "c378cac9"
-    assert len(bytes.fromhex(elsewhere)) == 4
 
 
 def test_the_settings_import_neither_torch_nor_hydra():

@@ -107,8 +107,8 @@ CHANGED = {
 @pytest.mark.parametrize("key", CHANGED)
 @pytest.mark.parametrize("which", ["finished", "interrupted"])
 def test_going_on_with_changed_settings_is_refused_naming_the_key(which, key, corpus, request, monkeypatch):
-    no_training(monkeypatch)
     folder = request.getfixturevalue(which)
+    no_training(monkeypatch)
     before = files(folder)
     with pytest.raises(BadInput) as caught:
         train(settings(corpus, folder, {"resume": True, key: CHANGED[key]}))
@@ -180,8 +180,8 @@ EDITED = {
 @pytest.mark.parametrize("key", EDITED)
 def test_a_config_edited_by_hand_is_refused_naming_the_key(which, key, corpus, request, tmp_path, monkeypatch):
     """The checkpoint knows what the run was trained with, whatever config.yaml says."""
-    no_training(monkeypatch)
     shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
+    no_training(monkeypatch)
     edit(tmp_path / "run" / "config.yaml", key, EDITED[key])
     before = files(tmp_path / "run")
     with pytest.raises(BadInput) as caught:

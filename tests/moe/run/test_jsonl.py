@@ -97,11 +97,11 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
         lines.write({"step": 1})
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["not text", "a folder"])
-def test_a_file_that_cannot_be_read_or_written_is_one_sentence(content, tmp_path):
+@pytest.mark.parametrize(("content", "what"), [(b"\xff\xfe\n", ", line 1 is damaged"), (None, " cannot be read")])
+def test_a_file_that_cannot_be_read_or_written_is_one_sentence(content, what, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(content) if content else path.mkdir()
-    with pytest.raises(BadInput, match=r"lines\.jsonl cannot be read"):
+    with pytest.raises(BadInput, match=rf"lines\.jsonl{what}"):
         jsonl.read_lines(path)
     if not content:
         with pytest.raises(BadInput, match=r"lines\.jsonl cannot be written \(Is a directory\)"):
