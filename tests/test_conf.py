@@ -28,6 +28,7 @@ NEEDS = {
     "balance/cv": ["router=noisy"],
     "data/text": ["data.path=texts"],
     "data/huggingface": ["data.path=some/dataset"],
+    "tokenizer/saved": ["tokenizer.path=runs/NAME"],
 }
 
 

@@ -11,8 +11,9 @@ BLEND_DOMAINS = ("drama", "verse", "code", "docs", "math")
 
 @dataclass
 class TokenizerConfig:
-    name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")] = "bpe"
+    name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base", "saved")] = "bpe"
     vocab_size: Annotated[int, Between(257, MANY)] = 4096  # of a bpe trained here; the others bring their own
+    path: str = ""  # saved: a run's folder, whose tokenizer is taken as it is
 
 
 @dataclass
@@ -50,6 +51,15 @@ class DataConfig:
     cache: str = ""  # prepared corpora; "": $SWITCHYARD_CACHE, else ~/.cache/switchyard
     workers: Annotated[int, Between(0, 256)] = 0  # loader processes; the batches do not depend on it
     clean: CleanConfig = field(default_factory=CleanConfig)
+
+
+def validate_tokenizer(cfg: TokenizerConfig) -> None:
+    """Refuse a path without its use, and the other way round. Raises `BadInput`."""
+    if bool(cfg.path) != (cfg.name == "saved"):
+        raise BadInput(
+            f"tokenizer.path={cfg.path} with tokenizer.name={cfg.name}: tokenizer.name=saved and tokenizer.path=RUN, a "
+            "run's folder, go together."
+        )
 
 
 def validate(cfg: DataConfig) -> None:

@@ -22,7 +22,7 @@ from moe.errors import BadInput
 # Where a run is kept, how it is watched and how fast it reads: no part of its result, and free to change on resuming.
 FREE = ("run", "resume", "log", "data.cache", "data.workers")
 # What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
-# teacher or a recording may have moved.
+# teacher, a recording or the run that a tokenizer is taken from may have moved.
 RESUMABLE = (
     "train.non_finite",
     "train.eval_every",
@@ -32,9 +32,10 @@ RESUMABLE = (
     "checkpoint",
     "distill.teacher",
     "balance.recorded",
+    "tokenizer.path",
 )
 # Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
-YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb")
+YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb", "tokenizer.path")
 
 
 @dataclass
@@ -84,6 +85,7 @@ def validate(cfg: Config) -> None:
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     balance.validate(layers, cfg.router, cfg.balance)
     data.validate(cfg.data)
+    data.validate_tokenizer(cfg.tokenizer)
     train.validate(cfg.optim, cfg.train)
 
     # A micro-batch must have room for the tokens of every expert.

@@ -1,6 +1,7 @@
 """A model into another form.
 
-hf_config   transformers' model families: config.json to settings and back
-hf_weights  weights from and to transformers' folders
-upcycle     a dense checkpoint into an MoE, and back
+hf_config     transformers' model families: config.json to settings and back
+hf_tokenizer  tokenizer.json to ids equal to its own, and back
+hf_weights    weights from and to transformers' folders
+upcycle       a dense checkpoint into an MoE, and back
 """

@@ -1,8 +1,8 @@
 """Weights to and from folders in transformers' format, which itself is not needed.
 
-A folder holds `config.json` (see hf_config.py) and safetensors, whole or in shards. A tensor that is missing, of
-another shape or not part of the model is refused by name. So a model that loads computes the same function as
-transformers'.
+A folder holds `config.json` (see hf_config.py), safetensors, whole or in shards, and a tokenizer (hf_tokenizer.py). A
+tensor that is missing, of another shape or not part of the model is refused by name. So a model that loads computes the
+same function as transformers'.
 
 One map serves both directions: `tensor_map` names, for every tensor of the folder, the views into this model's tensors
 that hold it. Reading copies into the views, writing copies out of them.
@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,10 @@ from torch import Tensor
 
 from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
+from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, family_of, read_config
+from moe.data.owner import remove_leftovers, temporary
+from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.attention import rotary
 from moe.model.transformer import Transformer
@@ -229,27 +233,57 @@ def _headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype
 
 
 @torch.no_grad()
-def save(model: Transformer, router: RouterConfig, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model: Transformer,
+    router: RouterConfig,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads and that `load` reads back bit by
-    bit, in the model's own dtype, in files of at most about `shard_bytes`.
+    bit, in the model's own dtype, in files of at most about `shard_bytes`; and `tokenizer`, which AutoTokenizer loads.
 
-    The folder appears whole or not at all. Raises `BadInput` for a model of no family, a folder that exists and is not
-    empty, or one that cannot be written."""
+    tokenizer None: a folder without one, for which AutoTokenizer makes an empty one without a word. The folder appears
+    whole or not at all. Raises `BadInput` for a model of no family, a tokenizer that transformers cannot have or that
+    has more tokens than the model, a folder that exists and is not empty, or one that cannot be written."""
+    # What cannot be written is refused before anything is.
     dtype = model.embed.weight.dtype
     tree = config_to_hf(model.cfg, router) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} exists already: give a new folder, or an empty one.")
+    ends: dict[str, int] = {}
+    if tokenizer:
+        hf_tokenizer.check(tokenizer)
+        if tokenizer.vocab_size > model.cfg.vocab_size:
+            raise BadInput(
+                f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {model.cfg.vocab_size}."
+            )
+        ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    refuse_existing(folder)
+    # Everything under a temporary name, which is renamed when all is there.
     views = dict(tensor_map(model.state_dict(), model.cfg, tree["model_type"]))
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    beside = temporary(folder)
+    remove_leftovers(folder.parent)
     try:
-        temporary.mkdir(parents=True)
-        _write_shards(temporary, views, shard_bytes)
-        (temporary / "config.json").write_text(to_text(tree, indent=2) + "\n", encoding="utf-8")
-        os.rename(temporary, folder)
+        beside.mkdir(parents=True)
+        _write_shards(beside, views, shard_bytes)
+        _write_json(beside / "config.json", tree | ends)
+        if tokenizer:
+            _write_json(beside / "generation_config.json", ends)
+            hf_tokenizer.save_tokenizer(tokenizer, beside, model.cfg.context)
+        os.rename(beside, folder)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{folder} cannot be written ({error}).") from error
     finally:  # after the rename there is nothing left to remove
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to write where something is. Raises `BadInput`."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists already: give a new folder, or an empty one.")
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(to_text(dict(tree), indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(folder: Path, views: Mapping[str, list[Tensor]], shard_bytes: int) -> None:
@@ -272,4 +306,4 @@ def _write_shards(folder: Path, views: Mapping[str, list[Tensor]], shard_bytes: 
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(size, views))}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(to_text(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "model.safetensors.index.json", index)

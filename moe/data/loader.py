@@ -94,8 +94,13 @@ class Loader:
             "position": position,
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise `BadInput`, naming what changed, unless this loader continues exactly where `state` was taken."""
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """Raise `BadInput`, naming what changed, unless this loader continues exactly where `state` was taken; None is
+        the state of weights that were imported."""
+        if state is None:
+            raise BadInput(
+                "the checkpoint has weights alone, imported from elsewhere: take these (source_state=weights)."
+            )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise BadInput(f"the checkpoint's loader state has step={step!r}, which is not a number of steps.")

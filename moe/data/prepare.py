@@ -38,6 +38,7 @@ UNVERSIONED = {
     "blend": "cf28260939987cf260b847934f6e46a80f231332647709a814281c31e3ab3122",
 }
 
+LEARNED = ", learned from the train split alone"
 SHOWN = 12  # domains that are named in a line
 
 
@@ -107,10 +108,13 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[
     if data.max_document_mb == DataConfig.max_document_mb:  # so were all corpora that are older than the setting
         del settings["data"]["max_document_mb"]
     settings |= {"source": sources.source_fingerprint(data, root), "clean": clean.fingerprint()}
-    if tokenizer.name == "bpe":
-        settings["tokenizer"]["trainer"] = f"rustbpe {importlib.metadata.version('rustbpe')}"
-    else:
-        del settings["tokenizer"]["vocab_size"]
+    match tokenizer.name:
+        case "bpe":
+            settings["tokenizer"]["trainer"] = f"rustbpe {importlib.metadata.version('rustbpe')}"
+        case "saved":  # wherever it lies
+            settings["tokenizer"]["fingerprint"] = train(tokenizer, []).fingerprint
+    for no_part in ("path",) if tokenizer.name == "bpe" else ("path", "vocab_size"):
+        del settings["tokenizer"][no_part]
     return settings
 
 
@@ -170,7 +174,8 @@ def _text_sha256(document: Document) -> bytes:
 
 def _describe(dataset: Dataset, say: Callable[[str], None]) -> None:
     tokenizer = dataset.tokenizer
-    learned = ", learned from the train split alone" if tokenizer.name in ("bpe", "char") else ""
+    kind = dataset.manifest["settings"]["tokenizer"]["name"]
+    learned = {"saved": ", of a run", "bpe": LEARNED, "char": LEARNED}.get(kind, "")
     say(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens{learned}")
     for name in SPLITS:
         counts = dataset.manifest["splits"][name]

@@ -4,6 +4,7 @@
     char         256 bytes, and every character of the corpus that takes more than one of them
     bpe          byte-pair encoding, trained on the corpus by rustbpe to exactly `vocab_size` tokens
     gpt2, cl100k_base, o200k_base    tiktoken's pretrained ones
+    saved        a run's own, whatever its kind
 
 The kinds differ only in their ranks (token bytes -> id) and their split pattern. All of them cover the 256 bytes, so
 any text makes the round trip. The vocabulary V counts one end-of-text token, which stands between documents; text that
@@ -46,13 +47,17 @@ class Tokenizer:
     vocab_size   V, the end-of-text token included
     eot          id of the end-of-text token
     token_bytes  (V,) int32, UTF-8 bytes of each token; 0 for special and unused ids
+    pattern, ranks, specials    how text is split; token bytes -> id; special tokens -> id
     fingerprint  sha256 (hex) of everything that decides an id: ranks, pattern, special tokens, kind
     """
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> None:
-        """`ranks`: token bytes -> id, all 256 single bytes among them. `specials`: has `<|endoftext|>`."""
-        self.name = name
-        self.eot = specials[END_OF_TEXT]
+    def __init__(
+        self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int], eot: int | None = None
+    ) -> None:
+        """`ranks`: token bytes -> id, all 256 single bytes among them. `eot`: one of `specials`, by default the id of
+        `<|endoftext|>`."""
+        self.name, self.pattern, self.ranks, self.specials = name, pattern, ranks, specials
+        self.eot = specials[END_OF_TEXT] if eot is None else eot
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size: int = self._encoding.n_vocab
         self._rank_file = b"".join(
@@ -113,7 +118,7 @@ class Tokenizer:
             raise BadInput(f"{folder / RANKS} is damaged: its sha256 is not the one recorded in {HEADER}.")
         pairs = (line.split() for line in rank_file.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        return cls(header["name"], header["pattern"], ranks, header["specials"])
+        return cls(header["name"], header["pattern"], ranks, header["specials"], header["eot"])
 
 
 def train(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -134,6 +139,8 @@ def train(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             return _trained(cfg.name, ONE_CHARACTER, ranks)
         case "bpe":
             return _trained(cfg.name, GPT4_LIKE, _merges(texts, cfg.vocab_size - 1))
+        case "saved":
+            return Tokenizer.load(Path(cfg.path) / "tokenizer")
         case _:
             return _pretrained(cfg.name)
 

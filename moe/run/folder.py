@@ -75,12 +75,21 @@ def mend_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
 
 
 def refuse_existing(run: Path, resume: bool) -> None:
-    """Refuse a folder that exists and is not to be gone on with, or that a live process trains. Raises `BadInput`."""
+    """Refuse a folder that exists and is not to be gone on with, that a live process trains, or that was never trained
+    here. Raises `BadInput`."""
+    if not run.exists():
+        return
     held = _held(run)
-    if run.exists() and not resume:
+    if not resume:
         raise BadInput(f"run={run} exists{held}: add resume=true to go on with it, or choose another run.")
     if held:
         raise BadInput(f"run={run} exists{held}: let that end, or end it, and try again.")
+    _, meta = checkpoint.newest_meta(run / "checkpoints") or (None, {})
+    if meta.get("loader", {}) is None:
+        raise BadInput(
+            f"run={run} was imported, and there is no training to go on with: start a new run from its weights with "
+            f"source={run} run=NEW."
+        )
 
 
 def _held(run: Path) -> str:

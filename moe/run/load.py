@@ -54,6 +54,8 @@ def _find_checkpoint(root: Path, which: str) -> Path:
     step = {path.name: int(path.name[5:]) for path in sorted(root.glob("step-*")) if path.name[5:].isdecimal()}
     if not step:
         raise BadInput(f"{root} has no checkpoint: the run has not saved one yet.")
+    if which == "best" and len(step) == 1:  # scored or not
+        which = "last"
     if which == "best":
         best = checkpoint.best(root)
         if best is None:

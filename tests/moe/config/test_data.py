@@ -11,6 +11,8 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     ),
     "no path": ({"data.name": "text"}, "data.name=text needs data.path"),
     "no dataset": ({"data.name": "huggingface"}, "data.name=huggingface needs data.path"),
+    "no run": ({"tokenizer.name": "saved"}, "tokenizer.path= with tokenizer.name=saved: tokenizer.name=saved and"),
+    "no use": ({"tokenizer.path": "runs/a"}, "tokenizer.path=runs/a with tokenizer.name=bpe: tokenizer.name=saved and"),
     "lengths": ({"data.clean.max_chars": 50}, "data.clean.max_chars=50 is below data.clean.min_chars=100"),
 }
 

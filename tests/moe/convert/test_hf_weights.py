@@ -1,5 +1,6 @@
 """Weights against transformers itself: the same weights must give the same logits and the same gradients."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,13 +13,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.convert.hf_config import config_from_hf, config_to_hf, family_of, read_config
 from moe.convert.hf_weights import from_hf, load, save, tensor_map, to_hf
+from moe.data.tokenizer import END_OF_TEXT, Tokenizer, train
 from moe.errors import BadInput
+from moe.eval.generate import generate
 from moe.model.attention import rotary
 from moe.model.transformer import Transformer
+from tests.small_runs import left_by_others
 
 TOLERANCE = 1e-5  # relative, Frobenius
 LLAMA = {
@@ -115,7 +120,7 @@ def random_model(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tran
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_folder_loads_in_transformers_and_computes_the_same(variant: str, tmp_path: Path) -> None:
     model, router = random_model(variant)
-    save(model, router, tmp_path / "out")
+    save(model, router, None, tmp_path / "out")
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert hf.config.eos_token_id is hf.config.pad_token_id is None  # no default of theirs ends or masks our texts
@@ -125,12 +130,61 @@ def test_a_saved_folder_loads_in_transformers_and_computes_the_same(variant: str
         assert error(model(TOKENS_BS).logits_BSV, hf.eval()(TOKENS_BS).logits) < TOLERANCE
 
 
+TEXTS = ["To be, or not to be, that is the question.", "naïve café 漢字 😀 1234  \n\n x"] * 5
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-heads", "qwen3", "mixtral", "olmoe", "qwen3_moe-first-dense"])
+def test_a_saved_folder_reads_and_says_in_transformers_what_it_does_here(variant: str, tmp_path: Path) -> None:
+    """In the folder of each family, whose tokenizer's class transformers would otherwise choose by its name."""
+    tokenizer = train(TokenizerConfig("bpe", 270), TEXTS)
+    model_type, settings = VARIANTS[variant]
+    cfg, router = config_from_hf(
+        transformers.AutoConfig.for_model(model_type, **settings | {"vocab_size": 272}).to_dict(), variant
+    )
+    model = Transformer(dataclasses.replace(cfg, init_std=0.5), router).initialize(3).eval()
+    save(model, router, tokenizer, tmp_path / "out")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert hf.config.eos_token_id == hf.generation_config.eos_token_id == theirs.eos_token_id == tokenizer.eot == 269
+    assert hf.generation_config.bos_token_id == theirs.bos_token_id == tokenizer.eot
+    assert theirs.model_max_length == cfg.context
+    for text in (*TEXTS[:2], "<|endoftext|> in a text"):
+        assert theirs(text).input_ids == tokenizer.encode(text)
+    prompt = theirs("To be", return_tensors="pt")
+    said = hf.generate(**prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)[0]
+    ours = list(generate(model, tokenizer.encode("To be"), 16, temperature=0, eot=tokenizer.eot))
+    assert len(ours) > 3
+    assert theirs.decode(said, skip_special_tokens=True) == tokenizer.decode([*tokenizer.encode("To be"), *ours])
+
+
+def test_a_tokenizer_that_does_not_fit_or_has_no_counterpart_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    model, router = random_model("llama")
+    ranks = {bytes([value]): value for value in range(256)}
+    with pytest.raises(BadInput, match=r"tokenizer's 257 tokens are more than the model's 48\."):
+        save(model, router, train(TokenizerConfig("byte"), []), tmp_path / "out")
+    with pytest.raises(BadInput, match="not one of the patterns"):
+        save(model, router, Tokenizer("mine", r"\w+", ranks, {END_OF_TEXT: 256}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_dead_process_left_half_written_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    model, router = random_model("llama")
+    left = left_by_others(tmp_path / "out")
+    del left["ours"]
+    for path in left.values():
+        path.mkdir()
+    save(model, router, None, tmp_path / "out")
+    assert {who for who, path in left.items() if not path.exists()} == {"dead", "again"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
 @pytest.mark.parametrize("variant", ["gpt2", "qwen3_moe-first-dense", "mixtral"])
 def test_saving_and_loading_is_bitwise(variant: str, shard_bytes: int, dtype: torch.dtype, tmp_path: Path) -> None:
     model, router = random_model(variant, dtype)
-    save(model, router, tmp_path / "out", shard_bytes)
+    save(model, router, None, tmp_path / "out", shard_bytes)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
     again = load(tmp_path / "out", dtype=None)
@@ -145,7 +199,7 @@ def test_saving_and_loading_is_bitwise(variant: str, shard_bytes: int, dtype: to
 
 def test_transformers_loads_our_shards_in_our_dtype(tmp_path: Path) -> None:
     model, router = random_model("mixtral", torch.bfloat16)
-    save(model, router, tmp_path / "out", 20_000)
+    save(model, router, None, tmp_path / "out", 20_000)
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert hf.dtype == torch.bfloat16
@@ -220,7 +274,7 @@ def test_every_tensor_is_mapped_exactly_once() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model, router = random_model("llama")
-    save(model, router, tmp_path / "llama")
+    save(model, router, None, tmp_path / "llama")
     return tmp_path / "llama"
 
 
@@ -295,7 +349,7 @@ def test_an_index_that_is_not_one_is_refused(index: str, word: str, folder: Path
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     model, router = random_model("llama")
-    save(model, router, tmp_path / "out", 15_000)
+    save(model, router, None, tmp_path / "out", 15_000)
     first, second = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: tensor}, second)
@@ -306,14 +360,14 @@ def test_saving_never_overwrites(folder: Path) -> None:
     model, router = random_model("llama")
     before = {each.name: each.read_bytes() for each in folder.iterdir()}
     with pytest.raises(BadInput, match=re.escape(f"{folder} exists already")):
-        save(model, router, folder)
+        save(model, router, None, folder)
     assert before == {each.name: each.read_bytes() for each in folder.iterdir()}
 
 
 def test_a_model_of_no_family_leaves_no_folder(tmp_path: Path) -> None:
     cfg = ModelConfig(vocab_size=16, d_model=16, n_heads=2, n_layers=1, moe=MoEConfig(4, 2, 8, n_shared=1))
     with pytest.raises(BadInput, match=r"model\.moe\.n_shared=1"):
-        save(Transformer(cfg, RouterConfig()), RouterConfig(), tmp_path / "out")
+        save(Transformer(cfg, RouterConfig()), RouterConfig(), None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -325,5 +379,5 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("moe.convert.hf_weights.save_file", full)
     with pytest.raises(BadInput, match="No space left"):
-        save(model, router, tmp_path / "out")
+        save(model, router, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())

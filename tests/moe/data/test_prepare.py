@@ -66,6 +66,24 @@ def test_the_tokenizer_learns_from_the_train_split_alone(prepare_documents):
     assert len(dataset.tokenizer.encode(only_there)) == 4
 
 
+def test_text_is_read_in_the_tokens_of_another_run_wherever_that_lies(prepare_documents, tmp_path):
+    learned = prepare_documents(documents_of(60), TokenizerConfig("bpe", 300)).tokenizer
+    for name in ("here", "there"):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        learned.save(tmp_path / name / "tokenizer")
+    said: list[str] = []
+    others = [Document(f"{document.text} more", "prose", document.name) for document in documents_of(40)]
+    here, there = (
+        prepare_documents(others, TokenizerConfig("saved", path=str(tmp_path / name)), said.append)
+        for name in ("here", "there")
+    )
+    assert here.tokenizer.fingerprint == learned.fingerprint
+    assert here.folder == there.folder
+    assert f"tokenizer: bpe, {learned.vocab_size:,} tokens, of a run" in said
+    with pytest.raises(BadInput, match=r"nowhere/tokenizer/tokenizer.json cannot be read"):
+        prepare_documents(others, TokenizerConfig("saved", path=str(tmp_path / "nowhere")))
+
+
 def test_a_second_call_opens_the_folder_without_doing_anything_again(prepare_documents, monkeypatch):
     documents = documents_of(60)
     first = prepare_documents(documents)

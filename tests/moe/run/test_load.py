@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from moe.config.data import TokenizerConfig
 from moe.data.tokenizer import train
 from moe.errors import BadInput
+from moe.run import checkpoint
 from moe.run.load import load_run
 from tests.small_models import BYTES, tiny
 
@@ -23,6 +24,14 @@ def test_a_run_loads_with_the_weights_of_the_checkpoint_asked_for(made_run, whic
     assert model.head.weight is model.embed.weight
     assert tokenizer.fingerprint == BYTES.fingerprint
     assert cfg.model == tiny()
+
+
+def test_the_best_of_one_checkpoint_is_that_one_whether_it_has_a_score_or_not(run):
+    snapshot = checkpoint.load(run / "checkpoints" / "step-00000009")
+    shutil.rmtree(run / "checkpoints")
+    checkpoint.save(run / "checkpoints", snapshot, keep=1)
+    state = load_run(run, "best")[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in snapshot.model.items())
 
 
 @pytest.mark.parametrize("which", ["step-7", "newest", "step-", "../step-9"])

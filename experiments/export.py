@@ -1,0 +1,51 @@
+"""Write a run as a folder that transformers loads, with weights, settings and tokenizer.
+
+    python -m experiments.export run=runs/NAME to=exported
+    python -m experiments.export run=runs/NAME to=exported which=last
+
+AutoModelForCausalLM.from_pretrained("exported") computes the same logits, and AutoTokenizer.from_pretrained("exported")
+gives the same ids for every text. A model or a tokenizer that transformers cannot have is refused.
+`python -m experiments.import_hf` is the way back.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import cli
+from moe.convert.hf_config import family_of
+from moe.convert.hf_weights import refuse_existing, save
+from moe.errors import BadInput
+from moe.run import terminal
+from moe.run.load import load_run
+
+
+@dataclass
+class ExportConfig:
+    """What to write, and where."""
+
+    run: str = ""  # a run's folder
+    to: str = ""  # the folder to write
+    which: str = "best"  # best (lowest validation loss) | last | step-N
+    with_tokenizer: bool = True  # False: weights and settings alone, where transformers cannot have the tokenizer
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise BadInput("run=... is needed: a run's folder, such as runs/NAME.")
+        if not self.to:
+            raise BadInput("to=... is needed: the folder to write, which must not exist.")
+
+
+@cli.command("export", ExportConfig, verbatim=("run", "to"))
+def main(cfg: ExportConfig) -> None:
+    """Write the folder and say what is in it."""
+    folder = Path(cfg.to)
+    refuse_existing(folder)
+    model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which)
+    save(model, run_config.router, tokenizer if cfg.with_tokenizer else None, folder)
+    kind = f"tokenizer {tokenizer.name}" if cfg.with_tokenizer else "no tokenizer (AutoTokenizer makes an empty one)"
+    n_parameters = sum(weight.numel() for weight in model.parameters())
+    terminal.say(f"exported: {folder}  {family_of(model.cfg, run_config.router)}, {n_parameters:,} parameters, {kind}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Claims about `python -m experiments.export`: what transformers makes of the folder, and what is refused."""
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+import transformers
+from hydra.core.global_hydra import GlobalHydra
+
+import experiments.export
+from moe.eval.generate import generate
+from moe.run.load import load_run
+from tests.small_runs import files, settings, train
+
+EXPORTABLE = {"model.qk_norm": "head", "tokenizer.name": "bpe", "tokenizer.vocab_size": 300}
+TEXTS = ["The end of <|endoftext|> it all", "naïve 漢字 😀  \n\n 1234"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(settings(corpus, folder, EXPORTABLE))
+    return folder
+
+
+@pytest.fixture
+def export(trained, tmp_path, monkeypatch):
+    """(arguments) -> (the folder, exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export.py", f"run={trained}", f"to={tmp_path / 'out'}", *arguments])
+        GlobalHydra.instance().clear()
+        status, out, err = 0, io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                experiments.export.main()
+            except SystemExit as end:
+                status = end.code
+        return tmp_path / "out", status, out.getvalue(), err.getvalue()
+
+    return call
+
+
+def test_transformers_reads_and_continues_text_as_the_run_does(export, trained):
+    before = files(trained)
+    folder, status, out, err = export()
+    assert (status, err) == (0, "")
+    assert files(trained) == before
+    assert out.startswith(f"exported: {folder}  qwen3_moe, ")
+    model, tokenizer, _ = load_run(trained)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == hf.config.eos_token_id == tokenizer.eot
+    for text in TEXTS:
+        prompt = theirs(text, return_tensors="pt")
+        assert prompt.input_ids[0].tolist() == tokenizer.encode(text)
+        with torch.no_grad():
+            torch.testing.assert_close(hf(**prompt).logits, model(prompt.input_ids).logits_BSV, rtol=1e-4, atol=1e-5)
+        said = hf.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+        ours = generate(model, tokenizer.encode(text), 12, temperature=0, eot=tokenizer.eot)
+        assert theirs.decode(said) == tokenizer.decode([*tokenizer.encode(text), *ours])
+
+
+def test_a_folder_without_a_tokenizer_is_written_only_when_asked_for(export):
+    folder, status, out, _ = export("with_tokenizer=false", "which=last")
+    assert (status, sorted(path.name for path in folder.iterdir())) == (0, ["config.json", "model.safetensors"])
+    assert "no tokenizer" in out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("run=", "run=... is needed"),
+        ("to=", "to=... is needed"),
+        ("run=nowhere", "run=nowhere is not a run's folder"),
+        ("which=step-5", "which=step-5 is not one of"),
+        ("with_tokenizer=byte", "with_tokenizer: Value 'byte' is not a valid bool"),
+        ("form=gguf", "form is not a setting"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_a_sentence(argument, message, export):
+    folder, status, _, err = export(argument)
+    assert status == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(export, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    _, status, _, err = export()
+    assert (status, "exists already" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_model_that_transformers_has_no_name_for_is_refused_by_the_setting(export, trained, tmp_path, corpus):
+    train(settings(corpus, tmp_path / "shared", {"model.moe.n_shared": 1, "train.steps": 1, "optim.warmup": 0}))
+    folder, status, _, err = export(f"run={tmp_path / 'shared'}")
+    assert (status, "model.moe.n_shared=1 has no counterpart" in err, folder.exists()) == (2, True, False)
