@@ -99,7 +99,8 @@ def test_the_command_line_is_validated_over_the_runs_own_settings(command, corpu
     status, _, err, _ = command(run, "resume=true", f"train.steps={STEPS + 1}", really=True)
     assert status == 2
     assert err.startswith(f"error: train.steps={STEPS + 1} differs from the run's own {STEPS}")
-    assert err.endswith(f": leave it out to go on with {tmp_path / 'run'}, or choose another run.\n")
+    anew = f"source={tmp_path / 'run'} source_state=all run=NEW train.steps={STEPS + 1}"
+    assert err.endswith(f", or start a new run from this one's weights with {anew}.\n")
     status, _, err, _ = command(run, "resume=true", "model.moe.k=4")
     assert status == 2
     assert err.startswith("error: model.moe.k=4 exceeds model.moe.n_experts=3: ")
