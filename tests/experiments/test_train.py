@@ -146,14 +146,14 @@ def test_a_folder_that_no_file_system_takes_is_one_sentence(arguments, sentence,
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
 def test_a_file_of_a_run_that_cannot_be_read_on_resuming_is_named(name, command, interrupted, monkeypatch):
-    read_text = Path.read_text
+    opened = Path.open
 
     def refuse(self, *arguments, **keywords):
         if self.name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-        return read_text(self, *arguments, **keywords)
+        return opened(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     status, _, err, _ = command(f"run={interrupted}", "resume=true", really=True)
     assert status == 2
     assert f"{interrupted / name}" in err
