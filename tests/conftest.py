@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib
 import itertools
 import os
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-import torch._dynamo  # makes its table of torch's functions here, before a test puts another in the place of one
 
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig
@@ -22,6 +22,8 @@ from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every 
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as a kernel is defined, which is later: whoever needs one imports it
+# It makes its table of torch's functions now, before a test puts another in the place of one. It imports Triton's own.
+importlib.import_module("torch._dynamo")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of these share the cores: one thread each,
     torch.set_num_threads(1)
