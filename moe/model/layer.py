@@ -17,7 +17,7 @@ from moe.model import dispatch
 from moe.model.experts import MLP, CheapExperts, Experts, MixedExperts
 from moe.routing import balance, policies
 from moe.routing.build import build_router
-from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing, Step
+from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing, Step, check_names
 
 
 class LayerInput(NamedTuple):
@@ -33,7 +33,8 @@ class LayerInput(NamedTuple):
 class LayerRouting(NamedTuple):
     """What one MoE layer did with one batch. E counts null, copy and constant experts too."""
 
-    losses: dict[str, Tensor]  # scalars, unweighted, by the name of their coefficient; aux and z are always there
+    # scalars, unweighted: the balance's by the name of their coefficient, aux and z always there; the router's own
+    losses: dict[str, Tensor]
     count_E: Tensor  # routed rows per expert, int64
     wanted_E: Tensor  # the same before capacity, which is what the balance works on
     dropped: Tensor  # rows that found no room, int64 scalar
@@ -72,7 +73,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.balance, self.k = balance or BalanceConfig(), moe.k
         self.n_experts, self.n_with_cheap = moe.n_experts, moe.n_experts + moe.n_cheap
-        self.reads_previous = router.input == "previous"
+        self.reads_previous, self.router_name = router.input == "previous", router.name
         self.router: Router | None = None
         if own_router:
             where = dict(layer=layer, vocab_size=cfg.vocab_size, context=cfg.context)
@@ -173,8 +174,10 @@ class MoELayer(nn.Module):
         step: Step = Step(),  # noqa: B008 — immutable
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The balancing losses that have a coefficient, aux and z in any case, and the router's own; what they are of
-        says `moe.routing.balance`. And what was observed: by the router, and the sums that losses are functions of."""
+        says `moe.routing.balance`. And what was observed: by the router, and the sums that losses are functions of.
+        Raises `BadInput` for one of the router's own that is called like another."""
         cfg, router_losses, observed = self.balance, routing.losses or {}, routing.observed or {}
+        check_names(router_losses, observed, self.router_name)
         if routing.prob_E is None or routing.lse_T is None:
             zero = torch.zeros((), device=routing.weight.device)
             return {"aux": zero, "z": zero, **router_losses}, observed
@@ -199,6 +202,9 @@ class MoELayer(nn.Module):
             if cfg.bandpass:
                 losses["bandpass"] = balance.bandpass_loss(step_prob_E, n_step_tokens, cfg.band)
             observed = observed | {"prob": prob_E.detach()}
+        if cfg.load and routing.smooth_E is not None:
+            losses["load"] = balance.cv_squared(step.total("smooth", routing.smooth_E))
+            observed = observed | {"smooth": routing.smooth_E.detach()}
         return losses | router_losses, observed
 
     def mix(self, x_BSD: Tensor, mixture: Mixture, backend: str) -> tuple[Tensor, LayerRouting]:

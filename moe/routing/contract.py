@@ -14,13 +14,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import reference
-from moe.config.balance import BalanceConfig
+from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
+from moe.errors import BadInput
 
 # Instead of an expert's number. Both add nothing to the output, and every backend takes any negative number for them.
 DROPPED = -1  # the row wanted an expert and got none: capacity. Counted as dropped
 UNUSED = -2  # no expert by design: fewer than K were wanted
+
+# What a loss of a router's own cannot be called, as a step's line has them all flat: the balance's terms, other parts'
+# losses, and what else stands in the line (`moe.run.summary.MetricsLine`).
+TAKEN = (
+    *SCHEDULED, "default", "depth", "lm", "distill", "step", "seconds", "loss", "lm_loss", "losses", "grad_norm", "lr",
+    "tokens_per_s", "skipped", "layers", "val",
+)  # fmt: skip
+OBSERVED = ("count", "importance", "prob", "smooth", "depth_cutoff", "depth_sequences")  # what layers and depths observe
 
 
 class Step(NamedTuple):
@@ -70,9 +79,12 @@ class Routing(NamedTuple):
     prob_E: Tensor | None = None  # probabilities (scores that sum to 1 for every token), summed over the tokens
     score: str = "softmax"  # how logits become scores: softmax | sigmoid | relu
     rest_TE: Tensor | None = None  # weights of the experts a token did not take, for their default vectors
-    losses: dict[str, Tensor] | None = None  # scalars. One named as a balance coefficient is weighted by it, else by 1
+    # The router's own, scalars, each weighted by 1 whatever it is called: a coefficient is the router's to multiply with.
+    # Names of the balance's terms and of what else a step's line has (`TAKEN`) are refused
+    losses: dict[str, Tensor] | None = None
     # what `Router.update` learns from and `Step.total` knows; summed over micro-batches
     observed: dict[str, Tensor] | None = None
+    smooth_E: Tensor | None = None  # expected rows of every expert, were its noise drawn again: what balance.load reads
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token_N, expert_N, weight_N), whatever the family."""
@@ -127,6 +139,22 @@ class Router(nn.Module):
     def update(self, balance: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:
         """Once after every optimiser step: `count_E` are the step's routed rows, `observed` what its forward passes
         gave, both summed over micro-batches; `rate` is the bias step of this moment. Nothing, unless overridden."""
+
+
+def check_names(losses: dict[str, Tensor], observed: dict[str, Tensor], router: str) -> None:
+    """Raise `BadInput` where what the router called `router` gives of its own has a name that is not free."""
+    for name in losses:
+        if name in TAKEN:
+            whose = f"balance.{name}'s" if name in SCHEDULED else "another number's of the same step"
+            raise BadInput(
+                f"router.name={router} gives a loss named {name}, which is {whose}: give it another name; a router's "
+                "own losses are weighted by 1, so multiply it with its coefficient there."
+            )
+    for name in observed:
+        if name in OBSERVED:
+            raise BadInput(
+                f"router.name={router} observes {name}, which is what the layer observes by that name: give it another."
+            )
 
 
 def rows(token_N: Tensor | None, expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,13 +48,11 @@ class TopKRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             # Scores, in training with noise.
             clean_TE = logits_TE = self.logits(x_TD)
-            losses, observed = {}, {}
+            smooth_E = None
             if self.training and self.w_noise_ED is not None:
                 noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
                 smooth_E = balance.smooth_load(clean_TE, logits_TE, noise_TE, self.k)
-                losses["load"] = balance.cv_squared(context.step.total("smooth", smooth_E))
-                observed["smooth"] = smooth_E.detach()
             # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
                 backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize, cfg.scale,
@@ -74,7 +72,7 @@ class TopKRouter(LinearRouter):
                 taken_T = torch.rand_like(share_T) < 2 * share_T
                 second_T = torch.where(taken_T, expert_TK[:, 1], UNUSED)
                 expert_TK = torch.stack((expert_TK[:, 0], second_T), -1)
-        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, losses, observed)
+        return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, smooth_E=smooth_E)
 
     @torch.no_grad()
     def update(self, cfg: BalanceConfig, rate: float, count_E: Tensor, observed: dict[str, Tensor]) -> None:

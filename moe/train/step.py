@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.analysis.metrics import layer_metrics
-from moe.config.balance import BalanceConfig
+from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.config.model import layer_moe, moe_layers
 from moe.config.router import facts
 from moe.config.run import Config
@@ -222,8 +222,9 @@ def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str
 
 
 def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
-    """What a router's loss is multiplied with: its coefficient on its schedule; 1 for a loss that has none."""
-    return balance.scheduled(getattr(cfg, name, 1.0), cfg.schedule.get(name), progress)
+    """What a loss, or the bias step, is multiplied with: a term of the balance its coefficient on its schedule; any
+    other 1, whatever setting it is called like."""
+    return balance.scheduled(getattr(cfg, name), cfg.schedule.get(name), progress) if name in SCHEDULED else 1.0
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
+from moe.routing.balance import smooth_load
 from moe.train.optimizer import build_optimizer
 from tests.moe.routing.token_routers import EXACT, E, K, make_router, route, states
 
@@ -63,13 +64,16 @@ def test_noise_has_the_learned_size_and_is_independent():
     correlation = np.corrcoef(unit.T) - np.eye(E)
     assert (np.abs(correlation) < 5 / math.sqrt(n)).all()
     assert (np.abs(unit) > 2).mean() == pytest.approx(0.0455, abs=0.008)
-    assert list(routing.losses) == ["load"]
+    clean_TE = x @ router.w_ED.T
+    load_E = smooth_load(clean_TE, routing.logits_TE, torch.from_numpy(size), K)
+    torch.testing.assert_close(routing.smooth_E, load_E, **EXACT)
+    assert not routing.losses, "balance.load is the layer's to compute"
     # the choice is made by the noisy logits, the weights are theirs too
     assert torch.equal(routing.expert, routing.logits_TE.sort(descending=True, stable=True).indices[:, :K])
     torch.testing.assert_close(routing.weight, routing.logits_TE.gather(1, routing.expert).softmax(-1), **EXACT)
     still = route(router.eval(), x)
     assert torch.equal(still.logits_TE, x @ router.w_ED.T)
-    assert not still.losses
+    assert still.smooth_E is None
 
 
 @pytest.mark.parametrize("cfg", [RouterConfig(frozen=True), RouterConfig(frozen=True, noisy=True, logits="cosine")])

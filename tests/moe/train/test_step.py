@@ -1,6 +1,7 @@
 """Claims about one optimiser step: its gradients, its losses, and what routers learn from it."""
 
 import copy
+import dataclasses
 import math
 import time
 import types
@@ -13,12 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe.train.loop
 import moe.train.step
-from moe.config.balance import BalanceConfig
+from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.data.loader import Batch
+from moe.errors import BadInput
 from moe.model.transformer import Transformer
+from moe.routing.contract import TAKEN
+from moe.routing.token_choice import TopKRouter
 from moe.run import checkpoint, machine
 from moe.run.jsonl import read_lines
-from moe.run.summary import read_metrics
+from moe.run.summary import MetricsLine, read_metrics
 from moe.train.step import coefficient, compute_gradients
 from tests.small_runs import settings, silent, train
 
@@ -257,6 +261,43 @@ def test_a_coefficient_follows_its_schedule():
     assert [coefficient(cfg, "aux", progress) for progress in (0.0, 0.5, 1.0)] == [0.5, 0.25, 0.0]
     assert coefficient(cfg, "z", 0.5) == 0.25
     assert coefficient(cfg, "l1", 0.5) == 1.0  # a router's own loss
+
+
+class OwnLoss(TopKRouter):
+    """Softmax top-K, with a loss of its own: the constant options.loss, called options.called."""
+
+    def __init__(self, *arguments, **where):
+        super().__init__(*arguments, **where)
+        self.score = "softmax"
+
+    def forward(self, x_TD, backend, context):
+        loss = x_TD.new_tensor(self.cfg.options["loss"])
+        return super().forward(x_TD, backend, context)._replace(losses={self.cfg.options["called"]: loss})
+
+
+def _own_loss(corpus, name):
+    own = {"router.name": f"{__name__}:OwnLoss", "router.options": {"loss": 3.0, "called": name}}
+    cfg, model, batch = model_and_batch(corpus, own | {"balance.capacity": 2.0, "train.batch_size": 8})
+    return compute_gradients(model, batch, cfg)
+
+
+@pytest.mark.parametrize("name", ["mine", "capacity", "band", "tile", "scope", "schedule"])
+def test_a_loss_of_a_routers_own_is_weighted_by_one_whatever_setting_it_is_called_like(name, corpus):
+    result = _own_loss(corpus, name)
+    aux, z = result.losses["aux"], result.losses["z"]
+    assert result.losses[name] == 6.0, "3 in each of two layers"
+    assert result.total == pytest.approx(result.lm_loss + 0.01 * aux + 0.001 * z + 6.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["aux", "z", "importance", "load", "bias_rate", "depth", "lm", "distill", "step"])
+def test_a_loss_of_a_routers_own_that_is_called_like_another_number_of_the_step_is_refused(name, corpus):
+    words = f"gives a loss named {name}, which is (balance.{name}'s|another number's)"
+    with pytest.raises(BadInput, match=words):
+        _own_loss(corpus, name)
+
+
+def test_no_number_of_a_metrics_line_is_free_to_be_called_a_loss():
+    assert {field.name for field in dataclasses.fields(MetricsLine)} | set(SCHEDULED) <= set(TAKEN)
 
 
 def test_the_gradient_is_of_the_loss_with_the_weighted_balancing_losses(corpus):
