@@ -131,7 +131,7 @@ def compare(
             run = read_run(Path(run_cfg.run))
             train_cfg = dataclasses.replace(run_cfg.train, precision=run.summary.precision)
             settings = {name: dataclasses.replace(of_kind, train=train_cfg) for name, of_kind in settings.items()}
-            leak = measure_leak(Path(run_cfg.run), dataset, cfg.train.device)
+            leak = measure_leak(run_cfg, dataset)
             runs.append(run._replace(folder=os.path.relpath(run_cfg.run, folder), leak=leak))
         pairs.append(verdict.Pair(*runs))
 
@@ -153,12 +153,12 @@ def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config,
     return moe, dataclasses.replace(moe, model=twin, router=RouterConfig(), balance=BalanceConfig())
 
 
-def measure_leak(run: Path, dataset: Dataset, device: str) -> float:
+def measure_leak(run_cfg: Config, dataset: Dataset) -> float:
     """`moe.eval.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
-    model, _, cfg = load_run(run, "last")
+    model, _, cfg = load_run(Path(run_cfg.run), "last", run_cfg.trust or run_cfg.router.name)
     context, split = cfg.model.context, dataset.split("val")
     read_BS1, _ = split.read(validation_starts(split, context, 2 * context), context)
-    place = machine.choose_device(device)
+    place = machine.choose_device(run_cfg.train.device)
     return causal_leak(model.to(place), torch.from_numpy(read_BS1[:, :-1]).to(place))
 
 
@@ -174,7 +174,7 @@ def read_run(folder: Path) -> verdict.Run:
     if not math.isfinite(summary.val.loss):
         raise BadInput(
             f"{folder} ended with a validation loss that is not finite, and cannot be compared: lower optim.lr="
-            f"{read_config(folder).optim.lr}, with another run=..."
+            f"{read_config(folder, trust=True).optim.lr}, with another run=..."
         )
     return verdict.Run(folder.name, summary, read_metrics(folder))
 

@@ -39,6 +39,7 @@ class GenerateConfig:
     top_k: int = 50  # draw among the k most probable tokens; 0: all
     top_p: float = 0.95  # draw among the fewest tokens that have this probability together; 1: all
     seed: int = 0
+    trust: bool = False  # import the router of one's own (module:Class) that the run names
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -66,7 +67,7 @@ def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     # The run, on whatever device is here.
     device = machine.choose_device("auto")
-    model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which)
+    model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which, cfg.trust)
     model, backend = model.to(device), dispatch.choose("auto", device)[0]  # where it was trained need not be here
     ids = tokenizer.encode(cfg.prompt)
     if not all(router.causal_in_eval for router in model.routers()):

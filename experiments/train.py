@@ -5,6 +5,7 @@ python -m experiments.train model=cpu-nano train.steps=50      # seconds
 python -m experiments.train model.moe=null                     # a dense model
 python -m experiments.train data=text data.path=my/texts       # your own text
 python -m experiments.train run=runs/... resume=true           # go on with an interrupted run, its own settings
+python -m experiments.train run=runs/... resume=true trust=true   # the same, with the router of your own it names
 python -m experiments.train source=runs/... run=runs/NEW optim.lr=1e-4   # a new run from another's weights
 python -m experiments.train source=runs/.../checkpoints/step-00000400 source_state=all run=runs/NEW \\
     train.steps=500 optim=wsd optim.decay=0.2                  # all of its state, and a decay from there on
@@ -24,7 +25,7 @@ from moe.train.loop import train
 def over_its_own(cfg: Config, given: list[str]) -> Config:
     """With `run=... resume=true` every setting that the command line does not give is the run's own."""
     if cfg.resume and cfg.run and Path(cfg.run).exists() and "experiment" not in given:
-        return cli.overlay(folder.read_config(Path(cfg.run)), cfg, given)
+        return cli.overlay(folder.read_config(Path(cfg.run), cfg.trust or cfg.router.name), cfg, given)
     return cfg
 
 

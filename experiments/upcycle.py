@@ -22,7 +22,6 @@ Settings that the command line does not give are the source's own, its learning 
 
 import copy
 import os
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import machine, terminal
-from moe.run.folder import check_tokenizer, create_folder
+from moe.run.folder import check_tokenizer, command_to_resume, create_folder
 from moe.run.load import load_run
 from moe.run.summary import read_summary
 from moe.train.loop import resolve
@@ -51,7 +50,7 @@ from moe.train.state import State, save_checkpoint, seed_everything
 
 FROM_MOE = ("grow", "prune", "dense")
 ALL_METHODS = (*METHODS, "merge", *FROM_MOE)
-OWN = ("source", "others", "which", "method", "noise", "drop", "resume", "source_state")
+OWN = ("source", "others", "which", "method", "noise", "drop", "resume", "source_state", "trust")
 
 
 @dataclass
@@ -199,8 +198,7 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
     terminal.say(
         f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "
-        f"from {', '.join((cfg.source, *cfg.others))}. Train it with: python -m experiments.train "
-        f"{shlex.quote(f'run={folder}')} resume=true"
+        f"from {', '.join((cfg.source, *cfg.others))}. Train it with: {command_to_resume(folder, target)}"
     )
     return target
 
@@ -210,7 +208,7 @@ def _read_sources(cfg: UpcycleConfig) -> tuple[list[tuple[Tensors, Config]], Tok
     method does not start from."""
     sources = []
     for name in (cfg.source, *cfg.others):
-        model, tokenizer, source = load_run(Path(name), cfg.which)
+        model, tokenizer, source = load_run(Path(name), cfg.which, cfg.trust or cfg.router.name)
         if (source.model.moe is not None) != (cfg.method in FROM_MOE):
             kind = "a dense run" if source.model.moe is None else "an MoE"
             raise BadInput(

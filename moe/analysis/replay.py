@@ -117,7 +117,7 @@ class Replay:
 
     def __init__(self, cfg: Config) -> None:
         self.folder = Path(cfg.balance.recorded)
-        recorded = tokens_of(read_config(self.folder))
+        recorded = tokens_of(read_config(self.folder, cfg.trust or cfg.router.name))
         for key, value in tokens_of(cfg).items():
             if recorded[key] != value:
                 raise BadInput(

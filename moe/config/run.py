@@ -19,8 +19,9 @@ from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
 from moe.errors import BadInput
 
-# Where a run is kept, how it is watched and how fast it reads: no part of its result, and free to change on resuming.
-FREE = ("run", "resume", "log", "data.cache", "data.workers")
+# Where a run is kept, what it may import, how it is watched and how fast it reads: no part of its result, and free to
+# change on resuming.
+FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers")
 # What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
 # teacher, a recording or the run that a tokenizer is taken from may have moved.
 RESUMABLE = (
@@ -45,6 +46,9 @@ class Config:
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
     resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
+    # import the routers of one's own (module:Class) that runs read by this command name; false: only the one that
+    # router.name gives here. Never taken from a run's config.yaml
+    trust: bool = False
     # a run's folder (its newest checkpoint) or one checkpoint's, whose weights a new run starts from; "": none
     source: str = ""
     # weights (optimiser, data and schedule begin anew) | all (the step, optimiser, place in the data and random

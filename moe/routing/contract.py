@@ -29,7 +29,8 @@ TAKEN = (
     *SCHEDULED, "default", "depth", "lm", "distill", "step", "seconds", "loss", "lm_loss", "losses", "grad_norm", "lr",
     "tokens_per_s", "skipped", "layers", "val",
 )  # fmt: skip
-OBSERVED = ("count", "importance", "prob", "smooth", "depth_cutoff", "depth_sequences")  # what layers and depths observe
+# What layers and depth routers observe by these names
+OBSERVED = ("count", "importance", "prob", "smooth", "depth_cutoff", "depth_sequences")
 
 
 class Step(NamedTuple):
@@ -79,7 +80,7 @@ class Routing(NamedTuple):
     prob_E: Tensor | None = None  # probabilities (scores that sum to 1 for every token), summed over the tokens
     score: str = "softmax"  # how logits become scores: softmax | sigmoid | relu
     rest_TE: Tensor | None = None  # weights of the experts a token did not take, for their default vectors
-    # The router's own, scalars, each weighted by 1 whatever it is called: a coefficient is the router's to multiply with.
+    # The router's own, scalars, each weighted by 1 whatever it is called: the router multiplies with its coefficient.
     # Names of the balance's terms and of what else a step's line has (`TAKEN`) are refused
     losses: dict[str, Tensor] | None = None
     # what `Router.update` learns from and `Step.total` knows; summed over micro-batches

@@ -2,6 +2,7 @@
 
 lock        which process trains a run: one at a time
 folder      config, tokenizer, logs: what lies where, and whether it is the same run
+trust       whose code a stored run may have imported
 jsonl       lines appended, files replaced in one move
 summary     what a run says of itself in numbers: a metrics line, and the summary at its end
 checkpoint  atomic, verified snapshots

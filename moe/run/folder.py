@@ -3,6 +3,8 @@
 Every file is written under a temporary name and renamed, or appended line by line, so that whatever is there is whole.
 """
 
+import dataclasses
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.jsonl import write_atomically
 from moe.run.lock import holding
+from moe.run.trust import check_router
 
 
 def default_folder(cfg: Config) -> Path:
@@ -26,8 +29,10 @@ def default_folder(cfg: Config) -> Path:
     return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-seed{cfg.seed}-{fingerprint(cfg)}"
 
 
-def read_config(run: Path) -> Config:
-    """The config a run was started with. Raises `BadInput` for a folder that is not a run's."""
+def read_config(run: Path, trust: bool | str = False) -> Config:
+    """The config a run was started with. A router of one's own that it names is refused, unless it is what `trust`
+    says (`moe.run.trust.check_router`): what the folder itself says of trust counts for nothing. Raises `BadInput` for
+    that, and for a folder that is not a run's."""
     path = run / "config.yaml"
     if not path.is_file():
         runs: list[str] = []
@@ -40,9 +45,17 @@ def read_config(run: Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
     try:
-        return build(tree)
+        cfg: Config = dataclasses.replace(build(tree), trust=False)
     except BadInput as bad:
         raise BadInput(f"{path}: {bad}") from None
+    check_router(run, cfg.router.name, trust)
+    return cfg
+
+
+def command_to_resume(run: Path, cfg: Config) -> str:
+    """What to type to go on with the run in folder `run`."""
+    trust = " trust=true" if cfg.trust or ":" in cfg.router.name else ""
+    return f"python -m experiments.train {shlex.quote(f'run={run}')} resume=true{trust}"
 
 
 def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
@@ -98,7 +111,7 @@ def _held(run: Path) -> str:
 
 def write_config(run: Path, cfg: Config) -> None:
     """Replace the run's config.yaml. Raises `BadInput` when it cannot be written."""
-    tree = to_dict(cfg) | {"resume": False}
+    tree = to_dict(cfg) | {"resume": False, "trust": False}
     write_atomically(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
 
 

@@ -11,12 +11,13 @@ from moe.run import checkpoint
 from moe.run.folder import check_unedited, read_config
 
 
-def load_run(run: Path, which: str = "best") -> tuple[Transformer, Tokenizer, Config]:
+def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple[Transformer, Tokenizer, Config]:
     """The model (on the CPU), tokenizer and config of the run in folder `run`.
 
-    which: best (lowest validation loss) | last | step-N. Raises `BadInput` for a folder that holds no run, a checkpoint
-    that does not exist or is damaged, and a tokenizer that is not the one the checkpoint was trained with."""
-    cfg = read_config(run)
+    which: best (lowest validation loss) | last | step-N. trust: as in `read_config`. Raises `BadInput` for a folder
+    that holds no run, a router of one's own that is not trusted, a checkpoint that does not exist or is damaged, and a
+    tokenizer that is not the one the checkpoint was trained with."""
+    cfg = read_config(run, trust)
     path = _find_checkpoint(run / "checkpoints", which)
     snapshot = checkpoint.load(path)
     tokenizer = Tokenizer.load(run / "tokenizer")

@@ -16,11 +16,12 @@ def load_teacher(cfg: Config, tokenizer: str, device: torch.device) -> Transform
     """The model of `cfg.distill.teacher`, in eval mode; None where no teacher is asked for.
     `tokenizer` is the fingerprint of the student's.
 
-    Raises `BadInput` for a folder that is no run's, another tokenizer or vocabulary, and a shorter context."""
+    Raises `BadInput` for a folder that is no run's, a router of one's own that is not trusted, another
+    tokenizer or vocabulary, and a shorter context."""
     if not cfg.distill.teacher:
         return None
     folder = Path(cfg.distill.teacher)
-    teacher, its_tokenizer, _ = load_run(folder, cfg.distill.which)
+    teacher, its_tokenizer, _ = load_run(folder, cfg.distill.which, cfg.trust or cfg.router.name)
     if its_tokenizer.fingerprint != tokenizer:
         raise BadInput(
             f"distill.teacher={folder} has another tokenizer ({its_tokenizer.fingerprint[:12]}) than this run "

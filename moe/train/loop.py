@@ -8,7 +8,6 @@ saves, and says how to go on. A loss or gradient that is not finite never reache
 import copy
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -34,6 +33,7 @@ from moe.run.folder import (
     check_same,
     check_tokenizer,
     check_unedited,
+    command_to_resume,
     create_folder,
     default_folder,
     mend_folder,
@@ -71,7 +71,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     started = folder.exists()
     refuse_existing(folder, cfg.resume)
     if started:
-        recorded = read_config(folder)
+        recorded = read_config(folder, cfg.trust or cfg.router.name)
         check_unedited(folder, recorded)
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
@@ -140,7 +140,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
         if final is None:
             say(
                 f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
-                f"Go on with: python -m experiments.train {shlex.quote(f'run={folder}')} resume=true"
+                f"Go on with: {command_to_resume(folder, cfg)}"
             )
             raise SystemExit(128 + stop.number)
         summary = summarize(state, cfg, dataset, final, device, threads, code)
