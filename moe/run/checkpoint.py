@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe.config.run import Config, build
 from moe.data.owner import remove_leftovers, temporary
 from moe.errors import BadInput
 from moe.run.jsonl import finite, to_text
@@ -77,8 +78,8 @@ def save(
     device and need not be contiguous, but no two may share elements (tied weights are saved once).
 
     Raises `BadInput`, with the bytes needed and free, when the disk is full or cannot be written: the temporary folder
-    is gone and the earlier checkpoints are untouched. Raises `ValueError` for a `meta` that JSON would alter, but for
-    numbers that are not finite: they are null."""
+    is gone, and the sentence says which earlier checkpoint is good, once that was looked at. Raises `ValueError` for a
+    `meta` that JSON would alter, but for numbers that are not finite: they are null."""
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     # A good checkpoint of this step is kept; the damage of a bad one is remembered.
     final = root / name_of(snapshot.step)
@@ -116,7 +117,7 @@ def save(
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(
             f"{final}: the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {needed:,} bytes "
-            f"and {_free(root)} are free; earlier checkpoints are untouched."
+            f"and {_free(root)} are free; {last_good(root)}."
         ) from error
     _prune(root, final, keep, warn)
     return final
@@ -171,6 +172,15 @@ def latest(root: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def last_good(root: Path) -> str:
+    """What to say of the checkpoints in `root`, each looked at down to its bytes: which is the last good one."""
+    try:
+        good = latest(root, lambda _: None)
+    except BadInput:
+        return "no checkpoint is good"
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+
 def newest_meta(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint in `root` whose meta is as its manifest says, and that meta; None where there is none. No
     tensor is read, so that it costs nothing to ask."""
@@ -182,6 +192,14 @@ def newest_meta(root: Path) -> tuple[Path, dict[str, Any]] | None:
         except BadInput:
             continue
     return None
+
+
+def config_of(path: Path, meta: dict[str, Any]) -> Config:
+    """The settings that the meta of the checkpoint in folder `path` holds. Raises `BadInput` naming the file."""
+    try:
+        return build(meta.get("config"))  # type: ignore[arg-type]
+    except BadInput as error:
+        raise BadInput(f"{path / META}: config: {error}") from None
 
 
 def best(root: Path) -> Path | None:

@@ -42,7 +42,7 @@ def read_config(run: Path, trust: bool | str = False) -> Config:
         raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{hint}.")
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no text, or no date
         raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
     try:
         cfg: Config = dataclasses.replace(build(tree), trust=False)
@@ -136,9 +136,9 @@ def check_unedited(run: Path, cfg: Config, groups: tuple[str, ...] = ()) -> None
     """Refuse a config.yaml, read as `cfg`, that says other than what the run was trained with, which its newest
     checkpoint holds under a checksum; `groups`: only of these groups of settings. Raises `BadInput` naming the key."""
     path, meta = checkpoint.newest_meta(run / "checkpoints") or (None, {})
-    if "config" not in meta:
+    if path is None or "config" not in meta:
         return
-    for key, trained, here in differences(build(meta["config"]), cfg):
+    for key, trained, here in differences(checkpoint.config_of(path, meta), cfg):
         if not may_change(key, cfg) and (not groups or is_among(key, groups)):
             raise BadInput(
                 f"{run / 'config.yaml'} has {key}={here}, and {path} was trained with {trained}: put {trained} back, "

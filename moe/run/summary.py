@@ -121,17 +121,20 @@ class Summary:
 
 def read_summary(folder: Path) -> Summary:
     """The summary of the run in `folder`. Raises `BadInput` if it is not finished, damaged, or of a newer version."""
-    path = folder / "summary.json"
+    path, again = folder / "summary.json", "; restore it, or delete it and have it made again with resume=true"
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"run={folder} is not finished: it has no summary.json.") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}{again}.") from error
     schema = tree.get("schema", 1) if isinstance(tree, dict) else 1
-    if schema > SCHEMA:
+    if isinstance(schema, int) and schema > SCHEMA:
         raise BadInput(f"{path} was written by a newer version (schema {schema}; this one reads {SCHEMA}): update it.")
-    return jsonl.record(Summary, tree, str(path))
+    try:
+        return jsonl.record(Summary, tree, str(path))
+    except BadInput as damage:
+        raise BadInput(f"{str(damage).rstrip('.')}{again}.") from None
 
 
 def write_summary(folder: Path, summary: Summary) -> None:

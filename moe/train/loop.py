@@ -95,8 +95,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
         changes = check_same(recorded, cfg)
         check_tokenizer(folder, dataset.tokenizer)
         if (folder / "summary.json").exists():
+            summary = read_summary(folder)
             say(f"run: {folder} is finished")
-            return read_summary(folder)
+            return summary
 
     # Everything else that may be refused, and only then the folder.
     loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)

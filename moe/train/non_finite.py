@@ -15,8 +15,8 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, eval_mode
 from moe.model.transformer import Transformer
+from moe.run.checkpoint import last_good
 from moe.run.machine import autocast
-from moe.train.refusals import last_good
 from moe.train.state import State
 
 

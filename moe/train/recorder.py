@@ -21,12 +21,12 @@ class Recorder:
 
     def __init__(self, cfg: Config, folder: Path, step: int) -> None:
         self.cfg = cfg
-        self.lines = jsonl.Lines(folder / "metrics.jsonl")
-        self.counts = jsonl.Lines(folder / "routing" / "counts.jsonl")
-        self.choices = Recording(folder, cfg)
-        self.trackers = Trackers(cfg, folder, step)
         name = folder.name if len(folder.name) <= NAME_WIDTH else f"{folder.name[: NAME_WIDTH - 1]}…"
         self.watch = Watch(name, cfg.train.steps, step, cfg.log.every)
+        self.lines = jsonl.Lines(folder / "metrics.jsonl")
+        self.counts = jsonl.Lines(folder / "routing" / "counts.jsonl")
+        self.choices = Recording(folder, cfg, step, self.watch.say)
+        self.trackers = Trackers(cfg, folder, step)
 
     def __enter__(self) -> "Recorder":
         self.watch.__enter__()

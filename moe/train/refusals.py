@@ -6,16 +6,7 @@ from pathlib import Path
 
 from moe.config.run import Config
 from moe.errors import BadInput, of_the_machine
-from moe.run import checkpoint
-
-
-def last_good(root: Path) -> str:
-    """What to say of the checkpoints in `root`: which is the last good one."""
-    try:
-        good = checkpoint.latest(root, lambda _: None)
-    except BadInput:
-        return "no checkpoint is good"
-    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+from moe.run.checkpoint import last_good
 
 
 @contextmanager

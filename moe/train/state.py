@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.analysis.replay import Replay
 from moe.config.parse import to_dict
-from moe.config.run import Config, build
+from moe.config.run import Config
 from moe.data.loader import Loader
 from moe.data.shards import Dataset
 from moe.errors import BadInput
@@ -119,7 +119,7 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
             "source_state=all goes on: give more, or source_state=weights."
         )
     _put_back(state, snapshot)
-    before: Config = build(meta["config"])
+    before = checkpoint.config_of(Path(cfg.source), meta)
     was, now = (learning_rate(its.optim, state.step, its.train.steps) for its in (before, cfg))
     say(f"source: all of {cfg.source}, from step {state.step} on")
     if not math.isclose(was, now):
@@ -147,7 +147,7 @@ def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]
         for key, value in (("threads", threads), ("versions", machine.versions())):
             if meta[key] != value:
                 say(f"warning: {key} was {meta[key]} and is {value}: the result may differ in its last bits.")
-    for name in ("metrics.jsonl", "routing/counts.jsonl"):
+    for name in ("metrics.jsonl", "routing/counts.jsonl", "routing/checksums.jsonl"):
         jsonl.keep_until(folder / name, state.step if path else -1)
     lines = jsonl.read_lines(folder / "metrics.jsonl")
     last = lines[-1]["step"] if lines else 0

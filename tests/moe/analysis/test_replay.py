@@ -1,15 +1,19 @@
 """Claims about routing replay: what is written, that taking it again repeats the run, and what is refused."""
 
+import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-from moe.analysis.replay import NOT_RECORDED, check_space, path_of
+from moe.analysis.replay import NOT_RECORDED, Replay, check_space, checksums_of, path_of
 from moe.errors import BadInput
 from moe.routing.contract import UNUSED
-from moe.run.jsonl import read_lines
-from tests.small_runs import STEPS, fate, settings, train, train_until
+from moe.run.jsonl import Lines, read_lines
+from moe.train.progress import Watch
+from tests.small_runs import STEPS, Killed, fate, settings, train, train_until
 
 OTHER = {"router.name": "sigmoid", "router.selection_bias": True}
 
@@ -110,9 +114,18 @@ def test_a_killed_replay_goes_on_with_the_steps_that_are_left(recorded, corpus, 
     assert fate(tmp_path / "killed") == fate(tmp_path / "whole")
 
 
+def _flip(path, position, value=None):
+    """Change one byte of a file: to `value`, or by one bit."""
+    raw = bytearray(path.read_bytes())
+    raw[position] = raw[position] ^ 1 if value is None else value
+    path.write_bytes(raw)
+
+
 def _damage(recorded, folder, how):
+    """A copy of the run in `folder` in which something is not as it was written. A step is 256 bytes in each layer."""
     shutil.copytree(recorded, folder)
-    path = path_of(folder, 1)
+    path, sums = path_of(folder, 1), checksums_of(folder)
+    lines = sums.read_text().splitlines(keepends=True)
     match how:
         case "missing":
             path.unlink()
@@ -120,42 +133,156 @@ def _damage(recorded, folder, how):
             path.write_bytes(path.read_bytes()[:-1])
         case "no array":
             path.write_bytes(b"no array")
-        case "an expert too many":
-            np.save(path, np.full((STEPS, 128, 2), 4, np.int8))
         case "another shape":
             np.save(path, np.zeros((STEPS, 64, 2), np.int8))
-        case "unfinished":
-            there = np.load(path)
-            there[3:] = NOT_RECORDED
-            np.save(path, there)
-        case "begun late":
-            there = np.load(path)
-            there[:2] = NOT_RECORDED
-            np.save(path, there)
         case "pickled":
             np.save(path, np.array([[None]], dtype=object), allow_pickle=True)
+        case "a flip in range":
+            _flip(path, -256 * 5)
+        case "a token's experts doubled":
+            there = np.load(path)
+            there[3, 7] = there[3, 7, 0]
+            np.save(path, there)
+        case "swapped layers":
+            path.rename(folder / "x")
+            path_of(folder, 0).rename(path)
+            (folder / "x").rename(path_of(folder, 0))
+        case "swapped steps":
+            np.save(path, np.load(path)[[0, 2, 1, *range(3, STEPS)]])
+        case "unfinished":
+            sums.write_text("".join(lines[:3]))
+        case "begun late":
+            sums.write_text("".join(lines[2:]))
+        case "cut short in a line":
+            sums.write_text(sums.read_text()[:-9])
+        case "without checksums":
+            sums.unlink()
+        case "no line":
+            sums.write_text("".join([*lines[:3], "{}\n", *lines[4:]]))
+        case "another checksum":
+            line = json.loads(lines[2])
+            line["blocks"]["0"] = "0" * 16
+            sums.write_text("".join([*lines[:2], json.dumps(line) + "\n", *lines[3:]]))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("missing", "has no routing/experts-1.npy: train it with log.experts=true"),
-        ("truncated", "experts-1.npy is damaged: "),
-        ("no array", "experts-1.npy is damaged: "),
-        ("pickled", "experts-1.npy is damaged: "),
-        ("an expert too many", "names expert 4, and layer 1 has 4 experts, from 0"),
-        ("another shape", "(7, 64, 2), and not (steps, 128, K) integers"),
-        ("unfinished", "has 3 of the train.steps=7"),
-        ("begun late", "has 5 of the train.steps=7"),
-    ],
-)
-def test_choices_that_cannot_be_taken_again_are_refused_before_the_run_is_there(how, words, recorded, corpus, tmp_path):
+NOT_AS_WRITTEN = {
+    "missing": "has no routing/experts-1.npy: train it with log.experts=true",
+    "truncated": "experts-1.npy is damaged: it has 1,919 bytes, and not 1,920",
+    "no array": "experts-1.npy is damaged: ",
+    "pickled": "experts-1.npy is damaged: it holds object",
+    "another shape": "(7, 64, 2), and not (steps, 128, K) integers",
+    "a flip in range": "experts-1.npy is damaged: its experts of step 3 are not those that",
+    "a token's experts doubled": "experts-1.npy is damaged: its experts of step 4 are not those that",
+    "swapped layers": "experts-0.npy is damaged: its experts of step 1 are not those that",
+    "swapped steps": "experts-1.npy is damaged: its experts of step 2 are not those that",
+    "unfinished": "has 3 of the train.steps=7",
+    "begun late": "has 5 of the train.steps=7",
+    "cut short in a line": "has 6 of the train.steps=7",
+    "without checksums": "has no routing/checksums.jsonl, so that damage to what it recorded cannot be seen",
+    "no line": "checksums.jsonl, line 4 is damaged: it has not the step",
+    "another checksum": "experts-0.npy is damaged: its experts of step 3 are not those that",
+}
+
+
+@pytest.mark.parametrize("how", NOT_AS_WRITTEN)
+def test_choices_that_are_not_as_they_were_written_are_refused_before_the_run_is_there(how, recorded, corpus, tmp_path):
     source = _damage(recorded, tmp_path / "source", how)
     with pytest.raises(BadInput) as refusal:
         train(settings(corpus, tmp_path / "run", _again(source)))
-    assert words in str(refusal.value)
+    assert NOT_AS_WRITTEN[how] in str(refusal.value)
+    assert str(source) in str(refusal.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_expert_that_the_model_does_not_have_is_refused(recorded, corpus, tmp_path):
+    """Of two experts, with checksums of what is there: a run of four was recorded."""
+    with pytest.raises(BadInput, match=r"experts-0\.npy names expert 3, and layer 0 has 2 experts, from 0"):
+        train(settings(corpus, tmp_path / "run", _again(recorded, **{"model.moe.n_experts": 2})))
+
+
+def test_choices_that_are_altered_while_they_are_replayed_end_the_replay(recorded, corpus, tmp_path):
+    source = _damage(recorded, tmp_path / "source", "nothing")
+    replay = Replay(settings(corpus, tmp_path / "run", _again(source)))
+    expected = [torch.from_numpy(_choices(source, layer)[4].astype(np.int64)) for layer in (0, 1)]
+    assert all(torch.equal(*pair) for pair in zip(replay.step(5, torch.device("cpu")), expected, strict=True))
+    _flip(path_of(source, 0), -1)
+    with pytest.raises(BadInput, match=r"experts-0\.npy is damaged: its experts of step 7"):
+        replay.step(7, torch.device("cpu"))
+    path_of(source, 1).write_bytes(path_of(source, 1).read_bytes()[:1000])
+    with pytest.raises(BadInput, match=r"experts-1\.npy is damaged: it ends in the block of step 6"):
+        replay.step(6, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_kill_between_a_block_and_its_checksum_is_repaired_on_resuming(step, recorded, corpus, tmp_path, monkeypatch):
+    """Before the first checkpoint, which is step 3's, and after it."""
+    cfg = settings(corpus, tmp_path / "run", {"log.experts": True, "resume": True})
+    write = Lines.write
+
+    def killed(lines, line):
+        if lines.path.name == "checksums.jsonl" and line["step"] == step:
+            raise Killed
+        write(lines, line)
+
+    monkeypatch.setattr(Lines, "write", killed)
+    with pytest.raises(Killed):
+        train(cfg)
+    assert len(read_lines(checksums_of(tmp_path / "run"))) == step - 1
+    monkeypatch.undo()
+    # killed again as the first step begins: of what came after the checkpoint nothing counts
+    train_until(cfg, 4 if step > 3 else 1)
+    assert [line["step"] for line in read_lines(checksums_of(tmp_path / "run"))] == ([1, 2, 3] if step > 3 else [])
+    train(cfg)
+    for layer in (0, 1):
+        assert np.array_equal(_choices(tmp_path / "run", layer), _choices(recorded, layer))
+    assert checksums_of(tmp_path / "run").read_bytes() == checksums_of(recorded).read_bytes()
+
+
+def test_of_a_step_that_is_taken_again_nothing_stays_of_the_first_time(corpus, tmp_path):
+    """Killed at 6 with a checkpoint of 3, and again after step 4."""
+    cfg = settings(corpus, tmp_path / "run", {"log.experts": True, "resume": True})
+    train_until(cfg, 6)
+    assert (_choices(tmp_path / "run")[4] >= 0).all()
+    train_until(cfg, 5)
+    assert (_choices(tmp_path / "run")[3] >= 0).all()
+    assert (_choices(tmp_path / "run")[4:] == NOT_RECORDED).all()
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "a flip", "without checksums"])
+def test_a_record_that_was_damaged_before_resuming_is_never_remade_in_silence(how, corpus, tmp_path):
+    cfg = settings(corpus, tmp_path / "run", {"log.experts": True, "resume": True})
+    train_until(cfg, 5)
+    path, sums = path_of(tmp_path / "run", 1), checksums_of(tmp_path / "run")
+    match how:
+        case "missing":
+            path.unlink()
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "a flip":
+            _flip(path, -256 * 5 - 1)  # the last of step 2
+        case "without checksums":
+            sums.unlink()
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(BadInput, match="until step 3 cannot be made again: restore routing/, or go on with") as refusal:
+        train(cfg)
+    assert ("experts-0.npy has no checksums" if how == "without checksums" else str(path)) in str(refusal.value)
+    assert (path.read_bytes() if path.exists() else None) == before
+    cfg.log.experts = False
+    train(cfg)
+
+
+def test_steps_whose_checksums_are_lost_are_said(corpus, tmp_path):
+    cfg = settings(corpus, tmp_path / "run", {"log.experts": True, "resume": True})
+    train_until(cfg, 5)
+    sums = checksums_of(tmp_path / "run")
+    sums.write_text(sums.read_text().splitlines(keepends=True)[0])
+    said: list[str] = []
+    with mock.patch.object(Watch, "say", lambda watch, line: said.append(line)):
+        train(cfg)
+    assert f"warning: {sums} lacks 2 of the 3 steps that were taken, the first of them 2" in "\n".join(said)
+    with pytest.raises(BadInput, match=r"has 5 of the train\.steps=7"):
+        Replay(settings(corpus, "", _again(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

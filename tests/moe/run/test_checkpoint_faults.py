@@ -240,8 +240,17 @@ def test_a_disk_too_full_is_refused_before_writing_with_path_needed_and_free_byt
     assert_one_sentence(caught.value, tmp_path / "step-00000002", "No space left on device", "12,345,678 are free")
     needed = int(str(caught.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
     assert 25_000_000 < needed < 27_000_000
+    assert str(caught.value).endswith(f"are free; the last good checkpoint is {path}.")
     assert list(tmp_path.iterdir()) == [path]
     assert digest(checkpoint.load(path)) == before
+
+
+def test_a_disk_too_full_does_not_call_a_damaged_checkpoint_good(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    (path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(BadInput, match=r"bytes and 0 are free; no checkpoint is good\.$"):
+        checkpoint.save(tmp_path, snapshot(2), keep=1)
 
 
 @pytest.mark.parametrize("file", ["meta.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors"])

@@ -17,6 +17,7 @@ from moe.config.run import Config
 from moe.data.prepare import prepare
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
+from moe.run import checkpoint
 from moe.run.folder import check_same, create_folder, default_folder, read_config
 from moe.run.jsonl import read_lines
 from moe.run.load import load_run
@@ -284,6 +285,58 @@ def test_what_is_deleted_while_a_run_trains_is_there_again_at_its_end(finished, 
     for name in ("tokenizer/tokenizer.json", "tokenizer/ranks.tiktoken"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     assert read_config(tmp_path / "run") == dataclasses.replace(read_config(finished), run=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "3", '{"schema": []}', "{"])
+def test_a_run_whose_summary_is_damaged_does_not_count_as_finished(text, finished, corpus, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(text)
+    said: list[str] = []
+    with pytest.raises(BadInput, match=r"summary\.json.* is damaged: .*delete it and have it made again with"):
+        train(settings(corpus, tmp_path / "run", {"resume": True}), said.append)
+    assert not any("finished" in line for line in said)
+    summary.unlink()
+    train(settings(corpus, tmp_path / "run", {"resume": True}))
+    kept = ("val", "val_windows", "load", "steps")
+    again, before = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", finished))
+    assert {key: again[key] for key in kept} == {key: before[key] for key in kept}
+
+
+WRONG = {
+    "a list": "[]",
+    "nothing": "",
+    "a word": "seed",
+    "a misspelt setting": "sed: 1",
+    "a word for a number": "seed: many",
+    "no group": "model: 3",
+    "a group of nothing": "optim:",
+    "keys that are no words": "{1: 2, [3]: 4}",
+    "an impossible pair": "source_state: all",
+    "out of range": "optim: {lr: -1}",
+    "nan": "optim: {lr: .nan}",
+    "very deep": "[" * 5000,
+    "a tag": "!!python/object/apply:os.getcwd []",
+    "a date that is none": "seed: 2001-99-99",
+    "no text": "\x00",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_config_that_is_wrong_is_refused_by_its_name(what, tmp_path):
+    (tmp_path / "config.yaml").write_text(WRONG[what])
+    with pytest.raises(BadInput) as refusal:
+        read_config(tmp_path)
+    assert str(refusal.value).startswith(str(tmp_path / "config.yaml"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_settings_in_a_checkpoint_that_are_wrong_are_refused_by_its_name(finished, tmp_path):
+    path, meta = checkpoint.newest_meta(finished / "checkpoints")
+    with pytest.raises(BadInput, match=rf"^{path}/meta\.json: config: seed='x' must be of type int"):
+        checkpoint.config_of(path, meta | {"config": {"seed": "x"}})
+    with pytest.raises(BadInput, match=rf"^{path}/meta\.json: config: "):
+        checkpoint.config_of(path, {})
 
 
 def test_choices_deleted_while_a_run_trains_stop_it_with_a_sentence(corpus, tmp_path, monkeypatch):

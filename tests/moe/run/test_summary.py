@@ -76,20 +76,25 @@ def without(tree, *path):
 
 REFUSED = {
     "no JSON": (lambda tree: "{", "is damaged: "),
-    "a list": (lambda tree: "[]", "is damaged: '[]' is not Summary."),
-    "a field missing": (lambda tree: json.dumps(without(tree, "steps")), "is damaged: it has no steps."),
+    "a list": (lambda tree: "[]", "is damaged: '[]' is not Summary; restore it, or delete it and"),
+    "a field missing": (
+        lambda tree: json.dumps(without(tree, "steps")),
+        "is damaged: it has no steps; restore it, or delete it and",
+    ),
     "one missing within": (
         lambda tree: json.dumps(without(tree, "val", "domains", "code", "tokens")),
-        ": val: domains: code is damaged: it has no tokens.",
+        ": val: domains: code is damaged: it has no tokens; restore it, or delete it and",
     ),
     "a word for a number": (
         lambda tree: json.dumps(tree | {"seconds": "9"}),
-        ": seconds is damaged: '9' is not float.",
+        ": seconds is damaged: '9' is not float; restore it, or delete it and",
     ),
     "a truth for a number": (
         lambda tree: json.dumps(tree | {"steps": True}),
-        ": steps is damaged: 'True' is not int.",
+        ": steps is damaged: 'True' is not int; restore it, or delete it and",
     ),
+    "a schema that is no number": (lambda tree: json.dumps(tree | {"schema": "2"}), "is damaged: '2' is not int"),
+    "too deep": (lambda tree: "[" * 100_000, "is damaged: "),
     "a later schema": (
         lambda tree: json.dumps(tree | {"schema": SCHEMA + 1}),
         f"was written by a newer version (schema {SCHEMA + 1}; this one reads {SCHEMA}): update it.",

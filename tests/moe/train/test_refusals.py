@@ -12,7 +12,8 @@ import moe.train.loop
 import moe.train.step
 from moe.errors import BadInput
 from moe.run import checkpoint
-from moe.train.refusals import last_good, naming_checkpoint
+from moe.run.checkpoint import last_good
+from moe.train.refusals import naming_checkpoint
 from tests.small_runs import SAVED, fate, settings, train, train_until
 
 MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(), RuntimeError("[x] "
