@@ -11,14 +11,12 @@ import copy
 import dataclasses
 import functools
 import itertools
-import os
 import re
 import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -29,18 +27,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.sweeps import CONF, Job, Place, check_sweep, first_line, one_of_many, placed, plain
 from moe.config.parse import lookup, nearest, parse
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
 from moe.run import terminal
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 REFUSED = 2  # exit status for bad input
 
 C = TypeVar("C")
+Under = Callable[[Any, list[str]], Any]  # (settings, keys the command line gives) -> over those of a run
 
 
 def command(
@@ -48,33 +47,56 @@ def command(
     schema: type[C],
     verbatim: tuple[str, ...] = (),
     complete: bool = True,
-    after: Callable[[list[Any]], object] | None = None,
-    under: Callable[[C, list[str]], C] | None = None,
+    under: Under | None = None,
+    place: Place | None = None,
+    before: Callable[[list[Job]], object] | None = None,
+    after: Callable[[list[Any], list[str]], object] | None = None,
 ) -> Callable[[Callable[[C], Any]], Callable[[], None]]:
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
     it has. `complete` False: the settings add to those of a run that `main` reads and validates with them; here only
     names and types are checked. `under`: (settings, keys that the command line gives) -> the settings with those of a
-    run that lie under the command line; what is validated are these. After a sweep (--multirun) `after` is called with
-    what `main` returned for each of its jobs, in order."""
+    run that lie under the command line; what is validated are these.
+
+    In a sweep (--multirun) every job gets what `place` makes of its config, and one that fails is named at the end,
+    with exit status 2, after all others have run. `before` may refuse the jobs; `after` is called with what `main`
+    returned for each that finished, in order, and with the keys that take several values, if any did."""
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
         def entry() -> None:
             terminal.begin()
             results: list[Any] = []
+            failures: list[str] = []
+            given = sys.argv[1:]
 
-            def job(tree: DictConfig) -> None:
-                given = HydraConfig.get().overrides.task
-                results.append(refuse(lambda: main(typed(tree, schema, complete, under, given))))
-
+            # What cannot be is refused before anything runs.
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
-            sys.argv[1:] = [literal(argument, verbatim) for argument in sys.argv[1:]]
+            sys.argv[1:] = [literal(word, verbatim) for word in given]
             arguments = get_args_parser().parse_args()
-            refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
+            jobs = refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
+            sweep = refuse(check_sweep, jobs, place, before) if arguments.multirun else None
+            if sweep and not any(word.startswith("hydra.sweep.dir=") for word in given):
+                sys.argv.append(f"hydra.sweep.dir='runs/{sweep.name}'")  # Hydra notes the command there
+
+            # A job of many that fails does not end the others.
+            def job(tree: DictConfig) -> None:
+                sys.argv[1:] = given
+                overrides = HydraConfig.get().overrides.task
+                run = lambda: main(placed(typed(tree, schema, complete, under, overrides), sweep, place))
+                if sweep is None:
+                    results.append(refuse(run))
+                else:
+                    refuse(one_of_many, run, sweep, results, failures)
+
             refuse(hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job))
-            if after and arguments.multirun:
-                refuse(after, results)
+            if after and sweep and results:
+                refuse(after, results, sweep.keys if sweep.n_jobs > 1 else [])
+            if sweep and failures:
+                sys.stdout.flush()
+                print(f"error: {len(failures)} of {sweep.n_jobs} jobs failed:", file=sys.stderr)
+                print(*(f"  {terminal.printable(failure)}" for failure in failures), sep="\n", file=sys.stderr)
+                raise SystemExit(REFUSED)
             if not issubclass(schema, Config):  # there the output is all there is; a run has its files
                 refuse(terminal.check)
 
@@ -87,7 +109,7 @@ def typed(
     tree: DictConfig,
     schema: type[C],
     complete: bool = True,
-    under: Callable[[C, list[str]], C] | None = None,
+    under: Under | None = None,
     overrides: Sequence[str] = (),
 ) -> C:
     """The dataclass of a composed tree, over the settings that lie `under` its `overrides`, validated if it is
@@ -138,28 +160,28 @@ def check_overrides(
     overrides: list[str],
     sweeps: bool,
     complete: bool = True,
-    under: Callable[[Any, list[str]], Any] | None = None,
-) -> None:
-    """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice; `sweeps`: whether an
-    override may have several values. Then the settings of every job are checked, so that none is refused after others
-    have run for hours. Raises `BadInput`."""
+    under: Under | None = None,
+) -> list[Job]:
+    """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice. `sweeps`: whether an
+    override may have several values; then the settings of every job are checked, so that none is refused after others
+    have run for hours, and the jobs returned. Raises `BadInput`."""
     folders = [path for path in CONF.iterdir() if path.is_dir()]
     groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         try:
             parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
-            options = [singles(override) for override in parsed]
+            options = {override.get_key_element(): singles(override) for override in parsed}  # the last of a key counts
         except HydraException as error:
             raise BadInput(f"cannot read the command line: {first_line(error)}.") from None
-        for override, lines in zip(parsed, options, strict=True):
+        for override in parsed:
             if not override.is_hydra_override():
-                check_override(schema, override, lines, groups, sweeps)
-        jobs = list(itertools.product(*options))
-        for job in jobs:
-            tree = compose(name, list(job))
-            if len(jobs) > 1:
-                swept = [line for line, lines in zip(job, options, strict=True) if lines[1:]]
-                check_job(tree, schema, complete, under, job, swept)
+                check_override(schema, override, options[override.get_key_element()], groups, sweeps)
+        jobs = list(itertools.product(*options.values()))
+        if not sweeps:
+            compose(name, list(jobs[0]))
+            return []
+        several = [len(lines) > 1 or len(jobs) == 1 for lines in options.values()]
+        return [read_job(name, schema, complete, under, list(job), several, i) for i, job in enumerate(jobs)]
 
 
 def check_override(
@@ -189,29 +211,37 @@ def singles(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def check_job(
-    tree: DictConfig,
-    schema: type,
-    complete: bool,
-    under: Callable[[Any, list[str]], Any] | None,
-    overrides: Sequence[str],
-    swept: list[str],
-) -> None:
-    """Refuse a job of a sweep by what `typed` refuses, naming its own values `swept`. Raises `BadInput`."""
+def read_job(
+    name: str, schema: type, complete: bool, under: Under | None, lines: list[str], several: list[bool], number: int
+) -> Job:
+    """Compose and check job `number` (from 0) of a sweep; `several`: of which of its overrides other jobs have other
+    values. Raises `BadInput`, which says of which job."""
+    swept = [line for line, varies in zip(lines, several, strict=True) if varies and not is_hydras(line)]
+    task = [line for line in lines if not is_hydras(line)]
     try:
-        OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException:  # what only a running job knows, like its number
-        return
-    try:
-        typed(tree, schema, complete, under, overrides)
+        return Job(swept, task, typed(compose(name, lines, number), schema, complete, under, task))
     except BadInput as bad:
-        raise BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {' '.join(swept)}).") from None
+        if not swept:
+            raise
+        raise BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {plain(swept)}).") from None
 
 
-def compose(name: str, overrides: list[str]) -> DictConfig:
-    """Hydra's composition of overrides that have one value each. Raises `BadInput` where there is none."""
+def is_hydras(line: str) -> bool:
+    """Whether an override is of a setting of Hydra's own."""
+    return re.match(r"[+~]*hydra[./]", line) is not None
+
+
+def compose(name: str, overrides: list[str], number: int = 0) -> DictConfig:
+    """Hydra's composition of overrides that have one value each, as job `number` (from 0) of a sweep gets it, whose
+    settings may name it (`${hydra:job.num}`). Raises `BadInput` where there is none."""
     try:
-        return hydra.compose(name, overrides=overrides)
+        tree = hydra.compose(name, overrides=overrides, return_hydra_config=True)
+        with read_write(tree), open_dict(tree):
+            tree.hydra.job.num, tree.hydra.job.id, tree.hydra.job.name = number, str(number), name
+            HydraConfig.instance().set_config(tree)
+            settings = copy.deepcopy(tree)
+            del settings["hydra"]
+        return settings
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise BadInput(sentence(cause)) from None
@@ -263,8 +293,3 @@ def sentence(error: BaseException) -> str:
     """What Hydra or OmegaConf has to say, with the key it says it of."""
     where = getattr(error, "full_key", None)
     return f"{where}: {first_line(error)}." if where else f"{first_line(error)}."
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message up to its first line break, without the full stop."""
-    return str(error).strip().split(os.linesep)[0].rstrip(".")

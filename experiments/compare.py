@@ -7,8 +7,9 @@
     python -m experiments.compare -m experiment=routers router=softmax,hash,soft seed=0,1,2    # one table of them all
 
 Writes into `run` (default runs/compare-<hash of the settings>): moe-seed0, dense-seed0, ... (a run's folder each),
-compare.json (every number), table.md, and index.html, a page that needs nothing else. The comparisons of a sweep are
-runs/<experiment>/<router>-seed<seed>-<hash>; they share their dense twins, and end in a table.
+compare.json (every number), table.md, and index.html, a page that needs nothing else. A sweep has a folder of its own,
+runs/<experiment or sweep>-<what is swept>-<hash>, and in it table.md, a folder per comparison, called by its own values
+of what is swept, and the dense twins, which they share.
 """
 
 import dataclasses
@@ -16,14 +17,13 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from experiments import cli
 from experiments.pages import compare_page, sweep_table, tables
@@ -57,6 +57,7 @@ class CompareConfig(Config):
     rows: Annotated[float, Between(0, ANY)] = 0.0
     seeds: list[int] = field(default_factory=list)  # a pair of runs for each; empty: only `seed`
     twins: str = ""  # where dense twins are kept for other comparisons to reuse; "": in `run`, in a sweep beside it
+    baseline: str = sweep_table.BASELINE  # a sweep's line, such as a router, that its table compares the others with
 
     def __post_init__(self) -> None:
         if self.match not in verdict.LABELS:
@@ -68,32 +69,45 @@ class CompareConfig(Config):
             raise BadInput(f"seeds={self.seeds} has a negative one: accepted is at least 0.")
 
 
-@cli.command("compare", CompareConfig, after=sweep_table.report)
+def place_in_sweep(cfg: CompareConfig, sweep: str, job: str) -> tuple[CompareConfig, Path]:
+    """The settings of a sweep's job: with a folder of its own in the sweep's, and twins beside it."""
+    run = Path(cfg.run or f"runs/{sweep}/{job}-{fingerprint(cfg)}")
+    return dataclasses.replace(cfg, run=str(run), twins=cfg.twins or str(run.parent / "twins")), run
+
+
+def check_baseline(jobs: Sequence[cli.Job]) -> None:
+    """Refuse a baseline that no line of the sweep's table is called by, but for the default one. Raises `BadInput`."""
+    called = sorted(set(sweep_table.labels([job.overrides for job in jobs])))
+    for job in jobs:
+        if job.cfg.baseline not in (*called, sweep_table.BASELINE):
+            raise BadInput(
+                f"baseline={job.cfg.baseline} is no line of this sweep's table; {nearest(job.cfg.baseline, called)}."
+            )
+
+
+@cli.command(
+    "compare",
+    CompareConfig,
+    verbatim=("baseline",),
+    place=place_in_sweep,
+    before=check_baseline,
+    after=sweep_table.report,
+)
 def main(cfg: CompareConfig) -> sweep_table.Job:
     """Compare, then print the table and the verdict."""
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        cfg = one_of_many(cfg, hydra.runtime.choices)
     result = compare(cfg, overrides=sys.argv[1:])
     print()
     tables.print_table(verdict.HEADINGS, result.table)
     for sentence in result.sentences:
         terminal.say(sentence)
     terminal.say(f"page: {Path(result.folder, 'index.html')}")
-    return sweep_table.Job(list(hydra.overrides.task), result)
-
-
-def one_of_many(cfg: CompareConfig, choices: Mapping[str, str | None]) -> CompareConfig:
-    """The settings of a sweep's job: with a folder of its own below runs/<experiment>, and twins beside it. `choices`
-    are the files of conf/ by group."""
-    name = f"{choices['router']}-seed{cfg.seed}-{fingerprint(cfg)}"
-    run = cfg.run or f"runs/{choices.get('experiment') or 'sweep'}/{name}"
-    return dataclasses.replace(cfg, run=run, twins=cfg.twins or str(Path(run).parent / "twins"))
+    return sweep_table.Job(list(HydraConfig.get().overrides.task), result)
 
 
 def fingerprint(cfg: CompareConfig) -> str:
     """Eight hex digits of what decides the comparison's result."""
-    return run_config.fingerprint(dataclasses.replace(cfg, twins=""))
+    same = dataclasses.replace(cfg, twins="", baseline=sweep_table.BASELINE)
+    return run_config.fingerprint(same, younger=("rows", "baseline"))
 
 
 def compare(

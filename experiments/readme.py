@@ -128,9 +128,8 @@ def all_routers() -> str:
 def sweep_of_routers(rows: list[dict[str, Any]]) -> str:
     """A line per router of `conf/router`, and the dense twins'."""
     first = rows[0]
-    names = [column.name for column in dataclasses.fields(sweep_table.Line)]
-    lines = [sweep_table.Line(**{name: row[name] for name in names}) for row in rows]
-    table = markdown(*sweep_table.table(lines))
+    lines = [record(sweep_table.Line, row, "routers.json") for row in rows]
+    table = markdown(*sweep_table.table(lines, first.get("baseline", sweep_table.BASELINE)))
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`; {where}\n"
 

@@ -14,12 +14,20 @@ python -m experiments.train -m router=softmax,sigmoid seed=0,1,2 resume=true   #
 Ctrl-C, SIGTERM and a terminal that is closed end it after the step, saved. A reader that goes away (`| head`) does not.
 """
 
+import dataclasses
 from pathlib import Path
 
 from experiments import cli
 from moe.config.run import Config
 from moe.run import folder
 from moe.train.loop import train
+
+
+def place_in_sweep(cfg: Config, sweep: str, job: str) -> tuple[Config, Path]:
+    """The settings of a sweep's job: with a folder of its own, whose name says what was swept. One that is repeated
+    with more values finds the runs of those it had."""
+    run = Path(cfg.run) if cfg.run else folder.default_folder(cfg, job)
+    return dataclasses.replace(cfg, run=str(run)), run
 
 
 def over_its_own(cfg: Config, given: list[str]) -> Config:
@@ -29,7 +37,7 @@ def over_its_own(cfg: Config, given: list[str]) -> Config:
     return cfg
 
 
-@cli.command("train", Config, under=over_its_own)
+@cli.command("train", Config, under=over_its_own, place=place_in_sweep)
 def main(cfg: Config) -> None:
     """Train, or go on with a run."""
     train(cfg)

@@ -4,11 +4,12 @@
 
 Comparisons that differ in their seed alone are one line. Nothing here trains: a line is made of what
 `experiments.compare` returned. It is printed, and written beside the comparisons' folders: table.md, and table.json
-with every number.
+with every number. The others are compared with the line that `baseline=...` names, where the sweep has it.
 """
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from moe.run.jsonl import write_atomically, write_json
 from moe.run.terminal import say
 
 SEEDS = ("seed", "seeds")
-BASELINE = "softmax"  # the line that the others are compared with, besides their twins, where a sweep has it
+ROUTERS = ("router", "router.name")  # what needs no key before it
+BASELINE = "softmax"  # the line that the others are compared with, besides their twins, unless another is named
 HEADINGS = (
-    "", "Validation loss", "Against its twin", f"Against {BASELINE}", "MaxVio", "Effective experts", "Skipped",
-    "Dropped in training", "Tokens/s", "Causal leak",
+    "", "Validation loss", "Against its twin", "Against {baseline}", "Active", "Parameters", "MaxVio",
+    "Effective experts", "Skipped", "Dropped in training", "Tokens/s", "Causal leak",
 )  # fmt: skip
+OPTIONAL = {"Against {baseline}": "against", "Active": "active", "Parameters": "total"}  # only where a line has one
 
 
 class Job(NamedTuple):
@@ -51,7 +54,7 @@ class Line:
     differences: list[float]  # of the loss to the dense twin's with the same seed
     difference: float | None
     difference_half: float | None
-    against: float | None  # the same difference to the loss of `BASELINE`
+    against: float | None  # the same difference to the baseline's loss
     against_half: float | None
     max_vio: float | None
     effective_experts: float | None
@@ -59,16 +62,20 @@ class Line:
     dropped: float | None  # share of the rows
     tokens_per_s: float
     leak: float | None
+    active: int | None = None  # parameters; None in results of earlier versions, and the next too
+    total: int | None = None
 
 
-def report(jobs: Sequence[Job]) -> None:
-    """Print the table of a sweep, and write it into the folder that its comparisons' folders are in."""
-    sweep = lines(jobs)
-    headings, rows = table(sweep)
+def report(jobs: Sequence[Job], swept: Sequence[str] = ()) -> None:
+    """Print the table of a sweep, and write it into the folder that its comparisons' folders are in. `swept` is what
+    all of its jobs differ in, of which `jobs` may be some: a line is called the same whether or not the others are."""
     first = jobs[0].result
+    baseline = first.config["baseline"]
+    sweep = lines(jobs, baseline, swept)
+    headings, rows = table(sweep, baseline)
     folder = Path(first.folder).parent
     source = {name: getattr(first, name) for name in ("command", "commit", "dirty", "device", "versions")}
-    numbers = [dataclasses.asdict(line) | source for line in sweep]
+    numbers = [dataclasses.asdict(line) | source | {"baseline": baseline} for line in sweep]
     write_atomically(folder / "table.md", tables.markdown(headings, rows))
     write_json(folder / "table.json", numbers)
     print()
@@ -79,24 +86,25 @@ def report(jobs: Sequence[Job]) -> None:
     say(f"table: {folder / 'table.md'}")
 
 
-def lines(jobs: Sequence[Job]) -> list[Line]:
-    """The table's lines, the lowest loss first. Where comparisons have different dense twins, as with another K, each
-    twin has a line; "dense twin" alone is that of the most."""
+def lines(jobs: Sequence[Job], baseline: str = BASELINE, swept: Sequence[str] = ()) -> list[Line]:
+    """The table's lines, the lowest loss first; `baseline` is the label of the one they are compared with, `swept` as
+    in `labels`. Where comparisons have different dense twins, as with another K, each twin has a line; "dense twin"
+    alone is that of the most."""
     # Runs by the line they belong to, and dense twins by what they are.
     groups: dict[str, list[SeedResult]] = defaultdict(list)
     twins: dict[str, dict[int, Measured]] = defaultdict(dict)  # by what they are, then by seed
     whose: dict[str, dict[str, None]] = defaultdict(dict)
-    for label, (_, result) in zip(labels([job.overrides for job in jobs]), jobs, strict=True):
+    for label, (_, result) in zip(labels([job.overrides for job in jobs], swept), jobs, strict=True):
         groups[label] += result.by_seed
         whose[result.twin][label] = None
         for pair in result.by_seed:
             twins[result.twin].setdefault(pair.seed, pair.dense)
 
     # A line per router.
-    baseline = {pair.seed: pair.moe.loss for pair in groups.get(BASELINE, [])}
+    losses = {pair.seed: pair.moe.loss for pair in groups.get(baseline, [])}
     result_lines = []
     for label, group in groups.items():
-        other = baseline if label != BASELINE else {}
+        other = losses if label != baseline else {}
         seeds = [pair.seed for pair in group]
         result_lines.append(line(label, seeds, [pair.moe for pair in group], [pair.dense for pair in group], other))
 
@@ -104,7 +112,7 @@ def lines(jobs: Sequence[Job]) -> list[Line]:
     usual = max(twins, key=lambda twin: len(whose[twin]))
     for twin, by_seed in twins.items():
         label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
-        result_lines.append(line(label, list(by_seed), list(by_seed.values()), (), baseline))
+        result_lines.append(line(label, list(by_seed), list(by_seed.values()), (), losses))
     return sorted(result_lines, key=lambda sweep_line: sweep_line.loss)
 
 
@@ -139,6 +147,8 @@ def line(
         **{name: statistics.mean([getattr(run, name) for run in runs]) for name in (*verdict.ROUTING, "dropped")},
         tokens_per_s=sum(run.tokens_per_s for run in runs) / len(runs),
         leak=max(leaks) if leaks else None,
+        active=runs[0].active,
+        total=runs[0].total,
     )
 
 
@@ -148,26 +158,37 @@ def _interval(values: list[float]) -> tuple[float, float | None]:
     return mean, high - mean if math.isfinite(high) else None
 
 
-def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What to call each job, from its overrides: the values of what varies over the jobs, the seed left out. A router
-    goes by its name, anything else with its key."""
+def labels(jobs: Sequence[Sequence[str]], swept: Sequence[str] = ()) -> list[str]:
+    """What to call each job, from its overrides: the values of what varies over the jobs, or is among `swept`, the seed
+    left out. A router goes by its name, one of your own by its class, anything else with its key."""
     given = []
     for overrides in jobs:
-        pairs = (override.lstrip("+~").partition("=") for override in overrides)
+        pairs = (re.sub(r"\\(.)", r"\1", word.lstrip("+~")).partition("=") for word in overrides)  # as it was typed
         given.append({key: value for key, _, value in pairs if key not in SEEDS})
-    varying = [key for key in given[0] if len({settings.get(key) for settings in given}) > 1] or ["router"]
+    usual = [key for key in reversed(ROUTERS) if key in given[0]][:1]
+    several = {key for key in given[0] if key in swept or len({settings.get(key) for settings in given}) > 1}
+    varying = [key for key in given[0] if key in several] or usual
+    names = {settings[key] for settings in given for key in ROUTERS if key in settings}
+    short = {name: name.rpartition(":")[2] for name in names}
+    if len(set(short.values())) < len(names):  # two classes of one name
+        short = {name: name for name in names}
     called = [
-        " ".join(settings[key] if key == "router" else f"{key}={settings[key]}" for key in varying if key in settings)
+        " ".join(short[settings[key]] if key in ROUTERS else f"{key}={settings[key]}" for key in varying)
         for settings in given
     ]
     return [label or "MoE" for label in called]
 
 
-def table(compared: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows; nobody is compared with a baseline that the sweep does not have."""
-    rows, at = [list(cells(line)) for line in compared], HEADINGS.index(f"Against {BASELINE}")
-    shown = [i for i in range(len(HEADINGS)) if i != at or any(line.against is not None for line in compared)]
-    return [HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in rows]
+def table(compared: Sequence[Line], baseline: str = BASELINE) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, without the columns of what no line has: a baseline that is not in the sweep, numbers of
+    parameters in old results."""
+    rows = [list(cells(line)) for line in compared]
+    shown = [
+        i
+        for i, heading in enumerate(HEADINGS)
+        if heading not in OPTIONAL or any(getattr(line, OPTIONAL[heading]) is not None for line in compared)
+    ]
+    return [HEADINGS[i].format(baseline=baseline) for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -177,6 +198,8 @@ def cells(line: Line) -> tuple[str, ...]:
         f"{line.loss:.3f}" + ("" if line.loss_half is None else f" ± {line.loss_half:.3f}"),
         _difference(line.difference, line.difference_half),
         _difference(line.against, line.against_half),
+        tables.number(line.active, ",d"),
+        tables.number(line.total, ",d"),
         tables.number(line.max_vio, ".2f"),
         tables.number(line.effective_experts, ".2f"),
         tables.number(line.skipped, ".1%"),

@@ -205,6 +205,8 @@ class Measured:
     dropped: float | None  # share of the rows, over all of training: capacity limits nothing in evaluation
     tokens_per_s: float
     leak: float | None
+    active: int | None = None  # parameters; None in results of earlier versions, and the next too
+    total: int | None = None
 
 
 def measured(run: Run) -> Measured:
@@ -217,6 +219,8 @@ def measured(run: Run) -> Measured:
         dropped=float(np.mean(dropped)) if dropped else None,
         tokens_per_s=run.summary.tokens_per_s,
         leak=run.leak,
+        active=run.summary.params.active,
+        total=run.summary.params.total,
     )
 
 

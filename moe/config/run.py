@@ -139,10 +139,11 @@ def splits_freely(cfg: Config) -> bool:
     return terms.scope == "global" or not (of_a_batch or (terms.aux and terms.scope == "batch"))
 
 
-def fingerprint(cfg: Config) -> str:
-    """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched)."""
-    tree, defaults = to_dict(cfg), to_dict(Config())
-    for key in (*FREE, *YOUNGER):
+def fingerprint(cfg: Config, younger: tuple[str, ...] = ()) -> str:
+    """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched).
+    `younger`: beside YOUNGER, those of a command's extension of the settings."""
+    tree, defaults = to_dict(cfg), to_dict(type(cfg)())
+    for key in (*FREE, *YOUNGER, *younger):
         *groups, name = key.split(".")
         group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))
         if key in FREE or group[name] == group_defaults[name]:

@@ -23,10 +23,11 @@ from moe.run.lock import holding
 from moe.run.trust import check_router
 
 
-def default_folder(cfg: Config) -> Path:
-    """runs/<model>-<router or dense>-<data>-seed<seed>-<hash of the settings>: equal settings, equal folder."""
-    kind = cfg.router.name if cfg.model.moe else "dense"
-    return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-seed{cfg.seed}-{fingerprint(cfg)}"
+def default_folder(cfg: Config, swept: str = "") -> Path:
+    """runs/<model>-<router or dense>-<data>-seed<seed>-<hash of the settings>: equal settings, equal folder. `swept`,
+    the values of a sweep's job, takes the place of the seed."""
+    kind = cfg.router.name.rpartition(":")[2] if cfg.model.moe else "dense"
+    return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-{swept or f'seed{cfg.seed}'}-{fingerprint(cfg)}"
 
 
 def read_config(run: Path, trust: bool | str = False) -> Config:

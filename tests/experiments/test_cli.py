@@ -54,7 +54,7 @@ REFUSED = {
     # sweeps
     "seed=0,1": "seed=0,1 has several values: add --multirun",
     "router=softmax,sigmoid": "router=softmax,sigmoid has several values: add --multirun",
-    "-m seed=0,abc": "seed: Value 'abc' of type 'str' could not be converted to Integer.",
+    "-m seed=0,abc": "seed: Value 'abc' of type 'str' could not be converted to Integer (in the sweep's job seed=abc).",
     "-m router=softmax,sigmiod": "router=sigmiod does not exist; did you mean sigmoid.",
     "-m seed=0,-1": "seed=-1 is out of range: accepted is a finite number of at least 0 (in the sweep's job seed=-1).",
     "-m model.moe.k=2,99 seed=0,1": "model.moe.k=99 exceeds model.moe.n_experts=16",
@@ -135,7 +135,7 @@ def test_an_impossible_job_ends_a_sweep_before_its_first_one(command):
     )
 
 
-def test_what_only_a_running_job_knows_is_left_to_it(command):
+def test_what_a_job_knows_of_itself_may_be_in_its_settings(command):
     status, _, err, configs = command("-m", "seed=0,1", "run=runs/${hydra:job.num}")
     assert (status, err) == (0, "")
     assert [cfg.run for cfg in configs] == ["runs/0", "runs/1"]
@@ -152,19 +152,94 @@ def test_a_list_is_no_sweep(command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "called"), [(["-m", "seed=4,5"], [[4, 5]]), (["seed=4"], []), (["-m", "seed=4"], [[4]])]
+    ("arguments", "called"),
+    [(["-m", "seed=4,5"], [([4, 5], ["seed"])]), (["seed=4"], []), (["-m", "seed=4"], [([4], [])])],
 )
 def test_after_a_sweep_its_results_are_handed_over_in_order(monkeypatch, tmp_path, arguments, called):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     GlobalHydra.instance().clear()
     seen = []
-    cli.command("train", Config, after=seen.append)(lambda cfg: cfg.seed)()
+    cli.command("train", Config, after=lambda *given: seen.append(given))(lambda cfg: cfg.seed)()
     assert seen == called
 
 
+@pytest.mark.parametrize("error", [BadInput("it is not so."), ZeroDivisionError("not so")])
+def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(error, monkeypatch, tmp_path, capsys):
+    def main(cfg):
+        if cfg.seed == 4:
+            raise error
+        return cfg.seed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "optim.lr=1e-3", "seed=3,4,5"])
+    GlobalHydra.instance().clear()
+    seen = []
+    with pytest.raises(SystemExit, match="2"):
+        cli.command("train", Config, after=lambda *given: seen.append(given))(main)()
+    assert seen == [([3, 5], ["seed"])]
+    printed = capsys.readouterr()
+    why = error if isinstance(error, BadInput) else "ZeroDivisionError: not so."
+    assert printed.err.endswith(f"error: 1 of 3 jobs failed:\n  job 2 of 3 (seed=4): {why}\n")
+    assert printed.out.splitlines() == [f"job {i + 1} of 3: seed={3 + i}" for i in range(3)]
+
+
+def test_ctrl_c_ends_a_sweep(monkeypatch, tmp_path, capsys):
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="130"):
+        cli.command("train", Config)(main)()
+    assert capsys.readouterr().out == "job 1 of 2: seed=3\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["seed=0,1", "run=runs/same"], "job 1 (seed=0) and job 2 (seed=1) would both write to runs/same"),
+        (["seed=3,3"], "job 1 (seed=3) and job 2 (seed=3) would both write to runs/cpu-small-softmax-blend-seed3-"),
+        (["seed=0,1,2", "run=runs/${seed}"], "runs/1 exists, where job 2 (seed=1) would write: add resume=true"),
+    ],
+)
+def test_jobs_without_a_place_of_their_own_are_refused_before_the_first(given, words, command, tmp_path):
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    status, out, err, configs = command("-m", *given)
+    assert (status, out, configs) == (2, "", [])
+    assert err.startswith(f"error: {words}"), err
+    assert err.count("\n") == 1
+
+
+def test_an_existing_folder_is_gone_on_with(command, tmp_path):
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    status, _, err, configs = command("-m", "seed=1,2", "run=runs/${seed}", "optim.lr=0.1", "resume=true")
+    assert (status, configs) == (2, [])  # where there is none to go on with, no job begins
+    assert err == "error: run=runs/1 is not a run's folder: it has no config.yaml (in the sweep's job seed=1).\n"
+    (tmp_path / "runs" / "1" / "config.yaml").write_text("seed: 1\nmodel: {d_ff: 96}\n")
+    status, _, err, configs = command("-m", "seed=1,2", "run=runs/${seed}", "optim.lr=0.1", "resume=true")
+    assert (status, err) == (0, "")
+    assert [(cfg.run, cfg.model.d_ff, cfg.optim.lr) for cfg in configs] == [
+        ("runs/1", 96, 0.1), ("runs/2", Config().model.d_ff, 0.1),
+    ]  # fmt: skip
+
+
+def test_the_folders_of_a_sweep_say_what_was_swept(command, tmp_path):
+    given = ["router.name=softmax,mine:Nearest", "optim.lr=1e-3,2e-3"]
+    _, _, _, configs = command("-m", *given)
+    names = [cfg.run.rpartition("-")[0].removeprefix("runs/cpu-small-") for cfg in configs]
+    assert names == [
+        "softmax-blend-softmax-lr0.001", "softmax-blend-softmax-lr0.002",
+        "Nearest-blend-Nearest-lr0.001", "Nearest-blend-Nearest-lr0.002",
+    ]  # fmt: skip
+    command("-m", "seed=0,1")
+    noted = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs").glob("*/") if list(path.iterdir()))
+    assert noted == ["sweep-router-lr", "sweep-seed"]  # Hydra's note of the command is each sweep's own
+
+
 def test_what_comes_after_a_sweep_may_refuse_in_one_sentence(monkeypatch, tmp_path, capsys):
-    def refuse(results):
+    def refuse(results, keys):
         raise BadInput(f"{len(results)} results are too few.")
 
     monkeypatch.chdir(tmp_path)

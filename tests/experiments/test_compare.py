@@ -293,41 +293,89 @@ def test_comparisons_share_the_twins_of_one_size(root):
 
 def test_a_sweeps_jobs_have_folders_of_their_own_and_twins_beside_them(root):
     cfg = build(settings(root, run=""), CompareConfig)
-    one = command.one_of_many(cfg, {"router": "gshard", "experiment": "routers"})
-    assert one.run.startswith("runs/routers/gshard-seed0-")
-    assert one.twins == "runs/routers/twins"
-    assert command.one_of_many(cfg, {"router": "gshard", "experiment": None}).run.startswith("runs/sweep/gshard-seed0-")
+    place = lambda each: command.place_in_sweep(each, "sweep-router-1234", "gshard")
+    one, path = place(cfg)
+    assert one.run == str(path)
+    assert one.run.startswith("runs/sweep-router-1234/gshard-")
+    assert one.twins == "runs/sweep-router-1234/twins"
     own = dataclasses.replace(cfg, run="here/a", twins="there")
-    assert command.one_of_many(own, {"router": "gshard"}) == own
-    other = dataclasses.replace(cfg, match="flops", twins="elsewhere")
-    runs = {command.one_of_many(each, {"router": "gshard"}).run for each in (cfg, own, other)}
-    assert len(runs) == 3
+    assert place(own) == (own, Path("here/a"))
+    # The same comparison whatever it is compared with, and wherever its twin is.
+    others = [{"match": "flops", "twins": "elsewhere"}, {"twins": "elsewhere"}, {"baseline": "hash"}]
+    runs = [place(dataclasses.replace(cfg, **changes))[1] for changes in ({}, *others)]
+    assert (runs[0] == runs[2] == runs[3], runs[0] == runs[1]) == (True, False)
 
 
-def test_a_sweep_ends_in_one_table(root, monkeypatch, capsys, tmp_path):
+def sweep(monkeypatch, root, tmp_path, *given) -> int:
+    """Run a sweep of two steps; the exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    given = [
-        "experiment=routers",
-        "tokenizer=byte",
-        "data=text",
-        f"data.path={root / 'texts'}",
-        "data.val_fraction=0.2",
-    ]
-    given += [f"data.cache={root / 'cache'}", "model.context=32", "model.d_model=16", "model.d_ff=32", "optim.warmup=1"]
-    given += ["train.steps=2", "train.batch_size=2", "train.eval_tokens=512", "train.threads=1", "train.precision=fp32"]
-    monkeypatch.setattr(sys, "argv", ["compare", "-m", *given, "router=softmax,sigmoid", "seed=0,1"])
-    for _ in range(2):  # the second time everything is there
-        GlobalHydra.instance().clear()
+    words = ["tokenizer=byte", "data=text", f"data.path={root / 'texts'}", "data.val_fraction=0.2"]
+    words += [f"data.cache={root / 'cache'}", "model=cpu-nano", "model.context=32", "model.d_model=16", "model.d_ff=32"]
+    words += ["train.steps=2", "train.batch_size=2", "train.eval_tokens=512", "train.threads=1", "train.precision=fp32"]
+    monkeypatch.setattr(sys, "argv", ["compare", "-m", *words, "optim.warmup=1", *given])
+    GlobalHydra.instance().clear()
+    try:
         command.main()
-        table = (tmp_path / "runs" / "routers" / "table.md").read_text()
-        assert f"\n{table}table: runs/routers/table.md\n" in capsys.readouterr().out
-        assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {"softmax", "sigmoid", "dense twin"}
-    folders = sorted(
-        path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "routers").iterdir() if path.is_dir()
-    )
-    assert folders == ["", "sigmoid-seed0", "sigmoid-seed1", "softmax-seed0", "softmax-seed1"]
-    assert len(list((tmp_path / "runs" / "routers" / "twins").iterdir())) == 2
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def labels_of(table: Path) -> list[str]:
+    return sorted(line.split("|")[1].strip() for line in table.read_text().splitlines()[2:])
+
+
+def test_a_sweep_ends_in_one_table_and_announces_every_job(root, monkeypatch, capsys, tmp_path):
+    for again in ([], ["resume=true"]):  # the second time everything is there
+        assert sweep(monkeypatch, root, tmp_path, "router=softmax,sigmoid", "seed=0,1", *again) == 0
+        out = capsys.readouterr().out
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert f"\n{(folder / 'table.md').read_text()}table: runs/{folder.name}/table.md\n" in out
+        assert labels_of(folder / "table.md") == ["dense twin", "sigmoid", "softmax"]
+        announced = [line for line in out.splitlines() if line.startswith("job ")]
+        assert announced[0] == "job 1 of 4: router=softmax seed=0"
+        assert announced[3] == "job 4 of 4: router=sigmoid seed=1"
+    assert folder.name.startswith("sweep-router-seed-")
+    names = sorted(path.name.rpartition("-")[0] for path in folder.iterdir() if path.is_dir())
+    assert names == ["", "sigmoid-seed0", "sigmoid-seed1", "softmax-seed0", "softmax-seed1"]
+    assert len(list((folder / "twins").iterdir())) == 2
+
+
+def test_another_sweep_leaves_the_table_of_the_first(root, monkeypatch, tmp_path):
+    for routers in ("softmax,softmax-raw", "softmax,sigmoid"):
+        assert sweep(monkeypatch, root, tmp_path, f"router={routers}", "train.steps=1") == 0
+    tables = [labels_of(path) for path in (tmp_path / "runs").glob("*/table.md")]
+    assert sorted(tables) == [["dense twin", "sigmoid", "softmax"], ["dense twin", "softmax", "softmax-raw"]]
+
+
+def test_a_job_that_fails_is_named_at_the_end_and_the_others_make_the_table(root, monkeypatch, capsys, tmp_path):
+    train = command.train
+
+    def failing(cfg, say):
+        if cfg.router.name == "hash":
+            raise BadInput("step 3: the loss is not finite.")
+        return train(cfg, say)
+
+    monkeypatch.setattr(command, "train", failing)
+    given = ("router=hash,softmax,sigmoid", "baseline=sigmoid")
+    for again in ([], ["resume=true"]):
+        assert sweep(monkeypatch, root, tmp_path, *given, *again) == 2
+        printed = capsys.readouterr()
+        assert printed.err == (
+            "error: step 3: the loss is not finite.\n"
+            "error: 1 of 3 jobs failed:\n"
+            "  job 1 of 3 (router=hash): step 3: the loss is not finite.\n"
+        )
+        (table,) = (tmp_path / "runs").glob("*/table.md")
+        assert labels_of(table) == ["dense twin", "sigmoid", "softmax"]
+        assert "Against sigmoid" in table.read_text()
+
+
+def test_a_baseline_that_no_line_is_called_by_is_refused_before_the_first_job(root, monkeypatch, capsys, tmp_path):
+    assert sweep(monkeypatch, root, tmp_path, "router=softmax,hash", "baseline=hasch") == 2
+    assert capsys.readouterr().err == "error: baseline=hasch is no line of this sweep's table; did you mean hash.\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_line_refuses_a_misspelt_key_and_names_the_right_one(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Claims about the table of a sweep, from comparisons that nobody trained."""
 
+import dataclasses
 import json
 
 import pytest
@@ -73,6 +74,32 @@ def test_a_sweep_without_softmax_has_no_column_for_it(tmp_path):
     assert {len(row) for row in rows} == {len(headings)} == {len(HEADINGS) - 1}
 
 
+def test_the_baseline_can_be_another_line(jobs):
+    found = lines(jobs, "expert-choice")
+    best, softmax, twin = found
+    assert (best.against, softmax.against) == (None, pytest.approx(softmax.loss - best.loss))
+    assert twin.against == pytest.approx(twin.loss - best.loss)
+    headings, _ = sweep_table.table(found, "expert-choice")
+    assert "Against expert-choice" in headings
+
+
+def test_a_line_says_how_many_parameters_there_are_and_how_many_are_active(jobs):
+    found = lines(jobs)
+    assert {line.label: (line.active, line.total) for line in found} == {
+        "softmax": (1_000_000, 3_000_000),
+        "expert-choice": (1_000_000, 3_000_000),
+        "dense twin": (1_000_000, 1_000_000),
+    }
+    headings, rows = sweep_table.table(found)
+    assert [row[headings.index("Parameters")] for row in rows] == ["3,000,000", "3,000,000", "1,000,000"]
+
+
+def test_results_without_numbers_of_parameters_have_no_columns_for_them(jobs):
+    found = [dataclasses.replace(line, active=None, total=None) for line in lines(jobs)]
+    headings, _ = sweep_table.table(found)
+    assert not {"Active", "Parameters"} & set(headings)
+
+
 def test_routing_is_the_mean_of_layers_and_seeds_and_the_leak_the_largest(jobs):
     leaking, softmax, twin = lines(jobs)
     assert (softmax.max_vio, softmax.effective_experts, softmax.skipped) == (1.0, 12.0, 0.125)
@@ -86,12 +113,12 @@ def test_one_seed_has_no_interval(tmp_path):
     line, twin = lines([fake_job(tmp_path, "router=softmax")])
     assert (line.loss_half, line.difference_half, twin.difference) == (None, None, None)
     assert sweep_table.cells(line)[1:4] == ("3.240", "−0.080", "")
-    assert sweep_table.cells(twin)[1:7] == ("3.320", "", "+0.080", "", "", "")
+    assert sweep_table.cells(twin)[1:9] == ("3.320", "", "+0.080", "1,000,000", "1,000,000", "", "", "")
 
 
 def test_a_run_without_routing_over_the_validation_set_leaves_those_cells_empty(tmp_path):
     line, _ = lines([fake_job(tmp_path, "router=softmax", routing=False)])
-    assert sweep_table.cells(line)[4:8] == ("", "", "", "")
+    assert sweep_table.cells(line)[6:10] == ("", "", "", "")
 
 
 def test_routers_whose_twins_differ_have_a_line_for_each_twin_named_but_for_the_usual(tmp_path):
@@ -109,6 +136,9 @@ def test_routers_whose_twins_differ_have_a_line_for_each_twin_named_but_for_the_
         (["router=a seed=0", "router=a seed=1"], ["a", "a"]),
         (["seed=0", "seed=1"], ["MoE", "MoE"]),
         (["+router=a", "+router=b"], ["a", "b"]),
+        (["router.name=softmax", "router.name=mine\\:Nearest"], ["softmax", "Nearest"]),
+        (["router.name=mine:Nearest seed=0", "router.name=mine:Nearest seed=1"], ["Nearest", "Nearest"]),
+        (["router.name=a\\:Same", "router.name=b\\:Same"], ["a:Same", "b:Same"]),
     ],
 )
 def test_a_line_is_called_by_what_varies_but_for_the_seed(jobs, called):
@@ -119,7 +149,7 @@ def test_the_table_is_printed_and_written_with_every_number(jobs, tmp_path, monk
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     report(jobs)
     out = capsys.readouterr().out
-    table = markdown(HEADINGS, [sweep_table.cells(line) for line in lines(jobs)])
+    table = markdown(*sweep_table.table(lines(jobs)))
     assert table in out
     assert "Not comparable, because the router sees later tokens: expert-choice.\n" in out
     assert out.endswith(f"table: {tmp_path / 'table.md'}\n")

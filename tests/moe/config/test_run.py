@@ -91,6 +91,15 @@ def test_settings_that_were_added_leave_the_names_of_older_runs_alone():
     assert fingerprint(build({"source": "runs/other"})) != "c378cac9"
 
 
+def test_a_setting_that_a_command_adds_may_be_younger_too():
+    @dataclass
+    class Bench(Config):
+        repeats: int = 3
+
+    assert fingerprint(Bench(), younger=("repeats",)) == fingerprint(build({}))
+    assert fingerprint(Bench(repeats=4), younger=("repeats",)) != fingerprint(build({}))
+
+
 def test_the_settings_import_neither_torch_nor_hydra():
     code = (
         "import sys, moe.config.run\n"

@@ -1,0 +1,134 @@
+"""A sweep: its jobs and where each writes, checked before the first; jobs that fail do not end the others."""
+
+import hashlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+
+from moe.errors import BadInput, of_the_machine
+from moe.run import terminal
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+LONGEST_NAME = 100  # characters of a folder's name that say what was swept
+
+C = TypeVar("C")
+
+
+class Job(NamedTuple):
+    """A job of a sweep that has not run: the overrides of its own, as typed, all of its overrides, and its config."""
+
+    swept: list[str]
+    overrides: list[str]
+    cfg: Any
+
+
+class Sweep(NamedTuple):
+    """The name of its folder below runs/, the settings that take several values, and how many jobs there are."""
+
+    name: str
+    keys: list[str]
+    n_jobs: int
+
+
+# (a job's config, the sweep's name, the job's) -> the config that writes to a place of its own, and that place
+Place = Callable[[Any, str, str], tuple[Any, Path]]
+
+
+def check_sweep(jobs: Sequence[Job], place: Place | None, before: Callable[[list[Job]], object] | None = None) -> Sweep:
+    """Name a sweep by what it sweeps over and by its jobs. Raises `BadInput` for jobs of one place, and for places
+    that are taken already without resume=true."""
+    if before:
+        before(list(jobs))
+    keys = list(dict.fromkeys(word.partition("=")[0] for job in jobs for word in job.swept))
+    experiment = next((word.partition("=")[2] for word in jobs[0].overrides if word.startswith("experiment=")), "sweep")
+    names = [job_name(job.swept) for job in jobs]
+    places = [str(place(job.cfg, "", name)[1]) if place else name for job, name in zip(jobs, names, strict=True)]
+    code = hashlib.sha256("\n".join(sorted(places)).encode()).hexdigest()[:8]
+    title = file_name("-".join([experiment, *(last_part(key) for key in keys)]))
+    sweep = Sweep(f"{title}-{code}", keys, len(jobs))
+    if place:
+        check_places(jobs, [place(job.cfg, sweep.name, name)[1] for job, name in zip(jobs, names, strict=True)])
+    return sweep
+
+
+def check_places(jobs: Sequence[Job], paths: Sequence[Path]) -> None:
+    """Refuse two jobs that would write to one of `paths`, and a path that is taken already without resume=true."""
+    taken: dict[str, str] = {}
+    for i, (job, path) in enumerate(zip(jobs, paths, strict=True), 1):
+        who, place = f"job {i} ({plain(job.swept)})", os.path.abspath(path)
+        if place in taken:
+            raise BadInput(
+                f"{taken[place]} and {who} would both write to {path}: give each another, or leave it out and each "
+                "gets its own."
+            )
+        if os.path.lexists(path) and not job.cfg.resume:
+            raise BadInput(f"{path} exists, where {who} would write: add resume=true to go on, or choose another.")
+        taken[place] = who
+
+
+def one_of_many(run: Callable[[], Any], sweep: Sweep, results: list[Any], failures: list[str]) -> None:
+    """The running job of a sweep: announced, run, and its result or what it failed of noted."""
+    hydra_config = HydraConfig.get()
+    title = f"job {hydra_config.job.num + 1} of {sweep.n_jobs}"
+    words = plain(swept_of(hydra_config.overrides.task, sweep.keys))
+    terminal.say(": ".join([title, *([words] if words else [])]))
+    try:
+        results.append(run())
+        return
+    except Exception as error:
+        refusal = error if isinstance(error, BadInput) else of_the_machine(error)
+        if refusal is None:  # a mistake in the code: the next job may well run
+            traceback.print_exc()
+        why = str(refusal or f"{type(error).__name__}: {first_line(error)}.")
+    sys.stdout.flush()
+    print(f"error: {terminal.printable(why)}", file=sys.stderr, flush=True)
+    failures.append(f"{title} ({words}): {why}" if words else f"{title}: {why}")
+
+
+def placed(cfg: C, sweep: Sweep | None, place: Place | None) -> C:
+    """The running job's config, with a place of its own if it is one of many."""
+    if sweep is None or place is None:
+        return cfg
+    return place(cfg, sweep.name, job_name(swept_of(HydraConfig.get().overrides.task, sweep.keys)))[0]
+
+
+def swept_of(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Of a job's overrides those of what is swept over."""
+    return [word for word in overrides if word.partition("=")[0] in keys]
+
+
+def last_part(key: str) -> str:
+    """What a setting is called in a folder's name: `lr` for optim.lr, and `router` for router.name."""
+    *groups, name = key.split(".")
+    return groups[-1] if groups and name == "name" else name
+
+
+def job_name(swept: Sequence[str]) -> str:
+    """What a job is called in a folder's name, from the overrides of its own: a file of conf/ by its name, a router of
+    one's own by its class, any other setting with its key."""
+    parts = []
+    for key, _, value in (plain([word]).partition("=") for word in swept):
+        bare = key == "router.name" or (CONF / key).is_dir()
+        parts.append(value.rpartition(":")[2] if bare else f"{last_part(key)}{value}")
+    return file_name("-".join(parts) or "job")
+
+
+def file_name(text: str) -> str:
+    """`text` with _ for what a shell, Hydra's grammar or a file system would read, not too long."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text)[:LONGEST_NAME].strip("_.-")
+
+
+def plain(words: Sequence[str]) -> str:
+    """Overrides for people: without the backslashes that Hydra puts before what its grammar reads."""
+    return " ".join(re.sub(r"\\(.)", r"\1", word) for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message up to its first line break, without the full stop."""
+    return str(error).strip().split(os.linesep)[0].rstrip(".")
