@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe.run import terminal
 
-SHARED = ("__init__", "__main__", "cli", "sweeps")  # files beside the commands that are none
+SHARED = ("__init__", "__main__", "cli", "refusals", "sweeps")  # files beside the commands that are none
 
 
 def main() -> None:

@@ -8,33 +8,30 @@ A command is a function of its config:
 """
 
 import copy
-import dataclasses
 import functools
 import itertools
 import re
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import hydra
-from hydra._internal.utils import get_args_parser  # what hydra.main itself reads the command line with
+import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.sweeps import CONF, Job, Place, check_sweep, first_line, one_of_many, placed, plain
-from moe.config.parse import lookup, nearest, parse
+from experiments.refusals import CONF, check_override, explain, first_line, plain, read_arguments, read_word, singles
+from experiments.sweeps import Job, Place, check_sweep, one_of_many, placed
+from moe.config.parse import lookup, parse
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
 from moe.run import terminal
+from moe.run.command_line import quoted
+from moe.run.folder import flat
 
 REFUSED = 2  # exit status for bad input
 
@@ -73,7 +70,7 @@ def command(
             # What cannot be is refused before anything runs.
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(word, verbatim) for word in given]
-            arguments = get_args_parser().parse_args()
+            arguments = refuse(read_arguments)
             jobs = refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
             sweep = refuse(check_sweep, jobs, place, before) if arguments.multirun else None
             if sweep and not any(word.startswith("hydra.sweep.dir=") for word in given):
@@ -115,10 +112,11 @@ def typed(
     """The dataclass of a composed tree, over the settings that lie `under` its `overrides`, validated if it is
     `complete`. Raises `BadInput`."""
     try:
-        plain: Any = OmegaConf.to_container(tree, resolve=True)
+        container: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise BadInput(sentence(error)) from None
-    settings = parse(schema, plain)
+        given = flat(OmegaConf.to_container(tree, resolve=False))  # type: ignore[arg-type]
+        raise BadInput(explain(error, schema, given)) from None
+    settings = parse(schema, container)
     if under:
         settings = under(settings, keys_of(overrides))
     if complete and isinstance(settings, Config):
@@ -148,10 +146,7 @@ def literal(argument: str, verbatim: tuple[str, ...]) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in verbatim:
         return argument
-    # A backslash is special before an interpolation (OmegaConf), and in quotes before a quote or the end (Hydra).
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)
-    return f"{key}='{value}'"
+    return f"{key}={quoted(value)}"
 
 
 def check_overrides(
@@ -165,50 +160,17 @@ def check_overrides(
     """Refuse what Hydra would refuse, in one sentence with the nearest valid key or choice. `sweeps`: whether an
     override may have several values; then the settings of every job are checked, so that none is refused after others
     have run for hours, and the jobs returned. Raises `BadInput`."""
-    folders = [path for path in CONF.iterdir() if path.is_dir()]
-    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        try:
-            parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
-            options = {override.get_key_element(): singles(override) for override in parsed}  # the last of a key counts
-        except HydraException as error:
-            raise BadInput(f"cannot read the command line: {first_line(error)}.") from None
+        parsed = [read_word(schema, word) for word in overrides]
+        options = {override.get_key_element(): singles(override) for override in parsed}  # the last of a key counts
         for override in parsed:
-            if not override.is_hydra_override():
-                check_override(schema, override, options[override.get_key_element()], groups, sweeps)
+            check_override(schema, complete, override, options[override.get_key_element()], sweeps)
         jobs = list(itertools.product(*options.values()))
         if not sweeps:
-            compose(name, list(jobs[0]))
+            compose(name, schema, list(jobs[0]))
             return []
         several = [len(lines) > 1 or len(jobs) == 1 for lines in options.values()]
         return [read_job(name, schema, complete, under, list(job), several, i) for i, job in enumerate(jobs)]
-
-
-def check_override(
-    schema: type, override: Override, lines: list[str], groups: dict[str, list[str]], sweeps: bool
-) -> None:
-    """Refuse one override for its key, its choices among the files of `groups`, or several values where there can be
-    one; `lines` has it once per value. Raises `BadInput`."""
-    key = override.key_or_group
-    if override.is_sweep_override() and not sweeps:
-        raise BadInput(
-            f"{override.input_line} has several values: add --multirun to take each in turn, or write a list "
-            f"as {key}=[a,b]."
-        )
-    if not lines:
-        raise BadInput(f"{override.input_line} matches nothing; accepted here: {', '.join(groups[key])}.")
-    if key not in groups:
-        check_key(schema, key)
-    for choice in (line.partition("=")[2] for line in lines if key in groups):
-        if choice not in (*groups[key], "null"):
-            raise BadInput(f"{key}={choice} does not exist; {nearest(choice, groups[key])}.")
-
-
-def singles(override: Override) -> list[str]:
-    """The override as one line for each value that it sweeps over; as it is if it has one."""
-    if not override.is_sweep_override():
-        return [override.input_line or ""]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def read_job(
@@ -219,7 +181,7 @@ def read_job(
     swept = [line for line, varies in zip(lines, several, strict=True) if varies and not is_hydras(line)]
     task = [line for line in lines if not is_hydras(line)]
     try:
-        return Job(swept, task, typed(compose(name, lines, number), schema, complete, under, task))
+        return Job(swept, task, typed(compose(name, schema, lines, number), schema, complete, under, task))
     except BadInput as bad:
         if not swept:
             raise
@@ -231,7 +193,7 @@ def is_hydras(line: str) -> bool:
     return re.match(r"[+~]*hydra[./]", line) is not None
 
 
-def compose(name: str, overrides: list[str], number: int = 0) -> DictConfig:
+def compose(name: str, schema: type, overrides: list[str], number: int = 0) -> DictConfig:
     """Hydra's composition of overrides that have one value each, as job `number` (from 0) of a sweep gets it, whose
     settings may name it (`${hydra:job.num}`). Raises `BadInput` where there is none."""
     try:
@@ -243,26 +205,20 @@ def compose(name: str, overrides: list[str], number: int = 0) -> DictConfig:
             del settings["hydra"]
         return settings
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise BadInput(sentence(cause)) from None
+        given = {key.lstrip("+"): value for key, _, value in (plain([word]).partition("=") for word in overrides)}
+        raise BadInput(explain(error, schema, given)) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a file of conf/"
+        raise BadInput(f"{where} is no YAML: {error.problem}.") from None
+    except OSError as error:  # Hydra's, for a file that holds something else
+        files = ", ".join(word for word in overrides if (CONF / word.partition("=")[0]).is_dir())
+        raise BadInput(f"a file of conf/ holds no settings ({files}): {first_line(error)}.") from None
     except (AssertionError, AttributeError):  # OmegaConf's, for settings of a group that is null
         raise BadInput(
             "model.moe is null here, and its settings cannot be given one by one: leave them out, choose a model with "
             "experts, or give model.moe in a file of conf/experiment."
         ) from None
-
-
-def check_key(schema: type, key: str) -> None:
-    """Refuse a dotted key that `schema` does not have, naming the nearest one it has."""
-    hint: Any = schema
-    path = ""
-    for part in key.split("."):
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-        valid = list(typing.get_type_hints(hint)) if dataclasses.is_dataclass(hint) else []
-        if part not in valid:
-            raise BadInput(f"{path}{part} is not a setting; {nearest(part, valid, path)}.")
-        hint, path = typing.get_type_hints(hint)[part], f"{path}{part}."
 
 
 def keys_given() -> list[str]:
@@ -287,9 +243,3 @@ def overlay(base: Config, cfg: Config, keys: list[str]) -> Config:
         if hasattr(group, name):  # not hydra's own
             setattr(group, name, lookup(cfg, key))
     return merged
-
-
-def sentence(error: BaseException) -> str:
-    """What Hydra or OmegaConf has to say, with the key it says it of."""
-    where = getattr(error, "full_key", None)
-    return f"{where}: {first_line(error)}." if where else f"{first_line(error)}."

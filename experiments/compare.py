@@ -15,7 +15,6 @@ of what is swept, and the dense twins, which they share.
 import dataclasses
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,9 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model import cost
+from moe.routing.build import router_class
 from moe.run import machine, terminal
+from moe.run.command_line import command_line
 from moe.run.folder import read_config
 from moe.run.jsonl import write_atomically, write_json
 from moe.run.load import load_run
@@ -123,6 +124,7 @@ def compare(
         raise BadInput(f"run={folder} exists: continue it with resume=true, or choose another folder.")
     if cfg.model.moe is None:
         raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
+    router_class(cfg.router.name)
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
     model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
@@ -140,7 +142,7 @@ def compare(
             try:
                 train(run_cfg, say)
             except SystemExit:
-                say(f"The comparison is not finished. Go on with it: {command_line(overrides)} resume=true")
+                say(f"The comparison is not finished. Go on with it: {repeat(overrides)} resume=true")
                 raise
             run = read_run(Path(run_cfg.run))
             train_cfg = dataclasses.replace(run_cfg.train, precision=run.summary.precision)
@@ -151,7 +153,7 @@ def compare(
 
     # What they say, for people and for machines.
     twin = run_config.fingerprint(dataclasses.replace(settings["dense"], seed=0))
-    result = describe(cfg, folder, pairs, command_line(overrides), twin)
+    result = describe(cfg, folder, pairs, repeat(overrides), twin)
     write_atomically(folder / "table.md", tables.markdown(verdict.HEADINGS, result.table))
     write_atomically(folder / "index.html", compare_page.render(pairs, result))
     write_json(folder / "compare.json", dataclasses.asdict(result))
@@ -176,10 +178,9 @@ def measure_leak(run_cfg: Config, dataset: Dataset) -> float:
     return causal_leak(model.to(place), torch.from_numpy(read_BS1[:, :-1]).to(place))
 
 
-def command_line(overrides: Sequence[str]) -> str:
+def repeat(overrides: Sequence[str]) -> str:
     """What to type for this comparison, from the start."""
-    kept = [override for override in overrides if not override.startswith("resume=")]
-    return shlex.join(["python", "-m", "experiments.compare", *kept])
+    return command_line("compare", *(word for word in overrides if not word.startswith("resume=")))
 
 
 def read_run(folder: Path) -> verdict.Run:

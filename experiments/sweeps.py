@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 
+from experiments.refusals import CONF, first_line, plain
 from moe.errors import BadInput, of_the_machine
 from moe.run import terminal
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 LONGEST_NAME = 100  # characters of a folder's name that say what was swept
 
 C = TypeVar("C")
@@ -122,13 +122,3 @@ def job_name(swept: Sequence[str]) -> str:
 def file_name(text: str) -> str:
     """`text` with _ for what a shell, Hydra's grammar or a file system would read, not too long."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", text)[:LONGEST_NAME].strip("_.-")
-
-
-def plain(words: Sequence[str]) -> str:
-    """Overrides for people: without the backslashes that Hydra puts before what its grammar reads."""
-    return " ".join(re.sub(r"\\(.)", r"\1", word) for word in words)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message up to its first line break, without the full stop."""
-    return str(error).strip().split(os.linesep)[0].rstrip(".")

@@ -24,7 +24,7 @@ STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data", "rou
 TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer")
 # What each room of experiments may read of the others.
 READS: dict[str, tuple[str, ...]] = {"stats": (), "pages": ("stats",), "suites": ("pages",)}
-SHARED = {"experiments.cli", "experiments.sweeps"}  # beside the commands: what they have in common
+SHARED = {"experiments.cli", "experiments.refusals", "experiments.sweeps"}  # beside the commands: what they share
 # Sources without a test file of their own, each with its reason.
 UNTESTED: dict[str, str] = {}
 ALONE = ("moe.parallel",)  # a room of one file, until placement on several devices moves in

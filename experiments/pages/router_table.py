@@ -41,7 +41,7 @@ def rows(names: Sequence[str] = ()) -> list[tuple[str, ...]]:
 def row(name: str) -> tuple[str, ...]:
     """What the table says of a router, with the balance and the experts that it comes with."""
     overrides = [f"router={name}", "model=cpu-nano", "model.vocab_size=256"]
-    cfg = cli.typed(hydra.compose("train", overrides=overrides), Config)
+    cfg = cli.typed(cli.compose("train", Config, overrides), Config)
     assert cfg.model.moe is not None, f"router={name} composed a dense model"
     moe = layer_moe(cfg.model, moe_layers(cfg.model)[-1])
     with torch.device("meta"):
@@ -77,6 +77,7 @@ def _balance(cfg: Config) -> str:
 
 
 def description(path: Path) -> str:
-    """The first comment of a file of conf/."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
-    return lines[0].removeprefix("# ")
+    """The first comment of a file of conf/, "" where there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = (line.removeprefix("#").strip() for line in lines if line.startswith("#") and "@package" not in line)
+    return next(filter(None, comments), "")

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from moe.run import machine
+from moe.run.command_line import command_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -55,8 +55,7 @@ def driver(device: torch.device) -> str | None:
 
 def command() -> str:
     """What started this process, as a person would type it."""
-    name = Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+    return command_line(Path(sys.argv[0]).stem, *sys.argv[1:])
 
 
 def code() -> str:

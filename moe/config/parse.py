@@ -80,14 +80,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is dict:
         _, item_hint = typing.get_args(hint)
         if not isinstance(value, dict):
-            raise BadInput(f"{path}={value!r} must be a group of names and values, like {{a: 1}}.")
+            raise BadInput(f"{path}={value!r} must be {kind(hint)}.")
         return {str(key): _convert(item_hint, item, f"{path}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
     if typing.get_origin(hint) is list:
         (item_hint,) = typing.get_args(hint)
         if not isinstance(value, list | tuple):
-            raise BadInput(f"{path}={value!r} must be a list of {item_hint.__name__}, like [a,b].")
+            raise BadInput(f"{path}={value!r} must be {kind(hint)}.")
         return [_convert(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value)]
     # Single values: a whole number is a float too, but a bool is never a number.
     if hint is bool and isinstance(value, bool):
@@ -98,7 +98,35 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, str):
         return value
-    raise BadInput(f"{path}={value!r} must be of type {hint.__name__}.")
+    raise BadInput(f"{path}={value!r} must be {kind(hint)}.")
+
+
+def kind(hint: Any) -> str:
+    """What a setting of this type takes, in words."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return f"{kind(next(arm for arm in arguments if arm is not type(None)))}, or null"
+    if dataclasses.is_dataclass(hint):
+        return "a group of settings"
+    if typing.get_origin(hint) is dict:
+        return "a group of names and values, like {a: 1}"
+    if typing.get_origin(hint) is list:
+        items, example = {int: ("whole numbers", "[1,2]"), float: ("numbers", "[0.1,0.2]")}.get(
+            arguments[0], ("words", "[a,b]")
+        )
+        return f"a list of {items}, like {example}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, "anything")
+
+
+def settings(cls: type, path: str = "") -> dict[str, Any]:
+    """The type of every setting of a dataclass by its dotted name, and of every group before those in it."""
+    hints: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        hints[f"{path}{name}"] = hint
+        for arm in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(arm):
+                hints |= settings(arm, f"{path}{name}.")  # type: ignore[arg-type]
+    return hints
 
 
 def accepted(cls: type, path: str = "") -> dict[str, Between | OneOf]:

@@ -143,6 +143,7 @@ def fingerprint(cfg: Config, younger: tuple[str, ...] = ()) -> str:
     """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched).
     `younger`: beside YOUNGER, those of a command's extension of the settings."""
     tree, defaults = to_dict(cfg), to_dict(type(cfg)())
+    tree["optim"]["warmup"] = train.warmup_steps(cfg.optim, cfg.train.steps)  # given or derived: the same run
     for key in (*FREE, *YOUNGER, *younger):
         *groups, name = key.split(".")
         group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))

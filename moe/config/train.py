@@ -19,7 +19,7 @@ class OptimConfig:
     clip: Annotated[float, Between(0, ANY)] = 1.0  # global gradient norm; 0: off
     # cosine | wsd (warm-up, stable, decay) | constant
     schedule: Annotated[str, OneOf("cosine", "wsd", "constant")] = "cosine"
-    warmup: Annotated[int, Between(0, MANY)] = 50  # steps
+    warmup: Annotated[int, Between(-1, MANY)] = -1  # steps; -1: a tenth of the run, at most 50
     final: Annotated[float, Between(0, 1)] = 0.1  # learning rate at the end, as a share of lr
     decay: Annotated[float, Between(0, 1)] = 0.2  # wsd: share of the steps spent decaying
 
@@ -69,12 +69,20 @@ class LogConfig:
     trackio: str = ""  # project name; "": off
 
 
+def warmup_steps(optim: OptimConfig, steps: int) -> int:
+    """How many of `steps` optimiser steps the learning rate rises."""
+    return min(50, steps // 10) if optim.warmup < 0 else optim.warmup
+
+
 def validate(optim: OptimConfig, train: TrainConfig) -> None:
     """Refuse schedules, batches and devices that cannot be. Raises `BadInput`."""
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise BadInput(f"optim.betas={optim.betas} must be two numbers in [0, 1).")
     if optim.warmup > train.steps:
-        raise BadInput(f"optim.warmup={optim.warmup} is longer than train.steps={train.steps}.")
+        raise BadInput(
+            f"optim.warmup={optim.warmup} is longer than train.steps={train.steps}: give fewer, or -1 for a tenth of "
+            "the run."
+        )
     if train.batch_size % train.accumulate:
         raise BadInput(f"train.accumulate={train.accumulate} must divide train.batch_size={train.batch_size} evenly.")
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", train.device):

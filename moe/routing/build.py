@@ -42,8 +42,9 @@ def router_class(name: str) -> type[Router]:
     module, _, attribute = name.partition(":")
     try:
         chosen = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"router.name={name} cannot be imported: {error}.") from error
+    except Exception as error:  # whatever a file of your own raises
+        why = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise BadInput(f"router.name={name} cannot be imported: {why}.") from error
     if not (isinstance(chosen, type) and issubclass(chosen, Router)):
         raise BadInput(f"router.name={name} is no subclass of moe.routing.contract.Router.")
     return chosen

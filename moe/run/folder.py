@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from moe.config.parse import to_dict
+from moe.config.router import OWN, facts
 from moe.config.run import FREE, Config, build, fingerprint, is_among, may_change
 from moe.data.owner import temporary
 from moe.data.tokenizer import HEADER, RANKS, Tokenizer
 from moe.errors import BadInput
 from moe.run import checkpoint
+from moe.run.command_line import command_line, override
 from moe.run.jsonl import write_atomically
 from moe.run.lock import holding
 from moe.run.trust import check_router
@@ -55,8 +57,8 @@ def read_config(run: Path, trust: bool | str = False) -> Config:
 
 def command_to_resume(run: Path, cfg: Config) -> str:
     """What to type to go on with the run in folder `run`."""
-    trust = " trust=true" if cfg.trust or ":" in cfg.router.name else ""
-    return f"python -m experiments.train {shlex.quote(f'run={run}')} resume=true{trust}"
+    trust = ["trust=true"] if cfg.trust or facts(cfg.router) is OWN else []
+    return command_line("train", override("run", str(run)), "resume=true", *trust)
 
 
 def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
@@ -122,8 +124,8 @@ def check_same(old: Config, new: Config) -> list[str]:
     changes = []
     for key, before, after in differences(old, new):
         if not may_change(key, old):
-            state = " source_state=all" if key == "train.steps" or key.startswith("optim.") else ""
-            anew = f"source={new.run}{state} run=NEW {key}={after}"
+            state = ["source_state=all"] if key == "train.steps" or key.startswith("optim.") else []
+            anew = shlex.join([override("source", new.run), *state, "run=NEW", override(key, after)])
             raise BadInput(
                 f"{key}={after} differs from the run's own {before}: leave it out to go on with {new.run}, choose "
                 f"another run, or start a new run from this one's weights with {anew}."

@@ -20,6 +20,7 @@ from moe.config.balance import rows_vary
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
+from moe.config.train import warmup_steps
 from moe.data.loader import Loader, validation_starts
 from moe.data.owner import remove_leftovers
 from moe.data.prepare import prepare
@@ -28,6 +29,7 @@ from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer
+from moe.routing.build import router_class
 from moe.run import checkpoint, jsonl, machine, terminal
 from moe.run.folder import (
     check_same,
@@ -67,6 +69,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
 
     # What is asked for and cannot be had is refused before anything costs time.
     trackers.check(cfg)
+    if cfg.model.moe:
+        router_class(cfg.router.name)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
     refuse_existing(folder, cfg.resume)
@@ -167,6 +171,7 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, s
         say(f"precision: {precision}, because {why}")
     cfg.train.precision = precision
     cfg.train.device = str(device)
+    cfg.optim.warmup = warmup_steps(cfg.optim, cfg.train.steps)
     return cfg
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe.config.train import OptimConfig
+from moe.config.train import OptimConfig, warmup_steps
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
@@ -23,13 +23,14 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of optimiser step `step` (from 1) of `steps`: a linear warm-up over `warmup` steps, then
     cosine to `final` · lr (1608.03983), or constant with a linear decay to it over the last `decay` · steps (wsd,
     2404.06395)."""
-    if step <= cfg.warmup:
-        return cfg.lr * step / cfg.warmup
+    warmup = warmup_steps(cfg, steps)
+    if step <= warmup:
+        return cfg.lr * step / warmup
     match cfg.schedule:
         case "constant":
             share = 1.0
         case "cosine":
-            progress = (step - cfg.warmup) / max(1, steps - cfg.warmup)
+            progress = (step - warmup) / max(1, steps - warmup)
             share = cfg.final + (1 - cfg.final) * 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
             n_decay = max(1, round(cfg.decay * steps))

@@ -159,3 +159,35 @@ def test_a_file_of_a_run_that_cannot_be_read_on_resuming_is_named(name, command,
     assert f"{interrupted / name}" in err
     assert "Permission denied" in err
     assert err.count("\n") == 1
+
+
+def test_a_run_keeps_the_number_of_steps_that_its_learning_rate_rises(corpus, tmp_path):
+    train_until(settings(corpus, tmp_path / "run", {"optim.warmup": -1, "train.steps": 23}), 4)
+    assert read_config(tmp_path / "run").optim.warmup == 2
+    rates = [line["lr"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
+    assert rates[:2] == [rates[1] / 2, max(rates)]
+
+
+def test_a_short_run_needs_no_other_setting(command):
+    status, _, err, (cfg,) = command("train.steps=30")
+    assert (status, err, cfg.train.steps) == (0, "", 30)
+
+
+@pytest.mark.parametrize("name", ["nothing_there:Router", "broken_router:Router", "broken_router:Other"])
+def test_a_router_that_cannot_be_imported_is_refused_before_the_data_is_read(
+    name, command, corpus, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_router.py").write_text("raise RuntimeError('not today')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    status, out, err, _ = command(*words(corpus, "some/run", {"router.name": name}), really=True)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: router.name={name} cannot be imported: ")
+    assert not (tmp_path / "some").exists()
+
+
+def test_a_router_that_cannot_be_built_leaves_no_folder(command, corpus, tmp_path, monkeypatch):
+    text = "from moe.routing.contract import Router\nclass Bad(Router):\n  def __init__(self): pass\n"
+    (tmp_path / "bad_router.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    command(*words(corpus, "some/run", {"router.name": "bad_router:Bad"}), really=True)
+    assert not (tmp_path / "some").exists()

@@ -1,5 +1,7 @@
 """Claims about the table of routers."""
 
+import pytest
+
 from experiments import readme
 from experiments.pages import router_table
 from tests.conftest import PRESETS
@@ -35,6 +37,15 @@ def test_how_many_experts_a_token_takes_and_what_balances_them_come_from_the_com
     assert found["relu"] == ("as many as it wants", "none")
     assert found["sigmoid-bias"] == ("K", "bias_rate")
     assert found["soft"] == ("a mix of all", "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("name: softmax\n", ""), ("# @package _global_\n#\nrouter:\n  name: hash\n", ""), ("#What\nname: hash\n", "What")],
+)
+def test_a_file_without_a_comment_has_a_row_without_one(text, said, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert router_table.description(tmp_path / "mine.yaml") == said
 
 
 def test_the_page_beside_the_files_is_the_table():

@@ -60,6 +60,8 @@ WRONG_TYPES = {
     "data.clean": [],
 }
 NOT_A_CHOICE = {  # value, and the choice it is nearest to
+    "source_state": ("weight", "weights"),
+    "data.on_error": ("skips", "skip"),
     "dispatch": ("tritonn", "triton"),
     "model.activation": ("swigl", "swiglu"),
     "model.norm": ("rmss", "rms"),

@@ -91,6 +91,14 @@ def test_settings_that_were_added_leave_the_names_of_older_runs_alone():
     assert fingerprint(build({"source": "runs/other"})) != "c378cac9"
 
 
+def test_a_warm_up_names_the_same_run_given_or_derived():
+    """Runs from before it was derived have a number of steps, and keep their folders' names."""
+    assert fingerprint(build({"optim": {"warmup": 50}})) == "c378cac9"
+    short = {"train": {"steps": 30}}
+    assert fingerprint(build(short)) == fingerprint(build(short | {"optim": {"warmup": 3}}))
+    assert fingerprint(build(short)) != fingerprint(build(short | {"optim": {"warmup": 30}}))
+
+
 def test_a_setting_that_a_command_adds_may_be_younger_too():
     @dataclass
     class Bench(Config):

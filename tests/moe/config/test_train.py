@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from moe.config.train import OptimConfig, warmup_steps
 from tests.moe.config.refusals import refusal
 
 IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
@@ -22,3 +23,9 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
 def test_an_impossible_pair_is_refused_with_both_values(case):
     settings, words = IMPOSSIBLE[case]
     assert words in refusal(settings)
+
+
+@pytest.mark.parametrize(("steps", "rises"), [(1, 0), (9, 0), (30, 3), (499, 49), (600, 50), (800, 50), (10**6, 50)])
+def test_the_warm_up_is_a_tenth_of_the_run_and_at_most_50_steps(steps, rises):
+    assert warmup_steps(OptimConfig(), steps) == rises
+    assert warmup_steps(OptimConfig(warmup=7), steps) == 7

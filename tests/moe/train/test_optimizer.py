@@ -125,3 +125,13 @@ def test_the_optimisers_state_makes_the_round_trip(make_model):
 def test_a_new_optimiser_has_no_state(make_model):
     model = make_model()
     assert optimizer_tensors(model, build_optimizer(model, OptimConfig())) == {}
+
+
+@pytest.mark.parametrize("steps", [600, 800])
+def test_the_default_runs_and_the_demo_rise_for_50_steps_to_the_digit(steps):
+    assert rates(OptimConfig(lr=4e-3), steps) == rates(OptimConfig(lr=4e-3, warmup=50), steps)
+
+
+def test_a_short_run_needs_no_other_setting():
+    assert rates(OptimConfig(lr=1.0), 30)[:3] == [1 / 3, 2 / 3, 1.0]
+    assert rates(OptimConfig(lr=1.0, final=0.0), 2) == [0.5, 0.0]
