@@ -8,11 +8,14 @@
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
 
-Prints a table and writes a JSON line per row, with device, versions and commit, to `out`. Contestants take turns, so
+Prints a table and writes a JSON line per row, with device, versions and commit, to `out`: by default below runs/bench,
+and with out=experiments/results/SUITE.jsonl where `python -m experiments.readme` reads it. Contestants take turns, so
 that a slow spell of the machine falls on all of them. `sizes=smoke` makes everything tiny: with TRITON_INTERPRET=1 the
 suites for a GPU then run on a CPU, where their times mean nothing.
 """
 
+import dataclasses
+import hashlib
 import importlib.util
 import math
 from dataclasses import dataclass, field
@@ -31,7 +34,7 @@ from moe.config.parse import accepted
 from moe.config.run import Config
 from moe.config.train import TrainConfig
 from moe.errors import BadInput
-from moe.run import machine
+from moe.run import machine, terminal
 from moe.run.jsonl import to_text, write_atomically
 
 SUITES = ("train_step", "routing", "kernels", "layer", "tune")
@@ -62,10 +65,22 @@ class BenchConfig:
     resume: bool = False  # keep the rows of the same code that `out` has (not train_step)
     device: str = "auto"
     threads: int = 0
-    out: str = ""  # experiments/results/<suite>.jsonl
+    out: str = ""  # the file of rows; "": runs/bench/<suite>-<hash of the settings>.jsonl
 
 
-@cli.command("bench", BenchConfig)
+def default_out(cfg: BenchConfig) -> Path:
+    """runs/bench/<suite>-<hash of the settings>.jsonl: other settings leave it alone."""
+    asked = dataclasses.replace(cfg, out="", resume=False, budget=0.0)
+    return Path("runs", "bench", f"{cfg.suite}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}.jsonl")
+
+
+def place_in_sweep(cfg: BenchConfig, sweep: str, job: str) -> tuple[BenchConfig, Path]:
+    """The settings of a sweep's job, with the file of its rows."""
+    out = Path(cfg.out) if cfg.out else default_out(cfg)
+    return dataclasses.replace(cfg, out=str(out)), out
+
+
+@cli.command("bench", BenchConfig, place=place_in_sweep)
 def main(cfg: BenchConfig) -> None:
     """Run a suite, print its table, write its rows."""
     check(cfg)
@@ -74,11 +89,12 @@ def main(cfg: BenchConfig) -> None:
         timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
     machine.set_threads(TrainConfig(threads=cfg.threads))
     machine.keep_freed_memory()  # for every contestant alike
-    cfg.out = cfg.out or f"experiments/results/{cfg.suite}.jsonl"
+    cfg.out = cfg.out or str(default_out(cfg))
     if cfg.suite == "train_step":
         train_step(cfg, device)
     else:
         by_rows(cfg, device)
+    terminal.say(f"rows: {cfg.out}")
 
 
 def check(cfg: BenchConfig) -> None:

@@ -106,7 +106,7 @@ def benchmark(rows: list[dict[str, Any]]) -> str:
 def routing(rows: list[dict[str, Any]]) -> str:
     """Gate, plan and combine against the eager sequence, at the most tokens that were measured."""
     if not rows:
-        return "Not yet measured: `python -m experiments.bench suite=routing`.\n"
+        return "Not yet measured: `python -m experiments.bench suite=routing out=experiments/results/routing.jsonl`.\n"
     most = max(row["T"] for row in rows)
     table = markdown(routing_suite.HEADINGS, (routing_suite.cells(row) for row in rows if row["T"] == most))
     first = rows[0]

@@ -4,7 +4,7 @@ These are microseconds, so launches count: `us` is a replay of a CUDA graph of t
 Python, for both contestants. A replay of a graph of one tiny kernel takes `launch` seconds (in `ceilings`), which are
 not subtracted. Every output is compared with torch's before anything is timed.
 
-    python -m experiments.bench suite=kernels                       # on a GPU -> experiments/results/kernels.jsonl
+    python -m experiments.bench suite=kernels                       # on a GPU -> runs/bench
     python -m experiments.gpu_evidence --out DIR --stage kernels    # the same rows -> DIR/gpu-kernels.jsonl
 """
 

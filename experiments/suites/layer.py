@@ -4,7 +4,7 @@ A row is one contestant at one shape under one load, taking turns with our kerne
 the same FLOPs. What is timed is plan, experts and combine from given choices; the router is not. Backward is the time
 of forward and backward less that of forward, as the peers' own benchmarks have it.
 
-    python -m experiments.bench suite=layer                       # on a GPU -> experiments/results/layer.jsonl
+    python -m experiments.bench suite=layer                       # on a GPU -> runs/bench
     python -m experiments.gpu_evidence --out DIR --stage layer    # the same rows -> DIR/gpu-layer.jsonl
 """
 

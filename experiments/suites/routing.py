@@ -3,7 +3,7 @@
 Per size, gate, plan and combine of every backend that works here, and of the eager torch sequence that people write by
 hand, taking turns. Beside them the whole layer, for the share of its time that is routing.
 
-    python -m experiments.bench suite=routing    # -> experiments/results/routing.jsonl
+    python -m experiments.bench suite=routing    # -> runs/bench
 
 Letters: R slots, as in kernels/grouped.py.
 """

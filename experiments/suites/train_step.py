@@ -3,7 +3,7 @@
 Contestants take turns, so that a slow spell of the machine falls on all of them; a row's number is the median of its
 steps. On a GPU rows also have MFU, the model's FLOPs over the matmul rate that this run measured.
 
-    python -m experiments.bench suite=train_step                       # -> experiments/results/train_step.jsonl
+    python -m experiments.bench suite=train_step                       # -> runs/bench
     python -m experiments.gpu_evidence --out DIR --stage train_step    # presets, on a GPU -> DIR/gpu-train_step.jsonl
 """
 

@@ -6,7 +6,7 @@ compile, spills, or gives another result is counted and not timed. `up`, `down`,
 so the best height of its tiles is the one whose four best times have the smallest sum. Repeat it on its own result to
 go on.
 
-    python -m experiments.bench suite=tune    # on a GPU: a row per candidate -> experiments/results/tune.jsonl
+    python -m experiments.bench suite=tune    # on a GPU: a row per candidate -> runs/bench
     python -m experiments.gpu_evidence --out DIR --stage tune    # the same rows -> DIR/gpu-tune.jsonl
 
 Either puts the best tiles beside its rows, in tuning-<architecture>.jsonl.

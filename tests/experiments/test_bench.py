@@ -150,3 +150,25 @@ def test_what_a_layers_benchmark_does_not_know_is_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             command(monkeypatch, "suite=layer", override)
         assert words in capsys.readouterr().err
+
+
+def test_rows_go_below_runs_and_never_by_themselves_into_the_tracked_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for width in (8, 16):
+        command(monkeypatch, "suite=routing", "sizes=smoke", "rounds=1", f"width={width}")
+    names = sorted((tmp_path / "runs" / "bench").iterdir())
+    assert len(names) == 2  # other settings leave the rows that are there alone
+    assert all(path.name.startswith("routing-") and cases.read(path) for path in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    said = [line.removeprefix("rows: ") for line in capsys.readouterr().out.splitlines() if line.startswith("rows: ")]
+    assert sorted(said) == [str(path.relative_to(tmp_path)) for path in names]
+
+
+def test_a_sweep_of_benchmarks_has_a_file_for_each_and_none_is_overwritten(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["-m", "suite=routing", "sizes=smoke", "rounds=1", "width=8,16"]
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, *given, "out=rows.jsonl")
+    assert "would both write to rows.jsonl" in capsys.readouterr().err
+    command(monkeypatch, *given)
+    assert len(list((tmp_path / "runs" / "bench").iterdir())) == 2

@@ -7,7 +7,8 @@ from tests.experiments.gpu_rows import written
 
 def test_the_readme_says_not_yet_measured_with_the_command_that_would(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert "Not yet measured: `python -m experiments.bench suite=routing`" in readme.routing(cases.read(tmp_path / "x"))
+    asked = "Not yet measured: `python -m experiments.bench suite=routing out=experiments/results/routing.jsonl`"
+    assert asked in readme.routing(cases.read(tmp_path / "x"))
     assert "Not yet measured: `python -m experiments.gpu_evidence" in readme.gpu(evidence.read(tmp_path))
 
 
