@@ -45,7 +45,7 @@ INSTEAD = "suite=routing and suite=train_step run on a CPU, and sizes=smoke of t
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    suite: str = "train_step"
+    suite: str = "train_step"  # train_step | routing | kernels | layer | tune
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
     model: ModelConfig = field(default_factory=train_step_suite.bench_model)  # train_step; model=NAME takes a preset
@@ -55,7 +55,7 @@ class BenchConfig:
     compiler: str = "inductor"  # train_step: torch.compile's backend
     batch_size: int = 8  # train_step
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])  # train_step
-    rounds: int = 5
+    rounds: int = 5  # times that every contestant has its turn
     steps: int = 3  # train_step: timed steps per contestant and round, after one untimed
     loads: list[str] = field(default_factory=lambda: list(layer.LOADS))  # layer
     counts: str = ""  # layer: routing/counts.jsonl of a run, for the recorded load
@@ -63,8 +63,8 @@ class BenchConfig:
     d_expert: int = 128  # routing: F of the layer that routing is a share of
     budget: float = 0.0  # seconds after which no new row is started; 0: no limit (not train_step)
     resume: bool = False  # keep the rows of the same code that `out` has (not train_step)
-    device: str = "auto"
-    threads: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int = 0  # CPU threads; 0: torch's default
     out: str = ""  # the file of rows; "": runs/bench/<suite>-<hash of the settings>.jsonl
 
 

@@ -24,7 +24,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.refusals import CONF, check_override, explain, first_line, plain, read_arguments, read_word, singles
+from experiments.pages import help_page
+from experiments.refusals import (
+    CONF,
+    check_override,
+    explain,
+    first_line,
+    groups_of,
+    plain,
+    read_arguments,
+    read_word,
+    singles,
+)
 from experiments.sweeps import Job, Place, check_sweep, one_of_many, placed
 from moe.config.parse import lookup, parse
 from moe.config.run import Config, validate
@@ -71,6 +82,10 @@ def command(
             ConfigStore.instance().store(name=f"schema_{name}", node=schema)
             sys.argv[1:] = [literal(word, verbatim) for word in given]
             arguments = refuse(read_arguments)
+            if arguments.help:
+                about = sys.modules[main.__module__].__doc__ or ""
+                refuse(show_help, about, name, schema, arguments.overrides, complete)
+                return
             jobs = refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
             sweep = refuse(check_sweep, jobs, place, before) if arguments.multirun else None
             if sweep and not any(word.startswith("hydra.sweep.dir=") for word in given):
@@ -171,6 +186,15 @@ def check_overrides(
             return []
         several = [len(lines) > 1 or len(jobs) == 1 for lines in options.values()]
         return [read_job(name, schema, complete, under, list(job), several, i) for i, job in enumerate(jobs)]
+
+
+def show_help(docstring: str, name: str, schema: type, overrides: list[str], complete: bool) -> None:
+    """Print what a command can be told, with the values that the overrides leave. Raises `BadInput`."""
+    check_overrides(name, schema, overrides, False, complete)
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        tree: Any = OmegaConf.to_container(compose(name, schema, overrides), resolve=False)
+    print(help_page.render(docstring, groups_of(schema, complete), schema, flat(tree)))
+    terminal.check()
 
 
 def read_job(

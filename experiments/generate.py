@@ -30,7 +30,7 @@ class GenerateConfig:
     """What to say, and how to choose it."""
 
     run: str = ""  # a run's folder
-    prompt: str = ""
+    prompt: str = ""  # the text to go on from; "": a new document
     which: str = "best"  # best (lowest validation loss) | last | step-N
     show: str = "text"  # text | next (the most probable next tokens, and the experts)
     n: int = 10  # show=next: how many tokens
@@ -38,7 +38,7 @@ class GenerateConfig:
     temperature: float = 0.8  # 0: always the most probable token
     top_k: int = 50  # draw among the k most probable tokens; 0: all
     top_p: float = 0.95  # draw among the fewest tokens that have this probability together; 1: all
-    seed: int = 0
+    seed: int = 0  # of what is drawn
     trust: bool = False  # import the router of one's own (module:Class) that the run names
 
     def __post_init__(self) -> None:

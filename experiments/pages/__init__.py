@@ -4,4 +4,5 @@ tables        one table, two readers
 sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
 router_table  a line per file of conf/router
+help_page     what `--help` prints
 """

@@ -27,7 +27,7 @@ class BalanceConfig:
     entropy: Annotated[float, Between(0, ANY)] = 0.0  # mean entropy of a token's probabilities: lower is more decided
     spread: Annotated[float, Between(0, ANY)] = 0.0  # ln E minus the entropy of the mean probabilities: 0 when even
     bandpass: Annotated[float, Between(0, ANY)] = 0.0  # squared excess of E · m_i over the band [1 − band, 1 + band]
-    band: Annotated[float, Between(0, ANY)] = 0.2
+    band: Annotated[float, Between(0, ANY)] = 0.2  # half the width of that band
     bias_rate: Annotated[float, Between(0, ANY)] = 0.0  # step of the loss-free bias update; needs router.selection_bias
     # sign (2408.15664) | proportional (to the relative excess of load)
     bias_step: Annotated[str, OneOf("sign", "proportional")] = "sign"

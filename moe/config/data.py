@@ -11,6 +11,7 @@ BLEND_DOMAINS = ("drama", "verse", "code", "docs", "math")
 
 @dataclass
 class TokenizerConfig:
+    # char and bpe learn from the text; gpt2 and those with _base are fetched; saved is the one of the run at `path`
     name: Annotated[str, OneOf("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base", "saved")] = "bpe"
     vocab_size: Annotated[int, Between(257, MANY)] = 4096  # of a bpe trained here; the others bring their own
     path: str = ""  # saved: a run's folder, whose tokenizer is taken as it is
@@ -21,8 +22,8 @@ class CleanConfig:
     """The cleaning pipeline's settings; every step counts documents and bytes in and out."""
 
     html: bool = True  # turn HTML documents into text
-    unicode: Annotated[str, OneOf("NFC", "NFKC", "none")] = "NFC"
-    min_chars: Annotated[int, Between(0, MANY)] = 100
+    unicode: Annotated[str, OneOf("NFC", "NFKC", "none")] = "NFC"  # normal form of the text
+    min_chars: Annotated[int, Between(0, MANY)] = 100  # shorter documents are dropped
     max_chars: Annotated[int, Between(0, MANY)] = 0  # 0: no upper limit
     # share of a document's characters in repeated lines above which it goes; 1: keep all
     max_repetition: Annotated[float, Between(0, 1)] = 0.5
@@ -33,6 +34,7 @@ class CleanConfig:
 
 @dataclass
 class DataConfig:
+    # the project's own blend, files of yours, or a dataset
     name: Annotated[str, OneOf("blend", "text", "huggingface")] = "blend"
     path: str = ""  # text: a file, folder or glob; huggingface: a dataset name or folder
     domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all

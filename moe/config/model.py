@@ -20,19 +20,19 @@ class MoEConfig:
     shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
     # layer l has experts where (l + 1) % every == 0 and l >= first_dense; the others are dense MLPs of width d_ff
     every: Annotated[int, Between(1, 100_000)] = 1
-    first_dense: Annotated[int, Between(0, 100_000)] = 0
+    first_dense: Annotated[int, Between(0, 100_000)] = 0  # the first layer (from 0) that may have experts
     widths: list[int] = field(default_factory=list)  # a hidden width per expert; empty: d_expert for all (2408.10681)
     n_experts_by_layer: list[int] = field(default_factory=list)  # E of each MoE layer; empty: n_experts for all
     k_by_layer: list[int] = field(default_factory=list)  # K of each MoE layer; empty: k for all
     # experts that cost nothing, numbered behind the real ones: they give 0, the token back, or a mix of the token and a
     # learned vector (MoE++, 2410.07348)
     n_null: Annotated[int, Between(0, 1_000_000)] = 0
-    n_copy: Annotated[int, Between(0, 1_000_000)] = 0
-    n_constant: Annotated[int, Between(0, 1_000_000)] = 0
+    n_copy: Annotated[int, Between(0, 1_000_000)] = 0  # experts that give the token back
+    n_constant: Annotated[int, Between(0, 1_000_000)] = 0  # experts that mix the token with a learned vector
     # share of a sequence's tokens that enter a block at all, where layer l has experts and (l + 1) % depth_every == 0;
     # elsewhere all do (Mixture-of-Depths, 2404.02258)
     depth: Annotated[float, Between(1e-09, 1)] = 1.0
-    depth_every: Annotated[int, Between(1, 100_000)] = 2
+    depth_every: Annotated[int, Between(1, 100_000)] = 2  # see depth
     # how a token decides alone in evaluation
     depth_causal: Annotated[str, OneOf("threshold", "predictor")] = "threshold"
 
@@ -52,26 +52,26 @@ class ModelConfig:
     """A decoder-only transformer. Zero means "derive it": n_kv_heads = n_heads, head_dim = d_model / n_heads, and
     vocab_size = the tokenizer's."""
 
-    name: str = "cpu-small"
+    name: str = "cpu-small"  # what runs and tables call it
     vocab_size: Annotated[int, Between(0, MANY)] = 0  # V
     context: Annotated[int, Between(1, MANY)] = 256  # S, the longest sequence
     n_layers: Annotated[int, Between(1, 100_000)] = 4  # L
     d_model: Annotated[int, Between(1, 10_000_000)] = 256  # D
     n_heads: Annotated[int, Between(1, 100_000)] = 4  # H
-    n_kv_heads: Annotated[int, Between(0, 100_000)] = 0
-    head_dim: Annotated[int, Between(0, 100_000)] = 0
+    n_kv_heads: Annotated[int, Between(0, 100_000)] = 0  # heads of keys and values; 0: n_heads
+    head_dim: Annotated[int, Between(0, 100_000)] = 0  # channels of a head; 0: d_model / n_heads
     d_ff: Annotated[int, Between(1, 100_000_000)] = 512  # width of a dense MLP
-    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = "swiglu"
-    norm: Annotated[str, OneOf("rms", "layer")] = "rms"
-    norm_eps: Annotated[float, Between(0, 1)] = 1e-5
-    position: Annotated[str, OneOf("rope", "learned")] = "rope"
-    rope_theta: Annotated[float, Between(1, ANY)] = 10000.0
+    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = "swiglu"  # of every MLP and expert
+    norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # root mean square, or mean and variance
+    norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
+    position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rotary, or a learned vector per position
+    rope_theta: Annotated[float, Between(1, ANY)] = 10000.0  # rope: base of the wavelengths
     # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
     qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
     bias: bool = False  # biases on every linear map and norm (GPT-2)
-    tie_embeddings: bool = True
-    init_std: Annotated[float, Between(0, 10)] = 0.02
-    moe: MoEConfig | None = None
+    tie_embeddings: bool = True  # the output map is the embedding
+    init_std: Annotated[float, Between(0, 10)] = 0.02  # standard deviation of initial weights
+    moe: MoEConfig | None = None  # null: a dense model
 
 
 def entering(moe: MoEConfig, length: int) -> int:

@@ -29,11 +29,11 @@ class Between:
     def check(self, key: str, value: Any) -> None:
         """Raises `BadInput` for a value outside, or one that is not finite."""
         if not (self.low <= value <= self.high and math.isfinite(value)):
-            above = self.high >= MANY
-            accepted = (
-                f"a finite number of at least {self.low:g}" if above else f"between {self.low:g} and {self.high:g}"
-            )
-            raise BadInput(f"{key}={value} is out of range: accepted is {accepted}.")
+            number = "a finite number of " if self.high >= MANY else ""
+            raise BadInput(f"{key}={value} is out of range: accepted is {number}{self}.")
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}" if self.high >= MANY else f"between {self.low:g} and {self.high:g}"
 
 
 class OneOf(tuple[str, ...]):
@@ -47,7 +47,10 @@ class OneOf(tuple[str, ...]):
         if value not in self:
             close = difflib.get_close_matches(str(value), self, n=1, cutoff=0.5)
             tail = f"; did you mean {close[0]}" if close else ""
-            raise BadInput(f"{key}={value} is not one of {', '.join(self)}{tail}.")
+            raise BadInput(f"{key}={value} is not one of {self}{tail}.")
+
+    def __str__(self) -> str:
+        return ", ".join(self)
 
 
 def parse(cls: type[T], tree: Any, path: str = "") -> T:

@@ -34,7 +34,7 @@ class RouterConfig:
     scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # factor on every weight (DeepSeek-V3's routed scaling factor)
     # equal groups of neighbouring experts; a token chooses within its k_groups best of them
     groups: Annotated[int, Between(1, MANY)] = 1
-    k_groups: Annotated[int, Between(1, MANY)] = 1
+    k_groups: Annotated[int, Between(1, MANY)] = 1  # see groups
     # how many of its best experts' scores make a group's score (DeepSeek-V3: 2, DeepSeek-V2: 1)
     group_top: Annotated[int, Between(1, MANY)] = 2
     # best | random: the second expert is taken with probability min(1, 2 w_2) (GShard)

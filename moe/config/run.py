@@ -43,7 +43,7 @@ YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb", "t
 class Config:
     """One training run."""
 
-    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # of initial weights, batches and noise
     run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
     resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
     # import the routers of one's own (module:Class) that runs read by this command name; false: only the one that

@@ -12,9 +12,9 @@ from moe.errors import BadInput
 class OptimConfig:
     """AdamW; warm-up, then a schedule."""
 
-    lr: Annotated[float, Between(0, ANY)] = 2e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: Annotated[float, Between(0, 1)] = 1e-8
+    lr: Annotated[float, Between(0, ANY)] = 2e-3  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the running means of gradient and square
+    eps: Annotated[float, Between(0, 1)] = 1e-8  # added to the root of the mean square
     weight_decay: Annotated[float, Between(0, ANY)] = 0.1  # on matrices; never on norms, biases or selection biases
     clip: Annotated[float, Between(0, ANY)] = 1.0  # global gradient norm; 0: off
     # cosine | wsd (warm-up, stable, decay) | constant
@@ -26,7 +26,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: Annotated[int, Between(1, 2**62)] = 600
+    steps: Annotated[int, Between(1, 2**62)] = 600  # optimiser steps
     batch_size: Annotated[int, Between(1, MANY)] = 8  # sequences per optimiser step, B
     accumulate: Annotated[int, Between(1, MANY)] = 1  # micro-batches a step is split into
     # auto | bf16 (autocast) | fp32; auto: the faster one, measured as a run begins (on a GPU bf16 where it has it)
@@ -34,8 +34,8 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     # CPU threads; 0: torch's default. Recorded, because it can change the last bits
     threads: Annotated[int, Between(0, 4096)] = 0
-    checkpoint_activations: bool = False
-    compile: bool = False
+    checkpoint_activations: bool = False  # compute activations again in the backward pass, for less memory
+    compile: bool = False  # torch.compile the model
     non_finite: Annotated[str, OneOf("stop", "skip")] = "stop"  # stop | skip (the step is not taken, and counted)
     eval_every: Annotated[int, Between(0, 2**62)] = 100  # steps; 0: only at the end
     # validation tokens per evaluation, spread evenly over the validation split
@@ -49,8 +49,8 @@ class DistillConfig:
 
     teacher: str = ""  # a run's folder; "": none
     which: str = "best"  # of its checkpoints: best (lowest validation loss) | last | step-N
-    weight: Annotated[float, Between(0, 1)] = 0.5
-    temperature: Annotated[float, Between(0.001, 1000.0)] = 1.0
+    weight: Annotated[float, Between(0, 1)] = 0.5  # share of the loss that is the teacher's
+    temperature: Annotated[float, Between(0.001, 1000.0)] = 1.0  # what logits are divided by
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LogConfig:
     # steps between plain progress lines; metrics.jsonl has a line for every step
     every: Annotated[int, Between(1, 2**62)] = 10
     experts: bool = False  # also write which experts every token took, at every step (moe/analysis/replay.py)
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write TensorBoard files
     wandb: str = ""  # project name; "": off
     trackio: str = ""  # project name; "": off
 

@@ -1,5 +1,5 @@
-"""What a person sees of training: a live bar and a strip of expert load on a terminal, plain lines in a pipe. When
-nobody reads any more, training goes on all the same."""
+"""What a person sees of training: a live bar and a strip of expert load on a terminal, of which a last line stays, and
+plain lines in a pipe. When nobody reads any more, training goes on all the same."""
 
 import sys
 from types import TracebackType
@@ -55,6 +55,7 @@ class Watch:
         self.console = Console()
         self.live: Live | None = None
         self.left = False  # whether the reader has gone, and stderr was told
+        self.last: MetricsLine | None = None
         if sys.stdout.isatty():
             self.bar = Progress(
                 TextColumn(f"[bold]{escape(terminal.printable(name))}"), BarColumn(), MofNCompleteColumn(),
@@ -71,6 +72,8 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live:
             self.live.stop()
+            if self.last:  # the bar is gone
+                self.say(plain_line(self.last, self.steps))
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -83,9 +86,11 @@ class Watch:
         """Show one metrics line; `counts` holds each MoE layer's routed rows per expert."""
         if line.val:
             self.val = f"  val {line.val.loss:.3f}"
+        self.last = line
         if self.live:
             if line.lm_loss is not None:
-                note = f"loss {line.lm_loss:.3f}{self.val}  {line.tokens_per_s:,.0f} tokens/s"
+                vio = f"  max_vio {max(metrics.max_vio for metrics in line.layers):.2f}" if line.layers else ""
+                note = f"loss {line.lm_loss:.3f}{self.val}{vio}  {line.tokens_per_s:,.0f} tokens/s"
                 self.bar.update(self.task, completed=line.step, note=note)
             strips = [
                 Text(f"layer {metrics.layer:>3} ") + load_strip(count_E)

@@ -107,6 +107,14 @@ def test_dark_and_light_define_the_same_colours(one):
     assert "@media (prefers-color-scheme: dark)" in one
 
 
+def test_on_a_phone_the_cells_of_a_table_wrap_after_all_other_rules(one):
+    styles = one[one.index("<style>") : one.index("</style>")]
+    narrow = styles[styles.index("@media (max-width: 36rem)") :]
+    assert "th, td { white-space: normal;" in narrow
+    assert "nowrap" in styles.removesuffix(narrow)
+    assert "nowrap" not in narrow
+
+
 def test_the_dotted_line_stands_where_the_twins_loss_is_reached(one):
     chart = compare_page.loss_chart([fake_pair()], 0, "step")
     mark = {(each["name"], each["x"]): each["y"] for each in chart["marks"]}

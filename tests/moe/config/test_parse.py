@@ -83,7 +83,6 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "data.name": ("blends", "blend"),
     "data.clean.unicode": ("NFKD", "NFKC"),
     "data.on_error": ("skipp", "skip"),
-    "source_state": ("weight", "weights"),
     "optim.schedule": ("cosin", "cosine"),
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),

@@ -78,13 +78,15 @@ def test_on_a_terminal_there_is_a_bar_and_a_strip_of_load_for_each_layer():
         watch.step(MetricsLine(5, 0.0, val=VAL), [])
         watch.step(LINE, COUNTS)
     shown = plain(out.getvalue())
-    last = shown[shown.rindex("my-run") :]
+    last, _, stays = shown[shown.rindex("my-run") :].partition("step 10/20")
     assert "10/20" in last
     assert "50%" in last
-    assert "loss 3.000  val 2.500  12,346 tokens/s" in last
+    assert "loss 3.000  val 2.500  max_vio 1.50  12,346 tokens/s" in last
     assert f"layer   1 ·{STRIP[4]}{STRIP[4]}{STRIP[7]}" in last
     assert f"layer   3 {STRIP[7]}···" in last
-    assert "step 10/20" not in shown
+    # When the bar is gone one line of it is still there.
+    assert shown.count("step 10/20") == 1
+    assert stays.split("\n")[0].strip() == "loss 3.0000  12,346 tokens/s  lr 1.00e-03  max_vio 1.50  dead 3"
 
 
 def test_a_line_whose_evaluation_is_made_up_for_is_shown_without_its_load():
