@@ -21,6 +21,7 @@ Settings that the command line does not give are the source's own, its learning 
 """
 
 import copy
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -78,7 +79,13 @@ class UpcycleConfig(Config):
             raise BadInput(f"others={self.others} with method={self.method}: others and method=merge go together.")
 
 
-@cli.command("upcycle", UpcycleConfig, verbatim=("source", "run"), complete=False)
+def place_in_sweep(cfg: UpcycleConfig, sweep: str, job: str) -> tuple[UpcycleConfig, Path]:
+    """The settings of a sweep's job: with a folder of its own in `run`."""
+    run = Path(cfg.run, job)
+    return dataclasses.replace(cfg, run=str(run)), run
+
+
+@cli.command("upcycle", UpcycleConfig, verbatim=("source", "run"), complete=False, place=place_in_sweep)
 def main(cfg: UpcycleConfig) -> None:
     """Write the new run's folder and say how to train it."""
     create(cfg, cli.keys_given())

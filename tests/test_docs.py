@@ -28,7 +28,7 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = list(dict.fromkeys(commands_of(TEXT)))  # what stands on two pages is run once
 EXPERIMENTS = [line for line in COMMANDS if line.startswith("python -m experiments")]
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLE, LIBRARY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEMO = next(line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "experiments.compare" in line)
 
 TRAINING = (
@@ -140,6 +140,15 @@ def test_the_router_of_ones_own_is_short_and_passes_what_every_router_must(folde
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert "passed" in done.stdout
+
+
+def test_the_kernels_are_a_library_as_the_page_says():
+    """The example ends with gradients, and holds a backend to the definition on its way; torch is all it needs."""
+    code = "import sys\nsys.modules['moe'] = sys.modules['triton'] = None\n"
+    code += f"{LIBRARY}\nfor t in (x_TD, w_router_ED):\n    assert t.grad.isfinite().all() and t.grad.abs().sum() > 0\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "assert_close" in LIBRARY
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

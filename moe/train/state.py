@@ -94,7 +94,7 @@ def save_checkpoint(
 def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], None]) -> None:
     """Give a new run the weights of the checkpoint in `cfg.source`, and with `cfg.source_state` all the rest of it.
     `tokenizer`: the fingerprint of this run's. Raises `BadInput` for a checkpoint that does not fit."""
-    # Its weights, if the two fit.
+    # A checkpoint of this tokenizer, model and place in the data.
     snapshot, about = checkpoint.load(Path(cfg.source)), f"source={cfg.source}"
     meta = snapshot.meta
     if meta["tokenizer"] != tokenizer:
@@ -108,6 +108,8 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
             state.loader.check_state(meta["loader"])
     except BadInput as error:
         raise BadInput(f"{about} does not fit this run: {error}") from error
+
+    # Its weights, or all of it, under the schedule given here.
     if cfg.source_state == "weights":
         say(f"source: the weights of {cfg.source}")
         return

@@ -86,8 +86,20 @@ def test_after_a_sweep_its_results_are_handed_over_in_order(monkeypatch, tmp_pat
     assert seen == called
 
 
-@pytest.mark.parametrize("error", [BadInput("it is not so."), ZeroDivisionError("not so")])
-def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(error, monkeypatch, tmp_path, capsys):
+NO_MEMORY = "there is not enough memory: make the batch, the context or the model smaller, or close other programs."
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "traceback"),
+    [
+        (BadInput("it is not so."), "it is not so.", False),
+        (MemoryError(), NO_MEMORY, False),
+        (ZeroDivisionError("not so"), "ZeroDivisionError: not so.", True),
+    ],
+)
+def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(
+    error, why, traceback, monkeypatch, tmp_path, capsys
+):
     def main(cfg):
         if cfg.seed == 4:
             raise error
@@ -101,7 +113,7 @@ def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(error,
         cli.command("train", Config, after=lambda *given: seen.append(given))(main)()
     assert seen == [([3, 5], ["seed"])]
     printed = capsys.readouterr()
-    why = error if isinstance(error, BadInput) else "ZeroDivisionError: not so."
+    assert ("Traceback" in printed.err) == traceback
     assert printed.err.endswith(f"error: 1 of 3 jobs failed:\n  job 2 of 3 (seed=4): {why}\n")
     assert printed.out.splitlines() == [f"job {i + 1} of 3: seed={3 + i}" for i in range(3)]
 

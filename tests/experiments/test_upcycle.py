@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.upcycle
+from experiments.upcycle import UpcycleConfig, place_in_sweep
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.run import checkpoint
@@ -239,3 +241,9 @@ def test_experts_of_a_run_that_was_never_validated_cannot_be_pruned(command, moe
     folder, status, _, err = command("method=prune", source=unfinished)
     assert (status, folder.exists()) == (2, False)
     assert err == f"error: source={unfinished} is not finished: which experts are busy is in its summary.json.\n"
+
+
+def test_the_jobs_of_a_sweep_have_folders_in_the_one_that_is_named():
+    cfg = UpcycleConfig(source="runs/a", run="runs/new")
+    placed, path = place_in_sweep(cfg, "sweep-method-1234", "copy")
+    assert (placed.run, path, cfg.run) == ("runs/new/copy", Path("runs/new/copy"), "runs/new")
