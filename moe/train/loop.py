@@ -89,6 +89,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     if started and cfg.train.precision == "auto":
         cfg.train.precision = recorded.train.precision  # measured when it began
+    if started and cfg.optim.warmup < 0:
+        cfg.optim.warmup = recorded.optim.warmup  # derived when it began, or what was the default then
     cfg = resolve(cfg, folder, dataset, device, say)
     changes: list[str] = []
     if started and Path(recorded.source).is_relative_to(cfg.source or recorded.source):

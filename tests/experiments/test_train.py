@@ -168,6 +168,14 @@ def test_a_run_keeps_the_number_of_steps_that_its_learning_rate_rises(corpus, tm
     assert rates[:2] == [rates[1] / 2, max(rates)]
 
 
+def test_a_run_of_another_default_goes_on_with_its_own_warm_up(corpus, tmp_path):
+    """Also where the whole command is repeated, which gives none."""
+    train(settings(corpus, tmp_path / "whole", {"optim.warmup": 5}))
+    train_until(settings(corpus, tmp_path / "run", {"optim.warmup": 5}), 4)
+    train(settings(corpus, tmp_path / "run", {"optim.warmup": -1, "resume": True}))
+    assert fate(tmp_path / "run") == fate(tmp_path / "whole")
+
+
 def test_a_short_run_needs_no_other_setting(command):
     status, _, err, (cfg,) = command("train.steps=30")
     assert (status, err, cfg.train.steps) == (0, "", 30)
