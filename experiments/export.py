@@ -4,7 +4,8 @@
     python -m experiments.export run=runs/NAME to=exported which=last
 
 AutoModelForCausalLM.from_pretrained("exported") computes the same logits, and AutoTokenizer.from_pretrained("exported")
-gives the same ids for every text. A model or a tokenizer that transformers cannot have is refused.
+gives the same ids for every text. A model or a tokenizer that transformers cannot have is refused. Of a run with
+data.documents=separate the logits are the same for one document at a time.
 `python -m experiments.import_hf` is the way back.
 """
 
@@ -45,6 +46,8 @@ def main(cfg: ExportConfig) -> None:
     kind = f"tokenizer {tokenizer.name}" if cfg.with_tokenizer else "no tokenizer (AutoTokenizer makes an empty one)"
     n_parameters = sum(weight.numel() for weight in model.parameters())
     terminal.say(f"exported: {folder}  {family_of(model.cfg, run_config.router)}, {n_parameters:,} parameters, {kind}")
+    if model.document_end is not None:
+        terminal.say("data.documents=separate: transformers attends across documents, so give it one at a time")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def _initial_state(cfg: Config, tensors: Tensors, dataset: Dataset) -> State:
     """What training starts from: the model with these tensors, an optimiser without a past, the first batch."""
     machine.set_threads(cfg.train)
     seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router, cfg.balance)
+    model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(dataset.tokenizer.eot))
     load_model(model, tensors)
     loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
     return State(model, build_optimizer(model, cfg.optim), loader)

@@ -36,6 +36,7 @@ from moe.run.folder import flat, read_config
 NOT_RECORDED = -128  # what a step holds before it is written; no router gives it
 # What decides a step's tokens: settings whose names begin like this.
 SAME = ("seed", "tokenizer.", "data.", "model.context", "train.batch_size")
+NOT_SAME = (*FREE, "data.documents")  # but for these
 
 
 def path_of(folder: Path, layer: int) -> Path:
@@ -334,7 +335,7 @@ class Replay:
 
 def tokens_of(cfg: Config) -> dict[str, Any]:
     """The settings that decide a step's tokens, by their full names."""
-    return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in FREE}
+    return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in NOT_SAME}
 
 
 def _dtype(cfg: Config, layer: int) -> "np.dtype[Any]":

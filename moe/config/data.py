@@ -52,7 +52,14 @@ class DataConfig:
     val_fraction: Annotated[float, Between(0.0001, 0.5)] = 0.05  # share of documents, by hash, held out
     cache: str = ""  # prepared corpora; "": $SWITCHYARD_CACHE, else ~/.cache/switchyard
     workers: Annotated[int, Between(0, 256)] = 0  # loader processes; the batches do not depend on it
+    # packed: a token attends to all of its window before it | separate: to its own document alone, in which its
+    # position is counted from 0 (from the window's start for one that began before it)
+    documents: Annotated[str, OneOf("packed", "separate")] = "packed"
     clean: CleanConfig = field(default_factory=CleanConfig)
+
+    def document_end(self, eot: int) -> int | None:
+        """The token that a model has to know the end of a document by: `eot`, or None where they are packed."""
+        return eot if self.documents == "separate" else None
 
 
 def validate_tokenizer(cfg: TokenizerConfig) -> None:

@@ -36,7 +36,7 @@ RESUMABLE = (
     "tokenizer.path",
 )
 # Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
-YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb", "tokenizer.path")
+YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb", "data.documents", "tokenizer.path")
 
 
 @dataclass

@@ -103,7 +103,8 @@ def _build(
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
     """Everything that decides a prepared corpus' content."""
     settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer), "format": FORMAT}
-    for where_or_how in ("cache", "workers", "on_error"):  # what a skipping preparation left out is in its manifest
+    # What a skipping preparation left out is in its manifest.
+    for where_or_how in ("cache", "workers", "on_error", "documents"):
         del settings["data"][where_or_how]
     if data.max_document_mb == DataConfig.max_document_mb:  # so were all corpora that are older than the setting
         del settings["data"]["max_document_mb"]

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, rotary positions and the KV cache.
+"""Causal grouped-query attention, rotary positions, documents within a window and the KV cache.
 
 Letters beyond the glossary: d channels of a head (cos and sin have one entry for two of them).
 """
@@ -20,7 +20,14 @@ class KVCache:
         shape = (cfg.n_layers, 2, batch, cfg.n_kv_heads or cfg.n_heads, cfg.context, head_dim(cfg))
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = torch.ones((cfg.n_layers, batch, cfg.context), dtype=torch.bool, device=device)  # see `Attention`
+        self.tokens = torch.zeros((batch, cfg.context), dtype=torch.int64, device=device)  # see `read`
         self.length = 0
+
+    def read(self, tokens_BS: Tensor) -> Tensor:
+        """All tokens so far, these (B, S) behind them: where documents are separate, they say who attends to whom."""
+        end = self.length + tokens_BS.shape[1]
+        self.tokens[:, self.length : end] = tokens_BS
+        return self.tokens[:, :end]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, kv heads, S, head_dim) of layer `layer` behind what is there; returns all keys and values so
@@ -46,6 +53,18 @@ def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     return torch.cat((a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd), dim=-1).to(x_BHSd.dtype)
 
 
+def within_documents(tokens_BS: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
+    """Where tokens are in their document, from 0, and which tokens each may attend to, those of its document up to
+    itself: (B, S) -> (B, S) int64 and (B, 1, S, S) bool, of queries and keys.
+
+    A document ends with the token `document_end`, which is its own; the window's first one begins with the window."""
+    index_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    first_BS = F.pad(tokens_BS[:, :-1] == document_end, (1, 0), value=True)
+    start_BS = torch.where(first_BS, index_S, 0).cummax(-1).values
+    attends_BSS = (start_BS[:, :, None] <= index_S) & (index_S <= index_S[:, None])
+    return index_S - start_BS, attends_BSS[:, None]
+
+
 def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm` computed in its weight's dtype: under autocast a projection is bf16 and the fused norm wants one dtype."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
@@ -54,7 +73,8 @@ def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE).
 
-    keys_BS: which of these positions are attended to, if not all. The outputs of the others mean nothing."""
+    keys_BS: which of these positions are attended to, if not all. The outputs of the others mean nothing.
+    mask: which keys a query may attend to, (B, 1, S, all keys) bool; without it all up to its own position."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -78,6 +98,7 @@ class Attention(nn.Module):
         layer: int,
         cache: KVCache | None = None,
         keys_BS: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.cfg.qk_norm == "full":
@@ -91,8 +112,9 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.extend(layer, k, v)
-        mask = None
-        if keys_BS is not None or (past and q.shape[2] > 1):  # causal, shifted by the past
+        if mask is not None:  # torch's memory-efficient kernel takes a mask, but wants a key head for every head
+            k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+        elif keys_BS is not None or (past and q.shape[2] > 1):  # causal, shifted by the past
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
         if keys_BS is not None and mask is not None:
             if cache is not None:

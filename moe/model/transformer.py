@@ -19,7 +19,7 @@ from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, head_dim, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.model.attention import Attention, KVCache, rotary
+from moe.model.attention import Attention, KVCache, rotary, within_documents
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
@@ -68,19 +68,24 @@ class Block(nn.Module):
         backend: str,
         cache: KVCache | None,
         layer_input: LayerInput = LayerInput(),  # noqa: B008 — immutable
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, LayerRouting | None]:
         if self.depth is None:
-            return self.feed(self.attend(x_BSD, rope, cache), backend, layer_input)
+            return self.feed(self.attend(x_BSD, rope, cache, mask=mask), backend, layer_input)
         entry, (b, s, d) = self.depth(x_BSD), x_BSD.shape
         if self.training:  # as many tokens of every sequence: they are a batch of shorter sequences
             assert cache is None, "in training a whole sequence decides together who enters: no cache"
             place_BJ = entry.token_I.view(b, -1) % s
+            row_B1 = torch.arange(b, device=x_BSD.device)[:, None]
             if rope is not None:
-                rope = rope[0][place_BJ][:, None], rope[1][place_BJ][:, None]
-            h_BSD = self.attend(entry.take(x_BSD).view(b, -1, d), rope, None)
+                cos, sin = (angles.expand(b, 1, s, -1)[row_B1, 0, place_BJ][:, None] for angles in rope)
+                rope = cos, sin
+            if mask is not None:
+                mask = mask[row_B1[:, :, None], 0, place_BJ[:, :, None], place_BJ[:, None]][:, None]
+            h_BSD = self.attend(entry.take(x_BSD).view(b, -1, d), rope, None, mask=mask)
         else:
             enters_BS = torch.zeros(b * s, dtype=torch.bool, device=x_BSD.device).index_fill(0, entry.token_I, True)
-            h_BSD = entry.take(self.attend(x_BSD, rope, cache, enters_BS.view(b, s)))[None]
+            h_BSD = entry.take(self.attend(x_BSD, rope, cache, enters_BS.view(b, s), mask))[None]
         y_BSD, report = self.feed(h_BSD, backend, entry.narrow(layer_input))
         assert report is not None, "only MoE layers have a depth router"
         return entry.put(x_BSD, y_BSD.flatten(0, 1)), entry.report(report, b * s)
@@ -91,9 +96,10 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         keys_BS: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """x + attention(norm(x))."""
-        return x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS)
+        return x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS, mask)
 
     def feed(self, x_BSD: Tensor, backend: str, layer_input: LayerInput) -> tuple[Tensor, LayerRouting | None]:
         """x + mlp(norm(x)), and what the router did, if there is one."""
@@ -107,14 +113,22 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model: tokens (B, S) int64 -> `Output` with logits (B, S, V).
 
-    Weights are uninitialised until `initialize` or a checkpoint fills them. `cfg.vocab_size` must be set."""
+    Weights are uninitialised until `initialize` or a checkpoint fills them. `cfg.vocab_size` must be set. Where there
+    is a `document_end`, a token attends to its own document alone, in which its position is counted; that token ends
+    each one (data.documents=separate)."""
 
     cos_Sd: Tensor
     sin_Sd: Tensor
 
-    def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig | None = None) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        router: RouterConfig,
+        balance: BalanceConfig | None = None,
+        document_end: int | None = None,
+    ) -> None:
         super().__init__()
-        self.cfg, self.router = cfg, router
+        self.cfg, self.router, self.document_end = cfg, router, document_end
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.position == "learned":
             self.position = nn.Embedding(cfg.context, cfg.d_model)
@@ -148,12 +162,20 @@ class Transformer(nn.Module):
         end = past + tokens_BS.shape[1]
         if end > self.cfg.context:
             raise ValueError(f"{end} positions exceed model.context={self.cfg.context}")
+        # Positions: in the window, or in each document. Every target counts, also the first of a document, predicted
+        # from the end of the one before: so do torchtitan's, and Megatron's unless eod_mask_loss is set.
+        place: slice | Tensor = slice(past, end)  # or (B, S)
+        mask = None
+        if self.document_end is not None:
+            read_BS = tokens_BS if cache is None else cache.read(tokens_BS)
+            place_BS, mask = within_documents(read_BS, self.document_end)
+            place, mask = place_BS[:, past:], mask[:, :, past:]
         # Embed; positions are added here, or turn queries and keys in every block.
         x_BSD, rope = self.embed(tokens_BS), None
         if self.cfg.position == "learned":
-            x_BSD = x_BSD + self.position.weight[past:end]
-        else:
-            rope = self.cos_Sd[past:end], self.sin_Sd[past:end]
+            x_BSD = x_BSD + self.position.weight[place]
+        else:  # (1, S, d) or (B, 1, S, d), for every head
+            rope = self.cos_Sd[place].unsqueeze(-3), self.sin_Sd[place].unsqueeze(-3)
         # The blocks. An MoE layer is given more than its states, and tells what its router did.
         routing: list[LayerRouting] = []
         tokens_T = tokens_BS.flatten()
@@ -169,7 +191,7 @@ class Transformer(nn.Module):
                     step=steps[n_before] if steps is not None else Step(),
                     recorded_TK=recorded[n_before] if recorded is not None else None,
                 )
-            arguments = (x_BSD, rope, backend, cache, layer_input)
+            arguments = (x_BSD, rope, backend, cache, layer_input, mask)
             if checkpoint_activations:
                 x_BSD, report = checkpoint(block, *arguments, use_reentrant=False)
             else:

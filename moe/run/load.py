@@ -26,8 +26,8 @@ def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple
             f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
             f"{snapshot.meta['tokenizer']}: put that one back, or choose another run."
         )
-    check_unedited(run, cfg, ("model", "router", "balance"))
-    model = Transformer(cfg.model, cfg.router, cfg.balance).eval()
+    check_unedited(run, cfg, ("model", "router", "balance", "data.documents"))
+    model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)).eval()
     try:
         load_model(model, snapshot.model)
     except BadInput as error:

@@ -64,6 +64,13 @@ def test_transformers_reads_and_continues_text_as_the_run_does(export, trained):
         assert theirs.decode(said) == tokenizer.decode([*tokenizer.encode(text), *ours])
 
 
+def test_what_transformers_does_with_documents_that_the_run_kept_separate_is_said(export, tmp_path, corpus):
+    folder = tmp_path / "separate"
+    train(settings(corpus, folder, EXPORTABLE | {"data.documents": "separate", "train.steps": 1, "optim.warmup": 0}))
+    assert "data.documents=separate: transformers attends across documents" in export(f"run={folder}")[2]
+    assert "attends across" not in export(f"to={tmp_path / 'another'}")[2]
+
+
 def test_a_folder_without_a_tokenizer_is_written_only_when_asked_for(export):
     folder, status, out, _ = export("with_tokenizer=false", "which=last")
     assert (status, sorted(path.name for path in folder.iterdir())) == (0, ["config.json", "model.safetensors"])

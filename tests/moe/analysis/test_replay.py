@@ -310,6 +310,10 @@ def test_a_replay_on_other_batches_or_without_meaning_is_refused(changes, words,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_replay_of_the_same_batches_may_tell_their_documents_apart(recorded, corpus, tmp_path):
+    Replay(settings(corpus, tmp_path / "run", _again(recorded, **{"data.documents": "separate"})))
+
+
 def test_a_dense_run_has_no_choices_to_write(corpus, tmp_path):
     train(settings(corpus, tmp_path / "run", {"model.moe": None, "log.experts": True, "train.steps": 2}))
     assert not list((tmp_path / "run" / "routing").glob("experts-*"))

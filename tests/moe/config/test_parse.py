@@ -82,6 +82,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "tokenizer.name": ("gpt-2", "gpt2"),
     "data.name": ("blends", "blend"),
     "data.clean.unicode": ("NFKD", "NFKC"),
+    "data.documents": ("seperate", "separate"),
     "optim.schedule": ("cosin", "cosine"),
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),

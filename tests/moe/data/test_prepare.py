@@ -96,11 +96,11 @@ def test_a_second_call_opens_the_folder_without_doing_anything_again(prepare_doc
     assert prepare_documents(documents).sha256 == first.sha256
 
 
-def test_a_changed_source_or_setting_makes_a_new_folder_and_the_worker_count_does_not(
+def test_a_changed_source_or_setting_makes_a_new_folder_and_how_the_text_is_read_does_not(
     prepare_documents,
 ):
     documents = documents_of(60)
-    same = {prepare_documents(documents, **each).folder for each in ({}, {"workers": 2})}
+    same = {prepare_documents(documents, **each).folder for each in ({}, {"workers": 2}, {"documents": "separate"})}
     assert len(same) == 1
     others = [
         prepare_documents(documents[1:]),

@@ -228,6 +228,12 @@ def test_experts_that_choose_among_a_batch_leak_and_those_that_are_chosen_do_not
     assert leak > 1e-6 if leaks else leak < 1e-10
 
 
+def test_separate_documents_do_not_leak_wherever_they_end(make_model, tokens):
+    model = make_model()
+    model.document_end = int(tokens[0, 4])
+    assert causal_leak(model, tokens) < 1e-10
+
+
 def test_a_dense_model_does_not_leak_and_measuring_changes_nothing(make_model, tokens):
     model = make_model(dtype=torch.float32, moe=None)
     before = {name: each.clone() for name, each in model.state_dict().items()}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moe.model.attention import Attention, KVCache, rotary, rotate
+from moe.model.attention import Attention, KVCache, rotary, rotate, within_documents
 
 
 def _attention(cfg, seed=0):
@@ -103,3 +103,20 @@ def test_a_layer_writes_its_own_part_of_the_cache_and_gets_back_its_own_dtype(mo
     torch.testing.assert_close(k, torch.cat((first[0], second[0]), 2).bfloat16())
     torch.testing.assert_close(v, torch.cat((first[1], second[1]), 2).bfloat16())
     assert (cache.store[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "documents"),
+    [
+        ([1, 2, 3, 4], [[0, 1, 2, 3]]),
+        ([1, 9, 3, 4], [[0, 1], [2, 3]]),
+        ([9, 2, 9, 9], [[0], [1, 2], [3]]),
+        ([1, 2, 3, 9], [[0, 1, 2, 3]]),
+        ([9], [[0]]),
+    ],
+)
+def test_a_token_may_attend_to_its_document_up_to_itself_and_the_end_token_belongs_to_the_one_it_ends(row, documents):
+    place_BS, attends_B1SS = within_documents(torch.tensor([row, row]), document_end=9)
+    assert place_BS.tolist() == [[i for document in documents for i in range(len(document))]] * 2
+    allowed = [[key for key in document if key <= query] for document in documents for query in document]
+    assert [row_S.nonzero().flatten().tolist() for row_S in attends_B1SS[1, 0]] == allowed

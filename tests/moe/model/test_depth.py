@@ -1,5 +1,6 @@
 """Mixture-of-Depths against the plain block, run on the tokens that enter one sequence at a time."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig, entering
 from moe.config.router import RouterConfig
 from moe.model import cost
-from moe.model.attention import KVCache
+from moe.model.attention import KVCache, within_documents
 from moe.model.depth import DepthRouter
 from moe.model.layer import LayerInput
 from moe.model.transformer import Block
@@ -104,6 +105,29 @@ def test_the_block_is_the_plain_block_on_the_tokens_that_enter(model, router, tr
         assert torch.equal(out[b, outside], x_SD[outside])
     assert 0 < n_entered < 33
     assert report.skipped == 33 - n_entered
+
+
+@CAUSAL
+@TRAINING
+def test_of_separate_documents_the_tokens_that_enter_see_those_of_their_own(model, training, depth_causal):
+    """Who enters is decided in the whole window."""
+    model = model(depth_causal=depth_causal).train(training)
+    x, plain = _x(), _plain(model)
+    ends = [[3, 7], [0, 5], []]
+    place, mask = within_documents(torch.tensor([[s in row for s in range(11)] for row in ends]).long(), 1)
+    rope = tuple(angles[place][:, None].double() for angles in (model.cos_Sd, model.sin_Sd))
+    out, _ = model.blocks[1](x, rope, "torch", None, LayerInput(_ids(x).flatten()), mask)
+    for b, x_SD in enumerate(x):
+        entered, expected, starts = _entering(model, x_SD), x_SD.clone(), [0, *(end + 1 for end in ends[b]), 11]
+        for start, end in itertools.pairwise(starts):
+            at = [s for s in entered if start <= s < end]
+            own = [s - start for s in at]
+            angles = model.cos_Sd[own].double(), model.sin_Sd[own].double()
+            y_SD = plain(x_SD[at][None], angles, "reference", None)[0][0] if at else []
+            for y_D, s in zip(y_SD, at, strict=True):
+                gate = 1 / (1 + math.exp(-_score(model.blocks[1].depth.score, x_SD[s])))
+                expected[s] = (1 - gate) * x_SD[s] + gate * y_D
+        torch.testing.assert_close(out[b], expected, **EXACT)
 
 
 @pytest.mark.parametrize("router", ["softmax", "expert-choice"])

@@ -1,5 +1,6 @@
 """The transformer: initialisation, patterns of layers, variants, loss."""
 
+import copy
 import math
 
 import numpy as np
@@ -152,6 +153,87 @@ def test_every_variant_is_the_same_with_either_backend_and_with_a_cache(make_mod
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-11, atol=1e-11)
 
 
+END = 16
+LENGTHS = [[4, 1, 5, 3], [13]]  # of the documents of two windows; what the last one has beyond is cut off
+
+
+def _windows(change=()):
+    """(2, 13) tokens, documents of `LENGTHS`, each ended by `END` but the last ones; those in `change` are others."""
+    generator, rows = torch.Generator().manual_seed(3), []
+    for row, lengths in enumerate(LENGTHS):
+        documents = [torch.randint(0, END, (length,), generator=generator) for length in lengths]
+        for i, document in enumerate(documents):
+            document.add_((row, i) in change).remainder_(END)
+        for document in documents[:-1]:
+            document[-1] = END
+        rows.append(torch.cat(documents))
+    return torch.stack(rows)
+
+
+def _alone(model, tokens, **how):
+    """Every document by itself in a model that knows of no documents: (2, 13, V)."""
+    packed = copy.copy(model)
+    packed.document_end = None
+    rows = [row.split(lengths) for row, lengths in zip(tokens, LENGTHS, strict=True)]
+    return torch.stack([torch.cat([packed(part[None], **how).logits_BSV[0] for part in row]) for row in rows])
+
+
+@pytest.mark.parametrize("moe", ["dense", "shared"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_separate_documents_are_each_as_if_alone_and_so_are_their_gradients(make_model, variant, moe):
+    model, tokens = make_model(**VARIANTS[variant], moe=EXPERTS[moe]), _windows()
+    weights = torch.randn(2, 13, 17, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = _alone(model, tokens, backend="reference")
+    (expected * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.document_end = END
+    for kept in (False, True):
+        model.zero_grad()
+        logits = model(tokens, checkpoint_activations=kept).logits_BSV
+        torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+        (logits * weights).sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-9, atol=1e-10, msg=name)
+    model.document_end = None
+    assert (model(tokens).logits_BSV - expected)[0, 4:].abs().amax(-1).min() > 1e-3  # packed they are not
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_no_other_document_moves_a_documents_logits_nor_gets_a_gradient_of_them(make_model, position):
+    model, states = make_model(position=position), []
+    model.document_end = END
+    model.embed.register_forward_hook(lambda module, inputs, output: states.append(output))
+    tokens = _windows()
+    before, after = (model(each).logits_BSV for each in (tokens, _windows(change=[(0, 0), (0, 3)])))
+    torch.testing.assert_close(before[0, 4:10], after[0, 4:10], rtol=1e-12, atol=1e-12)
+    assert (before - after)[0, :4].abs().max() > 1e-3
+    (gradient,) = torch.autograd.grad(before[0, 5:10].square().sum(), states[0])
+    assert gradient[0, 5:10].abs().amax(-1).min() > 0
+    assert (gradient[0, :5] == 0).all()
+    assert (gradient[0, 10:] == 0).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_knows_the_documents_of_what_it_holds(make_model, variant):
+    model, tokens = make_model(**VARIANTS[variant]), _windows()
+    with torch.no_grad():
+        expected = _alone(model, tokens)
+        model.document_end = END
+        for pieces in ([13], [1] * 13, [4, 1, 6, 2]):
+            cache = KVCache(model.cfg, 2, torch.float64, tokens.device)
+            parts = [model(part, cache=cache).logits_BSV for part in tokens.split(pieces, 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_packed_documents_are_one_causal_text_without_a_mask(make_model, monkeypatch):
+    """What keeps the kernels, and every bit, that a model has had before there was another way."""
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+    record = lambda *states, **how: calls.append((how["attn_mask"], how["is_causal"])) or attention(*states, **how)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    make_model()(_windows())
+    assert calls == [(None, True)] * 2
+
+
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_the_norm_is_the_named_one(make_model, norm):
     model, x = make_model(norm=norm, norm_eps=1e-3), torch.randn(3, 12, dtype=torch.float64)
@@ -181,8 +263,10 @@ def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, fir
     assert len(model(tokens).routing) == len(routed)
 
 
-def test_the_whole_model_compiles_into_one_graph(make_model, tokens):
+@pytest.mark.parametrize("documents", ["packed", "separate"])
+def test_the_whole_model_compiles_into_one_graph(make_model, tokens, documents):
     model = make_model(n_layers=1, moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1))
+    model.document_end = int(tokens[0, 4]) if documents == "separate" else None
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -79,6 +79,13 @@ def test_weights_that_do_not_fit_the_config_are_refused(run):
             load_run(run)
 
 
+def test_a_model_knows_the_end_of_a_document_where_its_run_kept_documents_separate(run):
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    assert load_run(run)[0].document_end is None
+    (run / "config.yaml").write_text(yaml.safe_dump(tree | {"data": tree["data"] | {"documents": "separate"}}))
+    assert load_run(run)[0].document_end == BYTES.eot
+
+
 @pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"just text"])
 def test_a_damaged_config_is_refused(run, content):
     (run / "config.yaml").write_bytes(content)

@@ -1,6 +1,7 @@
 """Claims about the training loop: its variants, and what it writes down."""
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -15,11 +16,14 @@ import moe.train.step
 from moe.config.parse import to_dict
 from moe.config.run import build
 from moe.data import loader
+from moe.data.prepare import prepare
+from moe.errors import BadInput
 from moe.model import cost
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
 from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
+from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
 from moe.train.optimizer import learning_rate
 from tests.small_runs import EVALUATED, STEPS, TIMINGS, fate, settings, silent, tensors_digest, train
@@ -80,6 +84,55 @@ def test_bf16_is_autocast_over_fp32_weights(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     snapshot = checkpoint.load(checkpoint.latest(tmp_path / "bf16" / "checkpoints", silent))
     assert {value.dtype for value in (*snapshot.model.values(), *snapshot.optimizer.values())} == {torch.float32}
+
+
+LONG = {"model.context": 128, "model.init_std": 0.3, "train.steps": 2, "train.eval_tokens": 10**6}
+
+
+@pytest.fixture(scope="module")
+def documents(corpus, tmp_path_factory):
+    """{packed or separate: the folder of a run whose windows have several documents, and its summary}."""
+    root = tmp_path_factory.mktemp("documents")
+    changes = LONG | {"train.accumulate": 2, "train.checkpoint_activations": True}
+    names = ("packed", "separate")
+    return {
+        name: (root / name, train(settings(corpus, root / name, changes | {"data.documents": name}))) for name in names
+    }
+
+
+def test_a_run_of_separate_documents_is_validated_on_each_by_itself(documents):
+    folder, summary = documents["separate"]
+    assert summary.dataset == documents["packed"][1].dataset  # the same windows
+    cfg, eot = read_config(folder), load_run(folder)[1].eot
+    split = prepare(cfg.data, cfg.tokenizer, silent).split("val")
+    starts = loader.validation_starts(split, cfg.model.context, cfg.train.eval_tokens)
+    windows = torch.from_numpy(split.read(starts, cfg.model.context)[0])
+    model = load_run(folder, "last")[0].double()
+    assert model.document_end == eot
+    model.document_end = None
+    nats, n_documents = [], 0
+    for window in windows:
+        ends = (window[:-1] == eot).nonzero().flatten().tolist()
+        bounds = sorted({0, *(end + 1 for end in ends), len(window) - 1})
+        n_documents += len(bounds) - 1
+        for start, end in itertools.pairwise(bounds):
+            log_prob_1SV = model(window[None, start:end]).logits_BSV.log_softmax(-1)
+            nats += [-log_prob_1SV[0, i, window[start + i + 1]].item() for i in range(end - start)]
+    assert n_documents > len(windows)
+    assert summary.val.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
+
+
+def test_documents_are_kept_apart_in_training_too_and_to_the_end_of_a_run(documents, corpus):
+    losses = [read_lines(folder / "metrics.jsonl")[1]["lm_loss"] for folder, _ in documents.values()]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # of the same weights and the same tokens
+    with pytest.raises(BadInput, match=r"data\.documents"):
+        train(
+            settings(
+                corpus,
+                documents["separate"][0],
+                LONG | {"train.accumulate": 2, "resume": True, "data.documents": "packed"},
+            )
+        )
 
 
 def test_training_learns(corpus, tmp_path):
