@@ -19,7 +19,7 @@ def prepare_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(moe.data.shards, "SHARD_TOKENS", 700)
     monkeypatch.setattr(moe.data.shards, "ENCODE_CHARACTERS", 900)
 
-    def build(documents: list[Document], tokenizer=BYTE, say=silent, /, **settings) -> Dataset:
+    def build(documents: list[Document], /, tokenizer=BYTE, say=silent, **settings) -> Dataset:
         settings = {"cache": str(tmp_path), "clean": AS_IT_IS, "val_fraction": 0.2} | settings
         content = hashlib.sha256(repr(documents).encode()).hexdigest()
         monkeypatch.setattr(moe.data.prepare.sources, "documents", lambda cfg, cache, unreadable: iter(documents))
