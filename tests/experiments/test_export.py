@@ -84,7 +84,7 @@ def test_a_folder_without_a_tokenizer_is_written_only_when_asked_for(export):
         ("to=", "to=... is needed"),
         ("run=nowhere", "run=nowhere is not a run's folder"),
         ("which=step-5", "which=step-5 is not one of"),
-        ("with_tokenizer=byte", "with_tokenizer: Value 'byte' is not a valid bool"),
+        ("with_tokenizer=byte", "with_tokenizer=byte must be true or false"),
         ("form=gguf", "form is not a setting"),
     ],
 )

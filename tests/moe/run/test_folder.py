@@ -333,7 +333,7 @@ def test_a_config_that_is_wrong_is_refused_by_its_name(what, tmp_path):
 
 def test_settings_in_a_checkpoint_that_are_wrong_are_refused_by_its_name(finished, tmp_path):
     path, meta = checkpoint.newest_meta(finished / "checkpoints")
-    with pytest.raises(BadInput, match=rf"^{path}/meta\.json: config: seed='x' must be of type int"):
+    with pytest.raises(BadInput, match=rf"^{path}/meta\.json: config: seed='x' must be a whole number"):
         checkpoint.config_of(path, meta | {"config": {"seed": "x"}})
     with pytest.raises(BadInput, match=rf"^{path}/meta\.json: config: "):
         checkpoint.config_of(path, {})
