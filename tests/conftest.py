@@ -21,8 +21,8 @@ from tests.small_models import made_run, run  # noqa: F401 — fixtures: a run w
 from tests.small_runs import corpus, whole  # noqa: F401 — fixtures for every test of training runs
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as a kernel is defined, which is later: whoever needs one imports it
-# It makes its table of torch's functions now, before a test puts another in the place of one. It imports Triton's own.
+    os.environ["TRITON_INTERPRET"] = "1"  # read as a kernel is defined, Triton's own too: whoever needs one imports it
+# Makes its table of torch's functions here, before a test puts another in the place of one; it imports Triton.
 importlib.import_module("torch._dynamo")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of these share the cores: one thread each,
