@@ -8,6 +8,7 @@ fused         the experts on the Triton kernels below, as one autograd function:
   ragged_mm     each expert's rows times its matrix, gather and activation fused in
   ragged_wgrad  weight gradients
   combine       a token's rows, summed
+operands      what all of them ask of their operands, in a sentence each
 tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here
 aot           every kernel compiled for GPUs that are not here: registers, spills, shared memory, instructions (aot.txt)
 """

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operands
+
 UNROLLED = 16  # rows per token that are all in flight at once
 CELLS = 1024  # sums that one program keeps
 
@@ -54,6 +56,13 @@ def combine(
     """(N, D) in slots -> (T, D): every token's rows, weighted if weights are given.
 
     Rows come in token order: token t's are start_T1[t] to start_T1[t + 1], or, without start_T1, N / T each."""
+    operands.fit(
+        "combine", y=(y_ND, "S D", operands.FLOATS), slot_N=(slot_N, "N", (torch.int32,)),
+        weight=(None if weight_N is None else weight_N.flatten(), "N", operands.FLOATS),
+        start_T1=(start_T1, "T1", (torch.int64,)), offset_E1=(offset_E1, "E1", (torch.int32,)),
+    )  # fmt: skip
+    if start_T1 is None and n_tokens and len(slot_N) % n_tokens:
+        raise ValueError(f"combine takes as many rows for every token, or start_T1; {len(slot_N)} are of {n_tokens}.")
     out_TD = y_ND.new_empty(n_tokens, y_ND.shape[1])
     if out_TD.numel() == 0:
         return out_TD

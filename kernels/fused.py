@@ -2,21 +2,21 @@
 
 One autograd function, registered with torch.library, so that torch.compile sees opaque ops and no graph break. It saves
 x, the pre-activation z and the routing: 2 D + 4 K F + O(K) bytes a token in 16 bits for swiglu (z has 2 F columns). y
-is never kept and h is recomputed. Shapes and meaning as in `reference.experts`; nothing here waits for the device.
+is never kept and h is recomputed; z is not written where nothing wants a gradient, and a gradient that nothing wants is
+not computed. Shapes and meaning as in `reference.experts`; nothing here waits for the device.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import tuning
+from kernels import operands, tuning
 from kernels.combine import combine
 from kernels.gate import refuse_second_derivative
 from kernels.plan import Plan, plan
 from kernels.ragged_mm import dh, down, dx, up
 from kernels.ragged_wgrad import ragged_wgrad
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+NAME = "dispatch=triton"
 
 
 @torch.library.custom_op("switchyard::plan", mutates_args=())
@@ -41,39 +41,53 @@ def _(expert, token_N, n_experts, dtype, tf32, even=True):  # type: ignore[no-un
 @torch.library.custom_op("switchyard::fused_experts", mutates_args=())
 def _forward(
     x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, routing: list[Tensor],
-    start_T1: Tensor | None, activation: str, tf32: bool,
+    start_T1: Tensor | None, activation: str, tf32: bool, keep_z: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layer's output and z, which has no rows unless it is kept for the backward."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
     with torch.cuda.device_of(x_TD):
-        z, h = up(x_TD, w_up_EFD, where, activation, tile("up"), tf32)
+        z, h = up(x_TD, w_up_EFD, where, activation, tile("up"), tf32, keep_z)
         y_ND = down(h, w_down_EDF, where, tile("down"), tf32)
-        return combine(y_ND, where.slot_N, weight_N, start_T1, where.offset_E1, len(x_TD)), z
+        out_TD = combine(y_ND, where.slot_N, weight_N.flatten(), start_T1, where.offset_E1, len(x_TD))
+    return out_TD, z
 
 
 @_forward.register_fake
-def _(x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, activation, tf32):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), x_TD.new_empty(weight_N.numel(), w_up_EFD.shape[1])
+def _(x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, activation, tf32, keep_z=True):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), x_TD.new_empty(weight_N.numel() if keep_z else 0, w_up_EFD.shape[1])
 
 
 @torch.library.custom_op("switchyard::fused_experts_backward", mutates_args=())
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
     routing: list[Tensor], start_T1: Tensor | None, activation: str, tf32: bool,
+    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients that are asked for, and nothing in the place of the others."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
+    dx_TD, dw_up_EFD, dw_down_EDF = (x_TD.new_empty(0) for _ in range(3))
     with torch.cuda.device_of(x_TD):
-        dz, h, dweight_N = dh(dout_TD, w_down_EDF, z, weight_N, where, activation, tile("dh"), tf32)
-        dw_down_EDF = ragged_wgrad(dout_TD, h, where, True, len(w_up_EFD), tile("wgrad"), tf32)
+        dz, h, dweight_N = dh(
+            dout_TD, w_down_EDF, z, weight_N.flatten(), where, activation, tile("dh"), tf32,
+            for_z=for_x or for_up, for_h=for_down, for_weight=for_weight,
+        )  # fmt: skip
+        if for_down:
+            dw_down_EDF = ragged_wgrad(dout_TD, h, where, True, len(w_up_EFD), tile("wgrad"), tf32)
         del h
-        dw_up_EFD = ragged_wgrad(dz, x_TD, where, False, len(w_up_EFD), tile("wgrad"), tf32)
-        dx_ND = dx(dz, w_up_EFD, where, tile("dx"), tf32)
-        dx_TD = combine(dx_ND, where.slot_N, None, start_T1, where.offset_E1, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N.view(weight_N.shape)
+        if for_up:
+            dw_up_EFD = ragged_wgrad(dz, x_TD, where, False, len(w_up_EFD), tile("wgrad"), tf32)
+        if for_x:
+            dx_ND = dx(dz, w_up_EFD, where, tile("dx"), tf32)
+            dx_TD = combine(dx_ND, where.slot_N, None, start_T1, where.offset_E1, len(x_TD))
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N.view(weight_N.shape) if for_weight else dweight_N
 
 
 @_backward.register_fake
-def _(dout_TD, x_TD, z, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
+def _(
+    dout_TD, x_TD, z, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, activation, tf32,
+    for_x=True, for_up=True, for_down=True, for_weight=True,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N), (for_x, for_up, for_down, for_weight))
 
 
 def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
@@ -83,7 +97,8 @@ def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, ctx.activation, ctx.tf32 = inputs
+    x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, ctx.activation, ctx.tf32, keep_z = inputs
+    assert keep_z, "a gradient is wanted of a layer that did not keep z"
     ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, start_T1, *routing)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or a tensor of zeros as large as z would be made for it
@@ -91,13 +106,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _autograd_backward(ctx, dout_TD, dz):  # type: ignore[no-untyped-def]
     *tensors, start_T1 = (saved := ctx.saved_tensors)[:6]  # once: activation checkpointing unpacks no tensor twice
-    routing = list(saved[6:])
-    if dout_TD is None:
-        return *[None] * 4, [None] * len(routing), None, None, None
-    dx_TD, dw_up, dw_down, dweight = _backward(
-        dout_TD.contiguous(), *tensors, routing, start_T1, ctx.activation, ctx.tf32
-    )
-    return dx_TD, dw_up, dw_down, dweight, [None] * len(routing), None, None, None
+    routing, wanted = list(saved[6:]), ctx.needs_input_grad[:4]
+    gradients = [None] * 4
+    if dout_TD is not None:
+        computed = _backward(dout_TD.contiguous(), *tensors, routing, start_T1, ctx.activation, ctx.tf32, *wanted)
+        gradients = [gradient if want else None for gradient, want in zip(computed, wanted, strict=True)]
+    # None for the rest: an argument that has its default is not among them.
+    return *gradients, [None] * len(routing), *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -118,20 +133,23 @@ def experts(
 
     expert and weight are (T, K) with token_N None, or (N,) with token_N (N,) ascending; -1 is no expert. tf32: float32
     may be multiplied in tf32 (10 bits of mantissa), where the GPU's matrix cores do that, instead of exactly. Under
-    autocast x and the weights are rounded to its dtype. Raises `ValueError` for operands the kernels do not take."""
+    autocast x and the weights are rounded to its dtype. Raises `ValueError` for operands the kernels do not take, in a
+    debug build (TRITON_DEBUG=1) for wrong rows too, and `NotImplementedError` for forward-mode derivatives."""
     kind = x_TD.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
     _check(x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, activation)
+    operands.refuse_tangents(NAME, x_TD, w_up_EFD, w_down_EDF, weight)
     n_tokens, n_experts = len(x_TD), len(w_up_EFD)
+    expert = operands.rows(NAME, expert, token_N, n_tokens, n_experts)
     start_T1 = None
     if token_N is not None:
         token_N = token_N.contiguous()
         start_T1 = torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=x_TD.device))
     routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32, tuning.is_even(w_up_EFD))
-    operands = (x_TD.contiguous(), w_up_EFD.contiguous(), w_down_EDF.contiguous(), weight.contiguous())
-    out_TD, _ = _forward(*operands, list(routing), start_T1, activation, tf32)
+    floats = (x_TD.contiguous(), w_up_EFD.contiguous(), w_down_EDF.contiguous(), weight.contiguous())
+    out_TD, _ = _forward(*floats, list(routing), start_T1, activation, tf32, operands.wants_gradient(*floats))
     return out_TD, Plan(*routing).offset_E1.diff().long()
 
 
@@ -140,38 +158,13 @@ def _check(
     activation: str,
 ) -> None:  # fmt: skip
     """One sentence for what the kernels do not take."""
-    # What kind of operands they are, wherever they lie.
-    e, d, f = len(w_up_EFD), x_TD.shape[-1], w_down_EDF.shape[-1]
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}.")
-    if x_TD.dtype not in DTYPES or not x_TD.dtype == w_up_EFD.dtype == w_down_EDF.dtype:
-        raise ValueError(
-            f"dispatch=triton takes x and both weights in one of bfloat16, float16, float32, float64; they are "
-            f"{x_TD.dtype}, {w_up_EFD.dtype}, {w_down_EDF.dtype}. dispatch=reference takes any."
-        )
-    operands = (x_TD, w_up_EFD, w_down_EDF, expert, weight, token_N)
-    devices = {tensor.device for tensor in operands if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"dispatch=triton takes operands on one device; they are on {sorted(map(str, devices))}.")
-
-    # Shapes: of the layer and its weights, then of the routing.
-    gate = 2 if activation == "swiglu" else 1
-    if x_TD.dim() != 2 or w_up_EFD.shape != (e, gate * f, d) or w_down_EDF.shape != (e, d, f):
-        raise ValueError(
-            f"dispatch=triton takes x (T, D), w_up (E, {gate}F, D), w_down (E, D, F); they are {tuple(x_TD.shape)}, "
-            f"{tuple(w_up_EFD.shape)}, {tuple(w_down_EDF.shape)}."
-        )
-    rows = (len(x_TD), expert.shape[-1]) if token_N is None else token_N.shape
-    if expert.shape != weight.shape or expert.shape != rows:
-        raise ValueError(
-            f"dispatch=triton takes expert and weight (T, K), or (N,) with token_N (N,); they are "
-            f"{tuple(expert.shape)}, {tuple(weight.shape)}, {None if token_N is None else tuple(token_N.shape)}."
-        )
-
+    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, activation)
     # Sizes that 32-bit addresses and row numbers still reach.
-    if gate * f * d >= 2**31:  # an address within one expert's matrix is an int32
+    width, d = w_up_EFD.shape[1:]
+    if width * d >= 2**31:  # an address within one expert's matrix is an int32
         raise ValueError(
-            f"dispatch=triton takes experts whose w_up has fewer than 2^31 elements; {gate}F·D is {gate * f * d}."
+            f"dispatch=triton takes experts whose w_up has fewer than 2^31 elements; "
+            f"{2 if activation == 'swiglu' else 1}F·D is {width * d}."
         )
     if expert.numel() >= 2**31:
         raise ValueError(f"dispatch=triton takes fewer than 2^31 routed rows; there are {expert.numel()}.")

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operands
+
+NAME = "dispatch=triton"
 CELLS = 2048  # logits that one program holds: 8 to a thread, or the rounds of argmax spill
 WARPS = 8
 
@@ -30,21 +33,27 @@ def _load(logits, t, n_tokens, E: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.c
 
 @triton.jit
 def _score(value, real, SCORE: tl.constexpr, TINY: tl.constexpr):
-    """(score, probability, log-sum-exp, softmax): scores as chosen by, probabilities that sum to 1 per token."""
+    """(score, probability, log-sum-exp, its slope): scores as chosen by, probabilities that sum to 1 per token.
+
+    Of a row whose largest logit is infinite the softmax is NaN and the log-sum-exp that infinity, as torch has them; a
+    sigmoid is 1 or 0 there, as anywhere, and the log-sum-exp's slope NaN at the infinite logit alone."""
     low = tl.where(real[None, :], value, float("-inf"))
     top = tl.max(low, 1)
+    infinite = tl.abs(top) == float("inf")
     power = tl.exp(low - top[:, None])
     total = tl.sum(power, 1)
     softmax = power / total[:, None]
-    lse = top + tl.log(total)
+    lse = tl.where(infinite, top, top + tl.log(total))
+    slope = softmax
     if SCORE == "softmax":
         score = softmax
         prob = softmax
     else:
         tl.static_assert(SCORE == "sigmoid")
+        slope = tl.where(infinite[:, None], power, softmax)
         score = tl.where(real[None, :], 1 / (1 + tl.exp(-value)), 0.0)
         prob = score / tl.maximum(tl.sum(score, 1), TINY)[:, None]
-    return score, prob, lse, softmax
+    return score, prob, lse, slope
 
 
 @triton.jit
@@ -139,7 +148,7 @@ def _gate_backward(
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n_tokens
     value, e, real = _load(logits, t, n_tokens, E, 1, 1, MEMBERS)
-    score, prob, _, softmax = _score(value, real, SCORE, TINY)
+    score, prob, _, slope = _score(value, real, SCORE, TINY)
 
     # The weights' gradients to the columns that were chosen, and through their scale or their sum to the scores.
     dchosen = tl.zeros((ROWS, MEMBERS), dtype=score.dtype)
@@ -165,7 +174,10 @@ def _gate_backward(
         inner = tl.where(sum_score > TINY, tl.sum(dp * prob, 1)[:, None], 0.0)
         dscore += (dp - inner) / tl.maximum(sum_score, TINY)
         dlogits = dscore * score * (1 - score)
-    dlogits += tl.load(dlse + t, mask=live, other=0.0)[:, None] * softmax
+    dlse_T1 = tl.load(dlse + t, mask=live, other=0.0)[:, None]
+    if SCORE == "sigmoid":  # a slope of NaN has no say where nobody reads the log-sum-exp
+        slope = tl.where(dlse_T1 == 0, 0.0, slope)
+    dlogits += dlse_T1 * slope
     tl.store(out + t.to(tl.int64)[:, None] * E + e[None, :], dlogits, mask=live[:, None] & real[None, :])
 
 
@@ -268,12 +280,12 @@ def gate(
     group_top: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.gate` on a GPU: (T, E) float32 or float64 -> expert (T, K) int64, weight (T, K), log-sum-exp (T,) and
-    the probabilities' sum over tokens (E,). Raises `ValueError` for other dtypes and a choice that cannot be made."""
+    the probabilities' sum over tokens (E,). Raises `ValueError` for other dtypes and a choice that cannot be made, and
+    `NotImplementedError` for forward-mode derivatives."""
     if logits_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"router logits are {logits_TE.dtype}; dispatch=triton takes float32 or float64.")
-    n_experts = logits_TE.shape[1]
-    if n_experts % groups or not 0 < k <= k_groups * (n_experts // groups):
-        raise ValueError(f"k={k} cannot be chosen in {k_groups} of {groups} equal groups of {n_experts} experts.")
-    bias = None if bias_E is None else bias_E.to(logits_TE.dtype).contiguous()
+    operands.choice(NAME, logits_TE, k, score, bias_E, groups, k_groups)
+    operands.refuse_tangents(NAME, logits_TE)
+    bias = None if bias_E is None else bias_E.detach().to(logits_TE.dtype).contiguous()
     arguments = (k, score, bias, renormalize, scale, groups, k_groups, group_top)
     return _forward(logits_TE.contiguous(), *arguments)

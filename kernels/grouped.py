@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import operands, reference
+
+NAME = "dispatch=torch"
 
 
 @torch.library.custom_op("switchyard::grouped_experts", mutates_args=())
@@ -29,7 +31,9 @@ def _forward(
     offset_E1: Tensor,
     n_slots: int,
     activation: str,
+    keep_z: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    """The layer's output and z, which has no rows unless it is kept for the backward."""
     spans = _spans(offset_E1)
     x_RD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
     z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
@@ -40,54 +44,69 @@ def _forward(
     for e, lo, hi in spans:
         torch.mm(h_RF[lo:hi], w_down_EDF[e].T, out=y_RD[lo:hi])
     y_RD[offset_E1[-1] :] = 0
-    return _combine(y_RD, slot_N, token_N, weight_N, len(x_TD)), z_RF
+    out_TD = _combine(y_RD, slot_N, token_N, weight_N, len(x_TD))
+    return out_TD, z_RF if keep_z else z_RF.new_empty(0, z_RF.shape[1])
 
 
 @_forward.register_fake
-def _(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), x_TD.new_empty(n_slots, w_up_EFD.shape[1])
+def _(
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation, keep_z=True
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return torch.empty_like(x_TD), x_TD.new_empty(n_slots if keep_z else 0, w_up_EFD.shape[1])
 
 
 @torch.library.custom_op("switchyard::grouped_experts_backward", mutates_args=())
 def _backward(
-    dout_TD: Tensor,
-    x_TD: Tensor,
-    z_RF: Tensor,
-    w_up_EFD: Tensor,
-    w_down_EDF: Tensor,
-    weight_N: Tensor,
-    token_N: Tensor,
-    slot_N: Tensor,
-    offset_E1: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
+    token_N: Tensor, slot_N: Tensor, offset_E1: Tensor, activation: str,
+    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients that are asked for, and nothing in the place of the others."""
     spans = _spans(offset_E1)
     token_R = _to_slots(token_N, slot_N, len(z_RF))
     # Empty slots read token 0 and weigh nothing: whatever they compute, they add zero to every gradient.
     weight_R1 = _to_slots(weight_N, slot_N, len(z_RF))[:, None].to(x_TD.dtype)
-    x_RD, dout_RD = x_TD.index_select(0, token_R), dout_TD.index_select(0, token_R)
+    dout_RD = dout_TD.index_select(0, token_R)
     dh_RF = torch.zeros_like(z_RF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
-    for e, lo, hi in spans:
-        torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
+    if for_x or for_up or for_weight:
+        for e, lo, hi in spans:
+            torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
     h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, activation)
-    dweight_R = torch.linalg.vecdot(dh_RF.to(weight_N.dtype), h_RF.to(weight_N.dtype))
-    h_RF = h_RF * weight_R1
-    dx_RD = torch.empty_like(x_RD)
-    dw_up_EFD, dw_down_EDF = torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF)
-    for e in set(range(len(w_up_EFD))) - {e for e, _, _ in spans}:
-        dw_up_EFD[e], dw_down_EDF[e] = 0, 0
-    for e, lo, hi in spans:
-        torch.mm(dout_RD[lo:hi].T, h_RF[lo:hi], out=dw_down_EDF[e])
-        torch.mm(dz_RF[lo:hi].T, x_RD[lo:hi], out=dw_up_EFD[e])
-        torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
-    dx_RD[offset_E1[-1] :] = 0
-    dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_R.index_select(0, slot_N)
+    dx_TD, dw_up_EFD, dw_down_EDF = (x_TD.new_empty(0) for _ in range(3))
+    dweight_N = weight_N.new_empty(0)
+    if for_weight:
+        dweight_R = torch.linalg.vecdot(dh_RF.to(weight_N.dtype), h_RF.to(weight_N.dtype))
+        dweight_N = dweight_R.index_select(0, slot_N)
+    if for_down:
+        dw_down_EDF = _weight_gradient(dout_RD, h_RF * weight_R1, w_down_EDF, spans)
+    if for_up:
+        dw_up_EFD = _weight_gradient(dz_RF, x_TD.index_select(0, token_R), w_up_EFD, spans)
+    if for_x:
+        dx_RD = torch.empty_like(dout_RD)
+        for e, lo, hi in spans:
+            torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
+        dx_RD[offset_E1[-1] :] = 0
+        dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N
 
 
 @_backward.register_fake
-def _(dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), torch.empty_like(w_up_EFD), torch.empty_like(w_down_EDF), torch.empty_like(weight_N)
+def _(
+    dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, activation,
+    for_x=True, for_up=True, for_down=True, for_weight=True,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    wanted = (for_x, for_up, for_down, for_weight)
+    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N), wanted)
+
+
+def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    """p^T q over every expert's slots, written in its place of one tensor like w; 0 for an expert without rows."""
+    dw = torch.empty_like(w)
+    for e in set(range(len(w))) - {e for e, _, _ in spans}:
+        dw[e] = 0
+    for e, lo, hi in spans:
+        torch.mm(p[lo:hi].T, q[lo:hi], out=dw[e])
+    return dw
 
 
 def slots(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:
@@ -96,6 +115,7 @@ def slots(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:
     `reference.plan` with every expert's first slot at a multiple of a power of two, at most 32 and an eighth of an
     expert's mean rows: a CPU's matmul library compiles a kernel per shape, and loads differ at every step. Slots
     between an expert's last row and the next expert's first are empty."""
+    operands.ids("slots", expert_N)
     align = 1
     while align < 32 and 16 * align * n_experts <= len(expert_N):
         align *= 2
@@ -142,17 +162,20 @@ def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, 
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation = inputs
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation, keep_z = inputs
+    assert keep_z, "a gradient is wanted of a layer that did not keep z"
     ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or an (R, F) tensor of zeros would be made for z
 
 
 def _autograd_backward(ctx, dout_TD, dz_RF):  # type: ignore[no-untyped-def]
-    if dout_TD is None:
-        return (None,) * 9
-    dx, dw_up, dw_down, dweight = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation)
-    return dx, dw_up, dw_down, dweight, None, None, None, None, None
+    gradients, wanted = [None] * 4, ctx.needs_input_grad[:4]
+    if dout_TD is not None:
+        computed = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation, *wanted)
+        gradients = [gradient if want else None for gradient, want in zip(computed, wanted, strict=True)]
+    # None for the rest: an argument that has its default is not among them.
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -169,10 +192,17 @@ def experts(
 ) -> Tensor:
     """`reference.experts` with one sort and no per-expert gradient copies. `token_N` must be ascending.
 
-    Under autocast, x and the weights are rounded to its dtype first; sums accumulate in float32."""
+    Under autocast, x and the weights are rounded to its dtype first; sums accumulate in float32. Raises `ValueError`
+    for operands of other types and shapes, in a debug build (TRITON_DEBUG=1) for wrong rows too, and
+    `NotImplementedError` for forward-mode derivatives."""
     kind = x_TD.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
-    out_TD, _ = _forward(x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, *slots(expert_N, len(w_up_EFD)), activation)
+    floats = (x_TD, w_up_EFD, w_down_EDF, weight_N)
+    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation)
+    operands.refuse_tangents(NAME, *floats)
+    expert_N = operands.rows(NAME, expert_N, token_N, len(x_TD), len(w_up_EFD))
+    where = slots(expert_N, len(w_up_EFD))
+    out_TD, _ = _forward(*floats, token_N, *where, activation, operands.wants_gradient(*floats))
     return out_TD

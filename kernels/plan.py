@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import operands
+
 BLOCK = 512  # rows that one program places, at most
 SCHEDULE = 64  # tiles that one program schedules, at most
 CELLS = 8192  # counts, or pairs of rows, or of a tile and an expert, that a program holds at a time
@@ -130,8 +132,13 @@ def _schedule(
 def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -> Plan:
     """Sort routed rows by expert: expert (T, K), or (N,) with token_N (N,) int64 -> the plan for tiles of block_m rows.
 
-    -1 is no expert. An id of E or more is an error that a debug build (TRITON_DEBUG=1) stops at, on the device; without
-    it such a row is treated as having no expert."""
+    -1 is no expert. An id of E or more and tokens that do not ascend are errors that a debug build (TRITON_DEBUG=1)
+    stops at; without it a row of such an id is treated as having no expert. Raises `ValueError` for other types, and
+    for rows that are not contiguous."""
+    operands.ids("plan", expert, token_N)
+    rows = "T K" if token_N is None else "N"
+    operands.fit("plan", expert=(expert, rows, (torch.int64,)), token_N=(token_N, "N", (torch.int64,)))
+    expert = operands.rows("plan", expert, token_N, 2**31, n_experts)
     n_rows, k = expert.numel(), 0 if token_N is not None else expert.shape[-1]
     empty = functools.partial(torch.empty, dtype=torch.int32, device=expert.device)
     n_blocks, n_tiles = triton.cdiv(n_rows, BLOCK), triton.cdiv(n_rows, block_m) + n_experts

@@ -22,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import tuning
+from kernels import operands, tuning
 from kernels.plan import Plan
 
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+MAPS = (torch.int32,)  # what a plan's parts are
 
 
 @triton.jit
@@ -89,25 +90,28 @@ def _store(y, out, slot, live, start, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _store_activated(y, z, h, slot, live, start, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """z = y and h = act(y). For swiglu y holds gate and up columns in turns, z keeps them in two halves."""
+    """z = y, if there is a z, and h = act(y). For swiglu y holds gate and up columns in turns, z keeps them in two
+    halves."""
     at = slot.to(tl.int64)[:, None]
     if ACTIVATION == "swiglu":
         gate, up = y.reshape(y.shape[0], y.shape[1] // 2, 2).split()
         f = start // 2 + tl.arange(0, y.shape[1] // 2)[None, :]
         keep = live[:, None] & (f < COLUMNS // 2)
-        tl.store(z + at * COLUMNS + f, gate.to(z.dtype.element_ty), mask=keep)
-        tl.store(z + at * COLUMNS + (COLUMNS // 2 + f), up.to(z.dtype.element_ty), mask=keep)
+        if z is not None:
+            tl.store(z + at * COLUMNS + f, gate.to(z.dtype.element_ty), mask=keep)
+            tl.store(z + at * COLUMNS + (COLUMNS // 2 + f), up.to(z.dtype.element_ty), mask=keep)
         tl.store(h + at * (COLUMNS // 2) + f, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=keep)
     else:
-        _store(y, z, slot, live, start, COLUMNS)
+        if z is not None:
+            _store(y, z, slot, live, start, COLUMNS)
         # Of z as it is stored, as the backward will read it; in its fewer bits it also takes fewer registers.
-        value, _ = activate(y.to(z.dtype.element_ty).to(y.dtype), ACTIVATION)
+        value, _ = activate(y.to(h.dtype.element_ty).to(y.dtype), ACTIVATION)
         _store(value, h, slot, live, start, COLUMNS)
 
 
 @triton.jit
 def _store_backward(dh, z, dz, h, w, slot, live, start, F: tl.constexpr, ACTIVATION: tl.constexpr):
-    """dz = act'(z) dh w and w h; returns <dh, h> over these columns, the gradient of w."""
+    """dz = act'(z) dh w and w h, those that there are; returns <dh, h> over these columns, the gradient of w."""
     at = slot.to(tl.int64)[:, None]
     f = start + tl.arange(0, dh.shape[1])[None, :]
     keep = live[:, None] & (f < F)
@@ -117,13 +121,16 @@ def _store_backward(dh, z, dz, h, w, slot, live, start, F: tl.constexpr, ACTIVAT
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         value = silu * up
-        dgate = dh * w[:, None] * up * (sigmoid + silu * (1 - sigmoid))
-        tl.store(dz + at * (2 * F) + f, dgate.to(dz.dtype.element_ty), mask=keep)
-        tl.store(dz + at * (2 * F) + (F + f), (dh * w[:, None] * silu).to(dz.dtype.element_ty), mask=keep)
+        if dz is not None:
+            dgate = dh * w[:, None] * up * (sigmoid + silu * (1 - sigmoid))
+            tl.store(dz + at * (2 * F) + f, dgate.to(dz.dtype.element_ty), mask=keep)
+            tl.store(dz + at * (2 * F) + (F + f), (dh * w[:, None] * silu).to(dz.dtype.element_ty), mask=keep)
     else:
         value, slope = activate(tl.load(z + at * F + f, mask=keep, other=0.0).to(dh.dtype), ACTIVATION)
-        _store(dh * w[:, None] * slope, dz, slot, live, start, F)
-    _store(value * w[:, None], h, slot, live, start, F)
+        if dz is not None:
+            _store(dh * w[:, None] * slope, dz, slot, live, start, F)
+    if h is not None:
+        _store(value * w[:, None], h, slot, live, start, F)
     return tl.sum(dh * value, 1)
 
 
@@ -236,7 +243,7 @@ def _ragged_mm(
             else:
                 tl.static_assert(EPILOGUE == "backward")
                 total += _store_backward(slices[part], z, out, h, w, slot, live, start, COLUMNS, ACTIVATION)
-        if EPILOGUE == "backward":
+        if dweight is not None:
             # Each tile of columns leaves its part of d(weight); the host adds them up.
             tl.store(dweight + source_row.to(tl.int64) * TILES_N + tile_n, total, mask=live)
 
@@ -247,18 +254,22 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def up(
-    x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, activation: str, tile: tuning.Tile, tf32: bool
+    x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, activation: str, tile: tuning.Tile, tf32: bool, keep_z: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """z = x[token] @ w_up[e]^T and h = act(z): -> (N, F) or (N, 2F) for swiglu, (N, F), in slots."""
+    """z = x[token] @ w_up[e]^T and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept; (N, F), in
+    slots."""
+    _fit("up", plan, x=(x_TD, "T D"), w_up=(w_up_EFD, "E W D"))
     n_rows, width = len(plan.row_N), w_up_EFD.shape[1]
-    z = x_TD.new_empty(n_rows, width)
+    z = x_TD.new_empty(n_rows if keep_z else 0, width)
     h = x_TD.new_empty(n_rows, width // 2 if activation == "swiglu" else width)
-    _launch(x_TD, w_up_EFD, z, plan, tile, tf32, "activate", activation, gather=True, k_major=True, h=h)
+    kept = z if keep_z else None
+    _launch(x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", activation, gather=True, k_major=True, h=h)
     return z, h
 
 
 def down(h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool) -> Tensor:
     """y = h @ w_down[e]^T: (N, F) -> (N, D), in slots."""
+    _fit("down", plan, h=(h_NF, "N F"), w_down=(w_down_EDF, "E D F"))
     y = h_NF.new_empty(len(h_NF), w_down_EDF.shape[1])
     _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", "", gather=False, k_major=True)
     return y
@@ -266,33 +277,50 @@ def down(h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: 
 
 def dh(
     dout_TD: Tensor, w_down_EDF: Tensor, z: Tensor, weight_N: Tensor, plan: Plan, activation: str, tile: tuning.Tile,
-    tf32: bool,
+    tf32: bool, for_z: bool = True, for_h: bool = True, for_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/dz, the weighted hidden rows w h, and dL/dw: -> (as z), (N, F), in slots; (N,) by row, 0 without expert."""
-    dz, h = torch.empty_like(z), z.new_empty(len(z), w_down_EDF.shape[2])
-    parts = weight_N.new_zeros(len(z), triton.cdiv(h.shape[1], tile.block_n))
+    """dL/dz, the weighted hidden rows w h, and dL/dw: -> (as z), (N, F), in slots; (N,) by row, 0 without expert. Those
+    that are not asked for have no row."""
+    _fit("dh", plan, dout=(dout_TD, "T D"), w_down=(w_down_EDF, "E D F"), z=(z, "N W"))
+    operands.fit("dh", weight=(weight_N, "N", operands.FLOATS), row_N=(plan.row_N, "N", MAPS))
+    n_rows, width = len(z), w_down_EDF.shape[2]
+    if z.shape[1] != (2 * width if activation == "swiglu" else width):
+        raise ValueError(f"dh takes the z of w_down's F={width} and {activation}; it is {tuple(z.shape)}.")
+    dz = z.new_empty(n_rows if for_z else 0, z.shape[1])
+    h = z.new_empty(n_rows if for_h else 0, width)
+    parts = weight_N.new_zeros(n_rows if for_weight else 0, triton.cdiv(width, tile.block_n))
     _launch(
-        dout_TD, w_down_EDF, dz, plan, tile, tf32, "backward", activation, gather=True, k_major=False,
-        h=h, z=z, weight=weight_N, dweight=parts,
+        dout_TD, w_down_EDF, dz if for_z else None, plan, tile, tf32, "backward", activation, gather=True,
+        k_major=False, h=h if for_h else None, z=z, weight=weight_N, dweight=parts if for_weight else None,
     )  # fmt: skip
     return dz, h, parts.sum(1)
 
 
 def dx(dz: Tensor, w_up_EFD: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool) -> Tensor:
     """dx = dz @ w_up[e]: -> (N, D), in slots."""
+    _fit("dx", plan, dz=(dz, "N W"), w_up=(w_up_EFD, "E W D"))
     out = dz.new_empty(len(dz), w_up_EFD.shape[2])
     _launch(dz, w_up_EFD, out, plan, tile, tf32, "store", "", gather=False, k_major=False)
     return out
 
 
+def _fit(name: str, plan: Plan, **floats: tuple[Tensor | None, str]) -> None:
+    """Operands of one type, and those in slots of as many rows as the plan has."""
+    (first, _), *_ = floats.values()
+    dtypes = operands.FLOATS if first is None or first.dtype not in operands.FLOATS else (first.dtype,)
+    kinds = {key: (tensor, letters, dtypes) for key, (tensor, letters) in floats.items()}
+    operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
+
+
 def _launch(
-    a: Tensor, b: Tensor, out: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str, activation: str,
+    a: Tensor, b: Tensor, out: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str, activation: str,
     gather: bool, k_major: bool, h: Tensor | None = None, z: Tensor | None = None, weight: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One use of the kernel: b is (E, columns, inner) when k_major, else (E, inner, columns)."""
+    """One use of the kernel: b is (E, columns, inner) when k_major, else (E, inner, columns). An output that is None is
+    not written."""
     n_experts, n_columns, inner = b.shape if k_major else (b.shape[0], b.shape[2], b.shape[1])
-    if out.numel() == 0:
+    if not len(plan.row_N) or not n_columns:
         return
 
     # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.

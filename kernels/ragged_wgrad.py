@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
+from kernels import operands, tuning
 from kernels.plan import Plan
-from kernels.ragged_mm import accumulator, clamp, dot
+from kernels.ragged_mm import MAPS, accumulator, clamp, dot
 
 
 @triton.jit
@@ -63,6 +63,10 @@ def ragged_wgrad(
 ) -> Tensor:
     """p^T q by expert: -> (E, width of p, width of q). The gathered one is (T, .), rows of tokens; the other (N, .), in
     slots."""
+    operands.fit(
+        "ragged_wgrad", p=(p, "T P" if gather_p else "N P", operands.FLOATS),
+        q=(q, "N Q" if gather_p else "T Q", (p.dtype,)), token_N=(plan.token_N, "N", MAPS),
+    )  # fmt: skip
     p_width, q_width = p.shape[1], q.shape[1]
     out = p.new_empty(n_experts, p_width, q_width)
     grid = (triton.cdiv(p_width, tile.block_m) * triton.cdiv(q_width, tile.block_n), n_experts)

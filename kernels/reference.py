@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import operands
+
 ROUNDS = 16  # of maxima at most: for more experts a token a sort is quicker (on a CPU)
 CACHED = 2**18  # logits that rounds of maxima go through at a time
 
@@ -34,6 +36,7 @@ def gate(
     `k_groups` best of that many equal groups of neighbouring experts, a group scored by the sum of its `group_top` best
     experts (DeepSeek-V3, 2412.19437: 2; DeepSeek-V2, 2405.04434: 1). Ties go to the lower expert index. A row with a
     NaN has undefined experts: check before."""
+    operands.choice("dispatch=reference", logits_TE, k, score, bias_E, groups, k_groups)
     score_TE = scores(logits_TE, score)
     # Without a bias the logits order the experts as the scores do, and still tell apart scores that round to the same.
     rank_TE = score_TE.detach() + bias_E if bias_E is not None else logits_TE.detach()
@@ -105,6 +108,7 @@ def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
     order_N[s] is the row in slot s and slot_N[r] the slot of row r; expert e owns the slots offset_E1[e] to
     offset_E1[e + 1]. Rows with expert -1 (no expert) lie behind the last expert's."""
+    operands.ids("plan", expert_N)
     key_N = torch.where(expert_N < 0, n_experts, expert_N)
     order_N = torch.argsort(key_N, stable=True)
     slot_N = torch.empty_like(order_N)
@@ -115,6 +119,7 @@ def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def count(expert_N: Tensor, n_experts: int) -> Tensor:
     """Routed rows of every expert: (N,) -> (E,) int64; -1 is no expert."""
+    operands.ids("count", expert_N)
     bucket_N = torch.where(expert_N < 0, n_experts, expert_N)  # one more for the rows with no expert
     count_E1 = torch.zeros(n_experts + 1, dtype=torch.int64, device=expert_N.device)
     return count_E1.scatter_add(0, bucket_N, torch.ones_like(bucket_N))[:-1]
@@ -148,7 +153,11 @@ def experts(
     """The weighted sum over every token's rows of its experts' MLPs: (T, D) -> (T, D).
 
     Row n sends token token_N[n] to expert expert_N[n] (-1: to none) with weight weight_N[n]. For swiglu the F of
-    w_up_EFD counts gate and up channels (2F), gate first."""
+    w_up_EFD counts gate and up channels (2F), gate first. Raises `ValueError` for operands of other types and shapes,
+    in a debug build (TRITON_DEBUG=1) for wrong rows too."""
+    name, mixed = "dispatch=reference", torch.is_autocast_enabled(x_TD.device.type)
+    operands.layer(name, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, mixed)
+    expert_N = operands.rows(name, expert_N, token_N, len(x_TD), len(w_up_EFD))
     out_TD = torch.zeros_like(x_TD)
     for e in range(len(w_up_EFD)):
         row = torch.nonzero(expert_N == e).squeeze(-1)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import combine, grouped, ragged_mm, ragged_wgrad, reference, tuning
 from kernels import fused as module
 from kernels import plan as planning
-from kernels.fused import ACTIVATIONS, experts
+from kernels.fused import experts
+from kernels.operands import ACTIVATIONS
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
 
@@ -181,6 +182,91 @@ def test_reruns_are_bitwise_equal(dtype):
     assert all(torch.equal(first[name], second[name]) for name in RESULTS)
 
 
+FROZEN = {  # what is frozen: the launches of the backward's matmuls that are left
+    "nothing": ((), ["dh", "wgrad of down", "wgrad of up", "dx"]),
+    "experts": (("w_up", "w_down"), ["dh", "dx"]),
+    "up": (("w_up",), ["dh", "wgrad of down", "dx"]),
+    "down": (("w_down",), ["dh", "wgrad of up", "dx"]),
+    "x": (("x",), ["dh", "wgrad of down", "wgrad of up"]),
+    "weights": (("weight",), ["dh", "wgrad of down", "wgrad of up", "dx"]),
+    "all but the weights": (("x", "w_up", "w_down"), ["dh"]),
+    "all but x": (("w_up", "w_down", "weight"), ["dh", "dx"]),
+    "all but up": (("x", "w_down", "weight"), ["dh", "wgrad of up"]),
+    "all but down": (("x", "w_up", "weight"), ["dh", "wgrad of down"]),
+}
+
+
+def _frozen(arguments, names):
+    """The same arguments, of which these want no gradient."""
+    return {name: each.detach() if name in names else each for name, each in arguments.items()}
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_what_is_frozen_costs_no_kernel_and_leaves_the_other_gradients_bitwise(frozen, activation):
+    arguments, (names, launches) = _arguments(LOADS["zipf"], activation=activation), FROZEN[frozen]
+    whole, seen = _run(arguments), []
+    real = {name: getattr(module, name) for name in ("dh", "ragged_wgrad", "dx")}
+
+    def spied(name):
+        def function(*args, **rest):
+            wgrad = {True: "wgrad of down", False: "wgrad of up"}.get(args[3]) if name == "ragged_wgrad" else None
+            seen.append(wgrad or name)
+            return real[name](*args, **rest)
+
+        return function
+
+    left = [name for name in RESULTS[1:] if name not in names]
+    with patch.multiple(module, **{name: spied(name) for name in real}), poisoned():
+        out = experts(*_frozen(arguments, names).values())[0]
+        dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+        got = torch.autograd.grad(out, [arguments[name] for name in left], dout)
+    assert seen == launches
+    assert all(torch.equal(each, whole[name]) for name, each in zip(left, got, strict=True))
+
+
+def test_what_is_not_asked_of_the_backward_is_not_stored_by_it():
+    spy = Spy(ragged_mm._ragged_mm)
+    with patch.object(ragged_mm, "_ragged_mm", spy):
+        out = experts(*_frozen(_arguments(LOADS["zipf"]), ("w_up", "w_down", "weight")).values())[0]
+        out.sum().backward()
+    (args,) = [args for args, each in zip(spy.arguments, spy.launches, strict=True) if each["EPILOGUE"] == "backward"]
+    assert [args[i] is None for i in (2, 3, 6)] == [False, True, True]  # dz; w h; d(weight)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_without_a_gradient_z_is_not_written_and_the_output_is_bitwise_the_same(activation, dtype):
+    arguments = _arguments(LOADS["zipf"], activation=activation, dtype=dtype)
+    frozen = _frozen(arguments, RESULTS[1:])
+    with poisoned():
+        whole = experts(*arguments.values())[0]
+        for wants, mode in ((arguments, torch.no_grad), (arguments, torch.inference_mode), (frozen, torch.enable_grad)):
+            spy = Spy(ragged_mm._ragged_mm)
+            with mode(), patch.object(ragged_mm, "_ragged_mm", spy):
+                assert torch.equal(experts(*wants.values())[0], whole)
+            assert [args[2] is None for args in spy.arguments] == [True, False]  # up's z, down's y
+
+
+@pytest.mark.parametrize("frozen", ["experts", "all but the weights"])
+def test_compiled_in_one_graph_what_is_frozen_costs_no_kernel_either(frozen):
+    names, launches = FROZEN[frozen]
+    arguments = _arguments(LOADS["zipf"], dtype=torch.float32)
+    left = [arguments[name] for name in RESULTS[1:] if name not in names]
+    function = lambda *rest: experts(*rest)[0]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mm, wgrad, gradients = Spy(ragged_mm._ragged_mm), Spy(ragged_wgrad._ragged_wgrad), []
+    for each in (function, compiled):
+        with patch.object(ragged_mm, "_ragged_mm", mm), patch.object(ragged_wgrad, "_ragged_wgrad", wgrad):
+            gradients.append(torch.autograd.grad(each(*_frozen(arguments, names).values()).square().sum(), left))
+    assert len(mm.launches) == 2 * (2 + len(launches))
+    assert not wgrad.launches
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with torch.no_grad(), patch.object(ragged_mm, "_ragged_mm", mm):
+        compiled(*arguments.values())
+    assert mm.arguments[-2][2] is None
+
+
 def _saved(arguments):
     """Bytes kept for the backward, parameters apart."""
     kept = {}
@@ -235,8 +321,11 @@ def test_opcheck_passes(op, ragged):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     if op == "plan":  # what the schedule does not use is never written, so no two runs agree there
         tests = tests[:2]
-    result = torch.library.opcheck(getattr(module, f"_{op}"), _ops(arguments)[op], test_utils=tests)
-    assert set(result.values()) == {"SUCCESS"}
+    more = {"plan": (), "forward": (False,), "backward": (True, False, False, True)}[op]
+    without = [each.detach() if torch.is_tensor(each) else each for each in _ops(arguments)[op]]
+    for operands in (_ops(arguments)[op], (*without, *more)):
+        result = torch.library.opcheck(getattr(module, f"_{op}"), operands, test_utils=tests)
+        assert set(result.values()) == {"SUCCESS"}
 
 
 def test_compiled_in_one_graph_it_gives_the_same_for_every_routing():
@@ -319,7 +408,7 @@ REFUSALS = {
     "dtype": (
         {"x": torch.zeros(2, 4, dtype=torch.int32)},
         "dispatch=triton takes x and both weights in one of bfloat16, float16, float32, float64; they are "
-        "torch.int32, torch.float32, torch.float32. dispatch=reference takes any.",
+        "torch.int32, torch.float32, torch.float32.",
     ),
     "mixed dtypes": (
         {"w_down": torch.zeros(5, 4, 3, dtype=torch.float16)},
@@ -370,16 +459,17 @@ def test_operands_that_the_kernels_do_not_take_are_refused_in_a_sentence(case):
 
 def test_two_to_the_31_rows_are_refused():
     new = lambda *shape: torch.empty(shape, device="meta")
+    ids = torch.empty(1, 2**31, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"takes fewer than 2\^31 routed rows; there are 2147483648\.$"):
-        module._check(new(1, 4), new(5, 6, 4), new(5, 4, 3), None, new(1, 2**31), new(1, 2**31), "swiglu")
+        module._check(new(1, 4), new(5, 6, 4), new(5, 4, 3), None, ids, new(1, 2**31), "swiglu")
 
 
 def test_one_experts_weight_of_two_to_the_31_elements_is_refused():
     new = lambda *shape: torch.empty(shape, device="meta")
-    d = 2**15
+    d, ids = 2**15, torch.empty(1, 2, dtype=torch.int64, device="meta")
 
     def check(f, activation, gate):
-        module._check(new(1, d), new(2, gate * f, d), new(2, d, f), None, new(1, 2), new(1, 2), activation)
+        module._check(new(1, d), new(2, gate * f, d), new(2, d, f), None, ids, new(1, 2), activation)
 
     for activation, gate in (("swiglu", 2), ("relu2", 1)):
         check(2**16 // gate - 1, activation, gate)

@@ -218,14 +218,79 @@ def test_experts_at_minus_infinity_come_last_and_get_no_weight_and_no_gradient(s
 
 @KINDS
 def test_an_infinite_logit_is_chosen_and_shows_in_the_log_sum_exp(score, biased, rest):
-    """What a run reads is that something went wrong: the reference says inf where the kernel says NaN."""
     logits = _draw(4, 12)
     logits[1, 7] = logits[2, 2] = INF
     got = gate(logits, 3, score, torch.zeros(12, device=DEVICE) if biased else None, **rest)
-    assert got[2].isfinite().tolist() == [True, False, False, True]
+    assert got[2][1:3].tolist() == [INF, INF]
+    assert got[2][[0, 3]].isfinite().all()
     if not biased:  # a bias is added to a softmax of NaN
         assert (got[0][1] == 7).any()
         assert (got[0][2] == 2).any()
+
+
+@DTYPES
+@pytest.mark.parametrize("choose", [reference.gate, gate], ids=["reference", "triton"])
+@pytest.mark.parametrize("rest", [{}, dict(renormalize=False), GROUPED], ids=["renormalised", "raw", "grouped"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_sigmoid_of_plus_infinity_is_one_and_of_minus_infinity_none_and_neither_moves(biased, rest, choose, dtype):
+    logits = _draw(5, 12, dtype=dtype)
+    logits[0, 7] = logits[1, 2] = logits[1, 9] = logits[4, 3] = INF
+    logits[2, 5] = logits[4, :3] = logits[4, 4:] = -INF
+    logits[3] = -INF
+    infinite, leaf = logits.isinf(), logits.clone().requires_grad_()
+    bias = torch.zeros(12, dtype=dtype, device=DEVICE) if biased else None
+    expert, weight, lse, prob_E = choose(leaf, 3, "sigmoid", bias, **rest)
+
+    # The oracle: the scores by hand, and derivatives of the same with a number so large that its sigmoid is 1 or 0.
+    far = logits.double().clamp(-1e4, 1e4).requires_grad_()
+    score = far.sigmoid()
+    chosen = score.gather(1, expert)
+    scale = chosen.sum(1, keepdim=True).clamp_min(1e-300) if rest.get("renormalize", True) else 1.0
+    want_prob = (score / score.sum(1, keepdim=True).clamp_min(1e-300)).sum(0)
+    tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(weight.double(), chosen / scale, **tolerance)
+    torch.testing.assert_close(prob_E.double(), want_prob, **tolerance)
+    assert lse[[0, 1, 3, 4]].tolist() == [INF, INF, -INF, INF]
+    assert lse[2].isfinite()
+    (got,) = torch.autograd.grad((weight * _draw(5, 3, dtype=dtype)).sum() + prob_E.square().sum(), leaf)
+    (want,) = torch.autograd.grad((chosen / scale * _draw(5, 3)).sum() + want_prob.square().sum(), far)
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    assert (got[infinite] == 0).all()
+    assert got[~infinite].any()
+
+
+@pytest.mark.parametrize("choose", [reference.gate, gate], ids=["reference", "triton"])
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_a_softmax_of_an_infinite_row_is_nan_in_that_row_alone(value, choose):
+    """It is not defined; what a run reads is that something went wrong."""
+    logits = _draw(3, 5)
+    logits[1] = -INF
+    logits[1, 2] = value
+    leaf = logits.clone().requires_grad_()
+    _, weight, lse, prob_E = choose(leaf, 2, "softmax")
+    assert weight.isnan().all(1).tolist() == [False, True, False]
+    assert lse[1] == value
+    assert prob_E.isnan().all()
+    (got,) = torch.autograd.grad(weight.square().sum(), leaf)
+    assert got.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_an_infinite_log_sum_exp_has_the_references_gradient(score):
+    logits = _draw(3, 5)
+    logits[0, 2] = INF
+    logits[1] = -INF
+    got, want, exact = _both(leaf := logits.clone().requires_grad_(), 2, score)
+    assert torch.equal(got[2][:2], want[2][:2])
+    mine, theirs = (torch.autograd.grad(lse.sum(), each)[0] for lse, each in ((got[2], leaf), (want[2], exact)))
+    rows = slice(None) if score == "sigmoid" else slice(2, None)  # the kernel's softmax has made the whole row NaN
+    torch.testing.assert_close(mine[rows], theirs[rows], rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+def test_a_bias_that_wants_a_gradient_gets_none_as_from_the_reference():
+    bias = _draw(5).requires_grad_()
+    assert not any(each.requires_grad for each in gate(_draw(3, 5), 2, "sigmoid", bias))
+    assert not any(each.requires_grad for each in reference.gate(_draw(3, 5), 2, "sigmoid", bias))
 
 
 @KINDS

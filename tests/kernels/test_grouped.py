@@ -1,5 +1,7 @@
 """The grouped experts against the reference, and what torch.library, autograd and compile ask of a custom op."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,8 +92,42 @@ def test_gradients_are_the_derivative(activation):
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_opcheck_passes(op, activation):
     forward, backward = _ops(_arguments(*ROWS, activation=activation))
-    result = torch.library.opcheck(*((grouped._forward, forward) if op == "forward" else (grouped._backward, backward)))
-    assert set(result.values()) == {"SUCCESS"}
+    function, operands = (grouped._forward, forward) if op == "forward" else (grouped._backward, backward)
+    more = (False,) if op == "forward" else (True, False, False, True)
+    without = [each.detach() if isinstance(each, torch.Tensor) else each for each in operands]
+    for some in (operands, (*without, *more)):
+        assert set(torch.library.opcheck(function, some).values()) == {"SUCCESS"}
+
+
+N_MATMULS = {"x": 1, "w_up": 1, "w_down": 1, "weight": 0}  # per expert with rows, beside that for the gradient of h
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("n_wanted", [1, 2, 3, 4])
+def test_what_is_frozen_costs_no_matmul_and_leaves_the_other_gradients_bitwise(monkeypatch, n_wanted, activation):
+    arguments, calls, mm = _arguments(*ROWS, activation=activation), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **out: calls.append(args) or mm(*args, **out))
+    gradients = lambda out, names: torch.autograd.grad(out.square().sum(), [arguments[name] for name in names])
+    whole = dict(zip(DIFFERENTIABLE, gradients(grouped.experts(*arguments.values()), DIFFERENTIABLE), strict=True))
+    for wanted in itertools.combinations(DIFFERENTIABLE, n_wanted):
+        frozen = {k: v.detach() if k in DIFFERENTIABLE and k not in wanted else v for k, v in arguments.items()}
+        out = grouped.experts(*frozen.values())
+        calls.clear()
+        got = gradients(out, wanted)
+        assert len(calls) == 3 * (sum(N_MATMULS[name] for name in wanted) + (wanted != ("w_down",)))
+        assert all(torch.equal(each, whole[name]) for name, each in zip(wanted, got, strict=True))
+
+
+def test_without_a_gradient_z_is_not_kept_and_the_output_is_bitwise_the_same(monkeypatch):
+    arguments, kept, forward = _arguments(*ROWS), [], grouped._forward
+    monkeypatch.setattr(grouped, "_forward", lambda *args: kept.append(out := forward(*args)) or out)
+    grouped.experts(*arguments.values())
+    with torch.no_grad():
+        grouped.experts(*arguments.values())
+    frozen = {k: v.detach() if k in DIFFERENTIABLE else v for k, v in arguments.items()}
+    grouped.experts(*frozen.values())
+    assert [len(z) > 0 for _, z in kept] == [True, False, False]
+    assert all(torch.equal(out, kept[0][0]) for out, _ in kept)
 
 
 def test_saved_for_backward_are_x_z_the_weights_and_the_routing_only():

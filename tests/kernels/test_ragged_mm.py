@@ -161,13 +161,18 @@ def test_every_use_is_the_loops_where_tiles_end_past_sizes_that_are_multiples(d,
 
 
 class Spy:
-    """A kernel that notes the constants it is launched with."""
+    """A kernel that notes the constants and the arguments it is launched with."""
 
     def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
+        self.kernel, self.launches, self.arguments = kernel, [], []
 
     def __getitem__(self, grid):
-        return lambda *args, **constants: (self.launches.append(constants), self.kernel[grid](*args, **constants))
+        def launch(*args, **constants):
+            self.launches.append(constants)
+            self.arguments.append(args)
+            self.kernel[grid](*args, **constants)
+
+        return launch
 
 
 TMA = pytest.mark.skipif(
