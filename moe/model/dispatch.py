@@ -10,7 +10,7 @@ Letters beyond the glossary: G widths that experts have, as in experts.py.
 import torch
 from torch import Tensor
 
-from kernels import grouped, reference, tuning
+from kernels import grouped, operands, reference, tuning
 from moe.errors import BadInput
 from moe.model.experts import Experts, MixedExperts
 from moe.routing.contract import Routing
@@ -32,7 +32,8 @@ def choose(name: str, device: torch.device) -> tuple[str, str]:
 
 def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
     """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D), and how many
-    rows each expert got, (E,) int64."""
+    rows each expert got, (E,) int64. Raises `ValueError` for a routing of another form or type."""
+    check(x_TD, routing, backend)
     if isinstance(experts, MixedExperts):
         return _apply_mixed(experts, x_TD, routing, backend)
     w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
@@ -51,6 +52,19 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
     return y_TD, reference.count(expert_N, len(w_up_EFD))
+
+
+def check(x_TD: Tensor, routing: Routing, backend: str) -> None:
+    """Raises `ValueError` for a routing that is not of these tokens in one of its two forms, or whose numbers of
+    experts and tokens are not int64, before anything is computed from them."""
+    expert, weight, token_N = routing.expert, routing.weight, routing.token_N
+    form = x_TD.shape[:1] + expert.shape[-1:] if token_N is None else token_N.shape
+    if expert.shape != form or weight.shape != form or (token_N is not None and token_N.dim() != 1):
+        raise ValueError(
+            f"dispatch={backend} takes expert and weight (T, K), or (N,) with token_N (N,); of {len(x_TD)} tokens they "
+            f"are {tuple(expert.shape)}, {tuple(weight.shape)}, {None if token_N is None else tuple(token_N.shape)}."
+        )
+    operands.ids(f"dispatch={backend}", expert, token_N)
 
 
 def _apply_mixed(experts: MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,7 @@ class MoELayer(nn.Module):
         rows of each, (E,) int64."""
         if self.cheap is None:
             return dispatch.apply(self.experts, x_TD, routing, backend)
+        dispatch.check(x_TD, routing, backend)
         real_expert = torch.where(routing.expert < self.n_experts, routing.expert, UNUSED)
         y_TD, _ = dispatch.apply(self.experts, x_TD, routing._replace(expert=real_expert), backend)
         count_E = reference.count(routing.expert.flatten(), self.n_with_cheap)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kernels import tuning
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model import dispatch
+from moe.routing.contract import Context
 from tests.small_layers import states
 
 CPU = torch.device("cpu")
@@ -45,6 +47,38 @@ def test_triton_that_is_missing_or_untested_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"Triton is not installed\. dispatch=torch can"):
         dispatch.choose("triton", CPU)
+
+
+WRONG = {
+    "bool ids": (lambda r: r._replace(expert=r.expert > 0), "takes expert in torch.int64; they are torch.bool."),
+    "int32 ids": (lambda r: r._replace(expert=r.expert.int()), "takes expert in torch.int64; they are torch.int32."),
+    "rows without tokens": (
+        lambda r: r._replace(expert=r.expert.flatten(), weight=r.weight.flatten()),
+        "(N,) with token_N (N,); of 4 tokens they are (12,), (12,), None.",
+    ),
+    "fewer tokens": (
+        lambda r: r._replace(expert=r.expert[:3], weight=r.weight[:3]),
+        "of 4 tokens they are (3, 3), (3, 3), None.",
+    ),
+    "weights the other way round": (
+        lambda r: r._replace(weight=r.weight.T),
+        "of 4 tokens they are (4, 3), (3, 4), None.",
+    ),
+    "tokens of other rows": (
+        lambda r: r._replace(token_N=torch.arange(4)),
+        "of 4 tokens they are (4, 3), (4, 3), (4,).",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [{}, {"n_copy": 1}, {"widths": [4, 4, 8, 8, 8]}], ids=["equal", "cheap", "mixed"])
+@pytest.mark.parametrize("case", WRONG)
+def test_a_routing_of_another_form_or_type_is_refused_by_every_backend(make_layer, backend, case, kind):
+    layer, (spoil, sentence) = make_layer(RouterConfig(), **kind), WRONG[case]
+    x_TD = states(1, 4).flatten(0, 1)
+    routing = layer.router(x_TD, backend, Context())
+    with pytest.raises(ValueError, match=f"^dispatch={backend} takes .*" + re.escape(sentence.removeprefix("takes "))):
+        layer.apply_experts(x_TD, spoil(routing), backend)
 
 
 @pytest.mark.parametrize(("found", "expected"), [("sm_90", "triton"), ("sm_70", "torch")])
