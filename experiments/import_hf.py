@@ -14,7 +14,6 @@ too, unless `inexact=true`, with which it is said.
 
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from moe.config.run import Config, validate
 from moe.convert.hf_config import read_config
 from moe.convert.hf_tokenizer import read_tokenizer
 from moe.convert.hf_weights import load
-from moe.data.owner import remove_leftovers, temporary
+from moe.data.owner import remove_leftovers
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, model_tensors
@@ -84,16 +83,8 @@ def create(folder: Path, cfg: Config, model: Transformer, tokenizer: Tokenizer) 
             raise BadInput(f"the weight {name} is not finite: choose another folder.")
     meta = {"config": to_dict(cfg), "tokenizer": tokenizer.fingerprint, "loader": None, "versions": machine.versions()}
     snapshot = checkpoint.Snapshot(0, model_tensors(model), {}, meta, {})
-    beside = temporary(folder.with_name(f"{folder.name}.new"))
     remove_leftovers(folder.parent)
-    try:
-        create_folder(beside, cfg, tokenizer)
-        checkpoint.save(beside / "checkpoints", snapshot, keep=1)
-        beside.rename(folder)
-    except OSError as error:
-        raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    create_folder(folder, cfg, tokenizer, lambda beside: checkpoint.save(beside / "checkpoints", snapshot, keep=1))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ Settings that the command line does not give are the source's own, its learning 
 import copy
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,6 @@ from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 from moe.data.loader import Loader
-from moe.data.owner import temporary
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
@@ -193,15 +191,10 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     machine.set_threads(target.train)
     target = resolve(target, folder, dataset, machine.choose_device(target.train.device), terminal.say)
     state = _initial_state(target, tensors, dataset)
-    beside = temporary(folder.with_name(f"{folder.name}.new"))
-    try:
-        create_folder(beside, target, tokenizer)
-        save_checkpoint(state, target, beside / "checkpoints", dataset, None, terminal.say)
-        beside.rename(folder)
-    except OSError as error:
-        raise BadInput(f"run={folder} cannot be created ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    create_folder(
+        folder, target, tokenizer,
+        lambda beside: save_checkpoint(state, target, beside / "checkpoints", dataset, None, terminal.say),
+    )  # fmt: skip
     n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
     terminal.say(
         f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "

@@ -19,9 +19,9 @@ from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
 from moe.errors import BadInput
 
-# Where a run is kept, what it may import, how it is watched and how fast it reads: no part of its result, and free to
-# change on resuming.
-FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers")
+# Where a run is kept, what it may import, how it is watched, how fast it reads and what it does about a document that
+# it cannot read: no part of its result, and free to change on resuming.
+FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers", "data.on_error")
 # What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
 # teacher, a recording or the run that a tokenizer is taken from may have moved.
 RESUMABLE = (
@@ -36,7 +36,7 @@ RESUMABLE = (
     "tokenizer.path",
 )
 # Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
-YOUNGER = ("source", "source_state", "data.on_error", "data.max_document_mb", "data.documents", "tokenizer.path")
+YOUNGER = ("source", "source_state", "data.max_document_mb", "data.documents", "tokenizer.path")
 
 
 @dataclass

@@ -52,7 +52,7 @@ class Loader:
         return _batch(*self.windows(step))
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of that batch, (B, S + 1) int64, and the domains of its targets, (B, S) uint8."""
+        """The tokens of that batch, (B, S + 1) int64, and the domains of its targets, (B, S) as in `Batch`."""
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
         windows = [self._order(n // self.n_windows)[n % self.n_windows] for n in samples]
         return self.split.read(np.array(windows) * self.context, self.context)

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         if end > self.cfg.context:
             raise ValueError(f"{end} positions exceed model.context={self.cfg.context}")
         # Positions: in the window, or in each document. Every target counts, also the first of a document, predicted
-        # from the end of the one before: so do torchtitan's, and Megatron's unless eod_mask_loss is set.
+        # from the end of the one before.
         place: slice | Tensor = slice(past, end)  # or (B, S)
         mask = None
         if self.document_end is not None:

@@ -6,7 +6,7 @@ Every file is written under a temporary name and renamed, or appended line by li
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,17 @@ def command_to_resume(run: Path, cfg: Config) -> str:
     return command_line("train", override("run", str(run)), "resume=true", *trust)
 
 
-def create_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
-    """A new run's folder, with its resolved config and its tokenizer: whole, or not at all. Raises `BadInput` when it
-    cannot be written."""
+def create_folder(
+    run: Path, cfg: Config, tokenizer: Tokenizer, fill: Callable[[Path], object] = lambda folder: None
+) -> None:
+    """A new run's folder, with its resolved config, its tokenizer and what `fill` writes into it: whole, or not at all.
+    Raises `BadInput` when it cannot be written."""
     beside = temporary(run)
     try:
         (beside / "tokenizer").mkdir(parents=True)
         tokenizer.save(beside / "tokenizer")
         write_config(beside, cfg)
+        fill(beside)
         beside.rename(run)
     except OSError as error:
         if (run / "config.yaml").exists():

@@ -21,6 +21,9 @@ def naming_checkpoint(cfg: Config, root: Path) -> Iterator[None]:
         yield
     except Exception as error:
         refusal = error if isinstance(error, BadInput) else of_the_machine(error, smaller)
-        if refusal is None or (refusal is error and "checkpoint" in str(error)):  # whose sentence says it already
+        if refusal is None:
             raise
-        raise BadInput(f"{str(refusal).rstrip('.')}; {last_good(root)}.") from error
+        good = last_good(root)
+        if refusal is error and good in str(error):
+            raise
+        raise BadInput(f"{str(refusal).rstrip('.')}; {good}.") from error

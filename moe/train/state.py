@@ -108,13 +108,11 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
             state.loader.check_state(meta["loader"])
     except BadInput as error:
         raise BadInput(f"{about} does not fit this run: {error}") from error
-
-    # Its weights, or all of it, under the schedule given here.
     if cfg.source_state == "weights":
         say(f"source: the weights of {cfg.source}")
         return
 
-    # All else, if there is a step to go on with.
+    # All else, if there is a step to go on with, under the schedule given here.
     if snapshot.step >= cfg.train.steps:
         raise BadInput(
             f"train.steps={cfg.train.steps} is not above the step {snapshot.step} of {about}, from which "

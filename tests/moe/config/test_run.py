@@ -47,7 +47,7 @@ def test_a_command_may_extend_the_settings():
         build({"repeat": 5}, Bench)
 
 
-NOT_IN_FINGERPRINT = {"run", "resume", "trust", "data.cache", "data.workers"}
+NOT_IN_FINGERPRINT = {"run", "resume", "trust", "data.cache", "data.workers", "data.on_error"}
 
 
 def _other(value):

@@ -48,6 +48,13 @@ def test_a_mistake_in_the_code_keeps_its_traceback(corpus, tmp_path):
         raise RuntimeError("shape mismatch")
 
 
+@pytest.mark.parametrize("said", ["the checkpoints' disk is full.", "it is full; no checkpoint was written yet."])
+def test_the_last_good_checkpoint_is_named_once_whatever_else_is_said_of_checkpoints(said, corpus, tmp_path):
+    with pytest.raises(BadInput) as caught, naming_checkpoint(settings(corpus, "run"), tmp_path):
+        raise BadInput(said)
+    assert str(caught.value) == f"{said.partition('; ')[0].rstrip('.')}; no checkpoint was written yet."
+
+
 def test_without_a_good_checkpoint_the_sentence_says_so(tmp_path):
     assert last_good(tmp_path / "none") == "no checkpoint was written yet"
     (tmp_path / "step-00000001").mkdir()
