@@ -14,8 +14,8 @@ from typing import Any
 
 from experiments.pages import router_table, sweep_table
 from experiments.pages.tables import markdown
-from experiments.stats import verdict
-from experiments.suites import cases, evidence, train_step
+from experiments.stats import planner, verdict
+from experiments.suites import cases, evidence, memory, train_step
 from experiments.suites import routing as routing_suite
 from moe.run.jsonl import record
 
@@ -59,6 +59,7 @@ def sections() -> dict[str, str]:
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
+        "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "next": f"```\n{printed}```\n",
         "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
     }
@@ -112,6 +113,19 @@ def routing(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
+
+
+def planned_memory(rows: list[dict[str, Any]]) -> str:
+    """What steps were planned to take and took; and what the others' rates say of each one's time."""
+    predicted = planner.left_out(*planner.work_of(rows))
+    lines = [(*memory.cells(row), f"{seconds * 1e3:,.0f} ms") for row, seconds in zip(rows, predicted, strict=True)]
+    errors = sorted(abs(seconds / row["seconds_per_step"] - 1) for row, seconds in zip(rows, predicted, strict=True))
+    worst, first = max(abs(row["error"]) for row in rows), rows[0]
+    off = f"Memory is at most {worst:.2%} off; a step's time, told by the other shapes' steps, "
+    off += f"{errors[len(errors) // 2]:.0%} in the middle and {errors[-1]:.0%} at worst."
+    table = markdown((*memory.HEADINGS, "by the others"), lines)
+    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{table}\n{off}\n\n`{first['command']}`; {where}\n"
 
 
 def all_routers() -> str:

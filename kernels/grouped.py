@@ -19,6 +19,8 @@ from kernels import operands, reference
 
 NAME = "dispatch=torch"
 
+Span = tuple[int, int, int]  # an expert, its first slot, its last slot + 1
+
 
 @torch.library.custom_op("switchyard::grouped_experts", mutates_args=())
 def _forward(
@@ -34,16 +36,25 @@ def _forward(
     keep_z: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The layer's output and z, which has no rows unless it is kept for the backward."""
-    spans = _spans(offset_E1)
+    tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
+    return forward(_spans(offset_E1), *tensors, n_slots, activation, keep_z)
+
+
+def forward(
+    spans: list[Span], x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, token_N: Tensor,
+    slot_N: Tensor, n_slots: int, activation: str, keep_z: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `_forward` computes, with the experts' slots told by the host: so its memory can be walked without data."""
+    end = spans[-1][2] if spans else 0
     x_RD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
     z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
     for e, lo, hi in spans:
         torch.mm(x_RD[lo:hi], w_up_EFD[e].T, out=z_RF[lo:hi])
-    z_RF[offset_E1[-1] :] = 0
+    z_RF[end:] = 0
     h_RF, y_RD = reference.activate(z_RF, activation), torch.empty_like(x_RD)
     for e, lo, hi in spans:
         torch.mm(h_RF[lo:hi], w_down_EDF[e].T, out=y_RD[lo:hi])
-    y_RD[offset_E1[-1] :] = 0
+    y_RD[end:] = 0
     out_TD = _combine(y_RD, slot_N, token_N, weight_N, len(x_TD))
     return out_TD, z_RF if keep_z else z_RF.new_empty(0, z_RF.shape[1])
 
@@ -62,7 +73,17 @@ def _backward(
     for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
-    spans = _spans(offset_E1)
+    tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
+    return backward(_spans(offset_E1), *tensors, activation, for_x, for_up, for_down, for_weight)
+
+
+def backward(
+    spans: list[Span], dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor,
+    weight_N: Tensor, token_N: Tensor, slot_N: Tensor, activation: str,
+    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `_backward` computes, with the experts' slots told by the host."""
+    end = spans[-1][2] if spans else 0
     token_R = _to_slots(token_N, slot_N, len(z_RF))
     # Empty slots read token 0 and weigh nothing: whatever they compute, they add zero to every gradient.
     weight_R1 = _to_slots(weight_N, slot_N, len(z_RF))[:, None].to(x_TD.dtype)
@@ -85,7 +106,7 @@ def _backward(
         dx_RD = torch.empty_like(dout_RD)
         for e, lo, hi in spans:
             torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
-        dx_RD[offset_E1[-1] :] = 0
+        dx_RD[end:] = 0
         dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
     return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N
 
@@ -99,7 +120,7 @@ def _(
     return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N), wanted)
 
 
-def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[Span]) -> Tensor:
     """p^T q over every expert's slots, written in its place of one tensor like w; 0 for an expert without rows."""
     dw = torch.empty_like(w)
     for e in set(range(len(w))) - {e for e, _, _ in spans}:
@@ -131,8 +152,8 @@ def _to_slots(value_N: Tensor, slot_N: Tensor, n_slots: int) -> Tensor:
     return value_N.new_zeros(n_slots).index_copy_(0, slot_N, value_N)
 
 
-def _spans(offset_E1: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first slot, last slot + 1) of every expert with rows."""
+def _spans(offset_E1: Tensor) -> list[Span]:
+    """Of every expert with rows."""
     return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 

@@ -50,6 +50,7 @@ SMALLER = {
     "generate": "max_new=3",
     "gpu_evidence": "--stage kernels",
     "import_hf": "",
+    "plan": "model.context=32 train.batch_size=2",
     "presets": "",
     "routers": "",
     "tokenizers": "vocab_size=300",

@@ -21,7 +21,7 @@ LADDER = ("config", "data", "routing", "parallel", "model", "run", "convert", "a
 # What a room leaves alone although it comes before it.
 STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data", "routing")}
 # What may touch the kernels: the rooms and files that decide where a token goes and what its experts make of it.
-TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer")
+TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer", "moe.model.memory")
 # What each room of experiments may read of the others.
 READS: dict[str, tuple[str, ...]] = {"stats": (), "pages": ("stats",), "suites": ("pages",)}
 SHARED = {"experiments.cli", "experiments.refusals", "experiments.sweeps"}  # beside the commands: what they share

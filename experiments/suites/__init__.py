@@ -4,6 +4,7 @@ What is measured; `experiments.bench` runs one, `experiments.gpu_evidence` all b
 kernels        gate, plan and combine against the same work by hand, and against their floors in bytes
 layer          the experts of one layer against peers and a balanced bmm, forward and backward
 routing        gate, plan and combine of every backend, as a share of the layer, on any machine
+memory         what a training step takes, planned and measured
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
 tune           candidate tiles for kernels/tuning.jsonl, timed
 

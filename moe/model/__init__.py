@@ -7,4 +7,5 @@ layer        the MoE layer: route, limit, dispatch, combine
 depth        which tokens enter a block at all
 transformer  blocks and the whole model
 cost         parameter and FLOP counts, the dense twin
+memory       what a training step asks for, walked without data
 """

@@ -172,7 +172,9 @@ def compute_gradients(
                 taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
             losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
 
-        # Backward.
+        # Backward, without the logits: what it needs of them autograd keeps by itself.
+        layer_routing = output.routing
+        del output
         weights = loss_weights(cfg, losses, progress)
         total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
         (total / n_micro).backward()
@@ -180,7 +182,7 @@ def compute_gradients(
         # Sums over the micro-batches, on the device.
         micro_losses = {name: value.detach().double() / n_micro for name, value in ({"lm": lm_loss} | losses).items()}
         mean_losses = added(mean_losses, micro_losses)
-        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in output.routing]
+        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in layer_routing]
         for step_totals, micro_totals in zip(layers, totals, strict=False):
             step_totals.add(micro_totals)
         layers = layers or totals

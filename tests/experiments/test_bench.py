@@ -67,7 +67,7 @@ def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("suite=kernel", "suite=kernel is not one of train_step, routing, kernels, layer, tune"),
+        ("suite=kernel", "suite=kernel is not one of train_step, routing, memory, kernels, layer, tune"),
         ("peers=[megatron]", "peers has 'megatron'; accepted are transformers"),
         ("precisions=[fp8]", "precisions has 'fp8'; accepted are fp32, bf16"),
         ("model.moe=null", "model.moe=null"),
@@ -130,7 +130,12 @@ def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monke
         command(monkeypatch, f"suite={suite}")
     error = capsys.readouterr().err
     assert error.count("error:") == 1
-    for word in (f"suite={suite} cannot run here", "suite=routing and suite=train_step", "sizes=smoke", "interpreter"):
+    for word in (
+        f"suite={suite} cannot run here",
+        "suite=routing, memory and train_step",
+        "sizes=smoke",
+        "interpreter",
+    ):
         assert word in error
 
 

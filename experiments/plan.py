@@ -1,0 +1,160 @@
+"""Say what a training run will take before it is launched: parameters, FLOPs, memory, devices, time and money.
+
+    python -m experiments.plan                                              # the defaults of training, on this machine
+    python -m experiments.plan model=cpu-tiny measure=true                  # with the speed of a few steps taken here
+    python -m experiments.plan model=olmoe-1b-7b gpu=h100 devices=8 mfu=0.4 price=2.5 tokens=1e12
+    python -m experiments.plan model=llama3-405b gpu=h100 devices=16384 mfu=0.4 tokens=15.6e12
+
+Memory is found by walking a step's forward and backward on tensors without data: no weight is allocated. How well that
+agrees with steps that were taken is in docs/planning.md.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+
+from experiments import cli
+from experiments.pages import tables
+from experiments.stats.planner import (
+    GPUS,
+    Ask,
+    Device,
+    Plan,
+    Rates,
+    duration,
+    fit_rates,
+    gigabytes,
+    plan,
+    predicted_step,
+    work_of,
+)
+from experiments.suites import cases
+from experiments.suites.memory import step_seconds
+from moe.config.parse import ANY, Between, nearest
+from moe.config.run import Config
+from moe.errors import BadInput
+from moe.model.cost import flops
+from moe.run import terminal
+
+
+@dataclass
+class PlanConfig(Config):
+    """A training run's settings, and what to plan it for."""
+
+    gpu: str = ""  # a device of the table in experiments/stats/planner.py; "": this machine's processor
+    memory: Annotated[float, Between(0, ANY)] = 0.0  # bytes of one device; 0: the gpu's, or this machine's
+    devices: Annotated[int, Between(1, ANY)] = 1  # that share weights, gradients and optimiser state evenly
+    mfu: Annotated[float, Between(0, 1)] = 0.0  # the share of the gpu's peak that training reaches; 0: time is not told
+    measure: bool = False  # take a few steps here, and tell time by them
+    rates: str = ""  # what `bench suite=memory` wrote on this machine: tell time by those steps; "": do not
+    tokens: Annotated[float, Between(0, ANY)] = 0.0  # to train on; 0: what train.steps take
+    budget: Annotated[float, Between(0, ANY)] = 0.0  # training FLOPs to spend, instead of tokens; 0: none
+    price: Annotated[float, Between(0, ANY)] = 0.0  # of one device for an hour, in any currency
+
+    def __post_init__(self) -> None:
+        if self.gpu and self.gpu not in GPUS:
+            raise BadInput(f"gpu={self.gpu} is not one of {', '.join(GPUS)}; {nearest(self.gpu, list(GPUS))}.")
+        if self.mfu and not self.gpu:
+            raise BadInput("mfu is a share of a GPU's peak: say which with gpu=..., or measure=true for this machine.")
+        if self.gpu and (self.measure or self.rates):
+            here = "measure=true" if self.measure else f"rates={self.rates}"
+            raise BadInput(f"{here} is of this machine, and gpu={self.gpu} is another: give mfu=... instead.")
+        if self.tokens and self.budget:
+            raise BadInput("tokens and budget both say how long to train: give one.")
+
+
+@cli.command("plan", PlanConfig)
+def main(cfg: PlanConfig) -> None:
+    """Print the plan."""
+    cfg.model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or cfg.tokenizer.vocab_size)
+    show(cfg, plan(cfg, ask_of(cfg)))
+
+
+def ask_of(cfg: PlanConfig) -> Ask:
+    """What the settings ask for, with the rate of this machine where it is to be measured."""
+    train, training = cfg.train, flops(cfg.model, cfg.router).training
+    device = GPUS.get(cfg.gpu) or Device(float(psutil.virtual_memory().total), 0.0)
+    tokens = cfg.tokens or cfg.budget / training or float(train.steps * train.batch_size * cfg.model.context)
+    rate = cfg.mfu * device.peak
+    if cfg.measure:
+        terminal.say("plan: taking a few steps")
+        rate = training * train.batch_size * cfg.model.context / step_seconds(cfg)
+    elif cfg.rates:
+        rate = training * train.batch_size * cfg.model.context / predicted_step(cfg, read_rates(Path(cfg.rates)))
+    return Ask(tokens, cfg.devices, cfg.memory or device.memory, rate, cfg.price)
+
+
+def read_rates(path: Path) -> Rates:
+    """The rates of the steps that a file of rows measured. Raises `BadInput` for one without enough of them."""
+    if not path.is_file():
+        raise BadInput(f"rates={path} is no file: make it with python -m experiments.bench suite=memory out={path}.")
+    rows = [row for row in cases.read(path) if row.get("suite") == "memory" and row.get("status") == "measured"]
+    if len(rows) <= len(Rates._fields):
+        raise BadInput(f"rates={path} has {len(rows)} measured steps: three rates need at least four.")
+    return fit_rates(*work_of(rows))
+
+
+def show(cfg: PlanConfig, result: Plan) -> None:
+    """The plan as a table, and what to do where it does not fit."""
+    memory, train = result.memory, cfg.train
+    micro = f"a micro-batch of {train.batch_size // train.accumulate} × {cfg.model.context} tokens"
+    rows = [
+        ("parameters", f"{result.size.total:,}, active {result.size.active:,}"),
+        ("FLOPs per token", f"{result.flops.training:,} in training, {result.flops.forward:,} forward"),
+        ("the run", f"{result.tokens:,.0f} tokens, {result.steps:,.0f} steps, {result.total_flops:.2e} FLOPs"),
+        ("weights", f"{gigabytes(memory.weights)} (4 bytes × {result.size.total:,})"),
+        ("gradients", gigabytes(memory.gradients)),
+        ("optimiser state", gigabytes(memory.optimizer)),
+        *([("bf16 copies of the weights", gigabytes(memory.copies))] if memory.copies else []),
+        ("activations at their peak", f"{gigabytes(memory.activations)}, {micro}"),
+        ("… with train.checkpoint_activations", gigabytes(result.checkpointed.activations)),
+        ("logits", gigabytes(memory.logits)),
+        ("largest single tensor", f"{gigabytes(memory.largest)}, weights left out"),
+        ("peak of a step", f"{gigabytes(memory.peak)}; checkpointed {gigabytes(result.checkpointed.peak)}"),
+    ]
+    if cfg.devices > 1:
+        held = f"{gigabytes(result.state)} of the state and {gigabytes(result.activations)} of activations"
+        rows.append((f"each of {cfg.devices:,} devices", held))
+    rows.append(("time", time_in_words(cfg, result)))
+    if result.money is not None:
+        rows.append(("money", f"{result.money:,.0f} at {cfg.price:g} per device and hour"))
+    tables.print_table(("", "needs"), rows)
+    for sentence in sentences(cfg, result):
+        terminal.say(sentence)
+
+
+def time_in_words(cfg: PlanConfig, result: Plan) -> str:
+    """How long, by which rate."""
+    if result.seconds is None:
+        return "not told: give measure=true or rates=... for this machine, or gpu=... mfu=..."
+    by = f"{cfg.mfu:.0%} of {cfg.gpu}'s peak"
+    if cfg.measure or cfg.rates:
+        by = "measured here" if cfg.measure else f"by the steps in {cfg.rates}"
+    return f"{duration(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s ({by})"
+
+
+def sentences(cfg: PlanConfig, result: Plan) -> list[str]:
+    """Whether it fits, and the arithmetic of how many devices it takes."""
+    where = cfg.gpu or "this machine"
+    memory = cfg.memory or (GPUS[cfg.gpu].memory if cfg.gpu else psutil.virtual_memory().total)
+    whole = result.state * cfg.devices
+    if result.devices_needed is None:
+        need = f"No number of devices of {gigabytes(memory)} holds it: a step's {gigabytes(result.activations)} of "
+        need += "activations are not shared."
+    else:
+        also = " and bf16 copies" if result.memory.copies else ""
+        need = (
+            f"{gigabytes(whole)} of weights, gradients and optimiser state{also}, shared by {result.devices_needed:,} "
+        )
+        need += f"of {gigabytes(memory)} each, leave room for {gigabytes(result.activations)} of activations."
+    if result.fits:
+        return [f"It fits {where}. {need}"]
+    where += f" with devices={cfg.devices:,}"
+    return [f"It does not fit {where}. {need}", *result.advice]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Claims about the command that says what a run will take."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import plan as command
+from moe.config.model import ModelConfig, MoEConfig
+from moe.model import cost
+
+TINY = (
+    "model=cpu-nano", "model.context=32", "model.d_model=32", "model.d_ff=32", "model.moe.d_expert=16",
+    "tokenizer.name=byte", "train.batch_size=4", "train.precision=fp32",
+)  # fmt: skip
+
+
+def _run(monkeypatch, capsys, *words):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["plan", *words])
+    command.main()
+    return capsys.readouterr().out
+
+
+def _refused(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["plan", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_the_weights_of_llama_405b_alone_are_1_6_terabytes(monkeypatch, capsys):
+    words = ("model=llama3-405b", "model.context=64", "gpu=h100", "train.batch_size=1", "train.precision=fp32")
+    out = _run(monkeypatch, capsys, *words)
+    assert "1,623.4 GB (4 bytes × 405,853,388,800)" in out
+    assert "does not fit h100 with devices=1" in out
+    assert "6,493.7 GB of weights, gradients and optimiser state, shared by" in out
+
+
+def test_a_budget_of_flops_is_told_in_tokens(monkeypatch, capsys):
+    moe = MoEConfig(n_experts=8, k=2, d_expert=16)
+    model = ModelConfig("t", 257, 32, n_layers=2, d_model=32, n_heads=2, d_ff=32, qk_norm="head", moe=moe)
+    out = _run(monkeypatch, capsys, *TINY, "budget=1e12", "tokenizer.vocab_size=257", "model.vocab_size=257")
+    assert f"{1e12 / cost.flops(model).training:,.0f} tokens" in out
+    assert "1.00e+12 FLOPs" in out
+
+
+def test_time_is_told_by_steps_taken_here_by_rates_or_not_at_all(monkeypatch, capsys, tmp_path):
+    assert "not told" in _run(monkeypatch, capsys, *TINY)
+    assert "(measured here)" in _run(monkeypatch, capsys, *TINY, "measure=true")
+    done = {"suite": "memory", "status": "measured", "written": 1e6}
+    rows = [done | {"flops": 1e9 * i, "operations": 10 * i, "seconds_per_step": i} for i in range(1, 6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "(by the steps in" in _run(monkeypatch, capsys, *TINY, f"rates={tmp_path / 'rows.jsonl'}")
+
+
+def test_a_gpu_of_the_table_has_a_time_and_a_price(monkeypatch, capsys):
+    out = _run(monkeypatch, capsys, *TINY, "gpu=h100", "mfu=0.4", "price=2", "tokens=1e12", "devices=8")
+    for words in ("(40% of h100's peak)", "at 2 per device and hour", "It fits h100."):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("gpu=h1000",), "gpu=h1000 is not one of"),
+        (("mfu=0.4",), "say which with gpu="),
+        (("gpu=h100", "measure=true"), "measure=true is of this machine"),
+        (("tokens=1e9", "budget=1e9"), "give one"),
+        (("rates=nothing.jsonl",), "rates=nothing.jsonl is no file"),
+        (("devices=0",), "devices=0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(monkeypatch, capsys, words, sentence):
+    assert sentence in _refused(monkeypatch, capsys, *TINY, *words)
+
+
+def test_rates_of_too_few_steps_are_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"suite": "memory", "status": "failed"}\n')
+    assert "has 0 measured steps" in _refused(monkeypatch, capsys, *TINY, f"rates={tmp_path / 'rows.jsonl'}")

@@ -1,0 +1,97 @@
+"""Claims about walking a step for its memory. The oracle is the record that torch's profiler keeps of its allocator
+while a real step is taken: no code in common with the walk."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from experiments.suites.memory import State
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.run import Config
+from moe.config.train import TrainConfig
+from moe.model import cost
+from moe.model.memory import walk
+from tests.router_presets import presets_of_routers
+
+PRESETS = presets_of_routers()
+BATCH, CONTEXT = 4, 64
+
+
+def _config(name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False):
+    router, balance, changes = PRESETS[name]
+    moe = MoEConfig(n_experts=8, k=2, d_expert=32)
+    changes = {key: moe.n_experts if value == "all" else value for key, value in changes.items()}
+    moe = None if dense else dataclasses.replace(moe, **changes)
+    model = ModelConfig("small", 128, CONTEXT, n_layers=2, d_model=64, n_heads=2, d_ff=64, moe=moe)
+    train = TrainConfig(
+        batch_size=BATCH * n_micro, accumulate=n_micro, precision=precision, device="cpu",
+        checkpoint_activations=checkpointed,
+    )  # fmt: skip
+    return Config(model=model, router=router, balance=balance, train=train)
+
+
+def _walk(cfg):
+    train = cfg.train
+    return walk(
+        cfg.model, cfg.router, cfg.balance, train.batch_size // train.accumulate, n_micro=train.accumulate,
+        precision=train.precision, checkpoint_activations=train.checkpoint_activations,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_with_every_router_asks_the_allocator_for_what_was_walked(name):
+    cfg = _config(name)
+    assert _walk(cfg).peak == pytest.approx(State(cfg).asked_for(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(dense=True), dict(precision="bf16"), dict(n_micro=2), dict(n_micro=4), dict(checkpointed=True)],
+    ids=str,
+)
+def test_a_step_asks_for_what_was_walked(settings):
+    cfg = _config(**settings)
+    assert _walk(cfg).peak == pytest.approx(State(cfg).asked_for(), rel=0.01)
+
+
+def test_gradients_that_stay_raise_the_peak_of_a_second_micro_batch():
+    one, two = _walk(_config()), _walk(_config(n_micro=2))
+    assert one.peak < two.peak <= one.peak + one.gradients
+
+
+def test_weights_gradients_and_adam_are_four_and_eight_bytes_a_parameter():
+    cfg = _config()
+    memory, total = _walk(cfg), cost.size(cfg.model).total
+    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * total, 4 * total, 8 * total)
+    assert memory.logits == 4 * BATCH * CONTEXT * cfg.model.vocab_size
+
+
+def test_frozen_weights_have_neither_gradients_nor_a_state():
+    cfg = _config("random")
+    memory = _walk(cfg)
+    frozen = sum(4 * 8 * 64 for _ in range(2))  # a router's E x D in each of two layers
+    assert memory.gradients == memory.weights - frozen
+    assert memory.optimizer == 2 * memory.gradients
+
+
+def test_checkpointing_keeps_less_for_backward_and_computes_more():
+    whole, checkpointed = _walk(_config()), _walk(_config(checkpointed=True))
+    assert checkpointed.saved < whole.saved / 2
+    assert checkpointed.activations < whole.activations
+    assert checkpointed.operations > whole.operations
+
+
+def test_autocast_keeps_bf16_copies_of_the_matrices_that_are_multiplied():
+    cfg = _config(precision="bf16", dense=True)
+    memory = _walk(cfg)
+    matmuls = sum(p.numel() for p in State(cfg).model.parameters() if p.dim() == 2)
+    assert memory.copies == 2 * matmuls  # the embedding is the output map too
+    assert _walk(_config(dense=True)).copies == 0
+
+
+def test_nothing_of_a_model_that_no_machine_holds_is_allocated():
+    model = ModelConfig("huge", 128_000, 4096, n_layers=2, d_model=16384, n_heads=128, d_ff=53248)
+    memory = walk(model, PRESETS["softmax"].router, PRESETS["softmax"].balance, 1)
+    assert memory.weights == 4 * cost.size(model).total > 2**34
+    assert torch.empty(0).untyped_storage().nbytes() == 0  # outside the walk tensors are real again
