@@ -25,7 +25,7 @@ from moe.config.data import CleanConfig
 from moe.data.sources import Document
 from moe.data.unreadable import BadDocument, Unreadable
 
-VERSION = 1  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise
+VERSION = 2  # of the pipeline, in the key of every prepared corpus: raise it when the same documents come out otherwise
 LIBRARIES = ("ftfy", "beautifulsoup4", "datasketch")  # whose versions are in that key too
 SHORT_LINE = 10  # characters; shorter lines ("else:", a speaker's name) repeat without being boilerplate
 SHINGLE = 5  # words
@@ -39,9 +39,10 @@ HELD = "\0"  # stands for a space that must stay, in preformatted text
 MOST_TAGS = 2**19  # of a page: they take a minute, and a gigabyte, as a tree
 MOST_READING = 10**7  # characters that the parser may read again for what is not closed
 UNSEEN = ["script", "style", "template", "noscript", "head"]
+# What HTML's own style sheet gives lines of their own
 BLOCKS = re.compile(
-    r"address|article|aside|blockquote|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|header|hr|li|main|nav|ol|p|pre"
-    r"|section|table|tr|ul"
+    r"address|article|aside|blockquote|caption|center|dd|details|dialog|dir|div|dl|dt|fieldset|figcaption|figure|footer"
+    r"|form|h[1-6]|header|hgroup|hr|legend|li|main|menu|nav|ol|optgroup|option|p|pre|search|section|summary|table|tr|ul"
 )
 
 
@@ -135,7 +136,7 @@ def _strings(soup: BeautifulSoup) -> Iterator[str]:
         elif isinstance(node, Tag) and node.name == "br":
             yield "\n"
         elif isinstance(node, Tag) and node.name not in UNSEEN:
-            edge = "\n" if BLOCKS.search(node.name) else ""
+            edge = "\n" if BLOCKS.fullmatch(node.name) else ""
             yield edge
             kept = kept or node.name == "pre"
             pending.append((edge, kept))

@@ -25,13 +25,13 @@ from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.parse import to_dict
 from moe.data import clean, sources
 from moe.data.owner import remove_leftovers
-from moe.data.shards import FORMAT, SPLITS, Dataset, publish
+from moe.data.shards import FORMAT, MANIFEST, SPLITS, Dataset, publish
 from moe.data.sources import Document
 from moe.data.tokenizer import train
 from moe.data.unreadable import Unreadable
 from moe.errors import BadInput
 
-# sha256 of the files whose version 1 is the same code; see `_settings_unversioned`.
+# sha256 of the files whose version 1 is the same code; see `_older`.
 UNVERSIONED = {
     "clean": "e11bb1888b36ef683a758bd72241d5cd3b15ca5a6f993ef4061d7fe547b17e01",
     "corpus": "ac0c8170a7c8f92e015d5e1582e661b029212867570164adb4d18ca7b5ba3004",
@@ -56,8 +56,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say: Callable[[str], N
     remove_leftovers(root / "prepared")
     settings = _settings(data, tokenizer, root)
     folder = _folder(root, settings)
-    if not folder.exists() and (unversioned := _folder(root, _settings_unversioned(data, tokenizer, root))).exists():
-        folder = unversioned
+    if not folder.exists():
+        folder = next((older for older in _older(data, tokenizer, root) if _has_no_html(older)), folder)
     if folder.exists():
         say(f"data: opening {folder}")
     else:
@@ -119,9 +119,27 @@ def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[
     return settings
 
 
+def _older(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> list[Path]:
+    """Where these settings' corpus was kept when cleaning was at version 1, which differs in pages of HTML alone."""
+    first = _settings(data, tokenizer, root)
+    first["clean"]["version"] = 1
+    return [_folder(root, first), _folder(root, _settings_unversioned(data, tokenizer, root))]
+
+
+def _has_no_html(folder: Path) -> bool:
+    """Whether a corpus is there that had no page of HTML to convert, so that it is opened as it is, and its runs go on.
+    Where it cannot be read, `Dataset` says so."""
+    if not folder.exists():
+        return False
+    try:
+        cleaning = json.loads((folder / MANIFEST).read_bytes())["cleaning"]
+        return all(step["bytes_in"] == step["bytes_out"] for step in cleaning if step["name"] == "html")
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
 def _settings_unversioned(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
-    """The same from when hashes of the source files stood for their versions: such a corpus is opened as it is, and its
-    runs go on."""
+    """The same from when hashes of the source files stood for their versions."""
     settings = _settings(data, tokenizer, root) | {"clean": UNVERSIONED["clean"]}
     settings["tokenizer"].pop("trainer", None)
     settings["source"] = sources.source_fingerprint(data, root, (UNVERSIONED["corpus"], UNVERSIONED["blend"]))

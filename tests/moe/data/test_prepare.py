@@ -1,10 +1,12 @@
 """Claims about moe/data/prepare.py: which split a document is in, and one good folder whatever happens."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,8 +232,26 @@ def test_the_cache_is_the_setting_else_the_variable_else_the_home_folder(monkeyp
 # ------------------------------------------------------------------------------------------ short splits, validation
 
 
-def test_a_corpus_prepared_before_stages_had_versions_is_opened_as_it_is(tmp_path, monkeypatch):
-    """The name is the one that hashes of the source files gave to this corpus, whose folder then is any other's."""
+@pytest.mark.parametrize("since", ["a666f9a448351dcd", ""])
+def test_a_corpus_that_was_cleaned_alike_under_an_older_name_is_opened_as_it_is(since, tmp_path, monkeypatch):
+    """The names are those that hashes of the source files gave to this corpus, and version 1 of the cleaning."""
+    cfg, before, now = forty_texts(tmp_path, monkeypatch, since)
+    assert prepare(cfg, BYTE, silent).folder == before != now
+
+
+@pytest.mark.parametrize("since", ["a666f9a448351dcd", ""])
+def test_a_corpus_whose_pages_were_converted_otherwise_is_prepared_again(since, tmp_path, monkeypatch):
+    cfg, before, now = forty_texts(tmp_path, monkeypatch, since)
+    manifest = json.loads((before / "manifest.json").read_text())
+    assert manifest["cleaning"][0]["name"] == "html"
+    manifest["cleaning"][0]["bytes_in"] += 7  # its tags
+    (before / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(cfg, BYTE, silent).folder == now
+
+
+def forty_texts(tmp_path, monkeypatch, since: str) -> tuple[DataConfig, Path, Path]:
+    """Settings of forty files whose paths and times are always the same, the folder of their corpus under the name that
+    ends in `since` ("": that of version 1), and the one it would have now."""
     monkeypatch.chdir(tmp_path)  # the path as it is given is part of the key
     for i in range(40):
         path = tmp_path / "text" / f"{i}.txt"
@@ -240,6 +260,11 @@ def test_a_corpus_prepared_before_stages_had_versions_is_opened_as_it_is(tmp_pat
         os.utime(path, ns=(10**18, 10**18))
     cfg = DataConfig(name="text", path="text", cache=str(tmp_path / "cache"), val_fraction=0.2)
     now = prepare(cfg, BYTE, silent).folder
-    before = now.with_name("text-byte-a666f9a448351dcd")
-    now.rename(before)
-    assert prepare(cfg, BYTE, silent).folder == before
+    if since:
+        before = now.rename(now.with_name(f"text-byte-{since}"))
+    else:
+        shutil.rmtree(now)
+        with monkeypatch.context() as older:
+            older.setattr("moe.data.clean.VERSION", 1)
+            before = prepare(cfg, BYTE, silent).folder
+    return cfg, before, now
