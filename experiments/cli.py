@@ -36,7 +36,7 @@ from experiments.refusals import (
     read_word,
     singles,
 )
-from experiments.sweeps import Job, Place, check_sweep, one_of_many, placed
+from experiments.sweeps import Job, Place, check_sweep, of_job, one_of_many, placed
 from moe.config.parse import lookup, parse
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
@@ -67,8 +67,9 @@ def command(
     run that lie under the command line; what is validated are these.
 
     In a sweep (--multirun) every job gets what `place` makes of its config, and one that fails is named at the end,
-    with exit status 2, after all others have run. `before` may refuse the jobs; `after` is called with what `main`
-    returned for each that finished, in order, and with the keys that take several values, if any did."""
+    with exit status 2, after all others have run. `before` may refuse the jobs, each with its place; `after` is called
+    with what `main` returned for each that finished, in order, and with the keys that take several values, if any
+    did."""
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
@@ -207,9 +208,7 @@ def read_job(
     try:
         return Job(swept, task, typed(compose(name, schema, lines, number), schema, complete, under, task))
     except BadInput as bad:
-        if not swept:
-            raise
-        raise BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {plain(swept)}).") from None
+        raise of_job(bad, swept) from None
 
 
 def is_hydras(line: str) -> bool:

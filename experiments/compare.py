@@ -27,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from experiments import cli
 from experiments.pages import compare_page, sweep_table, tables
 from experiments.stats import verdict
+from experiments.sweeps import check_each
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
@@ -39,13 +40,13 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model import cost
-from moe.routing.build import router_class
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
 from moe.run.folder import read_config
 from moe.run.jsonl import write_atomically, write_json
 from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
+from moe.train import beforehand
 from moe.train.loop import train
 
 
@@ -76,6 +77,26 @@ def place_in_sweep(cfg: CompareConfig, sweep: str, job: str) -> tuple[CompareCon
     return dataclasses.replace(cfg, run=str(run), twins=cfg.twins or str(run.parent / "twins")), run
 
 
+def check_jobs(jobs: list[cli.Job]) -> None:
+    """Refuse a baseline that is no line of the table, and a comparison that names what is not there. Raises
+    `BadInput`."""
+    check_baseline(jobs)
+    check_each(jobs, check_moe)
+
+
+def check_moe(cfg: CompareConfig) -> None:
+    """Refuse what can be known to fail before the text is read. Raises `BadInput`."""
+    if cfg.model.moe is None:
+        raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
+    for seed in cfg.seeds or [cfg.seed]:
+        beforehand.check(dataclasses.replace(cfg, seed=seed, run=f"{folder_of(cfg)}/moe-seed{seed}"))
+
+
+def folder_of(cfg: CompareConfig) -> Path:
+    """Where a comparison is written."""
+    return Path(cfg.run or f"runs/compare-{fingerprint(cfg)}")
+
+
 def check_baseline(jobs: Sequence[cli.Job]) -> None:
     """Refuse a baseline that no line of the sweep's table is called by, but for the default one. Raises `BadInput`."""
     called = sorted(set(sweep_table.labels([job.overrides for job in jobs])))
@@ -91,7 +112,7 @@ def check_baseline(jobs: Sequence[cli.Job]) -> None:
     CompareConfig,
     verbatim=("baseline",),
     place=place_in_sweep,
-    before=check_baseline,
+    before=check_jobs,
     after=sweep_table.report,
 )
 def main(cfg: CompareConfig) -> sweep_table.Job:
@@ -119,12 +140,10 @@ def compare(
     `overrides` is the command line to repeat it with. With `cfg.resume` finished runs are reused and others continued.
     Raises `BadInput` for a model without experts, a twin that cannot match, or a folder that exists."""
     # What cannot be compared is refused before anything is trained.
-    folder = Path(cfg.run or f"runs/compare-{fingerprint(cfg)}")
+    folder = folder_of(cfg)
     if folder.exists() and not cfg.resume:
         raise BadInput(f"run={folder} exists: continue it with resume=true, or choose another folder.")
-    if cfg.model.moe is None:
-        raise BadInput("model.moe=null leaves nothing to compare: choose a Mixture-of-Experts model.")
-    router_class(cfg.router.name)
+    check_moe(cfg)
     dataset = prepare(cfg.data, cfg.tokenizer, say)
     vocab_size = cfg.model.vocab_size or dataset.tokenizer.vocab_size
     model = dataclasses.replace(cfg.model, vocab_size=vocab_size)

@@ -41,10 +41,8 @@ Place = Callable[[Any, str, str], tuple[Any, Path]]
 
 
 def check_sweep(jobs: Sequence[Job], place: Place | None, before: Callable[[list[Job]], object] | None = None) -> Sweep:
-    """Name a sweep by what it sweeps over and by its jobs. Raises `BadInput` for jobs of one place, and for places
-    that are taken already without resume=true."""
-    if before:
-        before(list(jobs))
+    """Name a sweep by what it sweeps over and by its jobs. Raises `BadInput` for jobs of one place, for places that
+    are taken already without resume=true, and for what `before` refuses of the jobs in their places."""
     keys = list(dict.fromkeys(word.partition("=")[0] for job in jobs for word in job.swept))
     experiment = next((word.partition("=")[2] for word in jobs[0].overrides if word.startswith("experiment=")), "sweep")
     names = [job_name(job.swept) for job in jobs]
@@ -53,8 +51,26 @@ def check_sweep(jobs: Sequence[Job], place: Place | None, before: Callable[[list
     title = file_name("-".join([experiment, *(last_part(key) for key in keys)]))
     sweep = Sweep(f"{title}-{code}", keys, len(jobs))
     if place:
-        check_places(jobs, [place(job.cfg, sweep.name, name)[1] for job, name in zip(jobs, names, strict=True)])
+        placed_jobs = [place(job.cfg, sweep.name, name) for job, name in zip(jobs, names, strict=True)]
+        jobs = [job._replace(cfg=cfg) for job, (cfg, _) in zip(jobs, placed_jobs, strict=True)]
+        check_places(jobs, [path for _, path in placed_jobs])
+    if before:
+        before(list(jobs))
     return sweep
+
+
+def check_each(jobs: Sequence[Job], check: Callable[[Any], object]) -> None:
+    """`check` the config of every job. Raises its `BadInput`, which says of which job."""
+    for job in jobs:
+        try:
+            check(job.cfg)
+        except BadInput as bad:
+            raise of_job(bad, job.swept) from None
+
+
+def of_job(bad: BadInput, swept: Sequence[str]) -> BadInput:
+    """What is refused of the job with these overrides of its own."""
+    return BadInput(f"{str(bad).rstrip('.')} (in the sweep's job {plain(swept)}).") if swept else bad
 
 
 def check_places(jobs: Sequence[Job], paths: Sequence[Path]) -> None:

@@ -18,8 +18,10 @@ import dataclasses
 from pathlib import Path
 
 from experiments import cli
+from experiments.sweeps import check_each
 from moe.config.run import Config
 from moe.run import folder
+from moe.train import beforehand
 from moe.train.loop import train
 
 
@@ -37,7 +39,12 @@ def over_its_own(cfg: Config, given: list[str]) -> Config:
     return cfg
 
 
-@cli.command("train", Config, under=over_its_own, place=place_in_sweep)
+def check_jobs(jobs: list[cli.Job]) -> None:
+    """Refuse a job that names what is not there, before others train for hours. Raises `BadInput`."""
+    check_each(jobs, beforehand.check)
+
+
+@cli.command("train", Config, under=over_its_own, place=place_in_sweep, before=check_jobs)
 def main(cfg: Config) -> None:
     """Train, or go on with a run."""
     train(cfg)

@@ -32,17 +32,17 @@ def default_folder(cfg: Config, swept: str = "") -> Path:
     return Path("runs") / f"{cfg.model.name}-{kind}-{cfg.data.name}-{swept or f'seed{cfg.seed}'}-{fingerprint(cfg)}"
 
 
-def read_config(run: Path, trust: bool | str = False) -> Config:
+def read_config(run: Path, trust: bool | str = False, key: str = "run") -> Config:
     """The config a run was started with. A router of one's own that it names is refused, unless it is what `trust`
-    says (`moe.run.trust.check_router`): what the folder itself says of trust counts for nothing. Raises `BadInput` for
-    that, and for a folder that is not a run's."""
+    says (`moe.run.trust.check_router`): what the folder itself says of trust counts for nothing. `key`: the setting
+    that gives the folder. Raises `BadInput` for that, and for a folder that is not a run's."""
     path = run / "config.yaml"
     if not path.is_file():
         runs: list[str] = []
         for folder in (run, run.parent):  # a comparison's folder has its runs inside
             runs = runs or sorted(str(config.parent) for config in folder.glob("*/config.yaml"))
         hint = f"; there are {', '.join(runs)}" if runs else ""
-        raise BadInput(f"run={run} is not a run's folder: it has no config.yaml{hint}.")
+        raise BadInput(f"{key}={run} is not a run's folder: it has no config.yaml{hint}.")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no text, or no date

@@ -18,7 +18,7 @@ def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple
     that holds no run, a router of one's own that is not trusted, a checkpoint that does not exist or is damaged, and a
     tokenizer that is not the one the checkpoint was trained with."""
     cfg = read_config(run, trust)
-    path = _find_checkpoint(run / "checkpoints", which)
+    path = find_checkpoint(run / "checkpoints", which)
     snapshot = checkpoint.load(path)
     tokenizer = Tokenizer.load(run / "tokenizer")
     if tokenizer.fingerprint != snapshot.meta["tokenizer"]:
@@ -41,7 +41,7 @@ def find_source(source: str) -> Path:
     Raises `BadInput` for anything else."""
     folder = Path(source)
     if (folder / "config.yaml").is_file():
-        return _find_checkpoint(folder / "checkpoints", "last")
+        return find_checkpoint(folder / "checkpoints", "last")
     if not (folder / checkpoint.MANIFEST).is_file():
         raise BadInput(
             f"source={source} is neither a run's folder nor a checkpoint: accepted are runs/NAME and "
@@ -51,7 +51,8 @@ def find_source(source: str) -> Path:
     return folder
 
 
-def _find_checkpoint(root: Path, which: str) -> Path:
+def find_checkpoint(root: Path, which: str) -> Path:
+    """The checkpoint in `root` that `which` means, as in `load_run`. Raises `BadInput` where there is none."""
     step = {path.name: int(path.name[5:]) for path in sorted(root.glob("step-*")) if path.name[5:].isdecimal()}
     if not step:
         raise BadInput(f"{root} has no checkpoint: the run has not saved one yet.")

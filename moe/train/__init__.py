@@ -1,6 +1,7 @@
 """The one training loop and all it minimises.
 
 loop        prepare or resume a run, take its steps, evaluate, save, summarise
+beforehand  what a run names is there, and may be had
 step        one optimiser step: micro-batches, losses, update
 state       what a step changes, to a checkpoint and back
 non_finite  where a number that is not finite first appeared

@@ -29,7 +29,6 @@ from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.transformer import Transformer
-from moe.routing.build import router_class
 from moe.run import checkpoint, jsonl, machine, terminal
 from moe.run.folder import (
     check_same,
@@ -40,7 +39,6 @@ from moe.run.folder import (
     default_folder,
     mend_folder,
     read_config,
-    refuse_existing,
     write_config,
 )
 from moe.run.load import find_source
@@ -48,7 +46,7 @@ from moe.run.lock import Lock
 from moe.run.machine import autocast
 from moe.run.precision import choose_precision
 from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, read_summary, write_summary
-from moe.train import trackers
+from moe.train import beforehand
 from moe.train.distill import load_teacher
 from moe.train.non_finite import check_validation
 from moe.train.optimizer import build_optimizer
@@ -68,12 +66,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     code = machine.git_state()  # now: by the end the files may be others than those imported
 
     # What is asked for and cannot be had is refused before anything costs time.
-    trackers.check(cfg)
-    if cfg.model.moe:
-        router_class(cfg.router.name)
+    beforehand.check(cfg)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
-    refuse_existing(folder, cfg.resume)
     if started:
         recorded = read_config(folder, cfg.trust or cfg.router.name)
         check_unedited(folder, recorded)

@@ -160,12 +160,12 @@ def test_an_existing_folder_is_gone_on_with(command, tmp_path):
 
 
 def test_the_folders_of_a_sweep_say_what_was_swept(command, tmp_path):
-    given = ["router.name=softmax,mine:Nearest", "optim.lr=1e-3,2e-3"]
+    given = ["router.name=softmax,moe.routing.token_choice:TopKRouter", "optim.lr=1e-3,2e-3"]
     _, _, _, configs = command("-m", *given)
     names = [cfg.run.rpartition("-")[0].removeprefix("runs/cpu-small-") for cfg in configs]
     assert names == [
         "softmax-blend-softmax-lr0.001", "softmax-blend-softmax-lr0.002",
-        "Nearest-blend-Nearest-lr0.001", "Nearest-blend-Nearest-lr0.002",
+        "TopKRouter-blend-TopKRouter-lr0.001", "TopKRouter-blend-TopKRouter-lr0.002",
     ]  # fmt: skip
     command("-m", "seed=0,1")
     noted = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs").glob("*/") if list(path.iterdir()))

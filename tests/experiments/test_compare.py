@@ -414,3 +414,24 @@ def test_a_run_that_ended_without_a_finite_loss_is_refused_in_a_sentence(finishe
     (folder / "summary.json").write_text(json.dumps(tree))
     with pytest.raises(BadInput, match=r"diverged ended with a validation loss that is not finite"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("router.name=softmax,nothing_there:Router", "router.name=nothing_there:Router cannot be imported"),
+        ("distill.teacher='',nowhere", "distill.teacher=nowhere is not a run's folder"),
+    ],
+)
+def test_a_job_that_cannot_train_is_refused_before_the_first(wrong, sentence, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("a job was trained"))
+    monkeypatch.setattr(command, "prepare", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "-m", "seed=0,1", wrong])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {sentence}")
+    assert printed.err.count("\n") == 1

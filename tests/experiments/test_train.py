@@ -201,3 +201,27 @@ def test_a_router_that_cannot_be_built_leaves_no_folder(command, corpus, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     command(*words(corpus, "some/run", {"router.name": "bad_router:Bad"}), really=True)
     assert not (tmp_path / "some").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("router.name=softmax,nothing_there:Router", "router.name=nothing_there:Router cannot be imported"),
+        ("distill.teacher='',nowhere", "distill.teacher=nowhere is not a run's folder"),
+        ("source='',nowhere", "source=nowhere is neither a run's folder nor a checkpoint"),
+    ],
+)
+def test_what_a_job_names_and_cannot_have_is_refused_before_the_first_job_trains(wrong, sentence, command, corpus):
+    status, out, err, configs = command("-m", *words(corpus, ""), "seed=0,1", wrong)
+    assert (status, out, configs) == (2, "", [])
+    assert err.startswith(f"error: {sentence}"), err
+    assert err.endswith(f"(in the sweep's job seed=0 {wrong.partition('=')[0]}={wrong.rpartition(',')[2]}).\n"), err
+    assert err.count("\n") == 1
+
+
+def test_a_tokenizer_that_a_job_would_take_and_is_not_there_is_refused_before_the_first(command, corpus):
+    arguments = [word for word in words(corpus, "") if not word.startswith(("tokenizer", "run="))]
+    given = ["tokenizer=saved", "tokenizer.path=nowhere", "seed=0,1"]
+    status, out, err, configs = command("-m", *arguments, *given)
+    assert (status, out, configs) == (2, "", [])
+    assert err.startswith("error: nowhere/tokenizer/tokenizer.json cannot be read: No such file or directory"), err

@@ -1,0 +1,49 @@
+"""What of a run's settings can be held to the machine before any text is read: what they name has to be there."""
+
+from pathlib import Path
+
+from moe.config.run import Config
+from moe.data.tokenizer import Tokenizer
+from moe.errors import BadInput
+from moe.model import dispatch
+from moe.routing.build import router_class
+from moe.run import machine
+from moe.run.folder import default_folder, read_config, refuse_existing
+from moe.run.load import find_checkpoint, find_source
+from moe.train import trackers
+
+
+def check(cfg: Config) -> None:
+    """Refuse a run whose folder is taken, and one that names a tracker, device, backend, router of one's own,
+    tokenizer, source, teacher or recorded run that it cannot have. Nothing is written. Raises `BadInput`."""
+    # What is imported, and the folder.
+    trackers.check(cfg)
+    if cfg.model.moe:
+        router_class(cfg.router.name)
+    folder = Path(cfg.run) if cfg.run else default_folder(cfg)
+    refuse_existing(folder, cfg.resume)
+    if (folder / "summary.json").exists():
+        return  # what it came from may be gone since
+
+    # The machine.
+    dispatch.choose(cfg.dispatch, machine.choose_device(cfg.train.device))
+
+    # Other runs.
+    trust = cfg.trust or cfg.router.name
+    if cfg.tokenizer.name == "saved":
+        Tokenizer.load(Path(cfg.tokenizer.path) / "tokenizer")
+    if cfg.source and not folder.exists():
+        find_source(cfg.source)
+    if cfg.distill.teacher:
+        check_teacher(cfg, trust)
+    if cfg.balance.recorded and cfg.model.moe:
+        read_config(Path(cfg.balance.recorded), trust, "balance.recorded")
+
+
+def check_teacher(cfg: Config, trust: bool | str) -> None:
+    """Refuse a teacher that is no run, has no such checkpoint, or reads less text than its student."""
+    folder = Path(cfg.distill.teacher)
+    context = read_config(folder, trust, "distill.teacher").model.context
+    find_checkpoint(folder / "checkpoints", cfg.distill.which)
+    if context < cfg.model.context:
+        raise BadInput(f"distill.teacher={folder} has model.context={context}, and this run {cfg.model.context}.")
