@@ -47,7 +47,7 @@ from moe.run.folder import flat
 REFUSED = 2  # exit status for bad input
 
 C = TypeVar("C")
-Under = Callable[[Any, list[str]], Any]  # (settings, keys the command line gives) -> over those of a run
+Under = Callable[[Any, list[str]], Any]  # (settings, words of the command line) -> over those of a run
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
     """Decorate `main(cfg)` into an entry point that reads `sys.argv`. `conf/<name>.yaml` starts from the defaults of
     `schema` (its first default is `schema_<name>`). Keys in `verbatim` take their value literally, whatever characters
     it has. `complete` False: the settings add to those of a run that `main` reads and validates with them; here only
-    names and types are checked. `under`: (settings, keys that the command line gives) -> the settings with those of a
+    names and types are checked. `under`: (settings, words of the command line) -> the settings with those of a
     run that lie under the command line; what is validated are these.
 
     In a sweep (--multirun) every job gets what `place` makes of its config, and one that fails is named at the end,
@@ -134,7 +134,7 @@ def typed(
         raise BadInput(explain(error, schema, given)) from None
     settings = parse(schema, container)
     if under:
-        settings = under(settings, keys_of(overrides))
+        settings = under(settings, list(overrides))
     if complete and isinstance(settings, Config):
         validate(settings)
     return settings
@@ -252,6 +252,21 @@ def keys_given() -> list[str]:
 def keys_of(overrides: Sequence[str]) -> list[str]:
     """The settings and groups that a command line's words give, by their keys."""
     return [override.lstrip("+~").partition("=")[0] for override in overrides]
+
+
+def keys_of_files(overrides: Sequence[str]) -> list[str]:
+    """The settings and groups that the files of conf/ give that a command line chooses, beside their own group: those
+    of an experiment, and what a router comes with."""
+    keys: list[str] = []
+    for group, _, name in (override.lstrip("+").partition("=") for override in overrides):
+        file = CONF / group / f"{name}.yaml"
+        if not (name and file.is_file() and (text := file.read_text()).startswith("# @package _global_")):
+            continue
+        tree = yaml.safe_load(text)
+        chosen = [word for default in tree.pop("defaults", []) if isinstance(default, dict) for word in default.items()]
+        words = [f"{key.removeprefix('override ').lstrip('/')}={value}" for key, value in chosen]
+        keys += [*keys_of(words), *keys_of_files(words), *flat(tree)]
+    return keys
 
 
 def overlay(base: Config, cfg: Config, keys: list[str]) -> Config:

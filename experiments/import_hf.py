@@ -3,7 +3,7 @@
     python -m experiments.import_hf source=FOLDER run=runs/NEW
     python -m experiments.generate run=runs/NEW prompt="To be, or not"
     python -m experiments.upcycle source=runs/NEW run=runs/MOE                  # a dense one into an MoE
-    python -m experiments.train source=runs/NEW run=runs/TUNED tokenizer=saved tokenizer.path=runs/NEW model...
+    python -m experiments.train source=runs/NEW run=runs/TUNED                # its model and its tokens
 
 The last needs the model's settings as runs/NEW/config.yaml has them, or a file of them in conf/model.
 The folder is on this machine; nothing is downloaded, no code of its own is run and no pickle opened. A model of another

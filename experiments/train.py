@@ -11,6 +11,7 @@ python -m experiments.train source=runs/.../checkpoints/step-00000400 source_sta
     train.steps=500 optim=wsd optim.decay=0.2                  # all of its state, and a decay from there on
 python -m experiments.train -m router=softmax,sigmoid seed=0,1,2 resume=true   # a sweep that can be repeated
 
+From a `source` come, where they are not given, the model, the router, the balance, the tokenizer and data.documents.
 Ctrl-C, SIGTERM and a terminal that is closed end it after the step, saved. A reader that goes away (`| head`) does not.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.sweeps import check_each
 from moe.config.run import Config
-from moe.run import folder
+from moe.run import folder, source
 from moe.train import beforehand
 from moe.train.loop import train
 
@@ -32,10 +33,14 @@ def place_in_sweep(cfg: Config, sweep: str, job: str) -> tuple[Config, Path]:
     return dataclasses.replace(cfg, run=str(run)), run
 
 
-def over_its_own(cfg: Config, given: list[str]) -> Config:
-    """With `run=... resume=true` every setting that the command line does not give is the run's own."""
+def over_its_own(cfg: Config, words: list[str]) -> Config:
+    """With `run=... resume=true` every setting that the command line does not give is the run's own; in a new run with
+    `source=...` every one that must fit the weights is the source's, where neither it nor its files give it."""
+    given, trust = cli.keys_of(words), cfg.trust or cfg.router.name
     if cfg.resume and cfg.run and Path(cfg.run).exists() and "experiment" not in given:
-        return cli.overlay(folder.read_config(Path(cfg.run), cfg.trust or cfg.router.name), cfg, given)
+        return cli.overlay(folder.read_config(Path(cfg.run), trust), cfg, given)
+    if cfg.source:
+        return source.adopt(cfg, *source.read_source(cfg.source, trust), [*cli.keys_of_files(words), *given])
     return cfg
 
 

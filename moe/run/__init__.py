@@ -8,6 +8,7 @@ summary       what a run says of itself in numbers: a metrics line, and the summ
 checkpoint    atomic, verified snapshots
 command_line  what to type, quoted
 load          a run's model, read back
+source        what a run takes of the settings of the one whose weights it starts from
 machine       device, memory, versions
 precision     bf16 or fp32, whichever this machine multiplies faster
 terminal      outputs that do not fail, and text that a terminal shows as it is

@@ -11,6 +11,7 @@ safetensors, everything else is JSON; nothing here unpickles. Whatever is wrong 
 names the file.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -185,13 +186,17 @@ def newest_meta(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint in `root` whose meta is as its manifest says, and that meta; None where there is none. No
     tensor is read, so that it costs nothing to ask."""
     for path in _checkpoints(root):
-        try:
-            manifest, raw = _read_manifest(path), _read_bytes(path / META)
-            if hashlib.sha256(raw).hexdigest() == manifest["files"][META]["sha256"]:
-                return path, _parse_json(path / META, raw)
-        except BadInput:
-            continue
+        with contextlib.suppress(BadInput):
+            return path, meta_of(path)
     return None
+
+
+def meta_of(path: Path) -> dict[str, Any]:
+    """The meta of the checkpoint in folder `path`; no tensor is read. Raises `BadInput` for a damaged one."""
+    manifest, raw = _read_manifest(path), _read_bytes(path / META)
+    if hashlib.sha256(raw).hexdigest() != manifest["files"][META]["sha256"]:
+        raise BadInput(f"{path / META}: altered since it was written (its SHA-256 is not the manifest's).")
+    return _parse_json(path / META, raw)
 
 
 def config_of(path: Path, meta: dict[str, Any]) -> Config:

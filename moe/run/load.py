@@ -43,12 +43,17 @@ def find_source(source: str) -> Path:
     if (folder / "config.yaml").is_file():
         return find_checkpoint(folder / "checkpoints", "last")
     if not (folder / checkpoint.MANIFEST).is_file():
-        raise BadInput(
-            f"source={source} is neither a run's folder nor a checkpoint: accepted are runs/NAME and "
-            "runs/NAME/checkpoints/step-00000100."
-        )
+        raise BadInput(no_source(source))
     checkpoint.verify(folder)
     return folder
+
+
+def no_source(source: str) -> str:
+    """What is wrong with a `source` that is nothing of the kind."""
+    return (
+        f"source={source} is neither a run's folder nor a checkpoint: accepted are runs/NAME and "
+        "runs/NAME/checkpoints/step-00000100."
+    )
 
 
 def find_checkpoint(root: Path, which: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import experiments.train
+from moe.data.tokenizer import Tokenizer
 from moe.run.folder import read_config
 from moe.run.jsonl import read_lines
 from tests.experiments.train_command import words
@@ -181,6 +182,65 @@ def test_a_run_of_another_default_goes_on_with_its_own_warm_up(corpus, tmp_path)
 def test_a_short_run_needs_no_other_setting(command):
     status, _, err, (cfg,) = command("train.steps=30")
     assert (status, err, cfg.train.steps) == (0, "", 30)
+
+
+@pytest.fixture
+def source(corpus, tmp_path):
+    """A finished run with settings that are no defaults, of a tokenizer learned from its text."""
+    changes = {"tokenizer.name": "bpe", "tokenizer.vocab_size": 300, "router.name": "sigmoid", "balance.aux": 0.03}
+    train(settings(corpus, tmp_path / "source", changes | {"data.documents": "separate", "train.steps": 3}))
+    return tmp_path / "source"
+
+
+def of_text(corpus) -> list[str]:
+    """The words that say which text to read, and how long."""
+    keys = ("data=", "data.path", "data.cache", "data.val_fraction", "train.", "optim.")
+    return [word for word in words(corpus, "") if word.startswith(keys)]
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000003"])
+def test_a_run_from_anothers_weights_needs_none_of_its_settings(place, command, source, corpus, tmp_path):
+    own = read_config(source)
+    given = [*of_text(corpus), f"source={source / place}", "run=new", "train.steps=2", "data.max_mb=3"]
+    status, _, err, _ = command(*given, really=True)
+    assert (status, err) == (0, "")
+    new = read_config(tmp_path / "new")
+    assert (new.model, new.router, new.balance) == (own.model, own.router, own.balance)
+    assert (new.data.documents, new.data.max_mb, new.train.steps) == ("separate", 3.0, 2)
+    assert (new.tokenizer.name, new.tokenizer.path) == ("saved", str(source))
+    assert Tokenizer.load(tmp_path / "new" / "tokenizer").ranks == Tokenizer.load(source / "tokenizer").ranks
+
+
+def test_all_of_a_source_goes_on_with_none_of_its_settings_but_the_schedule(command, source, corpus, tmp_path):
+    given = [*of_text(corpus), f"source={source}", "source_state=all", "run=new", "train.steps=5", "data.on_error=skip"]
+    status, _, err, _ = command(*given, really=True)
+    assert (status, err) == (0, "")
+    assert [line["step"] for line in read_lines(tmp_path / "new" / "metrics.jsonl")] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("model.d_model=48", "model.d_model=48"),
+        ("model=cpu-nano", "model.d_model=64"),
+        ("model.moe=null", "model.moe=null"),
+        ("experiment=demo", "model.n_layers=4"),
+        ("model.moe.n_experts=8", "model.moe.n_experts=8"),
+    ],
+)
+def test_a_given_setting_that_does_not_fit_the_sources_weights_is_refused(given, named, command, source, corpus):
+    status, _, err, configs = command(*of_text(corpus), f"source={source}", "run=new", given)
+    assert (status, configs) == (2, [])
+    assert err.startswith(f"error: {named} does not fit the weights of source={source}, which have "), err
+    assert err.endswith("leave it out, and the source's own is taken.\n")
+    assert err.count("\n") == 1
+
+
+def test_what_a_routers_file_comes_with_lies_over_the_source(command, source, corpus):
+    _, _, err, (cfg,) = command(*of_text(corpus), f"source={source}", "run=new", "router=switch")
+    own = read_config(source)
+    assert (err, cfg.router.name, cfg.model.d_model) == ("", "softmax", own.model.d_model)
+    assert (cfg.model.moe.k, own.model.moe.k) == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["nothing_there:Router", "broken_router:Router", "broken_router:Other"])
