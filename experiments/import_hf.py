@@ -3,9 +3,9 @@
     python -m experiments.import_hf source=FOLDER run=runs/NEW
     python -m experiments.generate run=runs/NEW prompt="To be, or not"
     python -m experiments.upcycle source=runs/NEW run=runs/MOE                  # a dense one into an MoE
-    python -m experiments.train source=runs/NEW run=runs/TUNED                # its model and its tokens
+    python -m experiments.train source=runs/NEW run=runs/TUNED                  # on other text
 
-The last needs the model's settings as runs/NEW/config.yaml has them, or a file of them in conf/model.
+The last takes model and tokenizer from the run that was made.
 The folder is on this machine; nothing is downloaded, no code of its own is run and no pickle opened. A model of another
 family, a setting that this one does not have and a tokenizer that is not byte-level BPE are refused by name. What a
 tokenizer does to text besides (NFC, a token before every text, tokens sought in it) a run's does not: that is refused

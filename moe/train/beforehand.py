@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
+from moe.config.router import OWN, facts
 from moe.config.run import Config
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model import dispatch
+from moe.model.transformer import Transformer
 from moe.routing.build import router_class
 from moe.run import machine
 from moe.run.folder import default_folder, read_config, refuse_existing
@@ -47,3 +51,15 @@ def check_teacher(cfg: Config, trust: bool | str) -> None:
     find_checkpoint(folder / "checkpoints", cfg.distill.which)
     if context < cfg.model.context:
         raise BadInput(f"distill.teacher={folder} has model.context={context}, and this run {cfg.model.context}.")
+
+
+def rehearse(cfg: Config, document_end: int | None, device: torch.device) -> None:
+    """Where the router is one's own, pass a window through a model that is then thrown away: what only its forward
+    pass shows ends the run before it has a folder. Global generators are drawn from. Raises `BadInput` for a loss of
+    the router's that is called like another, and whatever the router raises."""
+    if not cfg.model.moe or facts(cfg.router) is not OWN:
+        return
+    model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.seed).to(device)
+    tokens_S = torch.arange(cfg.model.context, device=device) % cfg.model.vocab_size
+    with machine.autocast(cfg):
+        model(tokens_S[None], backend=cfg.dispatch)

@@ -108,10 +108,13 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     if cfg.log.experts:
         check_space(folder, cfg)
 
+    document_end = cfg.data.document_end(dataset.tokenizer.eot)
+    if not started:
+        beforehand.rehearse(cfg, document_end, device)
+
     # The state of the beginning, which may be another run's.
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
-    document_end = cfg.data.document_end(dataset.tokenizer.eot)
     model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.seed).to(device)
     state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
     if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
