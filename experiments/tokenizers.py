@@ -17,6 +17,7 @@ from moe.config.run import Config, validate
 from moe.data import clean, sources, tokenizer
 from moe.data.prepare import cache_root
 from moe.data.unreadable import Unreadable
+from moe.run import terminal
 
 
 @dataclass
@@ -37,7 +38,7 @@ def main(cfg: TokenizersConfig) -> None:
     unreadable = Unreadable(cfg.data.on_error)
     raw = sources.documents(cfg.data, cache_root(cfg.data), unreadable)
     documents, _ = clean.clean(raw, cfg.data.clean, unreadable)
-    unreadable.say(print)
+    unreadable.say(terminal.say)
     texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)
@@ -50,7 +51,7 @@ def main(cfg: TokenizersConfig) -> None:
 def measure(cfg: TokenizerConfig, texts: dict[str, list[str]]) -> Iterator[str]:
     """A tokenizer's row: name, vocabulary size, bytes per token in all and by domain, and whether decoding gives every
     text back."""
-    learned = tokenizer.train(cfg, (text for domain_texts in texts.values() for text in domain_texts))
+    learned = tokenizer.train(cfg, (text for domain_texts in texts.values() for text in domain_texts), terminal.say)
     size, n_tokens, same, total = {}, {}, 0, 0
     for domain, domain_texts in texts.items():
         ids = learned.encode_batch(domain_texts)

@@ -89,7 +89,7 @@ def _build(
         )
     splits = split_documents(documents, data.val_fraction)
     record = {"settings": settings, "cleaning": [asdict(step) for step in steps]} | unreadable.record()
-    learned = train(tokenizer, (document.text for document in splits["train"]))
+    learned = train(tokenizer, (document.text for document in splits["train"]), say)
     try:
         publish(folder, splits, learned, record)
     except OSError as error:

@@ -26,6 +26,7 @@ import rustbpe
 import tiktoken
 
 from moe.config.data import TokenizerConfig
+from moe.data.learning import Say, learning
 from moe.errors import BadInput
 
 END_OF_TEXT = "<|endoftext|>"
@@ -121,8 +122,9 @@ class Tokenizer:
         return cls(header["name"], header["pattern"], ranks, header["specials"], header["eot"])
 
 
-def train(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def train(cfg: TokenizerConfig, texts: Iterable[str], say: Say | None = None) -> Tokenizer:
     """The tokenizer of kind `cfg.name`. `texts` is the corpus that `bpe` and `char` learn from; the others ignore it.
+    `say` gets plain lines of how far `bpe` is; with it a terminal shows a bar.
 
     The result depends on the text alone: not on its order, nor on the number of cores. Raises `BadInput` for a corpus
     too small for `cfg.vocab_size` merges, and for a pretrained encoding that is neither cached nor downloadable."""
@@ -138,7 +140,7 @@ def train(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
                 ranks.setdefault(character.encode(), len(ranks))
             return _trained(cfg.name, ONE_CHARACTER, ranks)
         case "bpe":
-            return _trained(cfg.name, GPT4_LIKE, _merges(texts, cfg.vocab_size - 1))
+            return _trained(cfg.name, GPT4_LIKE, _merges(texts, cfg.vocab_size - 1, say))
         case "saved":
             return Tokenizer.load(Path(cfg.path) / "tokenizer")
         case _:
@@ -153,11 +155,12 @@ def _trained(name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
     return Tokenizer(name, pattern, ranks, {END_OF_TEXT: len(ranks)})
 
 
-def _merges(texts: Iterable[str], n_ranks: int) -> dict[bytes, int]:
+def _merges(texts: Iterable[str], n_ranks: int, say: Say | None) -> dict[bytes, int]:
     """Byte-pair encoding (Sennrich et al., arXiv:1508.07909, on bytes): the 256 bytes, then merges in order learnt."""
     trainer = rustbpe.Tokenizer()
-    pieces = (piece for text in texts for piece in _pieces(text))
-    trainer.train_from_iterator(pieces, vocab_size=n_ranks, pattern=GPT4_LIKE)
+    with learning(n_ranks - 256, say) as counted:
+        pieces = (piece for text in counted(texts) for piece in _pieces(text))
+        trainer.train_from_iterator(pieces, vocab_size=n_ranks, pattern=GPT4_LIKE)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < n_ranks:
         raise BadInput(
