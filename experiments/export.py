@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import cli
+from moe.config.router import OWN, facts
 from moe.convert.hf_config import family_of
 from moe.convert.hf_weights import refuse_existing, save
 from moe.errors import BadInput
 from moe.run import terminal
+from moe.run.folder import read_settings
 from moe.run.load import load_run
 
 
@@ -41,6 +43,7 @@ def main(cfg: ExportConfig) -> None:
     """Write the folder and say what is in it."""
     folder = Path(cfg.to)
     refuse_existing(folder)
+    refuse_own_router(Path(cfg.run))
     model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which)
     save(model, run_config.router, tokenizer if cfg.with_tokenizer else None, folder)
     kind = f"tokenizer {tokenizer.name}" if cfg.with_tokenizer else "no tokenizer (AutoTokenizer makes an empty one)"
@@ -48,6 +51,16 @@ def main(cfg: ExportConfig) -> None:
     terminal.say(f"exported: {folder}  {family_of(model.cfg, run_config.router)}, {n_parameters:,} parameters, {kind}")
     if model.document_end is not None:
         terminal.say("data.documents=separate: transformers attends across documents, so give it one at a time")
+
+
+def refuse_own_router(run: Path) -> None:
+    """Refuse a run whose router transformers cannot have; nothing of it is imported. Raises `BadInput`."""
+    router = read_settings(run).router
+    if facts(router) is OWN:
+        raise BadInput(
+            f"run={run} has router.name={router.name}, a class of one's own, which transformers has not: a run can be "
+            "exported whose router is one of conf/router that transformers has, such as router=softmax."
+        )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ def read_config(run: Path, trust: bool | str = False, key: str = "run") -> Confi
     """The config a run was started with. A router of one's own that it names is refused, unless it is what `trust`
     says (`moe.run.trust.check_router`): what the folder itself says of trust counts for nothing. `key`: the setting
     that gives the folder. Raises `BadInput` for that, and for a folder that is not a run's."""
+    cfg = read_settings(run, key)
+    check_router(run, cfg.router.name, trust)
+    return cfg
+
+
+def read_settings(run: Path, key: str = "run") -> Config:
+    """The config of `read_config`, whatever router it names: for one who imports none. Raises `BadInput` for a folder
+    that is not a run's."""
     path = run / "config.yaml"
     if not path.is_file():
         runs: list[str] = []
@@ -48,11 +56,9 @@ def read_config(run: Path, trust: bool | str = False, key: str = "run") -> Confi
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no text, or no date
         raise BadInput(f"{path} is damaged: {str(error).splitlines()[0]}.") from error
     try:
-        cfg: Config = dataclasses.replace(build(tree), trust=False)
+        return dataclasses.replace(build(tree), trust=False)
     except BadInput as bad:
         raise BadInput(f"{path}: {bad}") from None
-    check_router(run, cfg.router.name, trust)
-    return cfg
 
 
 def command_to_resume(run: Path, cfg: Config) -> str:

@@ -1,12 +1,14 @@
 """Claims about `python -m experiments.export`: what transformers makes of the folder, and what is refused."""
 
 import io
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 import transformers
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.export
@@ -108,3 +110,16 @@ def test_a_model_that_transformers_has_no_name_for_is_refused_by_the_setting(exp
     train(settings(corpus, tmp_path / "shared", {"model.moe.n_shared": 1, "train.steps": 1, "optim.warmup": 0}))
     folder, status, _, err = export(f"run={tmp_path / 'shared'}")
     assert (status, "model.moe.n_shared=1 has no counterpart" in err, folder.exists()) == (2, True, False)
+
+
+@pytest.mark.parametrize("place", ["", "payload"], ids=["elsewhere", "in the run's folder"])
+def test_a_router_of_ones_own_is_refused_without_an_option_that_there_is_not(place, export, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "payload.py").write_text("raise SystemExit('imported')")
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["router"]["name"] = f"{place or 'nothing_there'}:Own"
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    folder, status, _, err = export(f"run={run}")
+    assert (status, folder.exists()) == (2, False)
+    assert err.startswith(f"error: run={run} has router.name={tree['router']['name']}, a class of one's own, which")
+    assert "trust" not in err
