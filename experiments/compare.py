@@ -2,17 +2,22 @@
 
     python -m experiments.compare                                   # minutes on two CPU cores
     python -m experiments.compare model=cpu-nano train.steps=50     # seconds, too short to mean anything
-    python -m experiments.compare seeds=[0,1,2] match=flops         # an interval over seeds, matched in FLOPs
+    python -m experiments.compare seeds=[0,1,2] match=flops         # a verdict over seeds, matched in FLOPs
+    python -m experiments.compare seeds=[0,1,2] margin=0.01         # and whether the two are equivalent within 0.01
+    python -m experiments.compare seeds=[0,1,2] seed_data=0         # over initial weights alone: the same batches
     python -m experiments.compare resume=true                       # go on: finished runs are reused
     python -m experiments.compare -m experiment=routers router=softmax,hash,soft seed=0,1,2    # one table of them all
 
 Writes into `run` (default runs/compare-<hash of the settings>): moe-seed0, dense-seed0, ... (a run's folder each),
-compare.json (every number), table.md, and index.html, a page that needs nothing else. A sweep has a folder of its own,
+declared.json (before training: the margin and the seeds), compare.json (every number), table.md, and index.html, a page
+that needs nothing else. A sweep has a folder of its own,
 runs/<experiment or sweep>-<what is swept>-<hash>, and in it table.md, a folder per comparison, called by its own values
 of what is swept, and the dense twins, which they share.
 """
 
 import dataclasses
+import itertools
+import json
 import math
 import os
 import sys
@@ -23,10 +28,12 @@ from typing import Annotated
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from experiments import cli
 from experiments.pages import compare_page, sweep_table, tables
-from experiments.stats import verdict
+from experiments.stats import sentences, verdict
+from experiments.stats.speedup import mean_speedup
 from experiments.sweeps import check_each
 from moe.config import run as run_config
 from moe.config.balance import BalanceConfig
@@ -49,6 +56,8 @@ from moe.run.summary import read_metrics, read_summary
 from moe.train import beforehand
 from moe.train.loop import train
 
+DECLARED = "declared.json"  # in a comparison's folder: what was said before training
+
 
 @dataclass
 class CompareConfig(Config):
@@ -58,6 +67,8 @@ class CompareConfig(Config):
     # for match=flops where a router takes as many experts as it likes: `rows` of a finished run's summary.json; 0: none
     rows: Annotated[float, Between(0, ANY)] = 0.0
     seeds: list[int] = field(default_factory=list)  # a pair of runs for each; empty: only `seed`
+    # nats per token: the difference of validation loss that is called none, declared before training; 0: not declared
+    margin: Annotated[float, Between(0, ANY)] = 0.0
     twins: str = ""  # where dense twins are kept for other comparisons to reuse; "": in `run`, in a sweep beside it
     baseline: str = sweep_table.BASELINE  # a sweep's line, such as a router, that its table compares the others with
 
@@ -117,6 +128,11 @@ def check_baseline(jobs: Sequence[cli.Job]) -> None:
 )
 def main(cfg: CompareConfig) -> sweep_table.Job:
     """Compare, then print the table and the verdict."""
+    if cfg.margin and len(cfg.seeds or [cfg.seed]) < 2 and HydraConfig.get().mode != RunMode.MULTIRUN:
+        raise BadInput(
+            f"margin={cfg.margin:g} asks for a test of equivalence, which one seed cannot give: name two or more, such "
+            "as seeds=[0,1,2], or leave margin 0."
+        )
     result = compare(cfg, overrides=sys.argv[1:])
     print()
     tables.print_table(verdict.HEADINGS, result.table)
@@ -129,7 +145,7 @@ def main(cfg: CompareConfig) -> sweep_table.Job:
 def fingerprint(cfg: CompareConfig) -> str:
     """Eight hex digits of what decides the comparison's result."""
     same = dataclasses.replace(cfg, twins="", baseline=sweep_table.BASELINE)
-    return run_config.fingerprint(same, younger=("rows", "baseline"))
+    return run_config.fingerprint(same, younger=("rows", "baseline", "margin"))
 
 
 def compare(
@@ -149,10 +165,13 @@ def compare(
     model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     settings = dict(zip(("moe", "dense"), settings_of_the_two(cfg, model), strict=True))
 
+    # What is called no difference stands on the disk before anything is known.
+    declare(cfg, folder)
+
     # Two runs per seed, all in the precision of the first: measured again, a twin's might come out another.
-    pairs = []
+    pairs: list[verdict.Pair] = []
     for seed in cfg.seeds or [cfg.seed]:
-        runs = []
+        runs: list[verdict.Run] = []
         for kind in ("moe", "dense"):
             run_cfg = dataclasses.replace(settings[kind], seed=seed, run=str(folder / f"{kind}-seed{seed}"))
             if cfg.twins and kind == "dense":
@@ -160,10 +179,13 @@ def compare(
             say(f"compare: {kind}, seed {seed}")
             try:
                 train(run_cfg, say)
-            except SystemExit:
-                say(f"The comparison is not finished. Go on with it: {repeat(overrides)} resume=true")
+            except BaseException as end:
+                withdraw(folder)
+                if isinstance(end, SystemExit):
+                    say(f"The comparison is not finished. Go on with it: {repeat(overrides)} resume=true")
                 raise
             run = read_run(Path(run_cfg.run))
+            verdict.check_comparable([*itertools.chain(*pairs), *runs, run])
             train_cfg = dataclasses.replace(run_cfg.train, precision=run.summary.precision)
             settings = {name: dataclasses.replace(of_kind, train=train_cfg) for name, of_kind in settings.items()}
             leak = measure_leak(run_cfg, dataset)
@@ -177,6 +199,34 @@ def compare(
     write_atomically(folder / "index.html", compare_page.render(pairs, result))
     write_json(folder / "compare.json", dataclasses.asdict(result))
     return result
+
+
+def declare(cfg: CompareConfig, folder: Path) -> None:
+    """Write declared.json, or hold the settings to the one that is there. Raises `BadInput` for another margin than was
+    declared before training."""
+    path = folder / DECLARED
+    if path.exists():
+        try:
+            margin = float(json.loads(path.read_text())["margin"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path} is damaged: restore it, or compare again in another folder.") from error
+    else:
+        margin = 0.0 if any(folder.glob("*-seed*")) else cfg.margin  # what began without one declared none
+    if cfg.margin != margin:
+        raise BadInput(
+            f"margin={cfg.margin:g} is not what was declared before training, margin={margin:g}: keep that, or compare "
+            "in another folder."
+        )
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"margin": cfg.margin, "match": cfg.match, "seeds": cfg.seeds or [cfg.seed]})
+
+
+def withdraw(folder: Path) -> None:
+    """Take back the declaration of a comparison that has no run yet, and its folder."""
+    if {path.name for path in folder.iterdir()} == {DECLARED}:
+        (folder / DECLARED).unlink()
+        folder.rmdir()
 
 
 def settings_of_the_two(cfg: CompareConfig, model: ModelConfig) -> tuple[Config, Config]:
@@ -217,9 +267,10 @@ def describe(
     cfg: CompareConfig, folder: Path, pairs: list[verdict.Pair], command: str, twin: str = ""
 ) -> verdict.Comparison:
     """Everything the comparison found. `twin`: the fingerprint of the dense twin's settings, whatever the seed."""
-    rows, summary = verdict.table(pairs), pairs[0].moe.summary
+    verdict.check_comparable(itertools.chain(*pairs))
+    rows, summary, margin = verdict.table(pairs), pairs[0].moe.summary, cfg.margin or None
     return verdict.Comparison(
-        sentences=verdict.sentences(pairs, cfg.match),
+        sentences=sentences.sentences(pairs, cfg.match, margin),
         table=[list(verdict.cells(row)) for row in rows],
         numbers=[dataclasses.asdict(row) | {"interval": row.interval and list(row.interval)} for row in rows],
         folder=str(folder),
@@ -235,6 +286,11 @@ def describe(
         twin=twin,
         device=summary.device,
         versions=summary.versions,
+        judgement=verdict.judgement(pairs, margin),
+        bits=verdict.judge_bits(pairs),
+        speedup={axis: mean_speedup(ratios) for axis, ratios in verdict.speedups(pairs).items()},
+        sources=verdict.sources(pairs),
+        text=verdict.text_of(pairs[0].moe),
     )
 
 

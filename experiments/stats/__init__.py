@@ -4,6 +4,7 @@ statistics  means and their intervals
 decide      one comparison: the word, the smallest effect these seeds could have shown, how many would decide
 arms        many comparisons: words corrected for their number, intervals that hold together, ranks
 speedup     how much sooner one model has another's loss
-verdict     what a comparison says
+verdict     what a comparison of runs measured
+sentences   what it says, in words
 planner     what a run will take: memory, devices, time, money
 """

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from experiments.stats.statistics import CONFIDENCE
+from experiments.stats.statistics import CONFIDENCE, Interval
 
 POWER = 0.8  # the share of studies that would show an effect which is called detectable
 MOST_SEEDS = 1000  # beyond these, no number of seeds is named
@@ -51,6 +51,13 @@ class Judgement:
     seeds_needed: int | None = (
         None  # in all, where the word is inconclusive: at this mean and deviation, with 80% power
     )
+
+    @property
+    def interval(self) -> Interval:
+        """The mean and its 95% interval, without bounds for one seed."""
+        return Interval(
+            self.mean, -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+        )
 
     def said(self) -> str:
         """The word, with what else is true."""

@@ -1,17 +1,21 @@
-"""Which of two models is better, by how much, and how sure that is: numbers from finished runs, and words for them.
+"""Which of two models is better, by how much, and how sure that is: numbers from finished runs.
 
-Nothing here reads a file or trains. A `Pair` is a Mixture-of-Experts run and its dense twin's with the same seed, so
-every difference is paired: same initial weights where they have them in common, same batches, same validation windows.
+Nothing here reads a file or trains; `sentences` has the words. A `Pair` is a Mixture-of-Experts run and its dense
+twin's with the same seed, so every difference is paired: same initial weights where they have them in common, same
+batches, same validation windows.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.stats.decide import Judgement, judge
+from experiments.stats.speedup import AXES, Curve, first_reach, mean_speedup, speedup
 from experiments.stats.statistics import Interval, block_bootstrap, mean, t_interval
+from moe.errors import BadInput
 from moe.run.summary import MetricsLine, Summary
 
 LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
@@ -36,9 +40,37 @@ class Pair(NamedTuple):
     dense: Run
 
 
-def validation_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
-    """Steps, training seconds, and validation loss (nats per token) at each evaluation, in order. One that was not
-    finite is left out, but for the last."""
+def check_comparable(runs: Iterable[Run]) -> None:
+    """Refuse runs whose losses are not of the same text, in the same tokens, on the same validation windows. Raises
+    `BadInput`."""
+    first: Run | None = None
+    for run in runs:
+        first = first or run
+        for what, mine, others in (
+            ("text", run.summary.dataset, first.summary.dataset),
+            ("tokenizer", run.summary.tokenizer, first.summary.tokenizer),
+            ("number of validation windows", len(run.summary.val_windows), len(first.summary.val_windows)),
+            ("validation tokens of each domain", _domain_tokens(run), _domain_tokens(first)),
+        ):
+            if mine != others:
+                raise BadInput(
+                    f"{first.folder} and {run.folder} do not have the same {what} ({others} and {mine}): their losses "
+                    "cannot be compared; train both with the same data, tokenizer and train.eval_tokens, in another "
+                    "run=..."
+                )
+
+
+def _domain_tokens(run: Run) -> dict[str, int]:
+    return {name: score.tokens for name, score in run.summary.val.domains.items()}
+
+
+def text_of(run: Run) -> str:
+    """What two runs have in common whose losses can be compared."""
+    return f"{run.summary.dataset} {run.summary.tokenizer} {len(run.summary.val_windows)}"
+
+
+def validation_curve(run: Run) -> Curve:
+    """The validation loss at each evaluation, in order. One that was not finite is left out, but for the last."""
     end = run.summary
     points = [
         (float(line.step), line.seconds, line.val.loss)
@@ -46,35 +78,44 @@ def validation_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
         if line.val and line.step < end.steps and math.isfinite(line.val.loss)
     ]
     points.append((float(end.steps), end.seconds, end.val.loss))
-    return (
-        [float(step) for step, _, _ in points],
-        [seconds for _, seconds, _ in points],
-        [loss for _, _, loss in points],
-    )
-
-
-def first_reach(x: Sequence[float], loss: Sequence[float], target: float) -> float | None:
-    """Where `loss` first is at most `target`, on straight lines between the points; None if it never is."""
-    for i, value in enumerate(loss):
-        if value <= target:
-            if i == 0:
-                return x[0]
-            share = (loss[i - 1] - target) / (loss[i - 1] - value)
-            return x[i - 1] + share * (x[i] - x[i - 1])
-    return None
+    steps, seconds, loss = (list(column) for column in zip(*points, strict=True))
+    per_step = end.tokens / end.steps * end.flops.training
+    return Curve(steps, seconds, loss, [step * per_step for step in steps])
 
 
 def loss_difference(pairs: list[Pair]) -> Interval:
     """Final validation loss of the MoE minus its twin's. Over seeds where there are several, else over validation
-    windows. Raises ValueError if the two were not evaluated on the same windows."""
-    for moe, dense in pairs:
-        windows = len(moe.summary.val_windows), len(dense.summary.val_windows)
-        if windows[0] != windows[1]:
-            raise ValueError(f"{moe.folder} has {windows[0]} validation windows and {dense.folder} {windows[1]}")
+    windows."""
     if len(pairs) > 1:
         return t_interval([moe.summary.val.loss - dense.summary.val.loss for moe, dense in pairs])
     (moe, dense) = pairs[0]
     return block_bootstrap(np.subtract(moe.summary.val_windows, dense.summary.val_windows))
+
+
+def judge_loss(pairs: list[Pair], margin: float | None = None) -> Judgement:
+    """The verdict over seeds: of the validation loss, in nats per token, as the margin is."""
+    return judge([moe.summary.val.loss - dense.summary.val.loss for moe, dense in pairs], margin)
+
+
+def judge_bits(pairs: list[Pair]) -> Judgement:
+    """The same in bits per byte."""
+    return judge([moe.summary.val.bpb - dense.summary.val.bpb for moe, dense in pairs])
+
+
+def speedups(pairs: list[Pair]) -> dict[str, list[float | None]]:
+    """For each of `AXES`, how much sooner the MoE had its twin's final loss, a ratio per seed."""
+    curves = [(validation_curve(moe), validation_curve(dense)) for moe, dense in pairs]
+    return {axis: [speedup(moe, dense, axis) for moe, dense in curves] for axis in AXES}
+
+
+def sources(pairs: list[Pair]) -> list[str]:
+    """What varies from pair to pair, and so is covered by an interval over them."""
+    summaries = [pair.moe.summary for pair in pairs]
+    drawn = {
+        "initial weights": {summary.seed for summary in summaries},
+        "data order": {summary.seed for summary in summaries},
+    }
+    return [name for name, seeds in drawn.items() if len(seeds) > 1]
 
 
 @dataclass(frozen=True)
@@ -82,7 +123,8 @@ class Row:
     """A line of the table: a value per seed for the MoE and for its twin, None where a loss was never reached.
 
     `relation` is how the two compare: their "difference", with `interval` where one is known, or their "ratio"; or
-    "none", and then the largest value over the seeds stands for each; or "alone": the twin has nothing of the kind."""
+    "none", and then the largest value over the seeds stands for each; or "alone": the twin has nothing of the kind; or
+    what the values say is of the two: a "speedup" with its interval, or a "spread" of their difference."""
 
     label: str
     digits: int  # after the point
@@ -119,6 +161,10 @@ def table(pairs: list[Pair]) -> list[Row]:
     # Losses first: the one that the verdict is about with the interval that the verdict has, then each domain's.
     rows = score("Validation")
     rows[0] = replace(rows[0], interval=loss_difference(pairs))
+    if len(pairs) > 1:
+        of_seeds = judge_loss(pairs)
+        rows.append(Row("Deviation of the difference of losses", 3, [of_seeds.deviation], [], "spread"))
+        rows.append(Row(f"Smallest difference {len(pairs)} seeds show", 3, [of_seeds.detectable], [], "spread"))
     for domain in pairs[0].moe.summary.val.domains:
         rows += score(f"{domain}:", domain)
 
@@ -128,6 +174,10 @@ def table(pairs: list[Pair]) -> list[Row]:
         *rows,
         to_twin("Steps to the twin's final loss", 0, 0),
         to_twin("Seconds to the twin's final loss", 1, 1),
+        *(
+            Row(f"Effective speedup in {SPELT[axis]}", 2, ratios, [], "speedup", mean_speedup(ratios))
+            for axis, ratios in speedups(pairs).items()
+        ),
         *([] if None in leaks[0] + leaks[1] else [Row("Causal leak (logits)", 0, leaks[0], leaks[1], "none")]),
         *alone("MaxVio of the expert load (0 is even)", "max_vio", 2),
         *alone("Effective experts", "effective_experts", 2),
@@ -141,12 +191,19 @@ def table(pairs: list[Pair]) -> list[Row]:
     ]
 
 
+def judgement(pairs: list[Pair], margin: float | None = None) -> Judgement | None:
+    """`judge_loss`, None where the MoE's loss is not one that can be compared."""
+    leak = max(pair.moe.leak or 0.0 for pair in pairs)
+    return judge_loss(pairs, margin) if leak <= LEAK else None
+
+
 def reach(run: Run, other: Run, axis: int) -> float | None:
     """Steps (axis 0) or training seconds (axis 1) `run` took to the final validation loss of `other`."""
     curve = validation_curve(run)
     return first_reach(curve[axis], curve[2], other.summary.val.loss)
 
 
+SPELT = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
 HEADINGS = ("", "MoE", "dense twin", "MoE against twin")  # of the cells of a row
 
 
@@ -155,6 +212,10 @@ def cells(row: Row) -> tuple[str, str, str, str]:
     value is a mean ± half its 95% interval."""
     if row.relation == "alone":
         return row.label, _cell(row.moe, row.digits), "", ""
+    if row.relation == "spread":
+        return row.label, "", "", f"{row.moe[0]:.{row.digits}f}"
+    if row.relation == "speedup":
+        return row.label, "", "", times(row.interval)
     if row.relation == "none":
         largest = [max(value for value in side if value is not None) for side in (row.moe, row.dense)]
         return row.label, scientific(largest[0]), scientific(largest[1]), ""
@@ -181,6 +242,16 @@ def _cell(values: list[float | None], digits: int) -> str:
         return text
     interval = t_interval(known)
     return f"{text} ± {interval.high - interval.mean:,.{digits}f}"
+
+
+def times(interval: Interval | None) -> str:
+    """A ratio with its interval, as far as they are known."""
+    if interval is None:
+        return "–"
+    bounds = (
+        f" ({interval.low:.2f}× to {interval.high:.2f}×)" if interval.low > 0 and math.isfinite(interval.high) else ""
+    )
+    return f"{interval.mean:.2f}×{bounds}"
 
 
 def signed(value: float) -> str:
@@ -252,91 +323,9 @@ class Comparison:
     twin: str = ""  # a fingerprint: comparisons with the same have the same dense twins
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-
-
-def sentences(pairs: list[Pair], match: str) -> list[str]:
-    """The result in words: first the loss with its uncertainty, then a leak if there is one, then the clock, then what
-    was held equal."""
-    return [_loss_sentence(pairs), *_leak_sentence(pairs), _clock_sentence(pairs), _match_sentence(pairs, match)]
-
-
-def _leak_sentence(pairs: list[Pair]) -> list[str]:
-    leak = max(pair.moe.leak or 0 for pair in pairs)
-    if leak <= LEAK:
-        return []
-    return [
-        f"The router sees later tokens (changing them alone moves a logit by {scientific(leak)}): the MoE's validation "
-        "loss is not comparable with that of a model that predicts."
-    ]
-
-
-def _loss_sentence(pairs: list[Pair]) -> str:
-    difference = loss_difference(pairs)
-    summary = pairs[0].moe.summary
-    loss = np.mean([pair.moe.summary.val.loss for pair in pairs])
-    # What the interval covers.
-    if len(pairs) > 1:
-        scope, average = f"over {len(pairs)} seeds", " on average"
-    else:
-        scope = f"over {len(summary.val_windows)} windows of validation text; it does not cover the choice of seed"
-        average = ""
-    after = f"after {summary.steps:,} steps"
-    what = f"{loss:.3f} nats per token{average}"
-
-    # No interval, one with 0 in it, or a difference.
-    if not math.isfinite(difference.low):
-        return (
-            f"There is too little validation text to tell the MoE and its dense twin apart {after}: the MoE's loss, "
-            f"{what}, differs from the twin's by {signed(difference.mean)}, with no interval from one window."
-        )
-    if difference.low <= 0 <= difference.high:
-        return (
-            f"The MoE and its dense twin cannot be told apart {after}: the MoE's validation loss, {what}, differs from "
-            f"the twin's by {signed(difference.mean)} (95% interval {signed(difference.low)} to "
-            f"{signed(difference.high)} {scope})."
-        )
-    word = "lower" if difference.mean < 0 else "higher"
-    low, high = sorted((abs(difference.low), abs(difference.high)))
-    return (
-        f"The MoE's validation loss, {what}, is {abs(difference.mean):.3f} {word} than its dense twin's {after} "
-        f"(95% interval {low:.3f} to {high:.3f} {scope})."
-    )
-
-
-def _clock_sentence(pairs: list[Pair]) -> str:
-    steps, seconds = (mean([reach(pair.moe, pair.dense, axis) for pair in pairs]) for axis in (0, 1))
-    moe_steps, moe_seconds = _end(pairs, "moe")
-    dense_steps, dense_seconds = _end(pairs, "dense")
-    if steps is not None and seconds is not None:
-        by_steps = f" (effective speedup {dense_steps / steps:.2f}×)" if steps else ""
-        by_clock = f" ({dense_seconds / seconds:.2f}×)" if seconds else ""
-        ahead = "and was ahead by the clock too" if seconds < dense_seconds else "but was behind by the clock"
-        return (
-            f"It reached the twin's final loss after {steps:,.0f} of {dense_steps:,.0f} steps{by_steps}, {ahead}: "
-            f"{seconds:,.1f} s of training against {dense_seconds:,.1f} s{by_clock}."
-        )
-    missed = sum(reach(pair.moe, pair.dense, 0) is None for pair in pairs)
-    which = "" if len(pairs) == 1 else f" in {missed} of {len(pairs)} seeds"
-    text = f"It did not reach the twin's final loss{which} within its {moe_steps:,.0f} steps and {moe_seconds:.1f} s"
-    twin_steps, twin_seconds = (mean([reach(pair.dense, pair.moe, axis) for pair in pairs]) for axis in (0, 1))
-    if twin_steps is None or twin_seconds is None:
-        return f"{text}."
-    return f"{text}; the twin reached the MoE's final loss after {twin_steps:,.0f} steps and {twin_seconds:.1f} s."
-
-
-def _end(pairs: list[Pair], which: str) -> tuple[float, float]:
-    """Steps and training seconds at the last evaluation, mean over seeds."""
-    steps, seconds, _ = zip(*(validation_curve(getattr(pair, which)) for pair in pairs), strict=True)
-    return float(np.mean([run_steps[-1] for run_steps in steps])), float(np.mean([run_s[-1] for run_s in seconds]))
-
-
-def _match_sentence(pairs: list[Pair], match: str) -> str:
-    moe, dense = pairs[0].moe.summary, pairs[0].dense.summary
-    ratio = lambda value: f"{value(moe) / value(dense):.2f}×"
-    active, total = ratio(lambda run: run.params.active), ratio(lambda run: run.params.total)
-    flops, speed = ratio(lambda run: run.flops.forward), ratio(lambda run: run.tokens_per_s)
-    return (
-        f"The twin matches the MoE's {LABELS[match]}: the MoE has {active} its active and "
-        f"{total} its total parameters, costs {flops} its FLOPs per token, "
-        f"and trained on {speed} as many tokens per second."
-    )
+    # of the validation loss over seeds, in nats per token; None where a router sees later tokens
+    judgement: Judgement | None = None
+    bits: Judgement | None = None  # the same in bits per byte
+    speedup: dict[str, Interval | None] = field(default_factory=dict)  # in steps, flops and seconds, over seeds
+    sources: list[str] = field(default_factory=list)  # what differs from seed to seed
+    text: str = ""  # what comparisons have in common whose losses can be compared

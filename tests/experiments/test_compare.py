@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from experiments import compare as command
 from experiments.compare import CompareConfig, compare, read_run, settings_of_the_two
 from experiments.pages.tables import markdown
-from experiments.stats.verdict import HEADINGS
+from experiments.stats.verdict import HEADINGS, Comparison
 from moe.config.parse import to_dict
 from moe.config.run import Config, build
 from moe.data import loader
@@ -26,6 +26,7 @@ from moe.errors import BadInput
 from moe.model import cost
 from moe.model.transformer import Transformer
 from moe.run import checkpoint
+from moe.run.jsonl import record
 from moe.run.summary import read_summary
 from moe.train import loop
 
@@ -175,6 +176,64 @@ def test_each_seed_has_its_pair_and_the_interval_is_over_seeds(root):
     assert moe[0] != moe[1]
 
 
+def test_the_margin_is_on_the_disk_before_training_and_is_kept(root, monkeypatch):
+    tree = settings(root, run=str(root / "declared"), seeds=[0, 1], margin=9.0)
+    tree["train"] |= {"steps": 2, "eval_every": 0}
+    train, before = command.train, []
+
+    def watched(cfg, say):
+        before.append(json.loads((root / "declared" / "declared.json").read_text()))
+        return train(cfg, say)
+
+    monkeypatch.setattr(command, "train", watched)
+    result = compare(build(tree, CompareConfig), say=lambda _: None)
+    assert before == [{"margin": 9.0, "match": "active_params", "seeds": [0, 1]}] * 4
+    saved = record(Comparison, json.loads((root / "declared" / "compare.json").read_text()), "compare.json")
+    assert saved.judgement == result.judgement
+    assert (saved.judgement.n, saved.judgement.margin, saved.judgement.equivalent) == (2, 9.0, True)
+    assert saved.judgement.mean == pytest.approx(saved.bits.mean * result.judgement.mean / result.bits.mean)
+    assert (saved.sources, set(saved.speedup)) == (["initial weights", "data order"], {"steps", "flops", "seconds"})
+    assert saved.text == result.text
+    again = tree | {"resume": True}
+    assert compare(build(again, CompareConfig), say=lambda _: None).sentences == result.sentences
+    for other in (0.01, 0.0):
+        with pytest.raises(
+            BadInput, match=rf"margin={other:g} is not what was declared before training, margin=9: keep"
+        ):
+            compare(build(again | {"margin": other}, CompareConfig))
+    (root / "declared" / "declared.json").unlink()
+    with pytest.raises(BadInput, match=r"margin=9 is not what was declared before training, margin=0"):
+        compare(build(again, CompareConfig))
+
+
+def test_a_comparison_whose_first_run_is_refused_leaves_nothing(root):
+    tree = settings(root, run=str(root / "nothing"))
+    with pytest.raises(BadInput, match=r"model\.vocab_size=10 is smaller"):
+        compare(build(tree | {"model": tree["model"] | {"vocab_size": 10}}, CompareConfig), say=lambda _: None)
+    assert not (root / "nothing").exists()
+
+
+def test_runs_of_another_text_are_refused_before_more_is_trained(finished, tmp_path, monkeypatch):
+    cfg, _ = finished
+    shutil.copytree(cfg.run, tmp_path / "mixed")
+    path = tmp_path / "mixed" / "dense-seed0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": "another"}))
+    monkeypatch.setattr(command, "train", lambda run_cfg, say: None)
+    tree = to_dict(cfg) | {"run": str(tmp_path / "mixed"), "resume": True, "seeds": [0, 1]}
+    with pytest.raises(BadInput, match=r"moe-seed0 and dense-seed0 do not have the same text .*cannot be compared"):
+        compare(build(tree, CompareConfig), say=lambda _: None)
+
+
+def test_one_seed_asked_for_equivalence_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", "margin=0.01"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert capsys.readouterr().err == (
+        "error: margin=0.01 asks for a test of equivalence, which one seed cannot give: name two or more, such as "
+        "seeds=[0,1,2], or leave margin 0.\n"
+    )
+
+
 def test_an_existing_folder_is_refused_and_left_alone(finished):
     cfg, _ = finished
     before = Path(cfg.run, "compare.json").read_bytes()
@@ -189,6 +248,7 @@ def test_an_existing_folder_is_refused_and_left_alone(finished):
         ({"match": "flop"}, "match=flop is not one of active_params, flops, total_params; did you mean flops."),
         ({"seeds": [1, 1]}, "seeds=\\[1, 1\\] names a seed twice"),
         ({"seeds": [-1]}, "seeds=\\[-1\\] has a negative one"),
+        ({"margin": -0.01}, r"margin=-0\.01 is out of range: accepted is a finite number of at least 0\."),
         ({"seed_s": [1]}, "seed_s is not a setting; did you mean seeds"),
         ({"model": {"moe": None}}, "model.moe=null leaves nothing to compare"),
     ],
@@ -243,7 +303,7 @@ def test_the_leak_is_measured_and_one_is_said(root, finished):
     tree["train"] |= {"steps": 2, "eval_every": 0}
     again = compare(build(tree, CompareConfig), say=lambda _: None)
     assert again.leak > 1e-6
-    assert "The router sees later tokens (" in again.sentences[1]
+    assert "No verdict: the router sees later tokens (" in again.sentences[0]
     assert again.by_seed[0].moe.leak == again.leak > again.by_seed[0].dense.leak
 
 

@@ -96,8 +96,8 @@ def test_every_domain_and_every_layer_is_there(one):
 def test_every_number_of_the_table_is_on_the_page(one):
     text = Reader(one).text
     for row in describe(CompareConfig(), Path("runs/x"), [fake_pair()], "").table:
-        start = text.index(row[0])
-        assert text[start : start + 4] == row
+        start, shown = text.index(row[0]), [cell for cell in row if cell]
+        assert text[start : start + len(shown)] == shown
 
 
 def test_dark_and_light_define_the_same_colours(one):
