@@ -143,9 +143,12 @@ def sweep_of_routers(rows: list[dict[str, Any]]) -> str:
     """A line per router of `conf/router`, and the dense twins'."""
     first = rows[0]
     lines = [record(sweep_table.Line, row, "routers.json") for row in rows]
-    table = markdown(*sweep_table.table(lines, first.get("baseline", sweep_table.BASELINE)))
+    baseline = first.get("baseline", sweep_table.BASELINE)
+    lines = sweep_table.judged(lines, baseline)
+    table = markdown(*sweep_table.table(lines, baseline))
+    notes = "".join(f"\n{sentence}\n" for sentence in sweep_table.notes(lines))
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
-    return f"{table}\n`{first['command']}`; {where}\n"
+    return f"{table}{notes}\n`{first['command']}`; {where}\n"
 
 
 def gpu(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,9 @@
 Comparisons that differ in their seed alone are one line. Nothing here trains: a line is made of what
 `experiments.compare` returned. It is printed, and written beside the comparisons' folders: table.md, and table.json
 with every number. The others are compared with the line that `baseline=...` names, where the sweep has it.
+
+Of many lines one is the best by chance. So words are corrected for the number of comparisons in their column (Holm),
+intervals of a column hold together (max-t), and a line has the ranks that it may have rather than a place.
 """
 
 import dataclasses
@@ -16,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments.pages import tables
-from experiments.stats import statistics, verdict
+from experiments.stats import arms, statistics, verdict
+from experiments.stats.decide import Judgement
 from experiments.stats.verdict import Measured, SeedResult
 from moe.run.jsonl import write_atomically, write_json
 from moe.run.terminal import say
@@ -26,10 +32,14 @@ SEEDS = ("seed", "seeds")
 ROUTERS = ("router", "router.name")  # what needs no key before it
 BASELINE = "softmax"  # the line that the others are compared with, besides their twins, unless another is named
 HEADINGS = (
-    "", "Validation loss", "Against its twin", "Against {baseline}", "Active", "Parameters", "MaxVio",
-    "Effective experts", "Skipped", "Dropped in training", "Tokens/s", "Causal leak",
+    "", "Rank", "Validation loss", "Against its twin", "Against {baseline}", "Smallest effect (deviation)",
+    "Seeds to decide", "Active", "Parameters", "MaxVio", "Effective experts", "Skipped", "Dropped in training",
+    "Tokens/s", "Causal leak",
 )  # fmt: skip
-OPTIONAL = {"Against {baseline}": "against", "Active": "active", "Parameters": "total"}  # only where a line has one
+OPTIONAL = {  # only where a line has one
+    "Rank": "rank", "Against {baseline}": "against", "Smallest effect (deviation)": "detectable",
+    "Seeds to decide": "seeds_needed", "Active": "active", "Parameters": "total",
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -64,6 +74,15 @@ class Line:
     leak: float | None
     active: int | None = None  # parameters; None in results of earlier versions, and the next too
     total: int | None = None
+    # What `judged` says of the lines beside each other; None where there is nothing to say.
+    beside_twin: Judgement | None = None  # corrected for the number of lines, as the next is
+    beside_baseline: Judgement | None = None
+    rank: list[int] | None = None  # the ranks that the line may have, from and to
+    # of the difference to the baseline, or to the twin in a sweep without it, corrected too
+    deviation: float | None = None
+    detectable: float | None = None  # smallest difference that the seeds show with 80% power
+    seeds_needed: int | None = None  # in all, where the word is inconclusive
+    text: str = ""  # what lines have in common whose losses can be compared
 
 
 def report(jobs: Sequence[Job], swept: Sequence[str] = ()) -> None:
@@ -71,18 +90,17 @@ def report(jobs: Sequence[Job], swept: Sequence[str] = ()) -> None:
     all of its jobs differ in, of which `jobs` may be some: a line is called the same whether or not the others are."""
     first = jobs[0].result
     baseline = first.config["baseline"]
-    sweep = lines(jobs, baseline, swept)
+    sweep = judged(lines(jobs, baseline, swept), baseline, first.config.get("margin") or None)
     headings, rows = table(sweep, baseline)
+    note = "".join(f"\n{sentence}\n" for sentence in notes(sweep))
     folder = Path(first.folder).parent
     source = {name: getattr(first, name) for name in ("command", "commit", "dirty", "device", "versions")}
     numbers = [dataclasses.asdict(line) | source | {"baseline": baseline} for line in sweep]
-    write_atomically(folder / "table.md", tables.markdown(headings, rows))
+    write_atomically(folder / "table.md", tables.markdown(headings, rows) + note)
     write_json(folder / "table.json", numbers)
     print()
     tables.print_table(headings, rows)
-    leaking = [line.label for line in sweep if (line.leak or 0) > verdict.LEAK]
-    if leaking:
-        say(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
+    print(note, end="")
     say(f"table: {folder / 'table.md'}")
 
 
@@ -94,8 +112,10 @@ def lines(jobs: Sequence[Job], baseline: str = BASELINE, swept: Sequence[str] = 
     groups: dict[str, list[SeedResult]] = defaultdict(list)
     twins: dict[str, dict[int, Measured]] = defaultdict(dict)  # by what they are, then by seed
     whose: dict[str, dict[str, None]] = defaultdict(dict)
+    texts: dict[str, str] = {}  # of a router and of a twin
     for label, (_, result) in zip(labels([job.overrides for job in jobs], swept), jobs, strict=True):
         groups[label] += result.by_seed
+        texts[label] = texts[result.twin] = result.text
         whose[result.twin][label] = None
         for pair in result.by_seed:
             twins[result.twin].setdefault(pair.seed, pair.dense)
@@ -104,15 +124,17 @@ def lines(jobs: Sequence[Job], baseline: str = BASELINE, swept: Sequence[str] = 
     losses = {pair.seed: pair.moe.loss for pair in groups.get(baseline, [])}
     result_lines = []
     for label, group in groups.items():
-        other = losses if label != baseline else {}
+        other = losses if label != baseline and texts[label] == texts.get(baseline) else {}
         seeds = [pair.seed for pair in group]
-        result_lines.append(line(label, seeds, [pair.moe for pair in group], [pair.dense for pair in group], other))
+        runs, their_twins = [pair.moe for pair in group], [pair.dense for pair in group]
+        result_lines.append(line(label, seeds, runs, their_twins, other, texts[label]))
 
     # The dense twins, the one that most routers share by its plain name.
     usual = max(twins, key=lambda twin: len(whose[twin]))
     for twin, by_seed in twins.items():
         label = "dense twin" if twin == usual else f"dense twin of {', '.join(whose[twin])}"
-        result_lines.append(line(label, list(by_seed), list(by_seed.values()), (), losses))
+        other = losses if texts[twin] == texts.get(baseline) else {}
+        result_lines.append(line(label, list(by_seed), list(by_seed.values()), (), other, texts[twin]))
     return sorted(result_lines, key=lambda sweep_line: sweep_line.loss)
 
 
@@ -122,6 +144,7 @@ def line(
     runs: list[Measured],
     twins: Sequence[Measured],
     baseline: dict[int, float],
+    text: str = "",
 ) -> Line:
     """A line from `verdict.measured` of every seed's run, of its dense twin's, and the baseline's losses by
     seed."""
@@ -132,6 +155,7 @@ def line(
     against, against_half = None, None
     if baseline and baseline.keys() >= set(seeds):
         against, against_half = _interval([final - baseline[seed] for seed, final in zip(seeds, losses, strict=True)])
+    over = lambda name: statistics.mean([getattr(run, name) for run in runs])
     leaks = [run.leak for run in runs if run.leak is not None]
     return Line(
         label=label,
@@ -144,12 +168,92 @@ def line(
         difference_half=difference_half,
         against=against,
         against_half=against_half,
-        **{name: statistics.mean([getattr(run, name) for run in runs]) for name in (*verdict.ROUTING, "dropped")},
+        max_vio=over("max_vio"),
+        effective_experts=over("effective_experts"),
+        skipped=over("skipped"),
+        dropped=over("dropped"),
         tokens_per_s=sum(run.tokens_per_s for run in runs) / len(runs),
         leak=max(leaks) if leaks else None,
         active=runs[0].active,
         total=runs[0].total,
+        text=text,
     )
+
+
+def judged(sweep: Sequence[Line], baseline: str = BASELINE, margin: float | None = None) -> list[Line]:
+    """The lines with what they say beside each other: words, intervals, ranks. Of lines with a single seed and of
+    routers that see later tokens there is nothing to say, of lines of different texts there are no ranks. `margin` as
+    in `decide.judge`."""
+    # Every line with its twin, and with the baseline, seed by seed: two families of comparisons.
+    able = [line for line in sweep if len(line.seeds) > 1 and not _leaks(line)]
+    standard = next((dict(zip(line.seeds, line.losses, strict=True)) for line in able if line.label == baseline), {})
+    to_twin = {line.label: line.differences for line in able if line.differences}
+    to_baseline = {
+        line.label: [loss - standard[seed] for seed, loss in zip(line.seeds, line.losses, strict=True)]
+        for line in able
+        if line.against is not None and standard.keys() >= set(line.seeds)
+    }
+    beside_twin, beside_baseline = (
+        dict(zip(family, arms.judge_arms(list(family.values()), margin), strict=True))
+        for family in (to_twin, to_baseline)
+    )
+
+    # Ranks of the lines that have the most usual seeds; the corrected numbers of the family that the table is about.
+    ranks = _ranks(able)
+    main = beside_baseline or beside_twin
+    said = []
+    for line in sweep:
+        about = main.get(line.label)
+        said.append(
+            dataclasses.replace(
+                line,
+                beside_twin=beside_twin.get(line.label),
+                beside_baseline=beside_baseline.get(line.label),
+                rank=ranks.get(line.label),
+                deviation=about.deviation if about else None,
+                detectable=about.detectable if about else None,
+                seeds_needed=about.seeds_needed if about else None,
+            )
+        )
+    return said
+
+
+def _ranks(able: Sequence[Line]) -> dict[str, list[int]]:
+    """By label, where there are several lines of one text with the same seeds."""
+    seeds = [sorted(line.seeds) for line in able]
+    usual = max(seeds, key=seeds.count, default=[])
+    alike = [line for line, own_seeds in zip(able, seeds, strict=True) if own_seeds == usual]
+    if len(alike) < 2 or len({line.text for line in able}) > 1:
+        return {}
+    scores_An = np.array([[dict(zip(line.seeds, line.losses, strict=True))[seed] for seed in usual] for line in alike])
+    return {line.label: list(rank) for line, rank in zip(alike, arms.rank_intervals(scores_An), strict=True)}
+
+
+def notes(sweep: Sequence[Line]) -> list[str]:
+    """What is to be known beside the table, a sentence each."""
+    said = []
+    n_twin, n_baseline = (
+        sum(getattr(line, name) is not None for line in sweep) for name in ("beside_twin", "beside_baseline")
+    )
+    if n_twin or n_baseline:
+        said.append(
+            "Words are corrected for the comparisons of their column (Holm), and its intervals hold together (max-t, "
+            "95%). Rank is where a line may stand; the lines are in the order of their means, which is less sure. The "
+            "smallest effect is what these seeds show with 80% power, beside the deviation of the paired differences; "
+            "seeds to decide are in all, were the measured difference and deviation the true ones."
+        )
+    elif sweep and len(sweep[0].seeds) == 1:
+        said.append("One seed gives no verdict: the differences have no interval over seeds.")
+    if len({line.text for line in sweep}) > 1:
+        said.append("Lines of different text or tokenizer have no common ranks, and no common baseline.")
+    leaking = [line.label for line in sweep if _leaks(line)]
+    if leaking:
+        said.append(f"Not comparable, because the router sees later tokens: {', '.join(leaking)}.")
+    return said
+
+
+def _leaks(line: Line) -> bool:
+    return (line.leak or 0) > verdict.LEAK
 
 
 def _interval(values: list[float]) -> tuple[float, float | None]:
@@ -195,9 +299,12 @@ def cells(line: Line) -> tuple[str, ...]:
     """What the table says of a line."""
     return (
         line.label,
+        "" if line.rank is None else "–".join(map(str, dict.fromkeys(line.rank))),
         f"{line.loss:.3f}" + ("" if line.loss_half is None else f" ± {line.loss_half:.3f}"),
-        _difference(line.difference, line.difference_half),
-        _difference(line.against, line.against_half),
+        _difference(line.difference, line.beside_twin),
+        _difference(line.against, line.beside_baseline),
+        "" if line.detectable is None else f"{line.detectable:.3f} ({line.deviation:.3f})",
+        tables.number(line.seeds_needed, ",d"),
         tables.number(line.active, ",d"),
         tables.number(line.total, ",d"),
         tables.number(line.max_vio, ".2f"),
@@ -209,8 +316,9 @@ def cells(line: Line) -> tuple[str, ...]:
     )
 
 
-def _difference(mean: float | None, half: float | None) -> str:
-    """A difference with its interval, as far as they are known."""
-    if mean is None or half is None:
+def _difference(mean: float | None, judgement: Judgement | None) -> str:
+    """A difference with its interval and its word, as far as they are known."""
+    if mean is None or judgement is None:
         return "" if mean is None else verdict.signed(mean)
-    return f"{verdict.signed(mean)} ({verdict.signed(mean - half)} to {verdict.signed(mean + half)})"
+    _, low, high = judgement.interval
+    return f"{verdict.signed(mean)} ({verdict.signed(low)} to {verdict.signed(high)}), {judgement.said()}"

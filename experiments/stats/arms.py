@@ -11,10 +11,13 @@ Letters: A models, or comparisons of them · n seeds · R simulated studies.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
 
+from experiments.stats.decide import INCONCLUSIVE, Judgement, detectable_ratio, judge, seeds_needed, words
 from experiments.stats.statistics import CONFIDENCE, Interval
 from moe.errors import BadInput
 
@@ -29,6 +32,42 @@ def holm(p_values: np.ndarray | list[float]) -> np.ndarray:
     adjusted_A = np.empty_like(p_A)
     np.put_along_axis(adjusted_A, order_A, stepped_A, -1)
     return adjusted_A
+
+
+def judge_arms(
+    differences: Sequence[Sequence[float]], margin: float | None = None, confidence: float = CONFIDENCE
+) -> list[Judgement]:
+    """`decide.judge` of each of A comparisons with two seeds or more, corrected for their number: words and p-values by
+    Holm, intervals that hold together, and the power of the latter. A word can say more than its interval, as Holm asks
+    less of the second smallest p-value than of the smallest."""
+    if not differences:
+        return []
+    single = [judge(values, margin, confidence) for values in differences]
+    p_A = holm([judgement.p or 0.0 for judgement in single])
+    p_equivalent_A = holm([1.0 if margin is None else judgement.p_equivalent or 0.0 for judgement in single])
+    word_A = words(np.array([judgement.mean for judgement in single]), p_A, p_equivalent_A, confidence)
+
+    # What one comparison among A needs: a level of its own.
+    level = 1 - confidence ** (1 / len(single))
+    corrected = []
+    for values, judgement, word, p, p_equivalent in zip(differences, single, word_A, p_A, p_equivalent_A, strict=True):
+        ((mean, low, high),) = max_t(np.array([values]), 1 - level)
+        deviation = judgement.deviation or 0.0
+        needed = seeds_needed(mean, deviation, margin, 1 - level) if word == INCONCLUSIVE else None
+        corrected.append(
+            replace(
+                judgement,
+                word=str(word),
+                low=low,
+                high=high,
+                detectable=deviation * detectable_ratio(judgement.n, level),
+                p=float(p),
+                equivalent=None if margin is None else bool(p_equivalent < 1 - confidence),
+                p_equivalent=None if margin is None else float(p_equivalent),
+                seeds_needed=needed,
+            )
+        )
+    return corrected
 
 
 def max_t(differences_An: np.ndarray, confidence: float = CONFIDENCE) -> list[Interval]:

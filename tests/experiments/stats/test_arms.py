@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from experiments.stats.arms import critical_t, holm, max_t, rank_intervals, ranks
+from experiments.stats.arms import critical_t, holm, judge_arms, max_t, rank_intervals, ranks
+from experiments.stats.decide import judge
 from experiments.stats.statistics import t_interval
 from moe.errors import BadInput
 
@@ -89,3 +90,42 @@ def test_equal_models_may_have_any_rank_and_one_alone_has_the_first():
 def test_one_seed_gives_neither_intervals_nor_ranks(function):
     with pytest.raises(BadInput, match=r"one seed gives no (interval|rank); name two or more"):
         function(np.ones((3, 1)))
+
+
+def test_one_arm_is_judged_as_if_it_were_alone():
+    differences = [-0.1, 0.05, -0.02, -0.06]
+    (found,) = judge_arms([differences], margin=0.02)
+    alone = judge(differences, 0.02)
+    assert (found.word, found.seeds_needed) == (alone.word, alone.seeds_needed)
+    assert found.interval == pytest.approx(alone.interval)
+    assert (found.p, found.p_equivalent, found.detectable) == pytest.approx(
+        (alone.p, alone.p_equivalent, alone.detectable)
+    )
+    assert judge_arms([]) == []
+
+
+def test_words_of_several_arms_follow_from_statsmodels_corrected_p_values():
+    rng = np.random.default_rng(4)
+    differences = [rng.normal(mean, 0.01, n) for mean, n in ((-0.05, 5), (0.0, 5), (0.02, 4), (0.03, 5), (0.001, 9))]
+    margin = 0.015
+    found = judge_arms(differences, margin)
+    p = multipletests([stats.ttest_1samp(values, 0).pvalue for values in differences], method="holm")[1]
+    one_sided = [
+        max(
+            stats.ttest_1samp(values, -margin, alternative="greater").pvalue,
+            stats.ttest_1samp(values, margin, alternative="less").pvalue,
+        )
+        for values in differences
+    ]
+    p_equivalent = multipletests(one_sided, method="holm")[1]
+    assert [judgement.p for judgement in found] == pytest.approx(p)
+    assert [judgement.p_equivalent for judgement in found] == pytest.approx(p_equivalent)
+    for judgement, p_value, near in zip(found, p, p_equivalent, strict=True):
+        decided = "better" if judgement.mean < 0 else "worse"
+        undecided = "equivalent" if near < 0.05 else "inconclusive"
+        assert judgement.word == (decided if p_value < 0.05 else undecided)
+    assert {judgement.word for judgement in found} >= {"better", "worse", "equivalent"}
+    # More comparisons, larger effects that can be shown and more seeds that would decide.
+    alone = judge(differences[1])
+    assert found[1].detectable > alone.detectable
+    assert found[1].low < alone.low
