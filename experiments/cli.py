@@ -13,6 +13,7 @@ import itertools
 import re
 import signal
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.pages import help_page
 from experiments.refusals import (
     CONF,
+    IS_A_STUDY,
     check_override,
     explain,
     first_line,
@@ -221,6 +223,8 @@ def compose(name: str, schema: type, overrides: list[str], number: int = 0) -> D
     settings may name it (`${hydra:job.num}`). Raises `BadInput` where there is none."""
     try:
         tree = hydra.compose(name, overrides=overrides, return_hydra_config=True)
+        if tree.hydra.sweeper.params and "study" not in typing.get_type_hints(schema):
+            raise BadInput(IS_A_STUDY)
         with read_write(tree), open_dict(tree):
             tree.hydra.job.num, tree.hydra.job.id, tree.hydra.job.name = number, str(number), name
             HydraConfig.instance().set_config(tree)

@@ -26,6 +26,10 @@ from moe.errors import BadInput
 from moe.run.command_line import quoted
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+IS_A_STUDY = (
+    "this experiment is a study, with runs of its own: work through it with python -m experiments.sweep "
+    "experiment=NAME run=runs/NAME."
+)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -157,6 +161,8 @@ def explain(error: BaseException, schema: type, given: Mapping[str, Any]) -> str
         return f"{first_line(error)}."
 
     # What it is said of, with its value as far as that is known.
+    if key.partition(".")[0] == "study" not in settings(schema):
+        return IS_A_STUDY
     if key.startswith("hydra."):
         return f"{key} is no setting of Hydra's, or not one with that value."
     if key not in settings(schema):

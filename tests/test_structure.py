@@ -23,7 +23,12 @@ STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data", "rou
 # What may touch the kernels: the rooms and files that decide where a token goes and what its experts make of it.
 TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer", "moe.model.memory")
 # What each room of experiments may read of the others.
-READS: dict[str, tuple[str, ...]] = {"stats": (), "pages": ("stats",), "suites": ("pages",)}
+READS: dict[str, tuple[str, ...]] = {
+    "study": (),
+    "stats": ("study",),
+    "pages": ("stats", "study"),
+    "suites": ("pages",),
+}
 SHARED = {"experiments.cli", "experiments.refusals", "experiments.sweeps"}  # beside the commands: what they share
 # Sources without a test file of their own, each with its reason.
 UNTESTED: dict[str, str] = {}

@@ -139,9 +139,9 @@ def splits_freely(cfg: Config) -> bool:
     return terms.scope == "global" or not (of_a_batch or (terms.aux and terms.scope == "batch"))
 
 
-def fingerprint(cfg: Config, younger: tuple[str, ...] = ()) -> str:
-    """Eight hex digits of the settings that decide a run's result (not where it is kept or how it is watched).
-    `younger`: beside YOUNGER, those of a command's extension of the settings."""
+def fingerprint(cfg: Config, younger: tuple[str, ...] = (), digits: int = 8) -> str:
+    """Hex digits, eight of them, of the settings that decide a run's result (not where it is kept or how it is
+    watched). `younger`: beside YOUNGER, those of a command's extension of the settings."""
     tree, defaults = to_dict(cfg), to_dict(type(cfg)())
     tree["optim"]["warmup"] = train.warmup_steps(cfg.optim, cfg.train.steps)  # given or derived: the same run
     for key in (*FREE, *YOUNGER, *younger):
@@ -149,4 +149,4 @@ def fingerprint(cfg: Config, younger: tuple[str, ...] = ()) -> str:
         group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))
         if key in FREE or group[name] == group_defaults[name]:
             del group[name]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:digits]
