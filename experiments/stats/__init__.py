@@ -6,5 +6,6 @@ arms        many comparisons: words corrected for their number, intervals that h
 speedup     how much sooner one model has another's loss
 verdict     what a comparison of runs measured
 sentences   what it says, in words
+ledger      published claims, and what runs say of each
 planner     what a run will take: memory, devices, time, money
 """

@@ -1,0 +1,203 @@
+"""Put published claims about Mixture-of-Experts models to the test.
+
+    python -m experiments.claims                    # tier=cpu: the runs that no line is of, and the page
+    python -m experiments.claims workers=2          # an hour and a half of one core for all of it
+    python -m experiments.claims tier=gpu           # the same claims and two more, at the size of one GPU
+    python -m experiments.claims train=false        # the page alone, from the runs that are there
+
+Trains what is missing, and writes docs/claims.md. The studies are conf/experiment/claims.yaml and claims-gpu.yaml; what
+is kept of each run is a line of experiments/results/claims.jsonl, and a run that has its line is not trained again.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments import cli
+from experiments.pages import claims_page
+from experiments.stats import verdict
+from experiments.stats.ledger import Row, information, to_rows
+from experiments.study.compose import compose_jobs, plan, text_of
+from experiments.study.manifest import Job, Study, config_of, finished, run_of, write_study
+from experiments.study.pool import Pool
+from moe.config.run import Config
+from moe.data.loader import validation_starts
+from moe.data.prepare import prepare
+from moe.data.shards import Dataset
+from moe.errors import BadInput
+from moe.eval.evaluate import causal_leak
+from moe.model.transformer import Transformer
+from moe.run import machine, terminal
+from moe.run.command_line import command_line
+from moe.run.jsonl import finite, read_lines, record, to_text, write_atomically
+from moe.run.load import load_run
+from moe.run.summary import read_metrics, read_summary
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = {"cpu": "claims", "gpu": "claims-gpu"}
+WINDOWS = 16  # of validation text, on which two checkpoints' routing is compared
+
+
+@dataclass
+class ClaimsConfig:
+    """Which claims are tried, and where what is found of them is kept."""
+
+    tier: str = "cpu"  # cpu | gpu
+    run: str = "runs/claims"  # the studies' folder; runs lie beside it
+    train: bool = True  # false: only write the page, from the runs that have a line
+    workers: int = 1  # processes that train at a time
+    results: str = "experiments/results"  # the folder of claims.jsonl and claims-gpu.jsonl
+    page: str = "docs/claims.md"  # the page that is written
+
+    def __post_init__(self) -> None:
+        if self.tier not in EXPERIMENTS:
+            raise BadInput(f"tier={self.tier} is not one of {', '.join(EXPERIMENTS)}.")
+        if self.workers < 1:
+            raise BadInput(f"workers={self.workers} is out of range: accepted is at least 1.")
+
+
+@cli.command("claims", ClaimsConfig)
+def main(cfg: ClaimsConfig) -> None:
+    """Train what is missing, keep a line of each run, write the page."""
+    path = file_of(cfg, cfg.tier)
+    rows = read_rows(path)
+    if cfg.train:
+        jobs = jobs_of(cfg)
+        known = {row.id for row in rows}
+        missing = [job for job in jobs if job.id not in known]
+        terminal.say(f"claims: {len(jobs) - len(missing)} of {len(jobs)} runs are recorded, {len(missing)} are missing")
+        failed = train_missing(cfg, missing) if missing else 0
+        rows = keep(path, rows, jobs, recorded(cfg, missing))
+    page = claims_page.page(read_rows(file_of(cfg, "cpu")), read_rows(file_of(cfg, "gpu")))
+    write_atomically(Path(cfg.page), page)
+    terminal.say(f"page: {cfg.page}, of {len(rows)} runs")
+    if cfg.train and failed:
+        raise BadInput("some runs failed: what they failed of stands above, and the page is of the others.")
+
+
+def file_of(cfg: ClaimsConfig, tier: str) -> Path:
+    """Where a tier's lines are kept."""
+    return Path(cfg.results, f"{EXPERIMENTS[tier]}.jsonl")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a file; none where there is no file. Raises `BadInput` for a line that is none."""
+    return to_rows(read_lines(path), record) if path.exists() else []
+
+
+def jobs_of(cfg: ClaimsConfig) -> list[Job]:
+    """Every run of a tier's study, with its texts prepared."""
+    asked = compose_jobs([f"experiment={EXPERIMENTS[cfg.tier]}"])
+    sizes = {}
+    for _, run_cfg in asked.jobs:
+        if text_of(run_cfg) not in sizes:
+            dataset = prepare(run_cfg.data, run_cfg.tokenizer, terminal.say)
+            sizes[text_of(run_cfg)] = dataset.tokenizer.vocab_size
+    return plan(asked, sizes, "", "", None).jobs
+
+
+def train_missing(cfg: ClaimsConfig, missing: list[Job]) -> int:
+    """Work through a study of the runs that have no line. Returns its exit status."""
+    name = EXPERIMENTS[cfg.tier]
+    command, commit = command_line("claims", f"tier={cfg.tier}"), machine.git_state().commit
+    folder, study = Path(cfg.run), Study(name, command, commit, missing[0].arm, claims_page.MARGIN, missing)
+    write_study(folder, study)
+    return Pool(folder, study, cfg.workers).run()
+
+
+def recorded(cfg: ClaimsConfig, jobs: list[Job]) -> list[Row]:
+    """A row for each of these runs that is finished."""
+    rows = []
+    for job in jobs:
+        run, job_cfg = run_of(Path(cfg.run), job), config_of(job)
+        try:
+            done = finished(run, job_cfg)
+        except BadInput as bad:
+            terminal.say(f"claims: {job.title} is left out: {bad}")
+            continue
+        if done:
+            rows.append(measure(job, run, job_cfg))
+    return rows
+
+
+def keep(path: Path, rows: list[Row], jobs: list[Job], new: list[Row]) -> list[Row]:
+    """Write the lines: of this study's runs alone, in its order. Returns them."""
+    by_id = {row.id: row for row in [*rows, *new]}
+    kept = [by_id[job.id] for job in jobs if job.id in by_id]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(to_text(finite(dataclasses.asdict(row))) + "\n" for row in kept))
+    return kept
+
+
+def measure(job: Job, run: Path, cfg: Config) -> Row:
+    """The row of a finished run: what its summary has, and what its models are asked besides."""
+    # What the run says of itself.
+    summary = read_summary(run)
+    curve = verdict.validation_curve(verdict.Run(run.name, summary, read_metrics(run)))
+    # What its model is asked: on the same text, which is there.
+    dataset = prepare(cfg.data, cfg.tokenizer, lambda line: None)
+    load = summary.load
+    mean = lambda values: float(np.mean(list(values))) if load else None
+    return Row(
+        id=job.id,
+        arm=job.arm,
+        seed=job.seed,
+        loss=summary.val.loss,
+        bpb=summary.val.bpb,
+        steps=summary.steps,
+        tokens=summary.tokens,
+        active=summary.params.active,
+        total=summary.params.total,
+        flops=float(summary.flops.training * summary.tokens),
+        curve=[list(point) for point in zip(curve.steps, curve.seconds, curve.loss, strict=True)],
+        max_vio=mean(layer.max_vio for layer in load.routing) if load else None,
+        dead=mean(layer.dead for layer in load.routing) if load else None,
+        specialisation=mean(information(by_domain) for by_domain in load.counts) if load else None,
+        leak=leak_of(run, dataset),
+        settled=settled(run, cfg, dataset) if load and cfg.checkpoint.every else None,
+        commit=summary.commit,
+        device=summary.device,
+        precision=summary.precision,
+        versions=summary.versions,
+    )
+
+
+def leak_of(run: Path, dataset: Dataset) -> float:
+    """`causal_leak` of a run's last model, on two windows of the validation text."""
+    model, _, cfg = load_run(run, "last")
+    return causal_leak(model, windows(dataset, cfg.model.context, 2)[:, :-1])
+
+
+def windows(dataset: Dataset, context: int, n: int) -> torch.Tensor:
+    """(n, context + 1) tokens of the validation text, spread over it."""
+    split = dataset.split("val")
+    read_BS1, _ = split.read(validation_starts(split, context, n * context), context)
+    return torch.from_numpy(read_BS1)
+
+
+@torch.no_grad()
+def settled(run: Path, cfg: Config, dataset: Dataset) -> float:
+    """Share of the last model's choices of experts that the model of a tenth of the steps made too, the mean of the MoE
+    layers. By chance it would be K / E."""
+    steps = read_summary(run).steps
+    early, late = (load_run(run, which)[0] for which in (f"step-{steps // 10}", "last"))
+    tokens_BS = windows(dataset, cfg.model.context, WINDOWS)[:, :-1]
+    layers = zip(choices(early, tokens_BS), choices(late, tokens_BS), strict=True)
+    return float(np.mean([agreement(*layer) for layer in layers]))
+
+
+def choices(model: Transformer, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
+    """The experts (T, K) that each MoE layer chooses."""
+    return [routing.expert for routing in model(tokens_BS).routing]
+
+
+def agreement(early_TK: torch.Tensor, late_TK: torch.Tensor) -> float:
+    """Share of the late choices that are among the early ones of the same token."""
+    return float((late_TK[:, :, None] == early_TK[:, None, :]).any(-1).double().mean())
+
+
+if __name__ == "__main__":
+    main()

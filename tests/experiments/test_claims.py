@@ -1,0 +1,107 @@
+"""Claims about the command that puts published claims to the test, on a study of a second."""
+
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+
+from experiments import claims as command
+from experiments.stats.ledger import information
+from experiments.study.manifest import run_of
+from moe.run.summary import read_summary
+from tests.experiments.study import small_studies
+
+SEEDS = (0, 1)
+
+
+class InThisProcess:
+    """In place of `Pool`: one worker, here, which counts the jobs it was given."""
+
+    given: ClassVar[list[int]] = []
+
+    def __init__(self, folder, study, workers):
+        self.folder = folder
+        self.given.append(len(study.jobs))
+
+    def run(self):
+        small_studies.work(self.folder)
+        return 0
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, corpus, capsys):
+    """(words) -> what the command printed, of a study of two arms."""
+    jobs = [
+        small_studies.job(
+            corpus, arm, seed, checkpoint__every=int(arm == "softmax"), checkpoint__keep=20, train__steps=10
+        )
+        for arm in ("softmax", "sigmoid")
+        for seed in SEEDS
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "jobs_of", lambda cfg: jobs)
+    monkeypatch.setattr(command, "Pool", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "given", [])
+
+    def main(*words):
+        monkeypatch.setattr(sys, "argv", ["claims", "results=results", "page=claims.md", *words])
+        command.main()
+        return capsys.readouterr().out
+
+    main.jobs = jobs
+    return main
+
+
+def test_what_is_missing_is_trained_kept_and_never_trained_again(run, tmp_path):
+    assert "0 of 4 runs are recorded, 4 are missing" in run()
+    rows = command.read_rows(tmp_path / "results" / "claims.jsonl")
+    assert [(row.arm, row.seed, row.id) for row in rows] == [(job.arm, job.seed, job.id) for job in run.jobs]
+    for row, job in zip(rows, run.jobs, strict=True):
+        summary = read_summary(run_of(tmp_path / "runs" / "claims", job))
+        assert (row.loss, row.active, row.tokens) == (summary.val.loss, summary.params.active, summary.tokens)
+        assert row.specialisation == pytest.approx(
+            sum(map(information, summary.load.counts)) / len(summary.load.counts)
+        )
+        assert row.leak == 0
+    assert "4 of 4 runs are recorded, 0 are missing" in run()
+    assert InThisProcess.given == [4]
+    (tmp_path / "results" / "claims.jsonl").write_text(
+        "\n".join((tmp_path / "results" / "claims.jsonl").read_text().splitlines()[1:]) + "\n"
+    )
+    assert "3 of 4 runs are recorded, 1 are missing" in run()
+    assert InThisProcess.given == [4, 1]
+    assert command.read_rows(tmp_path / "results" / "claims.jsonl") == rows
+
+
+def test_the_page_alone_trains_nothing(run, tmp_path):
+    assert "of 0 runs" in run("train=false")
+    assert InThisProcess.given == []
+    assert "Not run" in (tmp_path / "claims.md").read_text()
+
+
+def test_settled_choices_are_those_that_an_early_checkpoint_makes_too(run, tmp_path):
+    run()
+    settled = {row.arm: row.settled for row in command.read_rows(tmp_path / "results" / "claims.jsonl")}
+    assert settled["sigmoid"] is None  # it kept no early checkpoint
+    assert 0 < settled["softmax"] <= 1
+
+
+def test_choices_agree_by_token_whatever_their_order():
+    early = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    late = torch.tensor([[1, 0], [3, 7], [6, 7]])
+    assert command.agreement(early, late) == 0.5
+
+
+def test_a_line_that_is_none_is_refused_by_its_number(run, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "claims.jsonl").write_text('{"id": "a"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        run("train=false")
+    assert "line 1" in capsys.readouterr().err
+
+
+def test_a_tier_that_there_is_none_of_is_refused(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("tier=tpu")
+    assert "tier=tpu" in capsys.readouterr().err
