@@ -53,6 +53,8 @@ SMALLER = {
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
     "routers": "",
+    "status": "",
+    "sweep": TRAINING,
     "tokenizers": "vocab_size=300",
     "upcycle": "",
 }
@@ -78,8 +80,9 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     name = module.partition(".")[2]
     module = module if name else f"{module}.__main__"
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
+    goes_on |= name == "sweep" and not any(each.startswith("experiment=") for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
-    if not goes_on and name in ("train", "compare", "tokenizers"):
+    if not goes_on and name in ("train", "compare", "sweep", "tokenizers"):
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]

@@ -128,10 +128,18 @@ def compose_jobs(words: list[str]) -> Planned:
             for arm, tree in [compose_arm(arm, fixed) for arm in arms]
             for seed in (seeds or [cfg.seed])
         ]
-    names = [arm.name for arm in arms]
-    if cfg.study.base and cfg.study.base not in names:
-        raise BadInput(f"study.base={cfg.study.base} is no arm of this study; {nearest(cfg.study.base, names)}.")
-    return Planned(cfg, experiment, jobs, cfg.study.base or names[0])
+    return Planned(cfg, experiment, jobs, base_of(cfg.study, [arm.name for arm in arms]))
+
+
+def base_of(study: StudyConfig, names: list[str]) -> str:
+    """The arm that the others are compared with: the first that is called so, or, where more is swept over, the first
+    of the arm of that name. Raises `BadInput` where there is none."""
+    if not study.base:
+        return names[0]
+    of_its_name = [name for name in names if study.base in study.arms and name.startswith(f"{study.base}-")]
+    if study.base in names or of_its_name:
+        return study.base if study.base in names else of_its_name[0]
+    raise BadInput(f"study.base={study.base} is no arm of this study; {nearest(study.base, names)}.")
 
 
 def read_options(words: list[str], where: str) -> dict[str, list[str]]:

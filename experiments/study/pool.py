@@ -52,18 +52,23 @@ def gpus(study: Study) -> list[str]:
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
+def this_code() -> dict[str, str]:
+    """The environment in which another process finds the code that this one has, wherever it runs."""
+    path = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 class Worker:
     """A process that works on the study in `folder`; what it tells goes to `events` with its number."""
 
     def __init__(self, number: int, folder: Path, share: dict[str, str], events: "queue.Queue[tuple[int, Event]]"):
         self.number, self.share, self.job = number, share, ""
-        # The code that this process has, wherever that is; a session of its own: Ctrl-C reaches it once, from here.
-        path = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
+        # A session of its own: Ctrl-C reaches it once, from here.
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.study.worker", str(folder), "--tied"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | share | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            env=os.environ | share | this_code(),
             start_new_session=True,
         )
         self.listener = threading.Thread(target=self._listen, args=(events,), daemon=True)

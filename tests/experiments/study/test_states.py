@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import errno
+import io
 import math
 import os
 import time
@@ -133,7 +134,8 @@ def test_where_nothing_can_be_written_all_of_it_can_be_said(study, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     with claimed(folder.parent, planned.id), monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", refuse)
+        for module in (builtins, io):
+            patch.setattr(module, "open", refuse)
         for name in ("mkdir", "unlink", "rename", "replace", "utime"):
             patch.setattr(os, name, refused)
         with pytest.raises(OSError, match="Read-only"):

@@ -164,6 +164,21 @@ def test_a_full_disk_is_a_sentence_of_the_job_and_the_others_are_still_trained(t
     assert told(others) == [("begun", good.id), ("done", good.id)]
 
 
+def test_a_disk_that_takes_not_even_the_failure_ends_the_worker_in_a_sentence(tmp_path, corpus, monkeypatch):
+    """Else it would try the same again for ever."""
+    planned = job(corpus)
+    write(tmp_path / "study", [planned], retries=0)
+
+    def full(path, text):
+        raise BadInput(f"{path} cannot be written (No space left on device).")
+
+    monkeypatch.setattr(jsonl, "write_atomically", full)
+    with pytest.raises(BadInput, match=r"failure-1\.json cannot be written \(No space left on device\)"):
+        work(tmp_path / "study")
+    monkeypatch.undo()
+    assert told(work(tmp_path / "study")) == [("begun", planned.id), ("done", planned.id)]
+
+
 def test_a_run_folder_of_another_version_is_a_failure_that_says_so(tmp_path, corpus):
     planned, good = job(corpus), job(corpus, seed=1)
     write(tmp_path / "study", [planned, good], retries=0)
