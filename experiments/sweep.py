@@ -70,7 +70,7 @@ def sweep(words: list[str]) -> int:
     folder = folder_of(cfg, asked)
 
     # One process at a time prepares the data and plans; whoever comes later finds both.
-    with turn(runs_of(folder), f"plan-{folder.name}"):
+    with turn(runs_of(folder), "plan"):
         study = plan_anew(folder, asked, words) if asked else as_planned(folder, cfg)
     if cfg.again:
         for job in study.jobs:

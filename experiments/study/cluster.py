@@ -1,14 +1,12 @@
 """Workers as the tasks of a cluster's job array, through submitit; its local executor does the same on this machine."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.study import worker
 from experiments.study.compose import SlurmConfig
 from experiments.study.manifest import Study
-from experiments.study.pool import conclude, this_code
+from experiments.study.pool import conclude
 from moe.errors import BadInput
 from moe.run import terminal
 from moe.run.command_line import command_line, override
@@ -52,6 +50,5 @@ def submit(folder: Path, study: Study, workers: int, cfg: SlurmConfig) -> int:
 
 def worker_task(folder: str) -> None:
     """What a task of the array does. It waits for no job that others are at, so that no allocation idles."""
-    subprocess.run(
-        [sys.executable, "-m", "experiments.study.worker", folder, "--alone"], check=True, env=os.environ | this_code()
-    )
+    if status := worker.main([folder, "--alone"]):
+        raise SystemExit(status)

@@ -20,7 +20,7 @@ import torch
 
 from experiments.study.claims import record_failure
 from experiments.study.manifest import Job, Study, run_of, runs_of
-from experiments.study.states import State, counted, last_line, states_of
+from experiments.study.states import State, counted, last_line, state_of, states_of
 from experiments.study.worker import REFUSED, Event
 from moe.errors import BadInput
 from moe.run import jsonl, terminal
@@ -96,13 +96,14 @@ class Pool:
         self.shares = shares(workers, cores(), gpus(study))
         self.workers: dict[int, Worker] = {}
         self.died_at: dict[str, int] = {}  # the step that a job was at as its worker died
+        self.done: dict[str, State] = {}
         self.idle_deaths = 0
         self.broken = 0  # the exit status of a worker that could not go on
 
     def run(self) -> int:
         """Work until every job is done or has failed for good, or a signal asks for an end. Returns the exit status: 0,
         2 where jobs failed, 128 + the signal's number."""
-        begun = states_of(self.folder, self.study)
+        begun = self.states()
         threads = self.shares[0]["OMP_NUM_THREADS"]
         many = f"{len(self.shares)} workers" if len(self.shares) > 1 else "1 worker"
         self.say(f"study: {self.folder}  {len(begun)} jobs: {counted(begun)}  {many} of {threads} threads")
@@ -125,6 +126,12 @@ class Pool:
                 worker.process.wait()
         return conclude(self.folder, self.study, self.say, stop.number, self.broken)
 
+    def states(self) -> list[State]:
+        """The states of all jobs; what is done is not read again."""
+        states = [self.done.get(job.id) or state_of(self.folder, job) for job in self.study.jobs]
+        self.done = {job.id: state for job, state in zip(self.study.jobs, states, strict=True) if state.word == "done"}
+        return states
+
     def hear(self) -> None:
         """Print what the workers have told, after at most a moment's wait."""
         with contextlib.suppress(queue.Empty):
@@ -140,8 +147,7 @@ class Pool:
             self.workers[number].job = event.job if event.what == "begun" else ""
         match event.what:
             case "done":
-                states = counted(states_of(self.folder, self.study))
-                self.say(f"{job.title}: val loss {event.loss:.4f} in {event.seconds:.0f} s  ({states})")
+                self.say(f"{job.title}: val loss {event.loss:.4f} in {event.seconds:.0f} s  ({counted(self.states())})")
             case "failed":
                 left = self.study.retries + 1 - event.tries
                 what_next = f"tried {left} more time{'s' * (left > 1)}" if left > 0 else "not tried again"

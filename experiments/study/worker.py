@@ -20,6 +20,7 @@ from experiments.study.claims import PAUSE, Failure, claim_of, claimed, failures
 from experiments.study.manifest import Job, config_of, finished, read_study, run_of, runs_of
 from moe.errors import BadInput, of_the_machine
 from moe.run import jsonl, terminal
+from moe.run.lock import holding
 from moe.train.loop import train
 
 REFUSED = 2  # exit status
@@ -53,8 +54,8 @@ def work(folder: Path, tell: Tell, patient: bool = True) -> None:
                 left.remove(job)
                 continue
             with claimed(runs, job.id) as ours:
-                # Another may have been quicker between the look and the claim.
-                if ours and not is_settled(folder, job, study.retries):
+                # Another may have been quicker between the look and the claim, or trains the run without one.
+                if ours and not holding(run_of(folder, job)) and not is_settled(folder, job, study.retries):
                     attempt(folder, job, tell)
                     trained = True
         if left and not trained:

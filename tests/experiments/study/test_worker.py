@@ -14,6 +14,7 @@ from experiments.study.claims import claim_of, claimed, failures
 from experiments.study.manifest import run_of
 from moe.errors import BadInput
 from moe.run import jsonl
+from moe.run.lock import Lock
 from tests.experiments.study.small_studies import fates, job, quick, work, write
 from tests.small_runs import Killed, fate, train, train_until
 
@@ -95,6 +96,17 @@ def test_a_job_in_other_hands_is_left_alone(tmp_path, corpus, monkeypatch):
     with claimed(tmp_path, jobs[0].id):
         assert told(work(tmp_path / "study", patient=False)) == [("begun", jobs[1].id), ("done", jobs[1].id)]
     assert told(work(tmp_path / "study", patient=False)) == [("begun", jobs[0].id), ("done", jobs[0].id)]
+
+
+def test_a_run_that_the_training_command_is_at_is_left_alone(tmp_path, corpus):
+    planned = job(corpus)
+    write(tmp_path / "study", [planned], retries=0)
+    run = run_of(tmp_path / "study", planned)
+    train_until(dataclasses.replace(worker.config_of(planned), run=str(run)), 3)
+    with Lock(run):
+        assert work(tmp_path / "study", patient=False) == []
+    assert failures(tmp_path, planned.id) == []
+    assert told(work(tmp_path / "study")) == [("begun", planned.id), ("done", planned.id)]
 
 
 def test_a_patient_worker_waits_for_what_others_are_at(tmp_path, corpus, monkeypatch):
@@ -207,8 +219,7 @@ def test_a_worker_whose_starter_is_gone_saves_and_ends(tmp_path, corpus):
     assert failures(tmp_path, planned.id) == []
 
 
-def test_a_worker_of_no_study_refuses_in_a_sentence(tmp_path):
-    process = start(tmp_path)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (2, "")
-    assert err == f"error: run={tmp_path} is not a study's folder: it has no study.json.\n"
+def test_a_worker_of_no_study_refuses_in_a_sentence(tmp_path, capsys):
+    assert worker.main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: run={tmp_path} is not a study's folder: it has no study.json.\n")
