@@ -14,7 +14,7 @@ from experiments.study.states import State, counted, states_of
 from moe.errors import BadInput
 from moe.run import terminal
 
-HEADINGS = ("job", "run", "is", "step", "time left", "val loss", "")
+HEADINGS = ("job", "run", "is", "step", "time left", "val loss")
 
 
 @dataclass
@@ -26,13 +26,16 @@ class StatusConfig:
 
 @cli.command("status", StatusConfig)
 def main(cfg: StatusConfig) -> None:
-    """Print a row per job, and how many are in which state."""
+    """Print a row per job, what failed of each, and how many are in which state."""
     if not cfg.run:
         raise BadInput("run= is needed: the folder of a study, like run=runs/first-study.")
     folder = Path(cfg.run)
     study = read_study(folder)
     states = states_of(folder, study)
     tables.print_table(HEADINGS, [cells(*pair) for pair in zip(study.jobs, states, strict=True)], left=3)
+    for job, state in zip(study.jobs, states, strict=True):
+        if state.error:
+            terminal.say(f"{job.title}: {state.error}")
     terminal.say(f"{folder}: {counted(states)}")
 
 
@@ -41,7 +44,7 @@ def cells(job: Job, state: State) -> tuple[str, ...]:
     left = "" if state.seconds_left is None or state.word != "running" else words_of(state.seconds_left)
     what = f"failed ({state.tries}x)" if state.word == "failed" and state.tries > 1 else state.word
     loss = tables.number(state.summary.val.loss if state.summary else None, ".4f")
-    return job.title, job.id, what, f"{state.step}/{state.of}", left, loss, state.error or state.holder
+    return job.title, job.id, what, f"{state.step}/{state.of}", left, loss
 
 
 def words_of(seconds: float) -> str:
