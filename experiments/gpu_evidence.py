@@ -34,6 +34,7 @@ from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Absent, Case, DeviceLost, Rows, run
 from moe.errors import BadInput, of_the_machine
 from moe.run import machine, terminal
+from moe.run.command_line import Options
 
 REFUSED, LOST, INTERRUPTED = 2, 75, 130  # exit statuses
 GRACE = 40.0  # seconds that a row may go on after its stage's time is used up
@@ -68,7 +69,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = Options(__doc__)
     options.add_argument("--out", type=Path, required=True, help="folder for rows, created if it is not there")
     options.add_argument("--stage", nargs="+", choices=evidence.STAGES, default=list(evidence.STAGES))
     options.add_argument("--sizes", choices=("full", "smoke"), default="full", help="smoke: tiny, to see that it runs")

@@ -5,7 +5,6 @@ python -m experiments.readme
 A table stands between `<!-- name: begin -->` and `<!-- name: end -->`; nothing in one is typed by hand.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -17,6 +16,7 @@ from experiments.pages.tables import markdown
 from experiments.stats import planner, verdict
 from experiments.suites import cases, evidence, memory, train_step
 from experiments.suites import routing as routing_suite
+from moe.run.command_line import Options
 from moe.run.jsonl import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ SECTION = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTAL
 
 def main() -> None:
     """Rewrite the pages and conf/router/README.md."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Options(__doc__).parse_args()
     for path in pages():
         path.write_text(filled(path.read_text()))
     ROUTERS.write_text(all_routers())

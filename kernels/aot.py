@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -351,13 +351,25 @@ def compare(new: str, kept: str) -> tuple[list[str], str]:
     return ["The table differs from aot.txt; if that is meant, keep it with --write."], "".join(diff)
 
 
+def refuse(message: str) -> NoReturn:
+    """One sentence on stderr in place of argparse's usage, and exit status 2."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown != message:
+        message = f"{unknown} is no option; accepted are --write, --cache FOLDER, --jobs NUMBER and --help"
+    print(f"error: {message}.", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main() -> None:
     """Compile, print, check, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the table in aot.txt instead of comparing with it")
     parser.add_argument("--cache", type=Path, help="a folder: targets whose kernels have not changed are read from it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets that compile at the same time")
+    parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args()
+    if not arguments.jobs >= 1:
+        refuse(f"--jobs {arguments.jobs} is out of range: accepted is at least 1")
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it.")
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:

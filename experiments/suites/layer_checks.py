@@ -8,7 +8,6 @@ one are in `experiments/suites/kernel_checks.py`.
     python -m experiments.suites.layer_checks    # a small layer forward and backward: what compute-sanitizer runs on
 """
 
-import argparse
 import functools
 import itertools
 import os
@@ -31,8 +30,10 @@ from experiments.suites.shapes import Shape
 from kernels import grouped, reference
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.model.layer import MoELayer
 from moe.routing.contract import rows
+from moe.run.command_line import Options
 
 # name -> (dtype, whether float32 is multiplied in tf32, the error that is always allowed: one rounding, or for exact
 # sums a few)
@@ -352,10 +353,9 @@ def check_sanitizer(settings: Settings, tool: str) -> dict[str, Any]:
     command += [sys.executable, "-m", "experiments.suites.layer_checks"]
     # Without torch's cache of memory, an access past a tensor is an access past an allocation.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    keywords: dict[str, Any] = {"timeout": SANITIZER_SECONDS, "env": environment, "cwd": facts.ROOT}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SANITIZER_SECONDS, env=environment, cwd=facts.ROOT
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, **keywords)
     except subprocess.TimeoutExpired:
         raise LeftOut(f"not done after {SANITIZER_SECONDS:.0f} s") from None
     if done.returncode == 0:
@@ -389,9 +389,12 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def main() -> None:
     """Run `small`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    small(timing.find_device(parser.parse_args().device, "--device"))
+    options = Options(__doc__)
+    options.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    try:
+        small(timing.find_device(options.parse_args().device, "--device"))
+    except BadInput as bad:
+        options.error(str(bad))
 
 
 if __name__ == "__main__":

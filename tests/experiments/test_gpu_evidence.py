@@ -133,7 +133,11 @@ def test_what_there_is_no_time_for_is_listed(tmp_path):
         ([], "--device=cuda is not here"),
         (["--device", "tpu"], "--device=tpu is no device"),
         ([*SMOKE, "--budget", "0"], "--budget 0 is out of range"),
-        ([*SMOKE, "--stage", "kernel"], "invalid choice: 'kernel'"),
+        ([*SMOKE, "--stage", "kernel"], "--stage kernel is not one of correctness, kernels, layer, train_step, tune."),
+        ([*SMOKE, "--bugdet", "9"], "--bugdet is no option; did you mean --budget."),
+        ([*SMOKE, "--budget", "long"], "--budget long must be a number."),
+        ([*SMOKE, "--budget"], "--budget needs a value."),
+        ([*SMOKE, "kernels"], "kernels is no word of this command, which takes options alone; accepted: --budget, "),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_a_sentence(given, words, tmp_path, monkeypatch, capsys):
@@ -142,8 +146,15 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(given, words, tmp_path, mon
         gpu_evidence.main(["--out", str(tmp_path), *given])
     assert ended.value.code == 2
     error = capsys.readouterr().err
+    assert error.startswith("error: ")
     assert words in error
-    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_the_folder_is_needed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_evidence.main([])
+    assert capsys.readouterr().err == "error: --out is needed: folder for rows, created if it is not there.\n"
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, capsys):

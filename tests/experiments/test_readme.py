@@ -1,5 +1,9 @@
 """Every section of the README and of docs/ is made of the results."""
 
+import sys
+
+import pytest
+
 from experiments import readme
 from experiments.suites import cases, evidence
 from tests.experiments.gpu_rows import written
@@ -42,3 +46,15 @@ def test_the_readmes_routing_section_shows_the_most_tokens(tmp_path):
     assert text.endswith(
         "`python -m experiments.bench suite=routing`, D=256, F=128; a CPU, 2 threads, torch 2.13, code k\n"
     )
+
+
+@pytest.mark.parametrize("word", ["--write", "README.md", "check=true"])
+def test_a_word_that_the_command_does_not_take_is_refused_before_a_page_is_written(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["readme.py", word])
+    monkeypatch.setattr(readme, "pages", lambda: pytest.fail("a page was read"))
+    with pytest.raises(SystemExit, match="2"):
+        readme.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {word.partition('=')[0]} is no ")
+    assert "--help" in error
+    assert error.count("\n") == 1

@@ -238,3 +238,19 @@ def test_compiling_leaves_nothing_behind_whatever_happens_inside():
         raise KeyError
     assert launches == []
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--wirte"], "--wirte is no option; accepted are --write, --cache FOLDER, --jobs NUMBER and --help."),
+        (["--jobs", "many"], "argument --jobs: invalid int value: 'many'."),
+        (["--jobs", "0"], "--jobs 0 is out of range: accepted is at least 1."),
+    ],
+)
+def test_a_command_line_that_means_nothing_is_refused_before_anything_is_compiled(given, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aot.py", *given])
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("something was compiled"))
+    with pytest.raises(SystemExit, match="2"):
+        aot.main()
+    assert capsys.readouterr().err == f"error: {sentence}\n"

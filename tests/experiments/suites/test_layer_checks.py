@@ -10,7 +10,6 @@ import torch
 from experiments.suites import kernel_checks, layer_checks, timing
 from experiments.suites.cases import Absent, LeftOut, Rows, run
 from experiments.suites.shapes import Shape
-from moe.errors import BadInput
 from tests import fake_cuda
 from tests.experiments.suites.small_checks import CPU, CUDA, SHAPE, small_settings
 
@@ -210,7 +209,18 @@ def test_the_sanitizers_command_runs(monkeypatch):
     layer_checks.main()
 
 
-def test_the_sanitizers_command_names_its_own_option_for_a_device_that_is_not_here(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["checks", "--device", "cuda:99"])
-    with pytest.raises(BadInput, match=r"^--device=cuda:99 is not here"):
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--device", "cuda:99"], "--device=cuda:99 is not here"),
+        (["--devise", "cpu"], "--devise is no option; did you mean --device."),
+        (["--device"], "--device needs a value."),
+    ],
+)
+def test_the_sanitizers_command_refuses_in_a_sentence(given, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checks", *given])
+    with pytest.raises(SystemExit, match="2"):
         layer_checks.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1

@@ -1,5 +1,6 @@
 """Claims about command lines that are printed: pasted, they mean what they were made of."""
 
+import argparse
 import shlex
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from moe.run.command_line import command_line, override
+from moe.run.command_line import Options, command_line, override
 
 NAMES = [
     "runs/demo", "mine", "two words", "a=b", "a,b", "it's", '"', "[1", "{x", "(", "#x", "a:b", "é", "\\", "a\\'b",
@@ -50,3 +51,26 @@ def test_so_is_a_value_that_is_no_text(value):
 @pytest.mark.parametrize("name", ["runs/demo-1", "/data/runs/a.b", "mine"])
 def test_a_name_without_a_special_character_is_not_quoted(name):
     assert command_line("train", override("run", name)) == f"python -m experiments.train run={name}"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--sise", "1"], "--sise is no option; did you mean --size."),
+        (["--zzz=3"], "--zzz is no option; accepted: --help, --name, --size, --speed."),
+        (["--siz", "1"], "--siz is no option; did you mean --size."),
+        (["--size", "x"], "--size x must be a whole number."),
+        (["--size"], "--size needs a value."),
+        (["--name", "c"], "--name c is not one of a, b."),
+        (["--size", "1"], "--speed is needed: tokens per second."),
+    ],
+)
+def test_what_options_cannot_be_is_one_sentence(given, sentence, capsys):
+    options = Options("What it is.")
+    options.add_argument("--size", type=int)
+    options.add_argument("--name", choices=("a", "b"))
+    options.add_argument("--speed", required=sentence.startswith("--speed"), help="tokens per second")
+    options.add_argument("--hidden", help=argparse.SUPPRESS)
+    with pytest.raises(SystemExit, match="2"):
+        options.parse_args(given)
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")
