@@ -30,9 +30,10 @@ from experiments.pages import tables
 from experiments.suites import facts, kernels, layer, memory, peers, routing, timing, tune
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Rows, run
+from experiments.sweeps import check_each
 from moe.config.model import ModelConfig
-from moe.config.parse import accepted
-from moe.config.run import Config
+from moe.config.parse import OneOf, accepted
+from moe.config.run import Config, validate
 from moe.config.train import TrainConfig
 from moe.errors import BadInput
 from moe.run import machine, terminal
@@ -81,13 +82,16 @@ def place_in_sweep(cfg: BenchConfig, sweep: str, job: str) -> tuple[BenchConfig,
     return dataclasses.replace(cfg, out=str(out)), out
 
 
-@cli.command("bench", BenchConfig, place=place_in_sweep)
+def check_jobs(jobs: list[cli.Job]) -> None:
+    """Refuse a job that cannot be done, before others are. Raises `BadInput`."""
+    check_each(jobs, check)
+
+
+@cli.command("bench", BenchConfig, place=place_in_sweep, before=check_jobs)
 def main(cfg: BenchConfig) -> None:
     """Run a suite, print its table, write its rows."""
     check(cfg)
     device = timing.find_device(cfg.device, "device")
-    if cfg.suite in ("kernels", "layer", "tune"):
-        timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
     machine.set_threads(TrainConfig(threads=cfg.threads))
     machine.keep_freed_memory()  # for every contestant alike
     cfg.out = cfg.out or str(default_out(cfg))
@@ -99,32 +103,59 @@ def main(cfg: BenchConfig) -> None:
 
 
 def check(cfg: BenchConfig) -> None:
-    """Refuse what no suite can do. Raises `BadInput`."""
-    if cfg.suite not in SUITES:
-        raise BadInput(f"suite={cfg.suite} is not one of {', '.join(SUITES)}.")
-    if cfg.sizes not in ("full", "smoke"):
-        raise BadInput(f"sizes={cfg.sizes} is not one of full, smoke.")
+    """Refuse what no suite can do, or not on this machine. Raises `BadInput`."""
+    # Whatever the suite.
+    for name, valid in (("suite", SUITES), ("sizes", ("full", "smoke"))):
+        OneOf(*valid).check(name, getattr(cfg, name))
     for name, low in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("width", 1), ("d_expert", 1), ("threads", 0)):
         if getattr(cfg, name) < low:
             raise BadInput(f"{name}={getattr(cfg, name)} is out of range: accepted is at least {low}.")
     if not cfg.budget >= 0:
         raise BadInput(f"budget={cfg.budget:g} is out of range: accepted is at least 0 seconds.")
+    if cfg.out and Path(cfg.out).is_dir():
+        raise BadInput(f"out={cfg.out} is a folder: name a file in it, like {Path(cfg.out, cfg.suite)}.jsonl.")
+
+    # Of one suite.
     if cfg.suite == "layer":
         known("peers", cfg.peers, peers.PEERS)
-        known("loads", cfg.loads, layer.LOADS)
-    if cfg.suite == "train_step":
-        known("peers", cfg.peers, train_step_suite.PEERS)
-        known("precisions", cfg.precisions, ("fp32", "bf16"))
-        dispatch = accepted(Config)["dispatch"]
-        known("backends", cfg.backends, dispatch)
-        known("dispatch", [cfg.dispatch], dispatch)
-        for peer in cfg.peers:
-            if importlib.util.find_spec(peer) is None:
-                raise BadInput(f"peers has {peer}, which is not installed: pip install 'moe-switchyard[bench]'.")
-        if not cfg.model.moe:
-            raise BadInput("model.moe=null: the benchmark compares a Mixture-of-Experts model with its dense twin.")
-        if not cfg.model.vocab_size:
-            raise BadInput("model.vocab_size=0 leaves it to a tokenizer, and here is none: give one, say 32768.")
+        some("loads", cfg.loads, layer.LOADS)
+        if cfg.counts and not Path(cfg.counts).is_file():
+            raise BadInput(f"counts={cfg.counts} is no file: accepted is the routing/counts.jsonl of a run.")
+    elif cfg.suite == "train_step":
+        check_train_step(cfg)
+    elif cfg.peers:
+        raise BadInput(f"peers={cfg.peers} means nothing to suite={cfg.suite}: train_step and layer have some.")
+
+    # The machine.
+    device = timing.find_device(cfg.device, "device")
+    if cfg.suite in ("kernels", "layer", "tune"):
+        timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
+
+
+def check_train_step(cfg: BenchConfig) -> None:
+    """Refuse what suite=train_step cannot do. Raises `BadInput`."""
+    known("peers", cfg.peers, train_step_suite.PEERS)
+    some("precisions", cfg.precisions, ("fp32", "bf16"))
+    dispatch = accepted(Config)["dispatch"]
+    known("backends", cfg.backends, dispatch)
+    known("dispatch", [cfg.dispatch], dispatch)
+    for peer in cfg.peers:
+        if importlib.util.find_spec(peer) is None:
+            raise BadInput(f"peers has {peer}, which is not installed: pip install 'moe-switchyard[bench]'.")
+    if not cfg.model.moe:
+        raise BadInput("model.moe=null: the benchmark compares a Mixture-of-Experts model with its dense twin.")
+    if not cfg.model.vocab_size:
+        raise BadInput("model.vocab_size=0 leaves it to a tokenizer, and here is none: give one, say 32768.")
+    validate(Config(model=cfg.model))
+    if cfg.compiled and cfg.compiler not in (valid := torch.compiler.list_backends(exclude_tags=())):
+        raise BadInput(f"compiler={cfg.compiler} is not one of {', '.join(valid)}.")
+
+
+def some(key: str, values: list[str], valid: Any) -> None:
+    """Refuse no value at all, and as `known`. Raises `BadInput`."""
+    if not values:
+        raise BadInput(f"{key}=[] leaves nothing to measure; accepted are {', '.join(valid)}.")
+    known(key, values, valid)
 
 
 def known(key: str, values: list[str], valid: Any) -> None:

@@ -87,7 +87,7 @@ def command(
             arguments = refuse(read_arguments)
             if arguments.help:
                 about = sys.modules[main.__module__].__doc__ or ""
-                refuse(show_help, about, name, schema, arguments.overrides, complete)
+                refuse(show_help, about, name, schema, arguments.overrides, complete, arguments.multirun)
                 return
             jobs = refuse(check_overrides, name, schema, arguments.overrides, arguments.multirun, complete, under)
             sweep = refuse(check_sweep, jobs, place, before) if arguments.multirun else None
@@ -191,8 +191,17 @@ def check_overrides(
         return [read_job(name, schema, complete, under, list(job), several, i) for i, job in enumerate(jobs)]
 
 
-def show_help(docstring: str, name: str, schema: type, overrides: list[str], complete: bool) -> None:
-    """Print what a command can be told, with the values that the overrides leave. Raises `BadInput`."""
+def show_help(
+    docstring: str, name: str, schema: type, overrides: list[str], complete: bool, sweeps: bool = False
+) -> None:
+    """Print what a command can be told, with the values that the overrides leave; of a sweep those that all of its jobs
+    have. Raises `BadInput`."""
+    if sweeps:
+        with hydra.initialize_config_dir(str(CONF), version_base=None):
+            parsed = [read_word(schema, word) for word in overrides]
+            for override in parsed:
+                check_override(schema, complete, override, singles(override), sweeps)
+        overrides = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     check_overrides(name, schema, overrides, False, complete)
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         tree: Any = OmegaConf.to_container(compose(name, schema, overrides), resolve=False)

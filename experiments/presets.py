@@ -24,15 +24,25 @@ class PresetsConfig:
     context: int = 0  # 0: each preset's own
     vocab_size: int = 4096  # for presets that take their tokenizer's
 
+    def __post_init__(self) -> None:
+        for key, low in (("context", 0), ("vocab_size", 1)):
+            if getattr(self, key) < low:
+                raise BadInput(f"{key}={getattr(self, key)} is out of range: accepted is at least {low}.")
+        for name in self.names:
+            if name not in presets():
+                raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, presets())}.")
+
+
+def presets() -> list[str]:
+    """The names of all."""
+    return sorted(path.stem for path in (cli.CONF / "model").glob("*.yaml"))
+
 
 @cli.command("presets", PresetsConfig)
 def main(cfg: PresetsConfig) -> None:
     """Print a row per preset."""
-    presets = sorted(path.stem for path in (cli.CONF / "model").glob("*.yaml"))
     rows = []
-    for name in cfg.names or presets:
-        if name not in presets:
-            raise BadInput(f"names has {name!r}, which is not in conf/model; {nearest(name, presets)}.")
+    for name in cfg.names or presets():
         model = read_preset(name, cfg.vocab_size)
         cost = flops(model, context=cfg.context)
         total, active = size(model)

@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ IS_A_STUDY = (
 
 
 def read_arguments() -> argparse.Namespace:
-    """The options and overrides of the command line, by Hydra's own parser. Raises `BadInput`."""
+    """The options and overrides of the command line, in whatever order, by Hydra's own parser; which by itself reads
+    none that stands behind an option behind another, so that they are put last. Raises `BadInput`."""
     parser = get_args_parser()
 
     def refuse_option(message: str) -> NoReturn:
@@ -43,7 +45,8 @@ def read_arguments() -> argparse.Namespace:
         raise BadInput(f"{message}.")
 
     parser.error = refuse_option  # type: ignore[method-assign]
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    sys.argv[1:] = [*(word for word in sys.argv[1:] if word not in arguments.overrides), *arguments.overrides]
     for name in ("config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(arguments, name):
             raise BadInput(

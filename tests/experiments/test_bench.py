@@ -79,6 +79,14 @@ def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
         ("budget=-1", "budget=-1 is out of range"),
         ("device=tpu", "device=tpu is no device"),
         ("device=cuda", "CUDA devices are visible"),
+        ("rounds=-3", "rounds=-3 is out of range: accepted is at least 1"),
+        (
+            "suite=trainstep",
+            "suite=trainstep is not one of train_step, routing, kernels, layer, tune; did you",
+        ),
+        ("precisions=[]", "precisions=[] leaves nothing to measure; accepted are fp32, bf16"),
+        ("model.d_model=-8", "model.d_model=-8 is out of range"),
+        ("out=.", "out=. is a folder: name a file in it"),
         ("rouds=2", "did you mean rounds"),
     ],
 )
@@ -89,6 +97,38 @@ def test_what_it_does_not_know_is_refused(override, words, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main()
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["suite=routing,kernel"],
+            "suite=kernel is not one of train_step, routing, kernels, layer, tune; did",
+        ),
+        (["suite=routing", "rounds=1,-1"], "rounds=-1 is out of range: accepted is at least 1"),
+        (["suite=routing", "peers=[transformers],[]"], "peers=['transformers'] means nothing to suite=routing"),
+        (["suite=routing,train_step", "compiled=true", "compiler=gcc"], "compiler=gcc is not one of "),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_refused_before_the_first(given, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "by_rows", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(bench, "train_step", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(sys, "argv", ["bench", "-m", "sizes=smoke", *given])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {words}")
+    assert "(in the sweep's job " in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_load_that_was_recorded_nowhere_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "suite=layer", "sizes=smoke", "counts=nowhere.jsonl")
+    assert "counts=nowhere.jsonl is no file: accepted is the routing/counts.jsonl of a run." in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_missing(monkeypatch, capsys):

@@ -20,6 +20,16 @@ def test_an_option_with_a_value_is_not_taken_for_a_setting(command):
     assert out.startswith("seed: 7\n")
 
 
+def test_options_may_stand_anywhere(command):
+    status, _, err, configs = command("optim.lr=0.5", "-m", "seed=0,1", "--multirun", "train.steps=9")
+    assert (status, err) == (0, "")
+    assert [(cfg.seed, cfg.optim.lr, cfg.train.steps) for cfg in configs] == [(0, 0.5, 9), (1, 0.5, 9)]
+    status, out, err, _ = command("seed=7", "--cfg", "job", "train.steps=9")
+    assert (status, err) == (0, "")
+    assert "seed: 7\n" in out
+    assert "steps: 9\n" in out
+
+
 def test_settings_and_groups_reach_training(command):
     status, _, err, (cfg,) = command("model=cpu-nano", "router=sigmoid-bias", "balance=bias", "seed=3", "optim.lr=1e-4")
     assert (status, err) == (0, "")
@@ -213,6 +223,22 @@ def test_a_verbatim_value_arrives_as_it_was_typed(value):
     tree = OmegaConf.create({"prompt": parsed.value()})
     assert OmegaConf.to_container(tree, resolve=True) == {"prompt": value}
     assert cli.literal(f"other={value}", ("prompt",)) == f"other={value}"
+
+
+@pytest.mark.parametrize(
+    "given", [["-m", "--help"], ["--help", "-m", "seed=0,1"], ["--multirun", "router=softmax,hash", "--help"]]
+)
+def test_help_of_a_sweep_is_that_of_the_command(given, command):
+    status, plain, err, _ = command("--help")
+    assert (status, err) == (0, "")
+    assert command(*given)[:3] == (0, plain, "")
+    assert "optim.lr=0.5" in command(*given, "optim.lr=0.5")[1]
+
+
+def test_help_of_a_sweep_over_what_is_not_there_is_refused(command):
+    status, out, err, _ = command("-m", "--help", "router=softmax,sofmax")
+    assert (status, out) == (2, "")
+    assert err == "error: router=sofmax does not exist; did you mean softmax.\n"
 
 
 def test_ctrl_c_while_a_command_is_imported_is_one_word_and_status_130(tmp_path):

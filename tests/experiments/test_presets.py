@@ -29,8 +29,22 @@ def test_the_command_prints_a_row_per_preset(monkeypatch, capsys):
         assert (forward, training) == (f"{flops.forward:,}", f"{flops.training:,}")
 
 
-def test_the_command_refuses_a_preset_that_does_not_exist(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["presets", "names=[gpt-2]"])
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["names=[gpt2,gpt-2]"], "names has 'gpt-2', which is not in conf/model; did you mean gpt2."),
+        (["names=[gpt2]", "context=-1"], "context=-1 is out of range: accepted is at least 0."),
+        (["names=[gpt2]", "vocab_size=0"], "vocab_size=0 is out of range: accepted is at least 1."),
+        (["names=[gpt2]", "vocab_size=many"], "vocab_size=many must be a whole number."),
+        (["-m", "names=[gpt2],[gpt-2]"], "names has 'gpt-2', which is not in conf/model; did you mean gpt2 (in the"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_before_anything_is(given, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(command, "size", lambda *_: pytest.fail("something was counted"))
+    monkeypatch.setattr(sys, "argv", ["presets", *given])
     with pytest.raises(SystemExit, match="2"):
         command.main()
-    assert "did you mean gpt2" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {sentence}")
+    assert printed.err.count("\n") == 1
