@@ -41,6 +41,10 @@ def read_arguments() -> argparse.Namespace:
     def refuse_option(message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
+            options = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+            close = difflib.get_close_matches(unknown.split()[0], options, n=1, cutoff=0.75)
+            if close:
+                raise BadInput(f"{unknown} is no option; did you mean {close[0]}.")
             raise BadInput(f"{unknown} is no option: settings are given as key=value, and --help lists them.")
         raise BadInput(f"{message}.")
 

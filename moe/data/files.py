@@ -58,6 +58,12 @@ def suffix(file: Path) -> str:
 # ---------------------------------------------------------------- which there are
 
 
+def is_there(path: str) -> bool:
+    """Whether there is anything at a path, or it is a glob, which may match something."""
+    given = expand(path)
+    return given.exists() or given.is_symlink() or glob.has_magic(path)
+
+
 def text_files(path: str) -> tuple[Path, list[Path], list[BadDocument]]:
     """The root that names are relative to, the files below it that are text by their names and not hidden, in the order
     of their names, and what of these names cannot be read. For a glob the root is what comes before its first wildcard.

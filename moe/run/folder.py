@@ -132,6 +132,12 @@ def check_same(old: Config, new: Config) -> list[str]:
     run's. Returns a sentence for each other setting that changes. Raises `BadInput` naming the first refused key."""
     changes = []
     for key, before, after in differences(old, new):
+        if key == "source":
+            began = f"began from {before}" if before else "did not begin from another's weights"
+            raise BadInput(
+                f"source={after} is given, and {new.run} {began}: leave it out to go on with {new.run}, or choose "
+                "another run."
+            )
         if not may_change(key, old):
             state = ["source_state=all"] if key == "train.steps" or key.startswith("optim.") else []
             anew = shlex.join([override("source", new.run), *state, "run=NEW", override(key, after)])

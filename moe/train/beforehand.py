@@ -6,6 +6,7 @@ import torch
 
 from moe.config.router import OWN, facts
 from moe.config.run import Config
+from moe.data.files import is_there
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model import dispatch
@@ -29,7 +30,9 @@ def check(cfg: Config) -> None:
     if (folder / "summary.json").exists():
         return  # what it came from may be gone since
 
-    # The machine.
+    # The text and the machine.
+    if cfg.data.name == "text" and not is_there(cfg.data.path):
+        raise BadInput(f"data.path={cfg.data.path} does not exist; accepted is a file, a folder or a glob.")
     dispatch.choose(cfg.dispatch, machine.choose_device(cfg.train.device))
 
     # Other runs.

@@ -124,8 +124,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     if not started:
         create_folder(folder, cfg, dataset.tokenizer)
     with Lock(folder) as lock:
-        if (folder / "summary.json").exists():
-            return read_summary(folder)  # another process was there first, and is done
+        if (folder / "summary.json").exists():  # another process was there first, and is done
+            say(f"run: {folder} is finished")
+            return read_summary(folder)
         for left in (folder.parent, folder, folder / "checkpoints"):
             remove_leftovers(left)
         if changes:

@@ -87,6 +87,8 @@ REFUSED = {
     "run='${a'": "run='${a' cannot be resolved: its ${...} is not whole.",
     "run=[a": "cannot read run=[a: its brackets or quotes are not in pairs; to take it as it stands type 'run=",
     # options
+    "--hlep": "--hlep is no option; did you mean --help.",
+    "--mulitrun": "--mulitrun is no option; did you mean --multirun.",
     "--nonsense": "--nonsense is no option: settings are given as key=value, and --help lists them.",
     "--cfg": "argument --cfg/-c: expected one argument.",
     "--run --multirun": "--run and --multirun do not go together: choose one.",

@@ -236,6 +236,19 @@ def test_a_given_setting_that_does_not_fit_the_sources_weights_is_refused(given,
     assert err.count("\n") == 1
 
 
+def test_a_source_cannot_be_given_to_a_run_that_began_otherwise(command, source, corpus, tmp_path):
+    given = [*of_text(corpus), f"source={source}", "run=new", "train.steps=2"]
+    assert command(*given, really=True)[0] == 0
+    newest = source / "checkpoints" / "step-00000003"
+    for run, other, began in (
+        (source, tmp_path / "new", "did not begin from another's weights"),
+        ("new", tmp_path / "new", f"began from {newest}"),
+    ):
+        status, _, err, _ = command(f"run={run}", f"source={tmp_path / 'new'}", "resume=true", really=True)
+        assert status == 2
+        assert f" is given, and {run} {began}: leave it out to go on with {run}, or choose another run.\n" in err
+
+
 def test_what_a_routers_file_comes_with_lies_over_the_source(command, source, corpus):
     _, _, err, (cfg,) = command(*of_text(corpus), f"source={source}", "run=new", "router=switch")
     own = read_config(source)
@@ -277,6 +290,15 @@ def test_what_a_job_names_and_cannot_have_is_refused_before_the_first_job_trains
     assert err.startswith(f"error: {sentence}"), err
     assert err.endswith(f"(in the sweep's job seed=0 {wrong.partition('=')[0]}={wrong.rpartition(',')[2]}).\n"), err
     assert err.count("\n") == 1
+
+
+def test_texts_that_a_job_would_read_and_are_not_there_are_refused_before_the_first(command, corpus):
+    arguments = [word for word in words(corpus, "") if not word.startswith("data.path")]
+    status, out, err, configs = command("-m", *arguments, f"data.path={corpus / 'texts'},nowhere")
+    assert (status, out, configs) == (2, "", [])
+    assert err.startswith("error: data.path=nowhere does not exist; accepted is a file, a folder or a glob (in the"), (
+        err
+    )
 
 
 def test_a_tokenizer_that_a_job_would_take_and_is_not_there_is_refused_before_the_first(command, corpus):

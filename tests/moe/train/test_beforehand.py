@@ -21,6 +21,7 @@ WRONG = {
         {"balance.recorded": "/nowhere", "balance.force": "recorded"},
         "balance.recorded=/nowhere is not a run's folder",
     ),
+    "text": ({"data.path": "/nowhere"}, "data.path=/nowhere does not exist; accepted is a file, a folder or a glob"),
     "device": ({"train.device": "cuda:99"}, "train.device=cuda:99"),
 }
 
