@@ -240,10 +240,8 @@ def test_a_source_cannot_be_given_to_a_run_that_began_otherwise(command, source,
     given = [*of_text(corpus), f"source={source}", "run=new", "train.steps=2"]
     assert command(*given, really=True)[0] == 0
     newest = source / "checkpoints" / "step-00000003"
-    for run, other, began in (
-        (source, tmp_path / "new", "did not begin from another's weights"),
-        ("new", tmp_path / "new", f"began from {newest}"),
-    ):
+    cases = {source: "did not begin from another's weights", "new": f"began from {newest}"}
+    for run, began in cases.items():
         status, _, err, _ = command(f"run={run}", f"source={tmp_path / 'new'}", "resume=true", really=True)
         assert status == 2
         assert f" is given, and {run} {began}: leave it out to go on with {run}, or choose another run.\n" in err
