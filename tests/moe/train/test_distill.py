@@ -114,7 +114,7 @@ def test_a_killed_run_with_a_teacher_goes_on_as_if_nothing_had_been(corpus, teac
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"distill.teacher": "nowhere"}, "run=nowhere is not a run's folder"),
+        ({"distill.teacher": "nowhere"}, "distill.teacher=nowhere is not a run's folder"),
         ({"distill.which": "step-1"}, "which=step-1 is not one of best, last"),
         ({"model.context": 64}, "has model.context=32, and this run 64"),
         ({"tokenizer.name": "char"}, "has another tokenizer"),
