@@ -291,7 +291,7 @@ def test_steps_whose_checksums_are_lost_are_said(corpus, tmp_path):
         ({"seed": 1}, "was trained with seed=0, and here it is 1: a replay needs the same batches"),
         ({"train.batch_size": 8}, "was trained with train.batch_size=4"),
         ({"data.val_fraction": 0.2}, "was trained with data.val_fraction=0.15, and here it is 0.2"),
-        ({"balance.recorded": "nowhere"}, "run=nowhere is not a run's folder"),
+        ({"balance.recorded": "nowhere"}, "balance.recorded=nowhere is not a run's folder"),
         ({"balance.recorded": ""}, "force=recorded and the folder of the recorded run go together"),
         ({"balance.force": "none"}, "force=recorded and the folder of the recorded run go together"),
         ({"balance.tile": 4}, "balance.tile=4 and balance.force=recorded: choose one of them"),
