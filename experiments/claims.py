@@ -19,10 +19,12 @@ import torch
 from experiments import cli
 from experiments.pages import claims_page
 from experiments.stats import verdict
-from experiments.stats.ledger import Row, information, to_rows
+from experiments.stats.ledger import Row, to_rows
 from experiments.study.compose import compose_jobs, plan, text_of
 from experiments.study.manifest import Job, Study, config_of, finished, run_of, write_study
 from experiments.study.pool import Pool
+from moe.analysis.decisions import agreement
+from moe.analysis.specialisation import information
 from moe.config.run import Config
 from moe.data.loader import validation_starts
 from moe.data.prepare import prepare
@@ -155,7 +157,7 @@ def measure(job: Job, run: Path, cfg: Config) -> Row:
         curve=[list(point) for point in zip(curve.steps, curve.seconds, curve.loss, strict=True)],
         max_vio=mean(layer.max_vio for layer in load.routing) if load else None,
         dead=mean(layer.dead for layer in load.routing) if load else None,
-        specialisation=mean(information(by_domain) for by_domain in load.counts) if load else None,
+        specialisation=mean(information(torch.tensor(by_domain)) for by_domain in load.counts) if load else None,
         leak=leak_of(run, dataset),
         settled=settled(run, cfg, dataset) if load and cfg.checkpoint.every else None,
         commit=summary.commit,
@@ -180,23 +182,18 @@ def windows(dataset: Dataset, context: int, n: int) -> torch.Tensor:
 
 @torch.no_grad()
 def settled(run: Path, cfg: Config, dataset: Dataset) -> float:
-    """Share of the last model's choices of experts that the model of a tenth of the steps made too, the mean of the MoE
-    layers. By chance it would be K / E."""
+    """How far the last model's choices of experts are those of the model of a tenth of the steps
+    (`moe.analysis.decisions.agreement`), the mean of the MoE layers. By chance it would be K / E."""
     steps = read_summary(run).steps
     early, late = (load_run(run, which)[0] for which in (f"step-{steps // 10}", "last"))
     tokens_BS = windows(dataset, cfg.model.context, WINDOWS)[:, :-1]
-    layers = zip(choices(early, tokens_BS), choices(late, tokens_BS), strict=True)
+    layers = zip(choices(late, tokens_BS), choices(early, tokens_BS), strict=True)
     return float(np.mean([agreement(*layer) for layer in layers]))
 
 
 def choices(model: Transformer, tokens_BS: torch.Tensor) -> list[torch.Tensor]:
     """The experts (T, K) that each MoE layer chooses."""
     return [routing.expert for routing in model(tokens_BS).routing]
-
-
-def agreement(early_TK: torch.Tensor, late_TK: torch.Tensor) -> float:
-    """Share of the late choices that are among the early ones of the same token."""
-    return float((late_TK[:, :, None] == early_TK[:, None, :]).any(-1).double().mean())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments.stats import decide
 from experiments.stats.decide import Judgement, judge
 from experiments.stats.speedup import first_reach
@@ -248,16 +246,6 @@ def paired(contrast: Contrast, rows: Sequence[Row]) -> list[float]:
 def findings(claim: Claim, rows: Sequence[Row], tier: str, margin: float) -> list[Finding]:
     """The verdicts on a claim's contrasts; none where its tier does not run it."""
     return [finding(contrast, rows, margin) for contrast in claim.contrasts] if tier in claim.tiers else []
-
-
-def information(counts_ME: Sequence[Sequence[float]]) -> float:
-    """Bits that a routed row's expert tells of its domain: the mutual information of rows counted by (domain, expert).
-    0 where experts are the same for all; an upper bound is the domains' entropy."""
-    joint_ME = np.asarray(counts_ME, float)
-    joint_ME = joint_ME / joint_ME.sum()
-    independent_ME = joint_ME.sum(1, keepdims=True) * joint_ME.sum(0, keepdims=True)
-    seen = joint_ME > 0
-    return float((joint_ME[seen] * np.log2(joint_ME[seen] / independent_ME[seen])).sum())
 
 
 def to_rows(trees: Sequence[dict[str, Any]], read: Callable[[type[Row], dict[str, Any], str], Row]) -> list[Row]:

@@ -1,5 +1,8 @@
 """What routing did.
 
-metrics  balance, dead experts, what was dropped
-replay   every step's routing on disk, to take again
+metrics         how even a load is: balance, dead experts, what was dropped
+decisions       how decided a router is, and whether it decides alike twice
+specialisation  which domains and tokens an expert takes, and with which others
+placement       what a load means for devices and decode batches
+replay          every step's routing on disk, to take again
 """

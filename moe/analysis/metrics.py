@@ -35,6 +35,41 @@ def effective_experts(count_E: Tensor) -> float:
     return math.exp(torch.special.entr(count_E.double() / count_E.sum()).sum().item())
 
 
+def load_ratio(count_E: Tensor) -> Tensor:
+    """c_i / m with m = sum c / E, (E,) float64: 1 is a fair share, 0 is dead. Without any rows all are 0."""
+    mean = count_E.double().mean()
+    return count_E.double() / mean if mean else count_E.double()
+
+
+def starved_experts(count_E: Tensor, share: float = 0.1) -> int:
+    """Experts with less than this share of a fair load, dead ones among them."""
+    return int((load_ratio(count_E) < share).sum())
+
+
+def cv_squared(value_E: Tensor) -> float:
+    """Var(c) / mean(c)², of a load or of an importance, which is the sum of a token's weights (Shazeer 2017,
+    1701.06538): 0 when even, E − 1 when one expert takes everything. Without any rows 0."""
+    value_E = value_E.double()
+    mean = value_E.mean()
+    return (value_E.var(correction=0) / mean**2).item() if mean else 0.0
+
+
+def coverage(count_E: Tensor) -> Tensor:
+    """Share of the rows that the busiest n experts take, for n = 1 to E, (E,) float64: n / E when even. Without any
+    rows 0."""
+    return count_E.double().sort(descending=True).values.cumsum(0) / max(1, int(count_E.sum()))
+
+
+def gini(count_E: Tensor) -> float:
+    """Gini's coefficient of the load: sum_ij |c_i − c_j| / (2 E sum c): 0 when even, 1 − 1/E when one expert takes
+    everything. Without any rows 0."""
+    n = len(count_E)
+    ascending = count_E.double().sort().values
+    rank = torch.arange(1, n + 1, dtype=torch.float64)
+    total = ascending.sum().item()
+    return ((2 * rank - n - 1) @ ascending / (n * total)).item() if total else 0.0
+
+
 def rows_of(count_E: Tensor, tokens: int, work: Sequence[float] | None = None) -> float:
     """What experts computed per token: their rows, each times its expert's work (`MoEConfig.work`; 1 by default)."""
     work_E = torch.ones(len(count_E)) if work is None else torch.tensor(work)

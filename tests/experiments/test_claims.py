@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from experiments import claims as command
-from experiments.stats.ledger import information
 from experiments.study.manifest import run_of
+from moe.analysis.specialisation import information
 from moe.run.summary import read_summary
 from tests.experiments.study import small_studies
 
@@ -61,7 +61,7 @@ def test_what_is_missing_is_trained_kept_and_never_trained_again(run, tmp_path):
         summary = read_summary(run_of(tmp_path / "runs" / "claims", job))
         assert (row.loss, row.active, row.tokens) == (summary.val.loss, summary.params.active, summary.tokens)
         assert row.specialisation == pytest.approx(
-            sum(map(information, summary.load.counts)) / len(summary.load.counts)
+            sum(information(torch.tensor(layer)) for layer in summary.load.counts) / len(summary.load.counts)
         )
         assert row.leak == 0
     assert "4 of 4 runs are recorded, 0 are missing" in run()
@@ -85,12 +85,6 @@ def test_settled_choices_are_those_that_an_early_checkpoint_makes_too(run, tmp_p
     settled = {row.arm: row.settled for row in command.read_rows(tmp_path / "results" / "claims.jsonl")}
     assert settled["sigmoid"] is None  # it kept no early checkpoint
     assert 0 < settled["softmax"] <= 1
-
-
-def test_choices_agree_by_token_whatever_their_order():
-    early = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    late = torch.tensor([[1, 0], [3, 7], [6, 7]])
-    assert command.agreement(early, late) == 0.5
 
 
 def test_a_line_that_is_none_is_refused_by_its_number(run, tmp_path, capsys):

@@ -90,23 +90,6 @@ def test_the_clock_compares_the_time_to_the_others_final_loss():
     assert ledger.paired(Contrast("new", "old", "lower", "log_seconds"), slow) == []
 
 
-@pytest.mark.parametrize(
-    ("counts", "bits"),
-    [([[5, 5], [5, 5]], 0.0), ([[7, 0], [0, 7]], 1.0), ([[4, 0, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [0, 0, 0, 4]], 2.0)],
-    ids=["uniform", "one domain each", "four"],
-)
-def test_experts_tell_of_domains_what_their_mutual_information_says(counts, bits):
-    assert ledger.information(counts) == pytest.approx(bits)
-
-
-def test_specialisation_is_the_entropies_sum_less_the_joint_one():
-    counts = np.random.default_rng(0).integers(0, 50, (5, 8))
-    entropy = lambda values: stats.entropy(np.ravel(values), base=2)
-    assert ledger.information(counts) == pytest.approx(
-        entropy(counts.sum(0)) + entropy(counts.sum(1)) - entropy(counts)
-    )
-
-
 def test_a_tier_that_a_claim_does_not_have_runs_none_of_it():
     claim = Claim("c", "p", [Contrast("new", "old", "lower")], tiers=("gpu",))
     assert ledger.findings(claim, _rows([-0.1, -0.1]), "cpu", 0.01) == []

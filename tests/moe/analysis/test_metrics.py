@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.analysis.metrics import dead_experts, effective_experts, layer_metrics, load_entropy, max_violation
+from moe.analysis.metrics import (
+    coverage,
+    cv_squared,
+    dead_experts,
+    effective_experts,
+    gini,
+    layer_metrics,
+    load_entropy,
+    load_ratio,
+    max_violation,
+    starved_experts,
+)
 from moe.config.model import MoEConfig
 
 counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=40)
@@ -65,3 +76,38 @@ def test_rows_per_token_weigh_an_experts_width_and_leave_cheap_ones_out():
     moe = MoEConfig(n_experts=2, widths=[10, 30], n_null=1)
     assert layer_metrics(0, torch.tensor([4, 2, 9]), 0, 0, 8, moe.work()).rows == (4 * 0.5 + 2 * 1.5) / 8
     assert layer_metrics(0, torch.tensor([4, 2, 9]), 0, 0, 8).rows == 15 / 8
+
+
+@given(counts)
+def test_gini_is_the_mean_difference_of_two_experts_over_twice_the_mean(count):
+    values = np.array(count, dtype=np.float64)
+    differences = np.abs(values[:, None] - values[None, :]).sum()
+    expected = differences / (2 * len(values) * values.sum()) if values.sum() else 0.0
+    assert gini(torch.tensor(count)) == pytest.approx(expected, abs=1e-9)
+
+
+@given(counts)
+def test_coverage_is_what_the_busiest_take_together(count):
+    expected = [sum(sorted(count, reverse=True)[: n + 1]) / max(1, sum(count)) for n in range(len(count))]
+    assert coverage(torch.tensor(count)).tolist() == pytest.approx(expected)
+
+
+@given(counts)
+def test_cv_squared_is_the_variance_over_the_squared_mean(count):
+    expected = np.var(count) / np.mean(count) ** 2 if sum(count) else 0.0
+    assert cv_squared(torch.tensor(count)) == pytest.approx(expected, abs=1e-9)
+
+
+@given(counts)
+def test_starved_experts_have_less_than_a_tenth_of_a_fair_load(count):
+    fair = sum(count) / len(count)
+    assert starved_experts(torch.tensor(count)) == sum(c < 0.1 * fair if fair else True for c in count)
+    assert load_ratio(torch.tensor(count)).tolist() == pytest.approx([c / fair if fair else 0.0 for c in count])
+
+
+def test_the_two_ends_of_every_measure_of_a_load():
+    even, collapsed = torch.full((8,), 5), torch.tensor([40, 0, 0, 0, 0, 0, 0, 0])
+    assert (gini(even), gini(collapsed)) == (pytest.approx(0), pytest.approx(7 / 8))
+    assert (cv_squared(even), cv_squared(collapsed)) == (0, pytest.approx(7))
+    assert (starved_experts(even), starved_experts(collapsed)) == (0, 7)
+    assert coverage(even)[3].item() == pytest.approx(0.5)
