@@ -107,6 +107,11 @@ def command(
             refuse(hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job))
             if after and sweep and results:
                 refuse(after, results, sweep.keys if sweep.n_jobs > 1 else [])
+            if sweep and (unknown := sweep.n_jobs - len(results) - len(failures)):
+                elsewhere = (
+                    f"{unknown} of {sweep.n_jobs} jobs ran in processes of a launcher, and whether they failed is"
+                )
+                print(f"note: {elsewhere} not known here: see the runs' folders.", file=sys.stderr)
             if sweep and failures:
                 sys.stdout.flush()
                 print(f"error: {len(failures)} of {sweep.n_jobs} jobs failed:", file=sys.stderr)

@@ -128,6 +128,19 @@ def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(
     assert printed.out.splitlines() == [f"job {i + 1} of 3: seed={3 + i}" for i in range(3)]
 
 
+def test_jobs_that_a_launcher_ran_elsewhere_are_not_taken_for_done(monkeypatch, tmp_path, capsys):
+    """What they returned, or failed of, stays in their process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4"])
+    monkeypatch.setattr(cli.hydra, "main", lambda **_: lambda job: lambda: None)
+    GlobalHydra.instance().clear()
+    cli.command("train", Config)(lambda cfg: None)()
+    assert capsys.readouterr().err == (
+        "note: 2 of 2 jobs ran in processes of a launcher, and whether they failed is not known here: see the runs' "
+        "folders.\n"
+    )
+
+
 def test_ctrl_c_ends_a_sweep(monkeypatch, tmp_path, capsys):
     def main(cfg):
         raise KeyboardInterrupt
