@@ -11,7 +11,7 @@ folder share those they have in common. How far each is: python -m experiments.s
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -23,7 +23,7 @@ from experiments.refusals import CONF, read_arguments
 from experiments.study import cluster
 from experiments.study.claims import claimed, forget_failures, turn
 from experiments.study.compose import COMMAND, Planned, SweepConfig, compose_jobs, plan, text_of
-from experiments.study.manifest import FILE, Study, check_same_plan, config_of, read_study, runs_of, write_study
+from experiments.study.manifest import FILE, Study, check_same_plan, config_of, read_study, run_of, runs_of, write_study
 from experiments.study.pool import Pool, cores
 from experiments.study.worker import is_settled
 from moe.config.run import Config
@@ -120,8 +120,10 @@ def plan_anew(folder: Path, asked: Planned, words: list[str]) -> Study:
         raise BadInput(f"run={folder} is a run's folder: choose another for the study, like {folder.parent}/mine.")
     settings = [cfg for _, cfg in asked.jobs]
     vocab_sizes = texts_of(settings)
-    precision = (old and old.precision) or precision_of(settings, vocab_sizes, asked.cfg.workers)
-    study = plan(asked, vocab_sizes, precision, command_line(COMMAND, *words), machine.git_state().commit)
+    command, commit = command_line(COMMAND, *words), machine.git_state().commit
+    planned = lambda precision: plan(asked, vocab_sizes, precision, command, commit)
+    precision = old.precision if old else precision_of_runs(folder, planned)
+    study = planned(precision or precision_of(settings, vocab_sizes, asked.cfg.workers))
     if old:
         check_same_plan(old, study, folder)
         study = dataclasses.replace(study, commit=old.commit, command=old.command)
@@ -134,6 +136,17 @@ def texts_of(settings: Sequence[Config]) -> dict[str, int]:
     """Have every text that these runs read prepared. Returns the size of its vocabulary, by `text_of` a run."""
     texts = {text_of(cfg): cfg for cfg in settings}
     return {text: prepare(cfg.data, cfg.tokenizer, terminal.say).tokenizer.vocab_size for text, cfg in texts.items()}
+
+
+def precision_of_runs(folder: Path, planned: Callable[[str], Study]) -> str:
+    """The precision in which more of the planned runs are there already, other studies' ones: measured anew it might
+    come out another, and they would be trained twice. "" where neither is."""
+    n_there = {name: sum(run_of(folder, job).exists() for job in planned(name).jobs) for name in ("fp32", "bf16")}
+    if n_there["fp32"] == n_there["bf16"]:
+        return ""
+    precision = max(n_there, key=n_there.__getitem__)
+    terminal.say(f"precision: {precision} for the whole study, as in {n_there[precision]} of its runs that are there")
+    return precision
 
 
 def precision_of(settings: Sequence[Config], vocab_sizes: dict[str, int], workers: int) -> str:

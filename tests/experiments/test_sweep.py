@@ -119,6 +119,21 @@ def test_the_precision_is_measured_once_and_kept(command, corpus, tmp_path, monk
     assert {read_summary(run_of(tmp_path / "runs" / "study", job)).precision for job in study.jobs} == {"bf16"}
 
 
+def test_a_study_beside_another_takes_its_precision_and_trains_only_what_is_new(command, corpus, tmp_path, monkeypatch):
+    """Else a measurement that comes out otherwise would have every run trained again."""
+    measured = iter(["bf16", "fp32"])
+    monkeypatch.setattr(sweep, "choose_precision", lambda cfg, device: (next(measured), "it was quicker"))
+    small_auto = lambda run: small(corpus, run, train__precision="auto")
+    assert command(*small_auto("runs/two"), "seed=0,1")[0] == 0
+    status, out, _ = command(*small_auto("runs/three"), "seed=0,1,2")
+    assert status == 0
+    assert "precision: bf16 for the whole study, as in 2 of its runs that are there" in out
+    ids = [{job.id for job in read_study(tmp_path / "runs" / name).jobs} for name in ("two", "three")]
+    assert ids[0] < ids[1]
+    assert command(*small_auto("elsewhere/two"), "seed=0,1")[0] == 0
+    assert next(measured, None) is None
+
+
 def test_what_failed_for_good_is_tried_again_when_asked(command, corpus, tmp_path):
     given = [*small(corpus), "seed=0,1", "study.retries=0"]
     command(*given)
