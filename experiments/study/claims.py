@@ -12,12 +12,12 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe.errors import BadInput, of_the_machine
-from moe.run import jsonl
+from moe.run import jsonl, terminal
 from moe.run.lock import Lock, holding
 
 FOLDER = ".claims"
@@ -75,13 +75,19 @@ def claimed(runs: Path, job: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def turn(runs: Path, name: str) -> Iterator[None]:
-    """Wait until what is called `name` is this process' alone, and keep it as long as the context lasts."""
+def turn(runs: Path, name: str, say: Callable[[str], None] = terminal.say) -> Iterator[None]:
+    """Wait until what is called `name` is this process' alone, saying for whom, and keep it as long as the context
+    lasts."""
+    told = ""
     while True:
         with claimed(runs, name) as ours:
             if ours:
                 yield
                 return
+        holder = holding(claim_of(runs, name)).partition(" (")[0]
+        if holder and holder != told:
+            say(f"{name}: waiting for {holder}")
+            told = holder
         time.sleep(PAUSE)
 
 

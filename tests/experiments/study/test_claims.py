@@ -71,8 +71,10 @@ def test_who_waits_for_a_turn_gets_it_when_it_is_free(other, tmp_path, monkeypat
         other.communicate("\n")
 
     monkeypatch.setattr("time.sleep", pause)
-    with turn(tmp_path, "job"):
+    said = []
+    with turn(tmp_path, "job", said.append):
         assert len(waits) == 1
+    assert [line.startswith(f"job: waiting for process {other.pid} on ") for line in said] == [True]
 
 
 def test_a_claim_that_cannot_be_written_is_refused(tmp_path):
