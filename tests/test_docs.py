@@ -55,6 +55,7 @@ SMALLER = {
     "routers": "",
     "status": "",
     "sweep": TRAINING,
+    "trace": "tokens=64",
     "tokenizers": "vocab_size=300",
     "upcycle": "",
 }

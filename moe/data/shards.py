@@ -214,6 +214,13 @@ class Split:
         targets = np.asarray(starts)[:, None] + np.arange(1, context + 1)
         return tokens, self._domains[np.searchsorted(self._starts, targets, side="right") - 1]
 
+    def places(self, starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number of the document that each token is in, and its position there, from 0: (n, S) each, of the S
+        tokens from each of `starts` (n,)."""
+        token = np.asarray(starts)[:, None] + np.arange(context)
+        document = np.searchsorted(self._starts, token, side="right") - 1
+        return document, token - self._starts[document]
+
     def _slice(self, start: int, stop: int) -> np.ndarray:
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         last = int(np.searchsorted(self._offsets, stop, side="left"))

@@ -243,7 +243,7 @@ def test_shards_of_every_tokenizer_decode_back(prepare_documents, tokenizer):
 def test_a_vocabulary_over_65536_is_stored_in_four_bytes(prepare_documents, monkeypatch):
     kanji = [Document(chr(0x20000 + i) * 3, "prose", str(i)) for i in range(200)]
     large = moe.data.prepare.train(TokenizerConfig("char"), ["".join(map(chr, range(0x20000, 0x20000 + 65536)))])
-    monkeypatch.setattr(moe.data.prepare, "train", lambda cfg, texts: large)
+    monkeypatch.setattr(moe.data.prepare, "train", lambda cfg, texts, say: large)
     dataset = prepare_documents(kanji)
     assert dataset.manifest["dtype"] == "uint32"
     assert {text for text, _ in texts_of(dataset, "train") + texts_of(dataset, "val")} == {each.text for each in kanji}
