@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.pages import router_table, sweep_table
+from experiments.pages import coverage_table, router_table, sweep_table
 from experiments.pages.tables import markdown
 from experiments.stats import planner, verdict
+from experiments.stats.simulation import Line
 from experiments.suites import cases, evidence, memory, train_step
 from experiments.suites import routing as routing_suite
 from moe.run.command_line import Options
@@ -59,6 +60,7 @@ def sections() -> dict[str, str]:
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
+        "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "next": f"```\n{printed}```\n",
         "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
@@ -113,6 +115,15 @@ def routing(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     where = f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n`{first['command']}`, D={first['D']}, F={first['F']}; {where}\n"
+
+
+def coverage(rows: list[dict[str, Any]]) -> str:
+    """How often intervals held the truth in simulated studies, and how often words were wrong."""
+    lines = [record(Line, row, "coverage.jsonl") for row in rows]
+    one, many = (markdown(headings, table) for headings, table in (
+        (coverage_table.HEADINGS, coverage_table.rows(lines)), (coverage_table.RANKS, coverage_table.rank_rows(lines))
+    ))  # fmt: skip
+    return f"{one}\n{many}\n`{rows[0]['command']}`, {lines[0].studies:,} studies of each kind; {commit(rows[0])}\n"
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,8 @@
                        dense                      every layer's K busiest experts side by side, to be distilled
 
 Settings that the command line does not give are the source's own, its learning rate and number of steps among them;
-`seed` draws the routers, the noise and the batches. `moe.convert.upcycle` says what each method does and preserves.
+`seed` draws the routers, the noise and the batches (`seed_init` the first two, `seed_data` the last).
+`moe.convert.upcycle` says what each method does and preserves.
 """
 
 import copy
@@ -142,7 +143,7 @@ def convert(
 ) -> tuple[Tensors, ModelConfig]:
     """The new model's tensors, and its config. Raises `BadInput` for sources that the method does not fit."""
     tensors, source = sources[0]
-    model, router, seed = target.model, target.router, target.seed
+    model, router, seed = target.model, target.router, target.init_seed()
     match cfg.method:
         case "merge":
             return merge([state for state, _ in sources], source.model, model, seed, router), model
@@ -225,7 +226,7 @@ def _initial_state(cfg: Config, tensors: Tensors, dataset: Dataset) -> State:
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(dataset.tokenizer.eot))
     load_model(model, tensors)
-    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
+    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.data_seed(), cfg.data.workers)
     return State(model, build_optimizer(model, cfg.optim), loader)
 
 

@@ -45,6 +45,7 @@ SMALLER = {
     "": "",
     "train": TRAINING,
     "compare": TRAINING,
+    "coverage": "studies=20 out=rows.jsonl",
     "bench": BENCH,
     "export": "",
     "generate": "max_new=3",

@@ -3,6 +3,7 @@
 tables        one table, two readers
 sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
+coverage_table  how often verdicts hold
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router
 help_page     what `--help` prints

@@ -148,6 +148,7 @@ def line(
 ) -> Line:
     """A line from `verdict.measured` of every seed's run, of its dense twin's, and the baseline's losses by
     seed."""
+    # Of the losses, what is left once the twin's or the baseline's of the same seed is taken off.
     losses = [run.loss for run in runs]
     differences = [run.loss - twin.loss for run, twin in zip(runs, twins, strict=True)] if twins else []
     loss, loss_half = _interval(losses)
@@ -155,6 +156,7 @@ def line(
     against, against_half = None, None
     if baseline and baseline.keys() >= set(seeds):
         against, against_half = _interval([final - baseline[seed] for seed, final in zip(seeds, losses, strict=True)])
+    # Of everything else, the mean over the seeds.
     over = lambda name: statistics.mean([getattr(run, name) for run in runs])
     leaks = [run.leak for run in runs if run.leak is not None]
     return Line(

@@ -81,8 +81,8 @@ def _seeds_sentence(pairs: list[Pair], margin: float | None) -> str:
         number = f"{many:,} seeds in all" if many else f"not even {decide.MOST_SEEDS:,} seeds"
         said += f" If this difference and deviation are the true ones, {number} would decide with 80% power."
     fixed = [name for name in ("initial weights", "data order") if name not in covered]
-    tail = f", not of {fixed[0]}, which is the same for all" if len(fixed) == 1 else ""
-    return f"{said} The interval is of the choice of {' and '.join(covered) or 'nothing'}{tail}."
+    tail = f", not of {fixed[0]}, the same for all" if len(fixed) == 1 else ""
+    return f"{said} The interval is of the choice of {' and '.join(covered) or 'noise in training alone'}{tail}."
 
 
 def _no_verdict(pairs: list[Pair]) -> str:

@@ -109,11 +109,14 @@ def speedups(pairs: list[Pair]) -> dict[str, list[float | None]]:
 
 
 def sources(pairs: list[Pair]) -> list[str]:
-    """What varies from pair to pair, and so is covered by an interval over them."""
+    """What is drawn anew for every pair, and so is covered by an interval over them."""
     summaries = [pair.moe.summary for pair in pairs]
+    of = lambda summary, drawn_by: (
+        summary.seed if drawn_by is None else drawn_by
+    )  # results of earlier versions have one seed
     drawn = {
-        "initial weights": {summary.seed for summary in summaries},
-        "data order": {summary.seed for summary in summaries},
+        "initial weights": {of(summary, summary.seed_init) for summary in summaries},
+        "data order": {of(summary, summary.seed_data) for summary in summaries},
     }
     return [name for name, seeds in drawn.items() if len(seeds) > 1]
 

@@ -35,7 +35,7 @@ from moe.run.folder import flat, read_config
 
 NOT_RECORDED = -128  # what a step holds before it is written; no router gives it
 # What decides a step's tokens: settings whose names begin like this.
-SAME = ("seed", "tokenizer.", "data.", "model.context", "train.batch_size")
+SAME = ("tokenizer.", "data.", "model.context", "train.batch_size")
 NOT_SAME = (*FREE, "data.documents")  # but for these
 
 
@@ -334,8 +334,9 @@ class Replay:
 
 
 def tokens_of(cfg: Config) -> dict[str, Any]:
-    """The settings that decide a step's tokens, by their full names."""
-    return {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in NOT_SAME}
+    """The settings that decide a step's tokens, by their full names; `seed` is that of the batches."""
+    named = {key: value for key, value in flat(to_dict(cfg)).items() if key.startswith(SAME) and key not in NOT_SAME}
+    return {"seed": cfg.data_seed()} | named
 
 
 def _dtype(cfg: Config, layer: int) -> "np.dtype[Any]":

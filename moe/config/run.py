@@ -36,7 +36,15 @@ RESUMABLE = (
     "tokenizer.path",
 )
 # Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
-YOUNGER = ("source", "source_state", "data.max_document_mb", "data.documents", "tokenizer.path")
+YOUNGER = (
+    "source",
+    "source_state",
+    "data.max_document_mb",
+    "data.documents",
+    "tokenizer.path",
+    "seed_init",
+    "seed_data",
+)
 
 
 @dataclass
@@ -44,6 +52,8 @@ class Config:
     """One training run."""
 
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # of initial weights, batches and noise
+    seed_init: Annotated[int, Between(-1, 2**63 - 1)] = -1  # of initial weights alone; -1: `seed`
+    seed_data: Annotated[int, Between(-1, 2**63 - 1)] = -1  # of the order of batches alone; -1: `seed`
     run: str = ""  # the run's folder; "": runs/<model>-<router or dense>-<data>-<hash of this config>
     resume: bool = False  # continue the run if its folder exists; otherwise an existing folder is refused
     # import the routers of one's own (module:Class) that runs read by this command name; false: only the one that
@@ -65,6 +75,14 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def init_seed(self) -> int:
+        """The seed of the initial weights."""
+        return self.seed if self.seed_init < 0 else self.seed_init
+
+    def data_seed(self) -> int:
+        """The seed of the order of batches."""
+        return self.seed if self.seed_data < 0 else self.seed_data
 
 
 C = TypeVar("C", bound=Config)

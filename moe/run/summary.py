@@ -116,6 +116,8 @@ class Summary:
     commit: str | None  # of the code; None outside a checkout
     dirty: bool | None  # whether tracked files differed from it; None where that is unknown
     schema: int = SCHEMA
+    seed_init: int | None = None  # of the initial weights, and of the batches; None in older files, where it was `seed`
+    seed_data: int | None = None
     rows: float | None = None  # `LayerMetrics.rows`, the mean over MoE layers and steps; None for a dense model
 
 

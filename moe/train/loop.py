@@ -101,7 +101,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
             return summary
 
     # Everything else that may be refused, and only then the folder.
-    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.seed, cfg.data.workers)
+    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.data_seed(), cfg.data.workers)
     validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
@@ -115,7 +115,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     # The state of the beginning, which may be another run's.
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.seed).to(device)
+    model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.init_seed()).to(device)
     state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
     if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
         start_from(state, cfg, dataset.tokenizer.fingerprint, say)
@@ -295,6 +295,8 @@ def summarize(
     return Summary(
         name=Path(cfg.run).name,
         seed=cfg.seed,
+        seed_init=cfg.init_seed(),
+        seed_data=cfg.data_seed(),
         model=to_dict(cfg.model),
         params=cost.size(cfg.model, cfg.router),
         flops=cost.flops(cfg.model, cfg.router, rows=rows if vary else None),

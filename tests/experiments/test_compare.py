@@ -383,7 +383,8 @@ def sweep(monkeypatch, root, tmp_path, *given) -> int:
 
 
 def labels_of(table: Path) -> list[str]:
-    return sorted(line.split("|")[1].strip() for line in table.read_text().splitlines()[2:])
+    lines = [line for line in table.read_text().splitlines() if line.startswith("|")]
+    return sorted(line.split("|")[1].strip() for line in lines[2:])
 
 
 def test_a_sweep_ends_in_one_table_and_announces_every_job(root, monkeypatch, capsys, tmp_path):

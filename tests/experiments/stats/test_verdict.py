@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from experiments.stats import verdict
+from experiments.stats.sentences import sentences
 from experiments.stats.verdict import Pair, Row, cells, table
 from moe.errors import BadInput
 from tests.fake_runs import DOMAINS, fake_pair, fake_run, with_dropped, with_routing
@@ -49,6 +50,23 @@ def test_bits_per_byte_are_judged_seed_by_seed_too():
     assert by_label["Validation bits per byte"][2].startswith("−0.037 (−0.0")
     assert by_label["Deviation of the difference of losses"] == ["", "", "0.010"]
     assert by_label["Smallest difference 3 seeds show"] == ["", "", "0.033"]  # statsmodels' 3.264 deviations
+
+
+def test_what_differs_from_seed_to_seed_is_what_the_interval_covers():
+    def pairs(**fixed):
+        found = [fake_pair(seed=seed) for seed in (0, 1)]
+        return [
+            Pair(*(run._replace(summary=dataclasses.replace(run.summary, **fixed)) for run in pair)) for pair in found
+        ]
+
+    assert verdict.sources(pairs()) == ["initial weights", "data order"]
+    assert verdict.sources(pairs(seed_init=0)) == ["data order"]
+    assert verdict.sources(pairs(seed_data=4)) == ["initial weights"]
+    assert verdict.sources(pairs(seed_init=0, seed_data=0)) == []
+    said = [sentences(pairs(**fixed), "flops")[1] for fixed in ({}, {"seed_init": 0}, {"seed_init": 0, "seed_data": 0})]
+    assert said[0].endswith("The interval is of the choice of initial weights and data order.")
+    assert said[1].endswith("of the choice of data order, not of initial weights, the same for all.")
+    assert said[2].endswith("The interval is of the choice of noise in training alone.")
 
 
 def test_flops_of_training_are_an_axis_of_their_own():

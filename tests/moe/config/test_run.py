@@ -99,6 +99,17 @@ def test_a_warm_up_names_the_same_run_given_or_derived():
     assert fingerprint(build(short)) != fingerprint(build(short | {"optim": {"warmup": 30}}))
 
 
+def test_seeds_of_weights_and_batches_follow_the_seed_unless_given():
+    both, fixed = build({"seed": 3}), build({"seed": 3, "seed_init": 0, "seed_data": 5})
+    assert (both.init_seed(), both.data_seed()) == (3, 3)
+    assert (fixed.init_seed(), fixed.data_seed()) == (0, 5)
+    assert fingerprint(build({"seed_init": -1, "seed_data": -1})) == "c378cac9"
+    names = {fingerprint(build(tree)) for tree in ({}, {"seed_init": 0}, {"seed_data": 0}, {"seed": 1})}
+    assert len(names) == 4
+    with pytest.raises(BadInput, match=r"seed_init=-2 is out of range"):
+        build({"seed_init": -2})
+
+
 def test_a_setting_that_a_command_adds_may_be_younger_too():
     @dataclass
     class Bench(Config):

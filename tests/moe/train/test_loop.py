@@ -220,7 +220,7 @@ def test_a_summary_leads_back_to_its_run(finished):
     assert json.loads((folder / "summary.json").read_text()).keys() == {
         "name", "seed", "model", "params", "flops", "steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes",
         "val", "val_windows", "load", "dataset", "tokenizer", "precision", "dispatch", "device", "threads", "versions",
-        "commit", "dirty", "skipped", "schema", "rows",
+        "commit", "dirty", "skipped", "schema", "seed_init", "seed_data", "rows",
     }  # fmt: skip
     lines = read_lines(folder / "metrics.jsonl")
     assert dataclasses.asdict(summary.val) == lines[-1]["val"]
@@ -279,6 +279,36 @@ def test_models_compared_see_the_same_batches(corpus, tmp_path, monkeypatch):
         train(settings(corpus, tmp_path / name, changes))
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == STEPS
+
+
+def test_the_seeds_of_weights_and_of_batches_are_two_sources_of_variation(corpus, tmp_path, monkeypatch):
+    """Each alone changes what it is of and leaves the other as it was; a seed of -1 is `seed`."""
+    seen: dict[str, tuple[str, list[str]]] = {}
+    take_step = moe.train.step.take_step
+
+    def take(state, batch, *arguments):
+        _, batches = seen.setdefault(name, (tensors_digest(dict(state.model.named_parameters())), []))
+        batches.append(tensors_digest({"tokens": batch.tokens_BS}))
+        return take_step(state, batch, *arguments)
+
+    monkeypatch.setattr(moe.train.loop, "take_step", take)
+    for name, changes in {
+        "both 0": {},
+        "weights 1": {"seed_init": 1},
+        "batches 1": {"seed_data": 1},
+        "both 1": {"seed": 1},
+        "seed 7, 0 and 1": {"seed": 7, "seed_init": 0, "seed_data": 1},
+    }.items():
+        summary = train(settings(corpus, tmp_path / name, changes | {"train.steps": 2, "train.eval_every": 0}))
+        expected = changes.get("seed", 0)
+        assert summary.seed == expected
+        assert summary.seed_init == changes.get("seed_init", expected)
+        assert summary.seed_data == changes.get("seed_data", expected)
+    weights, batches = [{name: drawn[i] for name, drawn in seen.items()} for i in (0, 1)]
+    assert weights["both 0"] == weights["batches 1"] == weights["seed 7, 0 and 1"]
+    assert weights["both 1"] == weights["weights 1"] != weights["both 0"]
+    assert batches["both 0"] == batches["weights 1"]
+    assert batches["both 1"] == batches["batches 1"] == batches["seed 7, 0 and 1"] != batches["both 0"]
 
 
 def test_timings_are_all_that_two_equal_runs_differ_in(finished):
