@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from experiments.stats import arms, decide
@@ -68,7 +69,7 @@ def draw(generator: np.random.Generator, noise: str, shape: tuple[int, ...]) -> 
     raise ValueError(f"noise={noise!r} is not one of {', '.join(NOISES)}")
 
 
-def _of_effect(noise_RAn: np.ndarray, truth: float) -> Iterator[tuple[str, np.ndarray]]:
+def _of_effect(noise_RAn: np.ndarray, truth: float) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     """(name, (R,) bool) of one comparison alone, the first, and of all A together."""
     n_studies, n_arms, n = noise_RAn.shape
     differences_RAn = noise_RAn + truth
@@ -86,7 +87,7 @@ def _of_effect(noise_RAn: np.ndarray, truth: float) -> Iterator[tuple[str, np.nd
     yield "any wrong word", is_wrong(words_RA, truth).any(1)
 
 
-def is_wrong(words: np.ndarray, truth: float) -> np.ndarray:
+def is_wrong(words: np.ndarray, truth: float) -> NDArray[np.bool_]:
     """Which words the truth is not: `better` of what is not below 0, `worse` of what is not above, `equivalent` of what
     is not within the margin. `inconclusive` never is."""
     wrong = (words == decide.BETTER) & (truth >= 0) | (words == decide.WORSE) & (truth <= 0)
