@@ -82,15 +82,15 @@ def _of_effect(noise_RAn: np.ndarray, truth: float) -> Iterator[tuple[str, NDArr
     yield "wrong words", is_wrong(decide.words(mean_RA, p_RA, p_equivalent_RA)[:, 0], truth)
 
     # Together.
-    yield "all covered", (off_RA <= arms.critical_t(n_arms, n)).all(1)
+    yield "all covered", np.all(off_RA <= arms.critical_t(n_arms, n), axis=1)
     words_RA = decide.words(mean_RA, arms.holm(p_RA), arms.holm(p_equivalent_RA))
-    yield "any wrong word", is_wrong(words_RA, truth).any(1)
+    yield "any wrong word", np.any(is_wrong(words_RA, truth), axis=1)
 
 
 def is_wrong(words: np.ndarray, truth: float) -> NDArray[np.bool_]:
     """Which words the truth is not: `better` of what is not below 0, `worse` of what is not above, `equivalent` of what
     is not within the margin. `inconclusive` never is."""
-    wrong = (words == decide.BETTER) & (truth >= 0) | (words == decide.WORSE) & (truth <= 0)
+    wrong: NDArray[np.bool_] = (words == decide.BETTER) & (truth >= 0) | (words == decide.WORSE) & (truth <= 0)
     return wrong | (words == decide.EQUIVALENT) & (abs(truth) >= MARGIN)
 
 
