@@ -22,6 +22,7 @@ from experiments import cli
 from moe.analysis.trace import About, Batch, Recorder, Trace, Writer
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
+from moe.config.router import facts
 from moe.config.run import Config
 from moe.data.loader import validation_starts
 from moe.data.prepare import prepare
@@ -111,7 +112,7 @@ def main(cfg: TraceConfig) -> None:
     model, tokenizer, run_cfg = load_run(run, cfg.which, cfg.trust)
     if model.cfg.moe is None:
         raise BadInput(f"run={run} is a dense model: it has no experts to trace.")
-    if run_cfg.router.name == "soft":
+    if facts(run_cfg.router).choices == "mixture":
         raise BadInput(f"run={run} has a soft router: every token goes to every expert, and there is nothing to trace.")
     windows = Windows(cfg, run_cfg, tokenizer)
     about = about_of(run, cfg.which, run_cfg, model, tokenizer, windows)

@@ -104,6 +104,7 @@ def _walk(cfg: Config, batch_size: int, checkpoint_activations: bool, n_micro: i
         n_micro=n_micro or cfg.train.accumulate,
         precision="fp32" if cfg.train.precision == "fp32" else "bf16",
         checkpoint_activations=checkpoint_activations,
+        optimizer=cfg.optim.name,
     )
 
 

@@ -44,6 +44,8 @@ YOUNGER = (
     "tokenizer.path",
     "seed_init",
     "seed_data",
+    "optim.name",
+    "optim.momentum",
 )
 
 

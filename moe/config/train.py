@@ -10,8 +10,11 @@ from moe.errors import BadInput
 
 @dataclass
 class OptimConfig:
-    """AdamW; warm-up, then a schedule."""
+    """AdamW or Muon; warm-up, then a schedule."""
 
+    # adamw | muon: for the matrices of attention, MLPs and experts, with AdamW for all else (moe/train/muon.py)
+    name: Annotated[str, OneOf("adamw", "muon")] = "adamw"
+    momentum: Annotated[float, Between(0, 0.9999)] = 0.95  # muon: decay of the running mean of gradients
     lr: Annotated[float, Between(0, ANY)] = 2e-3  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the running means of gradient and square
     eps: Annotated[float, Between(0, 1)] = 1e-8  # added to the root of the mean square

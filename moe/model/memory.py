@@ -23,11 +23,11 @@ from kernels import grouped
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
 from moe.config.router import RouterConfig
-from moe.model.transformer import Transformer, next_token_loss
+from moe.model.transformer import Transformer, hidden_matrices, next_token_loss
 
 
 class Memory(NamedTuple):
-    """Bytes of one process that trains in float32 weights with AdamW."""
+    """Bytes of one process that trains in float32 weights."""
 
     weights: int
     gradients: int
@@ -100,13 +100,16 @@ def walk(
     backend: str = "torch",
     checkpoint_activations: bool = False,
     document_end: int | None = None,
+    optimizer: str = "adamw",
 ) -> Memory:
-    """The memory of a step of `n_micro` micro-batches of `batch_size` sequences each, on one device. `cfg.vocab_size`
-    must be set. Raises whatever torch raises for a router whose rows only data can tell (`rows_vary`)."""
+    """The memory of a step of `n_micro` micro-batches of `batch_size` sequences each, on one device, with this
+    optimiser (optim.name). `cfg.vocab_size` must be set. A router of one's own whose rows only data can tell raises
+    what torch raises for that."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Transformer(cfg, router, balance, document_end).train()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        kept_state = _state(model, optimizer)
         step = partial(_step, model, batch_size, precision, backend, checkpoint_activations)
         kept = step(min(n_micro, 2))  # the second micro-batch finds the gradients there, and so do all after it
         for p in model.parameters():
@@ -114,12 +117,18 @@ def walk(
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_let_go)
         gone = step(1)
-    # AdamW keeps two tensors like every weight that it trains.
-    peak = weights + 2 * trained + kept.watcher.peak
+    peak = weights + kept_state + kept.watcher.peak
     return Memory(
-        weights, trained, 2 * trained, gone.saved, gone.logits, gone.watcher.largest, gone.watcher.most_copies,
+        weights, trained, kept_state, gone.saved, gone.logits, gone.watcher.largest, gone.watcher.most_copies,
         gone.watcher.peak_without_copies, peak, gone.watcher.written, gone.watcher.operations,
     )  # fmt: skip
+
+
+def _state(model: Transformer, optimizer: str) -> int:
+    """Bytes of optimiser state: AdamW keeps two tensors like every weight that it trains, Muon one."""
+    single = set(hidden_matrices(model)) if optimizer == "muon" else set()
+    trained = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
+    return sum(n_bytes * (1 if name in single else 2) for name, n_bytes in trained.items())
 
 
 class _Walked(NamedTuple):

@@ -7,6 +7,7 @@ depth.py.
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -230,6 +231,19 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
         return self
+
+
+def hidden_matrices(model: Transformer) -> dict[str, int]:
+    """The parameters between embedding and logits that are matrices, or stacks of an expert's each, by name: those of
+    attention, MLPs and experts, not routers. And how many matrices stand one above the other in each: two where
+    swiglu's gate stands above its up projection, else one."""
+    gated = 2 if model.cfg.activation == "swiglu" else 1
+    names = [name for name, _ in model.named_parameters() if _HIDDEN.search(name)]
+    return {name: gated if _UP.search(name) else 1 for name in names}
+
+
+_HIDDEN = re.compile(r"\.(attn\.[qkvo]|mlp\.(shared\.)?(up|down))\.weight$|\.w_(up_EFD|down_EDF)$")
+_UP = re.compile(r"\.up\.weight$|\.w_up_EFD$")
 
 
 def next_token_loss(logits_BSV: Tensor, targets_BS: Tensor, reduction: str = "mean") -> Tensor:

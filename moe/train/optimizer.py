@@ -1,22 +1,43 @@
-"""AdamW and the learning-rate schedule."""
+"""AdamW, Muon and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe.config.train import OptimConfig, warmup_steps
+from moe.model.transformer import Transformer, hidden_matrices
+from moe.train.muon import Muon
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (1711.05101). Weight decay acts on matrices (embeddings and expert stacks among them), never on norms
-    or biases. Parameters stand in `model.named_parameters()` order within each group."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    """Fused AdamW (1711.05101), or Muon for the model's hidden matrices and AdamW for the rest. Weight decay acts on
+    matrices (embeddings and expert stacks among them), never on norms or biases. Parameters stand in
+    `model.named_parameters()` order within each group."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    n_above = {}
+    if cfg.name == "muon":
+        assert isinstance(model, Transformer), "Muon asks a transformer for its hidden matrices"
+        n_above = {name: n for name, n in hidden_matrices(model).items() if name in trainable}
+    rest = [p for name, p in trainable.items() if name not in n_above]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    common: dict[str, Any] = dict(lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(groups, **common)
+    matrices = [
+        {
+            "params": [trainable[name] for name, n in n_above.items() if n == many],
+            "weight_decay": cfg.weight_decay,
+            "momentum": cfg.momentum,
+            "n_above": many,
+        }
+        for many in sorted(set(n_above.values()))
+    ]
+    return Muon([*(group | {"n_above": 0} for group in groups), *matrices], **common)
 
 
 def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
@@ -47,7 +68,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by flat name, `<kind>/<parameter>`: exp_avg, exp_avg_sq and step."""
+    """The optimiser's state by flat name, `<kind>/<parameter>`: exp_avg, exp_avg_sq and step; momentum of
+    Muon's."""
     return {
         f"{kind}/{name}": value
         for name, p in model.named_parameters()

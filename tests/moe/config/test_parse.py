@@ -83,6 +83,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "data.name": ("blends", "blend"),
     "data.clean.unicode": ("NFKD", "NFKC"),
     "data.documents": ("seperate", "separate"),
+    "optim.name": ("adam", "adamw"),
     "optim.schedule": ("cosin", "cosine"),
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),

@@ -9,7 +9,7 @@ import torch
 from experiments.suites.memory import State
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.run import Config
-from moe.config.train import TrainConfig
+from moe.config.train import OptimConfig, TrainConfig
 from moe.model import cost
 from moe.model.memory import walk
 from tests.router_presets import presets_of_routers
@@ -18,7 +18,7 @@ PRESETS = presets_of_routers()
 BATCH, CONTEXT = 4, 64
 
 
-def _config(name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False):
+def _config(name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False, optimizer="adamw"):
     router, balance, changes = PRESETS[name]
     moe = MoEConfig(n_experts=8, k=2, d_expert=32)
     changes = {key: moe.n_experts if value == "all" else value for key, value in changes.items()}
@@ -28,14 +28,15 @@ def _config(name="softmax", precision="fp32", n_micro=1, checkpointed=False, den
         batch_size=BATCH * n_micro, accumulate=n_micro, precision=precision, device="cpu",
         checkpoint_activations=checkpointed,
     )  # fmt: skip
-    return Config(model=model, router=router, balance=balance, train=train)
+    optim = OptimConfig(name=optimizer)
+    return Config(model=model, router=router, balance=balance, train=train, optim=optim)
 
 
 def _walk(cfg):
     train = cfg.train
     return walk(
         cfg.model, cfg.router, cfg.balance, train.batch_size // train.accumulate, n_micro=train.accumulate,
-        precision=train.precision, checkpoint_activations=train.checkpoint_activations,
+        precision=train.precision, checkpoint_activations=train.checkpoint_activations, optimizer=cfg.optim.name,
     )  # fmt: skip
 
 
@@ -47,7 +48,14 @@ def test_a_step_with_every_router_asks_the_allocator_for_what_was_walked(name):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(dense=True), dict(precision="bf16"), dict(n_micro=2), dict(n_micro=4), dict(checkpointed=True)],
+    [
+        dict(dense=True),
+        dict(precision="bf16"),
+        dict(n_micro=2),
+        dict(n_micro=4),
+        dict(checkpointed=True),
+        dict(optimizer="muon"),
+    ],
     ids=str,
 )
 def test_a_step_asks_for_what_was_walked(settings):

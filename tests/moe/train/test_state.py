@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulation": {"train.accumulate": 2},
     "activation-checkpointing": {"train.checkpoint_activations": True},
     "dense": {"model.moe": None},
+    "muon": {"optim.name": "muon"},
     "all-at-once": BIAS
     | {"train.precision": "bf16", "data.workers": 2, "train.accumulate": 2, "train.checkpoint_activations": True},
 }
