@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
 
 from experiments import cli
 from experiments.pages import claims_page
@@ -92,7 +94,12 @@ def read_rows(path: Path) -> list[Row]:
 
 def jobs_of(cfg: ClaimsConfig) -> list[Job]:
     """Every run of a tier's study, with its texts prepared."""
-    asked = compose_jobs([f"experiment={EXPERIMENTS[cfg.tier]}"])
+    running = Singleton.get_state()  # Hydra's, which runs this command and is to compose others
+    GlobalHydra.instance().clear()
+    try:
+        asked = compose_jobs([f"experiment={EXPERIMENTS[cfg.tier]}"])
+    finally:
+        Singleton.set_state(running)
     sizes = {}
     for _, run_cfg in asked.jobs:
         if text_of(run_cfg) not in sizes:

@@ -1,6 +1,7 @@
 """Claims about the command that puts published claims to the test, on a study of a second."""
 
 import sys
+import types
 from typing import ClassVar
 
 import pytest
@@ -72,6 +73,22 @@ def test_what_is_missing_is_trained_kept_and_never_trained_again(run, tmp_path):
     assert "3 of 4 runs are recorded, 1 are missing" in run()
     assert InThisProcess.given == [4, 1]
     assert command.read_rows(tmp_path / "results" / "claims.jsonl") == rows
+
+
+def test_the_jobs_of_a_tier_are_those_of_its_study(monkeypatch, tmp_path, capsys):
+    """Composed while Hydra runs the command itself."""
+    tokenizer = types.SimpleNamespace(vocab_size=300)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "EXPERIMENTS", {"cpu": "first-study", "gpu": "claims-gpu"})
+    monkeypatch.setattr(command, "prepare", lambda *arguments: types.SimpleNamespace(tokenizer=tokenizer))
+    planned = []
+    monkeypatch.setattr(command, "train_missing", lambda cfg, missing: planned.extend(missing) or 0)
+    monkeypatch.setattr(command, "recorded", lambda cfg, missing: [])
+    monkeypatch.setattr(sys, "argv", ["claims", "results=results", "page=claims.md"])
+    command.main()
+    assert {job.config["model"]["vocab_size"] for job in planned} == {300}
+    assert len({job.id for job in planned}) == len(planned) > 3
+    assert f"0 of {len(planned)} runs are recorded" in capsys.readouterr().out
 
 
 def test_the_page_alone_trains_nothing(run, tmp_path):
