@@ -209,12 +209,14 @@ def test_the_training_command_says_who_works_through_a_study(monkeypatch, capsys
         assert refusal.count("\n") == 1
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(command, corpus, tmp_path):
     """The command itself, with a worker of its own."""
-    given = [*small(corpus, train__steps=60, checkpoint__every=0), "seed=0,1,2"]
+    given = [*small(corpus, train__steps=30, checkpoint__every=0), "seed=0,1,2"]
     line = [sys.executable, "-m", "experiments.sweep", *given]
-    place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(CONF.parent)}}
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **place)
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
     while "val loss" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
@@ -222,9 +224,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path):
     assert (process.returncode, err) in ((130, ""), (0, ""))  # 0: the last run was done at that moment
     if process.returncode:
         assert out.splitlines()[-1] == "Go on with: python -m experiments.sweep run=runs/study"
-    done = subprocess.run(line, capture_output=True, text=True, **place)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("study: runs/study is finished: all 3 jobs are done\n")
+    assert command(*given)[::2] == (0, "")
     study = read_study(tmp_path / "runs" / "study")
     small_studies.write(tmp_path / "alone" / "study", study.jobs)
     small_studies.work(tmp_path / "alone" / "study")

@@ -13,17 +13,17 @@ from tests.experiments.study.small_studies import fates, job, work, write
 
 
 def test_the_tasks_of_an_array_do_a_studys_work_between_them(tmp_path, corpus, capsys):
-    jobs = [job(corpus, seed=seed) for seed in range(3)]
+    jobs = [job(corpus, seed=seed) for seed in range(2)]
     study = write(tmp_path / "runs" / "study", jobs)
     assert cluster.submit(tmp_path / "runs" / "study", study, 2, SlurmConfig("local", time=5)) == 0
-    assert [state.word for state in states_of(tmp_path / "runs" / "study", study)] == ["done"] * 3
+    assert [state.word for state in states_of(tmp_path / "runs" / "study", study)] == ["done"] * 2
     alone = write(tmp_path / "alone" / "study", jobs)
     work(tmp_path / "alone" / "study")
     assert fates(tmp_path / "runs" / "study", study) == fates(tmp_path / "alone" / "study", alone)
     out = capsys.readouterr().out
     assert "2 workers, local jobs " in out
     assert "How far it is: python -m experiments.status run=" in out
-    assert out.endswith("is finished: all 3 jobs are done\n")
+    assert out.endswith("is finished: all 2 jobs are done\n")
     assert read_study(tmp_path / "runs" / "study") == study  # beside what submitit writes
 
 

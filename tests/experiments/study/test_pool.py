@@ -14,10 +14,17 @@ from experiments.study.pool import Pool, conclude, gpus, shares
 from experiments.study.states import states_of
 from moe.errors import BadInput
 from moe.run import jsonl
+from tests.experiments.study import forked
 from tests.experiments.study.small_studies import fates, job, study_of, work, write
 from tests.small_runs import Killed
 
-STEPS = 20
+STEPS = 10
+
+
+@pytest.fixture
+def quick_starts(monkeypatch):
+    """Workers that need no imports of their own; that an interpreter does the same, others of these tests hold."""
+    monkeypatch.setattr(pool, "subprocess", forked)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +72,11 @@ class Hunted(Pool):
                 self.killed.append(busy[-1])
 
 
-def test_twelve_runs_killed_at_five_moments_end_bitwise_as_if_left_alone(tmp_path, corpus, monkeypatch):
+def test_twelve_runs_killed_at_five_moments_end_bitwise_as_if_left_alone(tmp_path, corpus, quick_starts, monkeypatch):
     """Two workers; one is killed four times in the middle of a run, then both, and the command with them."""
     monkeypatch.setattr(pool, "TICK", 0.05)
     jobs = [
-        job(corpus, arm, seed, train__steps=STEPS, checkpoint__every=5)
+        job(corpus, arm, seed, train__steps=STEPS, checkpoint__every=3)
         for arm in ("softmax", "sigmoid", "top-p") for seed in range(4)
     ]  # fmt: skip
     alone = write(tmp_path / "alone" / "study", jobs)
@@ -89,7 +96,7 @@ def test_twelve_runs_killed_at_five_moments_end_bitwise_as_if_left_alone(tmp_pat
     assert said[-1] == f"study: {folder} is finished: all 12 jobs are done"
 
 
-def test_two_studies_at_work_at_a_time_train_what_they_share_once_and_both_end(tmp_path, corpus):
+def test_two_studies_at_work_at_a_time_train_what_they_share_once_and_both_end(tmp_path, corpus, quick_starts):
     shared = [job(corpus, seed=seed) for seed in range(3)]
     plans = {"one": [*shared, job(corpus, "sigmoid")], "other": [*reversed(shared), job(corpus, "sigmoid", 1)]}
     studies = {name: write(tmp_path / name, jobs) for name, jobs in plans.items()}
@@ -113,7 +120,7 @@ def test_two_studies_at_work_at_a_time_train_what_they_share_once_and_both_end(t
         assert fates(tmp_path / name, study) == fates(tmp_path / "alone" / name, study)
 
 
-def test_a_study_with_a_job_that_fails_ends_with_status_2_and_says_which(tmp_path, corpus, capsys):
+def test_a_study_with_a_job_that_fails_ends_with_status_2_and_says_which(tmp_path, corpus, quick_starts, capsys):
     bad, good = job(corpus, data__path=str(tmp_path / "nowhere")), job(corpus, seed=1)
     study = write(tmp_path / "study", [bad, good], retries=1)
     said = []
