@@ -39,7 +39,7 @@ from experiments.refusals import (
     singles,
 )
 from experiments.sweeps import Job, Place, check_sweep, of_job, one_of_many, placed
-from moe.config.parse import lookup, parse
+from moe.config.parse import assign, lookup, parse, settings
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
 from moe.run import terminal
@@ -82,7 +82,7 @@ def command(
             given = sys.argv[1:]
 
             # What cannot be is refused before anything runs.
-            ConfigStore.instance().store(name=f"schema_{name}", node=schema)
+            register(name, schema)
             sys.argv[1:] = [literal(word, verbatim) for word in given]
             arguments = refuse(read_arguments)
             if arguments.help:
@@ -123,6 +123,16 @@ def command(
         return entry
 
     return decorate
+
+
+def register(name: str, schema: type) -> None:
+    """Tell Hydra what the settings of `conf/<name>.yaml` are: those of `schema`, and no others, but for the names and
+    values of one's own in a group that takes them, like router.options."""
+    node = OmegaConf.structured(schema)
+    for key, hint in settings(schema).items():
+        if typing.get_origin(hint) is dict and isinstance(group := OmegaConf.select(node, key), DictConfig):
+            OmegaConf.set_struct(group, False)
+    ConfigStore.instance().store(name=f"schema_{name}", node=node)
 
 
 def typed(
@@ -296,6 +306,6 @@ def overlay(base: Config, cfg: Config, keys: list[str]) -> Config:
         group = lookup(merged, path) if path else merged
         if group is None:
             raise BadInput(f"{key}={lookup(cfg, key)} means nothing here: {path} is null in the settings it adds to.")
-        if hasattr(group, name):  # not hydra's own
-            setattr(group, name, lookup(cfg, key))
+        if isinstance(group, dict) or hasattr(group, name):  # not hydra's own
+            assign(group, name, lookup(cfg, key))
     return merged

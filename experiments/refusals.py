@@ -130,8 +130,11 @@ def check_key(schema: type, key: str) -> None:
     for part in key.split("."):
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-        if typing.get_origin(hint) is dict:
-            raise BadInput(f"{key} cannot be given by itself: write {path[:-1]}={{{part}: VALUE}}, with all there are.")
+        if typing.get_origin(hint) is dict and part:  # names of one's own
+            hint, path = typing.get_args(hint)[1], f"{path}{part}."
+            continue
+        if hint is Any and path:
+            return
         valid = list(typing.get_type_hints(hint)) if dataclasses.is_dataclass(hint) else []
         if part not in valid:
             raise BadInput(f"{path}{part} is not a setting; {nearest_setting(schema, part, valid, path)}.")
@@ -166,6 +169,8 @@ def explain(error: BaseException, schema: type, given: Mapping[str, Any]) -> str
     key = re.sub(r"\[\d+\]", "", at[1]) if at else ""
     if not key:
         return f"{first_line(error)}."
+    if key not in settings(schema):  # OmegaConf forgets the groups of names and values that it is in
+        key = next((whole for whole in given if whole.endswith(f".{key}")), key)
 
     # What it is said of, with its value as far as that is known.
     if key.partition(".")[0] == "study" not in settings(schema):
@@ -184,7 +189,13 @@ def explain(error: BaseException, schema: type, given: Mapping[str, Any]) -> str
     # What it refers to, or its type.
     if "nterpolation" in text or "GrammarParseError" in text or "${" in str(value):
         return f"{place} cannot be resolved: {unresolved(text)}."
-    return f"{place} must be {kind(settings(schema).get(key))}."
+    return f"{place} must be {kind(type_of(schema, key))}."
+
+
+def type_of(schema: type, key: str) -> Any:
+    """The type of a setting, also of one in a group of names and values; None where that is open."""
+    group = settings(schema).get(key.rpartition(".")[0])
+    return settings(schema).get(key, typing.get_args(group)[1] if typing.get_origin(group) is dict else None)
 
 
 def unresolved(text: str) -> str:

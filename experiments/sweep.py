@@ -16,7 +16,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.config_store import ConfigStore
 
 from experiments import cli
 from experiments.refusals import CONF, read_arguments
@@ -41,7 +40,7 @@ TO_GO_ON = ("run", "workers", "again", "trust", "slurm")
 def main() -> None:
     """Plan or go on with a study, and work until it is done."""
     terminal.begin()
-    ConfigStore.instance().store(name=f"schema_{COMMAND}", node=SweepConfig)
+    cli.register(COMMAND, SweepConfig)
     words = cli.refuse(read_words)
     if words is not None:
         status = cli.refuse(sweep, words)

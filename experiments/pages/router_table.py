@@ -10,7 +10,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import cli
@@ -32,7 +31,7 @@ def rows(names: Sequence[str] = ()) -> list[tuple[str, ...]]:
     for name in names:
         if name not in routers:
             raise BadInput(f"names has {name!r}, which is not in conf/router; {nearest(name, routers)}.")
-    ConfigStore.instance().store(name="schema_train", node=Config)
+    cli.register("train", Config)
     running = GlobalHydra.instance().is_initialized()  # as it is inside a command
     with nullcontext() if running else hydra.initialize_config_dir(str(cli.CONF), version_base=None):
         return [row(name) for name in names or routers]

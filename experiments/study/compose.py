@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -97,7 +96,7 @@ class Planned(NamedTuple):
 
 def compose_jobs(words: list[str]) -> Planned:
     """What a command line asks for. Raises `BadInput`."""
-    ConfigStore.instance().store(name=f"schema_{COMMAND}", node=SweepConfig)
+    cli.register(COMMAND, SweepConfig)
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         # What the command line alone says, and the file it names.
         options = read_options(words, "")

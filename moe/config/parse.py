@@ -157,8 +157,16 @@ def lookup(cfg: Any, path: str) -> Any:
     for part in path.split("."):
         if cfg is None:
             return None
-        cfg = getattr(cfg, part)
+        cfg = cfg.get(part) if isinstance(cfg, dict) else getattr(cfg, part)
     return cfg
+
+
+def assign(group: Any, name: str, value: Any) -> None:
+    """Set a setting of a group, which may be one of names and values of one's own."""
+    if isinstance(group, dict):
+        group[name] = value
+    else:
+        setattr(group, name, value)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

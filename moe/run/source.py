@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe.config.data import TokenizerConfig
-from moe.config.parse import lookup, to_dict
+from moe.config.parse import assign, lookup, to_dict
 from moe.config.run import Config, is_among, validate
 from moe.data.tokenizer import HEADER
 from moe.errors import BadInput
@@ -67,7 +67,7 @@ def put(cfg: Config, key: str, value: Any) -> None:
     group = lookup(cfg, path) if path else cfg
     if group is None:
         raise BadInput(f"{key}={value} means nothing here: {path} is null in the source={cfg.source}.")
-    setattr(group, name, copy.deepcopy(value))
+    assign(group, name, copy.deepcopy(value))
 
 
 def tokenizer_of(cfg: Config, source: Config, run: Path | None, keys: Sequence[str]) -> TokenizerConfig:

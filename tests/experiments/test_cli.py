@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from experiments import cli
+from experiments.compare import CompareConfig
 from moe.config.run import Config
 from moe.errors import BadInput
 
@@ -56,6 +58,38 @@ def test_a_multirun_trains_every_combination(command):
         (0, "softmax"), (0, "sigmoid"), (1, "softmax"), (1, "sigmoid"),
     ]  # fmt: skip
     assert [cfg.run for cfg in configs] == [f"runs/{cfg.router.name}-{cfg.seed}" for cfg in configs]
+
+
+OWN = "router.name=moe.routing.token_choice:TopKRouter"
+
+
+@pytest.mark.parametrize(
+    "given", [["router.options.a=1", "router.options.b={c: [2,3]}"], ["router.options={a: 1, b: {c: [2,3]}}"]]
+)
+def test_what_a_router_of_ones_own_reads_is_given_by_itself_or_together(given, command):
+    status, _, err, (cfg,) = command(OWN, *given)
+    assert (status, err) == (0, "")
+    assert cfg.router.options == {"a": 1, "b": {"c": [2, 3]}}
+    cli.register("compare", CompareConfig)
+    GlobalHydra.instance().clear()
+    cli.check_overrides("compare", CompareConfig, [OWN, *given], False)
+    with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
+        compared = cli.typed(cli.compose("compare", CompareConfig, [OWN, *given]), CompareConfig)
+    assert compared.router.options == cfg.router.options
+
+
+def test_a_value_of_ones_own_can_be_swept_over_and_laid_over_those_of_a_run(command):
+    status, _, err, configs = command("-m", OWN, "router.options.a=1,2", "router.options.b=x")
+    assert (status, err) == (0, "")
+    assert [cfg.router.options for cfg in configs] == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+    laid = cli.overlay(configs[0], configs[1], ["router.options.a", "balance.schedule"])
+    assert laid.router.options == {"a": 2, "b": "x"}
+    assert configs[0].router.options == {"a": 1, "b": "x"}
+
+
+def test_a_coefficients_schedule_is_given_by_itself(command):
+    *_, (cfg,) = command("balance.schedule.aux=[1,0]")
+    assert cfg.balance.schedule == {"aux": [1.0, 0.0]}
 
 
 def test_an_impossible_job_ends_a_sweep_before_its_first_one(command):

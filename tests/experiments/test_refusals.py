@@ -70,7 +70,12 @@ REFUSED = {
     "lr=0.1": "lr is not a setting; did you mean optim.lr.",
     "optim.steps=10": "optim.steps is not a setting; did you mean train.steps.",
     "every=3": "every is not a setting; did you mean model.moe.every or checkpoint.every or log.every.",
-    "router.options.a=1": "router.options.a cannot be given by itself: write router.options={a: VALUE}",
+    # names of one's own
+    "router.options.a=1": "router.options={'a': 1} is read by a router of your own only, not by softmax.",
+    "balance.schedule.auxx=[1]": "balance.schedule.auxx is not a coefficient",
+    "balance.schedule.aux.x=1": "balance.schedule.aux.x is not a setting",
+    "balance.schedule.aux=abc": "balance.schedule.aux=abc must be a list of numbers, like [0.1,0.2].",
+    "balance.schedule={aux:[1,0]}": "balance.schedule.aux must be a list of numbers, like [0.1,0.2].",
     # other forms of an override
     "+optim.lr=1": "+optim.lr=1 adds a setting, and all that there are have a value: write optim.lr=1.",
     "+experiment=demo": "+experiment=demo adds a setting, and all that there are have a value: write experiment=demo.",

@@ -90,6 +90,17 @@ def test_arms_have_names_overrides_and_the_seeds_of_the_study(conf):
     ]  # fmt: skip
 
 
+def test_arms_may_differ_in_what_a_router_of_ones_own_reads(conf):
+    own = "router.name=moe.routing.token_choice:TopKRouter"
+    swept = jobs("model=cpu-nano", own, "router.options.a=1,2")
+    assert [(arm, cfg.router.options) for arm, _, cfg in swept] == [("a1", {"a": 1}), ("a2", {"a": 2})]
+    arms = {"one": f"{own} router.options.a=1", "both": f"{own} 'router.options={{a: 2, b: x}}'"}
+    conf("mine", {"study": {"arms": arms}})
+    assert [cfg.router.options for _, _, cfg in jobs("experiment=mine")] == [{"a": 1}, {"a": 2, "b": "x"}]
+    said = ["study.arms.p='router=softmax'", "study.arms.q='router=hash'"]
+    assert names("model=cpu-nano", *said, "seed=3") == [("p", 3), ("q", 3)]
+
+
 def test_the_base_is_the_first_arm_unless_it_is_named(conf):
     assert compose_jobs(["model=cpu-nano", "router=hash,softmax"]).base == "hash"
     assert compose_jobs(["model=cpu-nano", "router=hash,softmax", "study.base=softmax"]).base == "softmax"
