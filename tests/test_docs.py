@@ -53,6 +53,7 @@ SMALLER = {
     "import_hf": "",
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
+    "report": "",
     "routers": "",
     "status": "",
     "sweep": TRAINING,

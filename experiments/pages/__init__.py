@@ -3,6 +3,8 @@
 tables        one table, two readers
 sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
+study_page    a study as a page
+charts        lines and points as SVG
 coverage_table  how often verdicts hold
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router

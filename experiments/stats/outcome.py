@@ -1,0 +1,206 @@
+"""What a study found: every arm's numbers over seeds, judged against the base, from the runs that are finished.
+
+Nothing here trains, and nothing is left out in silence: what is not finished, or cannot be read, is named.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.stats import decide
+from experiments.stats.arms import judge_arms, rank_intervals
+from experiments.stats.decide import Judgement, judge
+from experiments.stats.speedup import AXES, Curve, mean_speedup, speedup
+from experiments.stats.statistics import Interval
+from experiments.stats.verdict import Run, check_comparable, signed, validation_curve
+from experiments.study.manifest import Job, Study, config_of, run_of
+from experiments.study.states import State
+from moe.config.run import FREE, Config, is_among
+from moe.errors import BadInput
+from moe.run.folder import differences
+from moe.run.summary import read_metrics
+
+SEEDS = ("seed", "seed_init", "seed_data")  # no difference between arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The finished runs of an arm, in order of their seeds."""
+
+    name: str
+    seeds: list[int]
+    runs: list[Run]
+    curves: list[Curve]
+    settings: list[tuple[str, Any, Any]]  # (key, the base's, the arm's) where they differ
+    judgement: Judgement | None = None  # of the differences to the base, seed by seed; None of the base, or without any
+    bits: Judgement | None = None  # the same of bits per byte
+    ranks: tuple[int, int] | None = None  # among all arms, 1 the best; None where arms have no two seeds in common
+    speedups: dict[str, Interval | None] | None = None  # over the base, by `AXES`
+
+    def mean(self, number: str) -> float | None:
+        """The mean over seeds of a number of the summary, by its dotted name; None where a run has none."""
+        values = [_look_up(run.summary, number) for run in self.runs]
+        return float(np.mean([v for v in values if v is not None])) if values and None not in values else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found so far."""
+
+    study: Study
+    arms: list[Arm]  # that have a finished run, the base first
+    missing: list[str]  # what is not in it and why, a sentence each
+
+    @property
+    def base(self) -> Arm | None:
+        """The arm that the others are compared with; None as long as it has no finished run."""
+        return next((arm for arm in self.arms if arm.name == self.study.base), None)
+
+
+def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
+    """What the finished runs of the study in `folder` say. Raises `BadInput` for runs whose losses cannot be
+    compared."""
+    # What there is, and what there is not.
+    runs: dict[str, dict[int, Run]] = {}
+    missing = []
+    first: dict[str, Job] = {}
+    for job, state in zip(study.jobs, states, strict=True):
+        first.setdefault(job.arm, job)
+        if state.summary is None:
+            missing.append(f"{job.title} is {state.word}{f': {state.error}' if state.error else ''}")
+            continue
+        try:
+            metrics = read_metrics(run_of(folder, job))
+        except BadInput as bad:
+            missing.append(f"{job.title} is left out: {bad}")
+            continue
+        runs.setdefault(job.arm, {})[job.seed] = Run(str(run_of(folder, job)), state.summary, metrics)
+    check_comparable(run for by_seed in runs.values() for run in by_seed.values())
+
+    # Every arm for itself, then all together.
+    base = config_of(first[study.base])
+    arms = []
+    for name in sorted(runs, key=lambda name: name != study.base):
+        ordered = dict(sorted(runs[name].items()))
+        settings = what_differs(base, config_of(first[name]))
+        arms.append(
+            Arm(name, list(ordered), list(ordered.values()), [*map(validation_curve, ordered.values())], settings)
+        )
+    return Outcome(study, ranked(against_base(arms, study)), missing)
+
+
+def what_differs(base: Config, cfg: Config) -> list[tuple[str, Any, Any]]:
+    """(key, the base's value, the arm's) of the settings that may change a result; a dense model's experts are one."""
+    kept: list[tuple[str, Any, Any]] = []
+    for key, theirs, mine in differences(base, cfg):
+        if key in SEEDS or is_among(key, FREE):
+            continue
+        line: tuple[str, Any, Any] = (key, theirs, mine)
+        if key.startswith("model.moe.") and None in (base.model.moe, cfg.model.moe):
+            before, after = ("null" if settings.model.moe is None else "experts" for settings in (base, cfg))
+            line = ("model.moe", before, after)
+        if line not in kept:
+            kept.append(line)
+    return kept
+
+
+def against_base(arms: list[Arm], study: Study) -> list[Arm]:
+    """The arms with their judgements: corrected for how many have two seeds or more in common with the base."""
+    base = next((arm for arm in arms if arm.name == study.base), None)
+    if base is None:
+        return arms
+    margin = study.margin or None
+    common = {arm.name: [seed for seed in arm.seeds if seed in base.seeds] for arm in arms if arm is not base}
+    several = [name for name, seeds in common.items() if len(seeds) > 1]
+    of = {arm.name: arm for arm in arms}
+    loss = {name: _differences(of[name], base, seeds, "val.loss") for name, seeds in common.items()}
+    corrected = dict(zip(several, judge_arms([loss[name] for name in several], margin), strict=True))
+    judged = []
+    for arm in arms:
+        if arm is base or not common[arm.name]:
+            judged.append(arm)
+            continue
+        pairs = [(_at(arm, seed), _at(base, seed)) for seed in common[arm.name]]
+        ratios = {axis: mean_speedup([speedup(mine, other, axis) for mine, other in pairs]) for axis in AXES}
+        verdict = corrected.get(arm.name) or judge(loss[arm.name], margin)
+        bits = judge(_differences(arm, base, common[arm.name], "val.bpb"))
+        judged.append(replace(arm, judgement=verdict, bits=bits, speedups=ratios))
+    return judged
+
+
+def ranked(arms: list[Arm]) -> list[Arm]:
+    """The arms with the ranks that they may have, by the seeds that all have in common."""
+    common = sorted(set.intersection(*(set(arm.seeds) for arm in arms))) if arms else []
+    if len(common) < 2 or len(arms) < 2:
+        return arms
+    scores = [[arm.runs[arm.seeds.index(seed)].summary.val.loss for seed in common] for arm in arms]
+    return [replace(arm, ranks=ranks) for arm, ranks in zip(arms, rank_intervals(np.array(scores)), strict=True)]
+
+
+def sentences(result: Outcome) -> list[str]:
+    """The study in words: first what came out against the base, then arm by arm, then what it rests on, and what is not
+    in it."""
+    base, others, study = result.base, [arm for arm in result.arms if arm.judgement], result.study
+    if base is None:
+        said = [f"No run of the base, {study.base}, is finished: there is no verdict yet."]
+    elif not others:
+        said = [f"Only {base.name} has finished runs: there is nothing to compare it with yet."]
+    else:
+        each_arm = [arm_sentence(arm, base.name) for arm in others]
+        said = each_arm if len(others) == 1 else [in_short(others, base.name), " ".join(each_arm)]
+        if len(others) > 1:
+            said.append(f"Words are corrected for {len(others)} comparisons, and their intervals hold together.")
+        if study.margin:
+            said.append(f"A difference within {study.margin:g} nats, declared beforehand, counts as none.")
+    if result.missing:
+        said.append(f"{len(result.missing)} of {len(study.jobs)} runs are not in it: {'; '.join(result.missing)}.")
+    return said
+
+
+def in_short(arms: list[Arm], base: str) -> str:
+    """How many arms came out how, by name."""
+    words = {decide.BETTER: "better", decide.WORSE: "worse", decide.EQUIVALENT: "equivalent"}
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        word = words.get(arm.judgement.word if arm.judgement else "", "open")
+        groups.setdefault(word, []).append(arm.name)
+    parts = [f"{', '.join(groups[word])} {'are' if len(groups[word]) > 1 else 'is'} {word}" for word in groups]
+    return f"Against {base}, {'; '.join(parts)}."
+
+
+def arm_sentence(arm: Arm, base: str) -> str:
+    """An arm against the base, in a sentence."""
+    judged = arm.judgement
+    assert judged is not None, "the arm has no seed in common with the base"
+    if judged.word == decide.SINGLE:
+        return f"{arm.name} differs from {base} by {signed(judged.mean)} nats in one seed, which gives no verdict."
+    interval = f"{signed(judged.mean)} nats, {signed(judged.low or 0.0)} to {signed(judged.high or 0.0)}"
+    said = f"{interval} over {judged.n} seeds"
+    match judged.word:
+        case decide.BETTER | decide.WORSE:
+            though = ", though within the margin" if judged.equivalent else ""
+            return f"{arm.name} is {judged.word} than {base} ({said}){though}."
+        case decide.EQUIVALENT:
+            return f"{arm.name} and {base} are equivalent ({said})."
+    more = f"about {judged.seeds_needed} seeds would decide" if judged.seeds_needed else "no number of seeds is named"
+    return f"Whether {arm.name} is better than {base} is open ({said}; {more})."
+
+
+def _differences(arm: Arm, base: Arm, seeds: list[int], number: str) -> list[float]:
+    mine, other = (
+        {s: _look_up(run.summary, number) for s, run in zip(a.seeds, a.runs, strict=True)} for a in (arm, base)
+    )
+    return [mine[seed] - other[seed] for seed in seeds]
+
+
+def _at(arm: Arm, seed: int) -> Curve:
+    return arm.curves[arm.seeds.index(seed)]
+
+
+def _look_up(tree: Any, number: str) -> Any:
+    for name in number.split("."):
+        tree = None if tree is None else getattr(tree, name)
+    return tree

@@ -1,0 +1,73 @@
+"""Claims about the charts: where marks are, what they say, and that they are whole by themselves."""
+
+import itertools
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from experiments.pages import charts
+from experiments.pages.charts import Frame, Point, Series
+
+SVG = "{http://www.w3.org/2000/svg}"
+CURVES = [
+    Series("one", [0.0, 50.0, 100.0], [5.0, 4.0, 3.5], [5.0, 3.9, 3.4], [5.0, 4.1, 3.6]),
+    Series("<two>", [0.0, 50.0, 100.0], [5.0, 4.2, 3.7], [5.0, 4.2, 3.7], [5.0, 4.2, 3.7]),
+]
+
+
+def _parsed(text):
+    return ET.fromstring(text)
+
+
+def test_every_point_of_a_curve_stands_where_its_numbers_are():
+    picture = _parsed(charts.line_chart(CURVES, "steps", "loss"))
+    dots = picture.findall(f".//{SVG}circle")
+    assert len(dots) == 6
+    assert dots[1].find(f"{SVG}title").text == "one, steps 50: 4.0000"
+    frame = Frame((0.0, 100.0), (3.4, 4.2), "steps", "loss")
+    assert float(dots[1].get("cx")) == frame.across(50)
+    assert float(dots[1].get("cy")) == frame.down(4.0)
+    lines = [line.get("points").split() for line in picture.findall(f".//{SVG}polyline")]
+    assert [len(points) for points in lines] == [3, 3]
+    assert len(picture.findall(f".//{SVG}polygon")) == 1  # a band where seeds differ
+
+
+def test_names_are_text_and_no_markup_and_stand_at_the_ends():
+    text = charts.line_chart(CURVES, "steps", "loss")
+    assert "<two>" not in text
+    words = ["".join(node.itertext()) for node in _parsed(text).findall(f".//{SVG}text")]
+    assert {"one 3.500", "<two> 3.700", "steps", "loss"} <= set(words)
+
+
+def test_a_chart_is_described_for_who_cannot_see_it():
+    assert _parsed(charts.line_chart(CURVES, "steps", "loss")).get("aria-label") == (
+        "loss over steps: one ends at 3.500, <two> ends at 3.700"
+    )
+
+
+def test_points_on_the_front_are_joined_and_all_have_names():
+    points = [Point("a", 1.0, 4.0, True), Point("b", 2.0, 3.0, True), Point("c", 2.5, 3.9, False)]
+    picture = _parsed(charts.scatter(points, "FLOPs", "loss"))
+    (front,) = picture.findall(f".//{SVG}polyline")
+    assert len(front.get("points").split()) == 2
+    names = ["".join(node.itertext()) for node in picture.findall(f".//{SVG}text")]
+    assert {"a", "b", "c"} <= set(names)
+
+
+@pytest.mark.parametrize("heights", [[10.0, 11.0, 12.0], [290.0, 291.0, 292.0], [5.0, 100.0]])
+def test_names_that_would_overlap_are_moved_apart_in_their_order(heights):
+    moved = charts.spread(heights, 15.0)
+    assert all(b - a >= 15.0 - 1e-9 for a, b in itertools.pairwise(moved))
+    assert max(moved) <= charts.HEIGHT - charts.BOTTOM
+
+
+def test_a_picture_has_its_style_for_light_and_dark_and_loads_nothing():
+    text = charts.line_chart(CURVES, "steps", "loss")
+    assert "prefers-color-scheme:dark" in text
+    assert re.findall(r"(?:href|src)=", text) == []
+
+
+def test_one_point_of_one_arm_is_drawn():
+    _parsed(charts.scatter([Point("a", 1.0, 4.0, True)], "FLOPs", "loss"))
+    _parsed(charts.line_chart([Series("a", [0.0], [3.0], [3.0], [3.0])], "steps", "loss"))

@@ -1,0 +1,50 @@
+"""Claims about the command that reports a study."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import report as command
+from experiments.study.manifest import FILE
+from tests.experiments.study import small_studies
+
+
+def _report(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    command.main()
+    return capsys.readouterr().out
+
+
+def _refused(monkeypatch, capsys, *words):
+    with pytest.raises(SystemExit, match="2"):
+        _report(monkeypatch, capsys, *words)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_study_half_done_is_reported_and_then_whole(corpus, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "study"
+    jobs = [small_studies.job(corpus, arm, seed) for arm in ("softmax", "sigmoid") for seed in (0, 1)]
+    small_studies.write(folder, jobs[:1])
+    small_studies.work(folder)
+    (folder / FILE).unlink()
+    small_studies.write(folder, jobs)
+    out = _report(monkeypatch, capsys, f"run={folder}")
+    assert out.startswith("Only softmax has finished runs")
+    assert "3 of 4 runs are not in it: softmax seed 1 is waiting; sigmoid seed 0 is waiting" in out
+    small_studies.work(folder)
+    out = _report(monkeypatch, capsys, f"run={folder}")
+    assert "over 2 seeds" in out.splitlines()[0]
+    assert f"page: {folder / 'index.html'}" in out
+
+
+def test_what_cannot_be_reported_is_refused_in_a_sentence(corpus, tmp_path, monkeypatch, capsys):
+    assert "run= is needed" in _refused(monkeypatch, capsys)
+    assert "is not a study's folder" in _refused(monkeypatch, capsys, f"run={tmp_path}")
+    folder = tmp_path / "study"
+    small_studies.write(folder, [small_studies.job(corpus, "softmax", 5)])
+    assert "has no finished run to report" in _refused(monkeypatch, capsys, f"run={folder}")
+    tree = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(tree | {"margin": 9.0}))
+    assert "was edited" in _refused(monkeypatch, capsys, f"run={folder}")
