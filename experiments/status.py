@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.pages import tables
 from experiments.study.manifest import Job, read_study
+from experiments.study.search import best, refusals
 from experiments.study.states import State, counted, states_of
 from moe.errors import BadInput
 from moe.run import terminal
@@ -36,7 +37,11 @@ def main(cfg: StatusConfig) -> None:
     for job, state in zip(study.jobs, states, strict=True):
         if state.error:
             terminal.say(f"{job.title}: {state.error}")
+    for line in refusals(study):
+        terminal.say(line)
     terminal.say(f"{folder}: {counted(states)}")
+    if study.search:
+        terminal.say(best(folder, study))
 
 
 def cells(job: Job, state: State) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ from experiments.study.claims import claimed, forget_failures, turn
 from experiments.study.compose import COMMAND, Planned, SweepConfig, compose_jobs, plan, text_of
 from experiments.study.manifest import FILE, Study, check_same_plan, config_of, read_study, run_of, runs_of, write_study
 from experiments.study.pool import Pool, cores
+from experiments.study.search import is_wanting
 from experiments.study.worker import is_settled
-from moe.config.run import Config
+from moe.config.run import Config, build
 from moe.data.prepare import prepare
 from moe.errors import BadInput
 from moe.run import machine, terminal
@@ -105,9 +106,12 @@ def as_planned(folder: Path, cfg: SweepConfig) -> Study:
     """The study that is there, with its data prepared if any run is left to train. Raises `BadInput`."""
     study = read_study(folder)
     jobs = [(job, config_of(job)) for job in study.jobs]
-    for _, job_cfg in jobs:
+    to_come: list[Config] = (
+        [build(tree) for tree in study.search.settings] if study.search and is_wanting(study) else []
+    )
+    for job_cfg in [*(job_cfg for _, job_cfg in jobs), *to_come]:
         check_router(folder, job_cfg.router.name, cfg.trust)
-    texts_of([job_cfg for job, job_cfg in jobs if not is_settled(folder, job, study.retries)])
+    texts_of([*to_come, *(job_cfg for job, job_cfg in jobs if not is_settled(folder, job, study.retries))])
     return study
 
 
@@ -126,6 +130,9 @@ def plan_anew(folder: Path, asked: Planned, words: list[str]) -> Study:
     if old:
         check_same_plan(old, study, folder)
         study = dataclasses.replace(study, commit=old.commit, command=old.command)
+        if old.search and study.search:
+            asked_for = dataclasses.replace(study.search, asked=old.search.asked)
+            study = dataclasses.replace(study, jobs=old.jobs, search=asked_for)
     if study != old:
         write_study(folder, study)
     return study

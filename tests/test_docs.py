@@ -87,6 +87,8 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
     if not goes_on and name in ("train", "compare", "sweep", "tokenizers"):
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
+        if any(each.startswith("study.trials=") for each in given):
+            extra += ["study.trials=2"]
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]
     monkeypatch.chdir(folder)

@@ -3,6 +3,8 @@
 manifest  the plan, study.json: a job for every arm and seed, called by the hash of its settings
 compose   from an experiment's file and a command line to the plan
 claims    who is at a job, and what became of those that failed
+space     what a search is over
+search    the trials of a search: asked for one after another
 states    how far every job is
 worker    claim a job, train it, record what failed, and on to the next
 pool      workers of one machine, its cores and GPUs shared out

@@ -8,6 +8,7 @@ of their own stand in the file as `study.arms`.
 import copy
 import dataclasses
 import itertools
+import math
 import shlex
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
@@ -18,7 +19,9 @@ from omegaconf import DictConfig
 
 from experiments import cli
 from experiments.refusals import CONF, check_override, plain, read_word, singles
-from experiments.study.manifest import Job, Study, job_id
+from experiments.study.manifest import Job, Search, Study, job_id, job_of
+from experiments.study.search import import_optuna
+from experiments.study.space import lines_of, read_space, with_values
 from experiments.sweeps import job_name
 from moe.config.balance import BalanceConfig
 from moe.config.parse import ANY, Between, OneOf, accepted, lookup, nearest, to_dict
@@ -28,6 +31,7 @@ from moe.errors import BadInput
 from moe.model import cost
 
 COMMAND = "sweep"
+TRIAL = "every trial"  # in place of an arm's name, in what is refused of a search
 
 
 @dataclass
@@ -43,6 +47,11 @@ class StudyConfig:
     # a dense twin for every MoE, which has this in common with it; "": none
     twin: Annotated[str, OneOf("", "active_params", "flops", "total_params")] = ""
     retries: Annotated[int, Between(0, 100)] = 1  # how often a job that failed is tried again
+    # in place of arms, what a sampler looks for the best of: {optim.lr: "log 1e-3 3e-2", model.moe.k: "choice 1,2"};
+    # also "float 0 0.2" and "int 1 8"
+    search: dict[str, Any] = field(default_factory=dict)
+    trials: Annotated[int, Between(0, 100_000)] = 0  # of the search
+    sampler_seed: Annotated[int, Between(0, 2**31 - 1)] = 0  # of the search: what it draws at random
 
 
 @dataclass
@@ -116,8 +125,9 @@ def compose_jobs(words: list[str]) -> Planned:
 
         # Seeds are no arms; whatever else has several values is.
         swept = {key: lines for key, lines in (of_file | options).items() if len(lines) > 1}
-        arms = arms_of(cfg.study, swept, fixed, experiment or "run")
-        if len(arms) * max(1, len(seeds)) == 1 and not cfg.study.twin:
+        check_search(cfg.study, swept, fixed)
+        arms = [Arm(TRIAL, [])] if cfg.study.search else arms_of(cfg.study, swept, fixed, experiment or "run")
+        if len(arms) * max(1, len(seeds)) == 1 and not (cfg.study.twin or cfg.study.search):
             raise BadInput(
                 "nothing is swept: name several values (router=softmax,hash seed=0,1,2), or study.arms in the "
                 "experiment's file; one run alone is experiments.train."
@@ -130,11 +140,36 @@ def compose_jobs(words: list[str]) -> Planned:
     return Planned(cfg, experiment, jobs, base_of(cfg.study, [arm.name for arm in arms]))
 
 
+def check_search(study: StudyConfig, swept: dict[str, list[str]], fixed: dict[str, str]) -> None:
+    """Refuse a search that cannot be, or that goes with something else. Raises `BadInput`."""
+    # Whether there is one, and alone.
+    if not study.search:
+        if study.trials:
+            raise BadInput(f"study.trials={study.trials} is of a search, and study.search names no setting.")
+        return
+    if not study.trials:
+        raise BadInput("study.trials=0 is no search: name how many trials study.search is to have, like 20.")
+    others = {"study.arms": study.arms, "study.twin": study.twin, "study.base": study.base}
+    for name in [*(name for name, value in others.items() if value), *swept]:
+        raise BadInput(f"study.search and {name} do not go together: a search makes its own arms, so leave out one.")
+
+    # What it is over.
+    import_optuna()
+    lines = lines_of(study.search)
+    space = read_space(lines)
+    for key in space:
+        if key in fixed:
+            raise BadInput(f"study.search.{key}={lines[key]} is over what {fixed[key]} sets too: leave out one.")
+    n_points = math.prod(dimension.size for dimension in space.values())
+    if n_points < study.trials:
+        raise BadInput(f"study.trials={study.trials} are more than the {n_points:.0f} that study.search has.")
+
+
 def base_of(study: StudyConfig, names: list[str]) -> str:
     """The arm that the others are compared with: the first that is called so, or, where more is swept over, the first
     of the arm of that name. Raises `BadInput` where there is none."""
     if not study.base:
-        return names[0]
+        return "" if study.search else names[0]
     of_its_name = [name for name in names if study.base in study.arms and name.startswith(f"{study.base}-")]
     if study.base in names or of_its_name:
         return study.base if study.base in names else of_its_name[0]
@@ -248,6 +283,15 @@ def plan(asked: Planned, vocab_size: dict[str, int], precision: str, command: st
         train = dataclasses.replace(cfg.train, precision=chosen)
         resolved.append((arm, dataclasses.replace(cfg, model=model, train=train)))
 
+    # Of a search only what its trials start from.
+    study = asked.cfg.study
+    if study.search:
+        trees = [to_dict(cfg) for _, cfg in resolved]
+        with_values(trees[0], dict.fromkeys(lines := lines_of(study.search)))
+        search = Search(lines, study.trials, study.sampler_seed, trees)
+        name = asked.name or COMMAND
+        return Study(name, command, commit, "", study.margin, [], {}, study.retries, precision, search)
+
     # Arms, then their twins, of which several may have the same.
     jobs = [job_of(arm.name, arm.words, cfg) for arm, cfg in resolved]
     first: dict[str, Job] = {}
@@ -255,14 +299,13 @@ def plan(asked: Planned, vocab_size: dict[str, int], precision: str, command: st
         other = first.setdefault(job.id, job)
         if other is not job:
             raise BadInput(f"the arms {other.arm} and {job.arm} are the same run: each must differ in a setting.")
-    twins = twins_of(resolved, asked.cfg.study.twin) if asked.cfg.study.twin else {}
+    twins = twins_of(resolved, study.twin) if study.twin else {}
     named = {arm.name: name for name, arms in called(twins).items() for arm in arms}
     for arm, cfg in resolved:
         if arm.name in named:
-            twin = job_of(named[arm.name], [f"study.twin={asked.cfg.study.twin}"], twin_of(cfg, asked.cfg.study.twin))
+            twin = job_of(named[arm.name], [f"study.twin={study.twin}"], twin_of(cfg, study.twin))
             if twin.id not in first:
                 jobs.append(first.setdefault(twin.id, twin))
-    study = asked.cfg.study
     return Study(
         asked.name or COMMAND, command, commit, asked.base, study.margin, jobs, named, study.retries, precision
     )
@@ -271,11 +314,6 @@ def plan(asked: Planned, vocab_size: dict[str, int], precision: str, command: st
 def text_of(cfg: Config) -> str:
     """What decides which prepared text a job reads."""
     return repr((cfg.data, cfg.tokenizer))
-
-
-def job_of(arm: str, words: list[str], cfg: Config) -> Job:
-    """The record of a job."""
-    return Job(job_id(cfg), arm, cfg.seed, [*words, f"seed={cfg.seed}"], to_dict(cfg))
 
 
 def twin_of(cfg: Config, match: str) -> Config:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe.config.parse import to_dict
 from moe.config.run import Config, build, fingerprint, may_change
 from moe.errors import BadInput
 from moe.run import jsonl
@@ -42,6 +43,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a sampler answered when it was asked."""
+
+    values: dict[str, Any]  # of the settings that are searched over
+    refused: str = ""  # why no run can have them; "": each seed has a job, of the arm trial-<number>
+
+
+@dataclass(frozen=True)
+class Search:
+    """Trials that are asked for one after another; the one way in which a plan grows."""
+
+    space: dict[str, str]  # a line of words for every setting that is searched over
+    n_trials: int  # that there are to be
+    sampler_seed: int
+    settings: list[dict[str, Any]]  # a run's, for every seed; the trials' values take the place of some
+    asked: list[Trial] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Study:
     """What is compared with what, decided before the first run begins."""
 
@@ -54,12 +74,23 @@ class Study:
     twins: dict[str, str] = field(default_factory=dict)  # the arm of the dense twin, by the arm of its MoE
     retries: int = 1  # how often a job that failed is tried again
     precision: str = ""  # what was decided for the jobs that left it open; "": there were none
+    search: Search | None = None  # None: all jobs are known beforehand
     schema: int = SCHEMA
 
     @property
     def arms(self) -> list[str]:
         """The arms, in the order of the plan."""
         return list(dict.fromkeys(job.arm for job in self.jobs))
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Those of every job, and of a search what its trials start from."""
+        return [job.config for job in self.jobs] + (self.search.settings if self.search else [])
+
+
+def job_of(arm: str, words: list[str], cfg: Config) -> Job:
+    """The record of a job, with the overrides `words` of its arm."""
+    return Job(job_id(cfg), arm, cfg.seed, [*words, f"seed={cfg.seed}"], to_dict(cfg))
 
 
 def job_id(cfg: Config) -> str:
@@ -146,7 +177,7 @@ def _checksum(tree: dict[str, Any]) -> str:
 
 def check_same_plan(old: Study, new: Study, folder: Path) -> None:
     """Refuse to go on with another plan than the one in `folder`. Raises `BadInput`, which says what differs."""
-    before, after = ({(job.arm, job.seed): job for job in study.jobs} for study in (old, new))
+    before, after = ({(job.arm, job.seed): job for job in jobs_compared(study)} for study in (old, new))
     said = []
 
     # Jobs that only one of them has.
@@ -169,12 +200,23 @@ def check_same_plan(old: Study, new: Study, folder: Path) -> None:
         was, now = getattr(old, name), getattr(new, name)
         if was != now and not (name == "twins" and said):
             said.append(f"study.{name}={now} where it was {was}")
+    if old.search and new.search:
+        for of_search, setting in (("space", "search"), ("sampler_seed", "sampler_seed")):
+            had, has = getattr(old.search, of_search), getattr(new.search, of_search)
+            said += [f"study.{setting}={has} where it was {had}"] if had != has else []
     if said:
         common = len({job.id for job in old.jobs} & {job.id for job in new.jobs})
         raise BadInput(
             f"run={folder} has another plan than this command makes: {', '.join(said)}; go on with its own by "
             f"run={folder} alone, or choose another folder beside it, where the {common} runs in common are shared."
         )
+
+
+def jobs_compared(study: Study) -> list[Job]:
+    """What of a plan must stay: its jobs, or of a search, which gets more of them, what all its trials start from."""
+    if study.search is None:
+        return study.jobs
+    return [job_of("every trial", [], build(tree)) for tree in study.search.settings]
 
 
 def _some(titles: list[str]) -> str:

@@ -19,7 +19,8 @@ import psutil
 import torch
 
 from experiments.study.claims import record_failure
-from experiments.study.manifest import Job, Study, run_of, runs_of
+from experiments.study.manifest import Job, Study, read_study, run_of, runs_of
+from experiments.study.search import best, is_wanting, refusals
 from experiments.study.states import State, counted, last_line, state_of, states_of
 from experiments.study.worker import REFUSED, Event
 from moe.errors import BadInput
@@ -46,7 +47,7 @@ def cores() -> int:
 
 def gpus(study: Study) -> list[str]:
     """The GPUs to share out, as CUDA_VISIBLE_DEVICES names them; none where a job names its own."""
-    if any(":" in job.config["train"]["device"] or job.config["train"]["device"] == "cpu" for job in study.jobs):
+    if any(":" in tree["train"]["device"] or tree["train"]["device"] == "cpu" for tree in study.settings):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
@@ -107,6 +108,8 @@ class Pool:
         threads = self.shares[0]["OMP_NUM_THREADS"]
         many = f"{len(self.shares)} workers" if len(self.shares) > 1 else "1 worker"
         self.say(f"study: {self.folder}  {len(begun)} jobs: {counted(begun)}  {many} of {threads} threads")
+        if self.study.search:
+            self.say(best(self.folder, self.study))
         try:
             with catch_signals() as stop:
                 for i, share in enumerate(self.shares):
@@ -128,9 +131,16 @@ class Pool:
 
     def states(self) -> list[State]:
         """The states of all jobs; what is done is not read again."""
+        self.refresh()
         states = [self.done.get(job.id) or state_of(self.folder, job) for job in self.study.jobs]
         self.done = {job.id: state for job, state in zip(self.study.jobs, states, strict=True) if state.word == "done"}
         return states
+
+    def refresh(self) -> None:
+        """Read a plan that grows again."""
+        if self.study.search:
+            self.study = read_study(self.folder)
+            self.jobs = {job.id: job for job in self.study.jobs}
 
     def hear(self) -> None:
         """Print what the workers have told, after at most a moment's wait."""
@@ -142,6 +152,8 @@ class Pool:
 
     def note(self, number: int, event: Event) -> None:
         """Print a line for a job that has ended."""
+        if event.job not in self.jobs:
+            self.refresh()
         job = self.jobs[event.job]
         if number in self.workers:
             self.workers[number].job = event.job if event.what == "begun" else ""
@@ -194,15 +206,22 @@ def conclude(
 ) -> int:
     """Say how a study stands when its workers have ended, by a signal or because they were `broken`. Returns the exit
     status."""
+    study = read_study(folder) if study.search else study
     states = states_of(folder, study)
     failed = [(job, state) for job, state in zip(study.jobs, states, strict=True) if state.word == "failed"]
     open_jobs = [state for state in states if state.word not in ("done", "failed")]
     again = command_line("sweep", override("run", str(folder)))
-    if not failed and not open_jobs:
+    if study.search:
+        for line in [*refusals(study), best(folder, study)]:
+            say(line)
+    if study.search and not study.jobs and not is_wanting(study):
+        print("error: no trial of the search could be trained: each was refused above", file=sys.stderr)
+        return REFUSED
+    if not failed and not open_jobs and not is_wanting(study):
         say(f"study: {folder} is finished: all {len(states)} jobs are done")
         return 0
     say(f"study: {folder}  {counted(states)}")
-    if open_jobs:
+    if open_jobs or is_wanting(study):
         say(f"Go on with: {again}")
     if failed:
         print_failed(failed, len(states), f"{again} again=true")

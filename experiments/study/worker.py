@@ -18,6 +18,7 @@ from pathlib import Path
 
 from experiments.study.claims import PAUSE, Failure, claim_of, claimed, failures, record_failure
 from experiments.study.manifest import Job, config_of, finished, read_study, run_of, runs_of
+from experiments.study.search import ask, is_wanting
 from moe.errors import BadInput, of_the_machine
 from moe.run import jsonl, terminal
 from moe.run.lock import holding
@@ -47,7 +48,7 @@ def work(folder: Path, tell: Tell, patient: bool = True) -> None:
     can be written, and `SystemExit` after a signal, with what was trained saved."""
     study = read_study(folder)
     runs, left = runs_of(folder), list(study.jobs)
-    while left:
+    while left or is_wanting(study):
         trained = False
         for job in list(left):
             if is_settled(folder, job, study.retries):
@@ -58,7 +59,13 @@ def work(folder: Path, tell: Tell, patient: bool = True) -> None:
                 if ours and not holding(run_of(folder, job)) and not is_settled(folder, job, study.retries):
                     attempt(folder, job, tell)
                     trained = True
-        if left and not trained:
+        if trained:
+            continue
+        if is_wanting(study):  # nothing is free: a trial more, or those that others have asked for
+            n_known = len(study.jobs)
+            study = ask(folder, study)
+            left += study.jobs[n_known:]
+        elif left:
             if not patient:
                 return
             time.sleep(PAUSE)

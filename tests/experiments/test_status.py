@@ -1,5 +1,6 @@
 """Claims about the command that says how far a study is."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -7,8 +8,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments import status
 from experiments.study.claims import claimed, record_failure
+from experiments.study.manifest import Search, write_study
 from moe.errors import BadInput
-from tests.experiments.study.small_studies import job, work, write
+from tests.experiments.study.small_studies import job, study_of, work, write
 
 
 @pytest.fixture
@@ -51,6 +53,25 @@ def test_every_job_has_a_row_that_says_how_far_it_is(command, tmp_path, corpus):
         "softmax seed 1: data.path=nowhere does not exist.",
         f"{folder}: 1 done, 1 running, 1 failed, 1 waiting",
     ]
+
+
+def test_of_a_search_it_says_what_is_best_so_far_and_what_was_refused(command, tmp_path, corpus):
+    space = {"model.moe.k": "choice 2,7"}  # of four experts
+    plan = study_of([job(corpus)], base="")
+    plan = dataclasses.replace(plan, jobs=[], search=Search(space, 2, 0, [job(corpus).config]))
+    write_study(tmp_path / "study", plan)
+    code, out, err = command(f"run={tmp_path / 'study'}")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[2:] == [f"{tmp_path / 'study'}: no job", "search: 0 of 2 trials done"]
+    work(tmp_path / "study")
+    code, out, err = command(f"run={tmp_path / 'study'}")
+    assert (code, err) == (0, "")
+    row, refused, states, best = out.splitlines()[2:]
+    loss = row.strip("|").split("|")[-1].strip()
+    assert ": model.moe.k=7 exceeds model.moe.n_experts=4: " in refused
+    assert states.endswith(": 1 done")
+    trial = row.split()[1]
+    assert best == f"search: 1 of 2 trials done, 1 failed; the best so far is {trial}, val loss {loss}: model.moe.k=2"
 
 
 def test_the_time_left_is_in_hours_minutes_and_seconds():

@@ -134,6 +134,29 @@ def test_a_study_beside_another_takes_its_precision_and_trains_only_what_is_new(
     assert next(measured, None) is None
 
 
+def test_a_search_is_asked_for_trained_and_gone_on_with_for_more_trials(command, corpus, tmp_path):
+    folder = tmp_path / "runs" / "study"
+    given = [*small(corpus), "study.search={optim.lr: log 1e-3 3e-2}", "study.trials=2"]
+    assert command(*given)[::2] == (0, "")
+    two = read_study(folder)
+    assert [job.arm for job in two.jobs] == ["trial-0", "trial-1"]
+    assert command(*given)[::2] == (0, "")
+    assert read_study(folder) == two
+    assert command(*given, "study.trials=3")[::2] == (0, "")
+    three = read_study(folder)
+    assert (three.jobs[:2], [job.arm for job in three.jobs[2:]]) == (two.jobs, ["trial-2"])
+    assert command("run=runs/study")[::2] == (0, "")
+    status, _, err = command(*given, "study.search={optim.lr: log 1e-3 1e-2}", "train.steps=3")
+    assert status == 2
+    assert (
+        "another plan than this command makes: train.steps=3 where it was 2 (in every trial seed 0), study.sear" in err
+    )
+    assert read_study(folder) == three
+    (tmp_path / "runs" / three.jobs[1].id / "summary.json").unlink()
+    assert command("run=runs/study")[::2] == (0, "")
+    assert (tmp_path / "runs" / three.jobs[1].id / "summary.json").exists()
+
+
 def test_what_failed_for_good_is_tried_again_when_asked(command, corpus, tmp_path):
     given = [*small(corpus), "seed=0,1", "study.retries=0"]
     command(*given)

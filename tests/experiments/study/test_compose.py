@@ -1,6 +1,7 @@
 """Claims about how a study's file and a command line become jobs."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,66 @@ def test_what_is_wrong_in_a_file_is_said_of_the_file(conf):
     conf("mine", {"study": {"margins": 1}})
     with pytest.raises(BadInput, match=r"^study\.margins is not a setting; did you mean study\.margin"):
         compose_jobs(["experiment=mine"])
+
+
+# A search
+
+
+def test_a_search_has_what_its_trials_start_from_for_every_seed_and_no_job_yet(conf):
+    lines = {"optim.lr": "log 1e-3 3e-2", "model.moe.k": "choice 1,2"}
+    conf("mine", {"study": {"search": lines, "trials": 6, "seeds": [3, 5]}, "train": {"steps": 9}})
+    asked = compose_jobs(["experiment=mine", "router=sigmoid"])
+    study = plan(asked, {text_of(cfg): 257 for _, cfg in asked.jobs}, "bf16", "command", "commit")
+    assert (study.name, study.jobs, study.base) == ("mine", [], "")
+    assert (study.search.space, study.search.n_trials, study.search.sampler_seed) == (lines, 6, 0)
+    for seed, tree in zip((3, 5), study.search.settings, strict=True):
+        assert (tree["seed"], tree["train"]["steps"], tree["router"]["name"]) == (seed, 9, "sigmoid")
+        assert (tree["train"]["precision"], tree["model"]["vocab_size"]) == ("bf16", 257)
+    words = ["study.search={optim.lr: log 1e-3 3e-2, model.moe.k: 'choice 1,2'}", "study.trials=6"]
+    other = planned(*words, "study.sampler_seed=4")
+    assert (other.search.space, other.search.sampler_seed, len(other.search.settings)) == (lines, 4, 1)
+    assert planned("study.search.optim.lr=log 1 2", "study.trials=2").search.space == {"optim.lr": "log 1 2"}
+
+
+LR = "study.search.optim.lr=log 1e-3 3e-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([LR], "study.trials=0 is no search: name how many trials study.search is to have, like 20."),
+        (["study.trials=5", "seed=0,1"], "study.trials=5 is of a search, and study.search names no setting."),
+        ([LR, "study.trials=-1"], "study.trials=-1 is out of range"),
+        (
+            [LR, "study.trials=5", "study.arms={a: 'router=hash'}"],
+            "study.search and study.arms do not go together",
+        ),
+        ([LR, "study.trials=5", "study.twin=flops"], "study.search and study.twin do not go together"),
+        ([LR, "study.trials=5", "router=softmax,hash"], "study.search and router do not go together"),
+        ([LR, "study.trials=5", "optim.lr=0.1"], "study.search.optim.lr=log 1e-3 3e-2 is over what optim.lr=0.1 sets"),
+        (
+            ["study.search.optim.rl=log 1 2", "study.trials=5"],
+            "study.search: optim.rl is not a setting; did you mean opt",
+        ),
+        (["study.search.optim.lr=log 2 1", "study.trials=5"], "study.search.optim.lr=log 2 1 is an empty range"),
+        (
+            ["study.search.model.moe.k=choice 1 2", "study.trials=5"],
+            "study.trials=5 are more than the 2 that study.sea",
+        ),
+    ],
+)
+def test_what_cannot_be_a_search_is_one_sentence(words, sentence, conf):
+    with pytest.raises(BadInput) as refused:
+        compose_jobs(["model=cpu-nano", *words])
+    assert str(refused.value).startswith(sentence), refused.value
+
+
+def test_a_search_over_a_group_that_is_null_and_one_without_optuna_are_refused(conf, monkeypatch):
+    with pytest.raises(BadInput, match=r"^study\.search\.model\.moe\.k means nothing here: moe is null in these"):
+        planned("model.moe=null", "study.search.model.moe.k=choice 1 2", "study.trials=2")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(BadInput, match=r"^study\.search needs the package optuna, which is not installed"):
+        compose_jobs(["model=cpu-nano", LR, "study.trials=5"])
 
 
 # The plan
