@@ -54,8 +54,7 @@ def sections() -> dict[str, str]:
     return {
         "verdict": said(read_comparison("demo.json")),
         "demo": comparison(read_comparison("demo.json")),
-        "seeds": comparison(read_comparison("three-seeds.json")),
-        "seeds_short": in_short(read_comparison("three-seeds.json")),
+        "demo_short": in_short(read_comparison("demo.json")),
         "bench": benchmark([json.loads(line) for line in (RESULTS / "train_step.jsonl").read_text().splitlines()]),
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),

@@ -70,7 +70,7 @@ def _seeds_sentence(pairs: list[Pair], margin: float | None) -> str:
         f"The differences of {n} have a standard deviation of {judged.deviation:.3f}, with which {n} show a difference "
         f"of {judged.detectable:.3f} or more with 80% power."
     )
-    if margin is not None:
+    if margin is not None and (judged.equivalent or judged.word == decide.INCONCLUSIVE):
         ruled = "A larger one is ruled out" if judged.equivalent else "A larger one is not ruled out"
         said += (
             f" The margin of {margin:g} nats per token was declared before training. {ruled} by two one-sided tests "
