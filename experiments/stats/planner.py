@@ -7,6 +7,7 @@ number says which. Nothing here trains.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import optimize
 from moe.config.run import Config
 from moe.model.cost import Flops, Size, flops, size
 from moe.model.memory import Memory, walk
+from moe.train.optimizer import build_optimizer
 
 
 class Device(NamedTuple):
@@ -104,7 +106,8 @@ def _walk(cfg: Config, batch_size: int, checkpoint_activations: bool, n_micro: i
         n_micro=n_micro or cfg.train.accumulate,
         precision="fp32" if cfg.train.precision == "fp32" else "bf16",
         checkpoint_activations=checkpoint_activations,
-        optimizer=cfg.optim.name,
+        optimizer=partial(build_optimizer, cfg=cfg.optim),
+        average=cfg.optim.average > 0,
     )
 
 

@@ -45,7 +45,11 @@ YOUNGER = (
     "seed_init",
     "seed_data",
     "optim.name",
+    "optim.muon_lr",
     "optim.momentum",
+    "optim.ns_steps",
+    "optim.adjust",
+    "optim.average",
 )
 
 

@@ -10,11 +10,8 @@ from moe.errors import BadInput
 
 @dataclass
 class OptimConfig:
-    """AdamW or Muon; warm-up, then a schedule."""
+    """AdamW, or Muon for the matrices between embeddings and output; warm-up, then a schedule."""
 
-    # adamw | muon: for the matrices of attention, MLPs and experts, with AdamW for all else (moe/train/muon.py)
-    name: Annotated[str, OneOf("adamw", "muon")] = "adamw"
-    momentum: Annotated[float, Between(0, 0.9999)] = 0.95  # muon: decay of the running mean of gradients
     lr: Annotated[float, Between(0, ANY)] = 2e-3  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the running means of gradient and square
     eps: Annotated[float, Between(0, 1)] = 1e-8  # added to the root of the mean square
@@ -25,6 +22,16 @@ class OptimConfig:
     warmup: Annotated[int, Between(-1, MANY)] = -1  # steps; -1: a tenth of the run, at most 50
     final: Annotated[float, Between(0, 1)] = 0.1  # learning rate at the end, as a share of lr
     decay: Annotated[float, Between(0, 1)] = 0.2  # wsd: share of the steps spent decaying
+    # adamw | muon: matrices of attention, MLPs and each expert; AdamW for embeddings, output, routers, norms and biases
+    name: Annotated[str, OneOf("adamw", "muon")] = "adamw"
+    muon_lr: Annotated[float, Between(0, ANY)] = 0.0  # muon: peak learning rate of its matrices; 0: lr
+    momentum: Annotated[float, Between(0, 1)] = 0.95  # muon: decay of the running mean of its matrices' gradients
+    ns_steps: Annotated[int, Between(1, 99)] = 5  # muon: Newton-Schulz steps that orthogonalise an update
+    # muon, what a matrix of R rows and C columns has for a rate: original (times sqrt(max(1, R / C))) |
+    # match_rms_adamw (times 0.2 sqrt(max(R, C)): updates as large as AdamW's, so that its rate and decay serve)
+    adjust: Annotated[str, OneOf("original", "match_rms_adamw")] = "match_rms_adamw"
+    # the last share of the steps over whose weights the mean is taken, which the model becomes at the end; 0: off
+    average: Annotated[float, Between(0, 1)] = 0.0
 
 
 @dataclass
@@ -81,6 +88,13 @@ def validate(optim: OptimConfig, train: TrainConfig) -> None:
     """Refuse schedules, batches and devices that cannot be. Raises `BadInput`."""
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise BadInput(f"optim.betas={optim.betas} must be two numbers in [0, 1).")
+    if optim.momentum == 1:
+        raise BadInput("optim.momentum=1.0 would never take a gradient in: accepted is at least 0 and below 1.")
+    if optim.name != "muon":
+        defaults = OptimConfig()
+        for key in ("muon_lr", "momentum", "ns_steps", "adjust"):
+            if getattr(optim, key) != getattr(defaults, key):
+                raise BadInput(f"optim.{key}={getattr(optim, key)} is a setting of Muon: add optim.name=muon.")
     if optim.warmup > train.steps:
         raise BadInput(
             f"optim.warmup={optim.warmup} is longer than train.steps={train.steps}: give fewer, or -1 for a tenth of "

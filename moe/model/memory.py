@@ -23,7 +23,7 @@ from kernels import grouped
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
 from moe.config.router import RouterConfig
-from moe.model.transformer import Transformer, hidden_matrices, next_token_loss
+from moe.model.transformer import Transformer, next_token_loss
 
 
 class Memory(NamedTuple):
@@ -31,14 +31,15 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int  # its tensors, and the mean of the weights where one is kept
     saved: int  # by one micro-batch's forward pass for its backward pass, logits included
     logits: int  # of one micro-batch, in the dtype that the model gives them
     largest: int  # the largest single tensor beside weights, gradients and optimiser state
     copies: int  # of weights in bf16, which autocast keeps through a forward pass, and autograd for the backward pass
     # at their peak: without those copies, and every gradient gone the moment it is whole, as where devices share them
     activations: int
-    peak: int  # weights, optimiser state, and the most that gradients and activations take together
+    # weights, optimiser state, and the most that gradients take together with activations, or with what an update makes
+    peak: int
     written: int  # by all operations of one micro-batch, forward and backward
     operations: int  # how many those are, views among them
 
@@ -89,6 +90,10 @@ class Watcher(TorchDispatchMode):
             self.copies -= size
 
 
+def _adamw(model: Transformer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
 def walk(
     cfg: ModelConfig,
     router: RouterConfig,
@@ -100,16 +105,16 @@ def walk(
     backend: str = "torch",
     checkpoint_activations: bool = False,
     document_end: int | None = None,
-    optimizer: str = "adamw",
+    optimizer: Callable[[Transformer], torch.optim.Optimizer] = _adamw,
+    average: bool = False,
 ) -> Memory:
-    """The memory of a step of `n_micro` micro-batches of `batch_size` sequences each, on one device, with this
-    optimiser (optim.name). `cfg.vocab_size` must be set. A router of one's own whose rows only data can tell raises
-    what torch raises for that."""
+    """The memory of a step of `n_micro` micro-batches of `batch_size` sequences each, on one device. `cfg.vocab_size`
+    must be set. `optimizer` makes the model's optimiser, AdamW unless given; `average`: whether a mean of the weights
+    is kept too. Raises whatever torch raises for a router whose rows only data can tell (`rows_vary`)."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Transformer(cfg, router, balance, document_end).train()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        kept_state = _state(model, optimizer)
         step = partial(_step, model, batch_size, precision, backend, checkpoint_activations)
         kept = step(min(n_micro, 2))  # the second micro-batch finds the gradients there, and so do all after it
         for p in model.parameters():
@@ -117,18 +122,13 @@ def walk(
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_let_go)
         gone = step(1)
-    peak = weights + kept_state + kept.watcher.peak
+        state, update = _update(model, optimizer(model))
+    state += trained if average else 0
+    peak = weights + state + max(kept.watcher.peak, trained + update)
     return Memory(
-        weights, trained, kept_state, gone.saved, gone.logits, gone.watcher.largest, gone.watcher.most_copies,
+        weights, trained, state, gone.saved, gone.logits, gone.watcher.largest, gone.watcher.most_copies,
         gone.watcher.peak_without_copies, peak, gone.watcher.written, gone.watcher.operations,
     )  # fmt: skip
-
-
-def _state(model: Transformer, optimizer: str) -> int:
-    """Bytes of optimiser state: AdamW keeps two tensors like every weight that it trains, Muon one."""
-    single = set(hidden_matrices(model)) if optimizer == "muon" else set()
-    trained = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    return sum(n_bytes * (1 if name in single else 2) for name, n_bytes in trained.items())
 
 
 class _Walked(NamedTuple):
@@ -158,6 +158,18 @@ def _step(
             total.backward()
             del total
     return _Walked(watcher, saved, logits)
+
+
+def _update(model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """What an optimiser keeps, and the most that one of its updates makes besides."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if value.dim()]  # not the step
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with Watcher([*model.parameters(), *gradients, *tensors]) as watcher:
+        optimizer.step()
+    return sum(value.numel() * value.element_size() for value in tensors), watcher.peak
 
 
 def _let_go(p: Tensor) -> None:

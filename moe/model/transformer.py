@@ -7,7 +7,6 @@ depth.py.
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model.attention import Attention, KVCache, rotary, within_documents
 from moe.model.depth import DepthRouter
-from moe.model.experts import MLP
+from moe.model.experts import MLP, Experts
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
 from moe.routing.contract import Router, Step
 
@@ -234,16 +233,17 @@ class Transformer(nn.Module):
 
 
 def hidden_matrices(model: Transformer) -> dict[str, int]:
-    """The parameters between embedding and logits that are matrices, or stacks of an expert's each, by name: those of
-    attention, MLPs and experts, not routers. And how many matrices stand one above the other in each: two where
-    swiglu's gate stands above its up projection, else one."""
-    gated = 2 if model.cfg.activation == "swiglu" else 1
-    names = [name for name, _ in model.named_parameters() if _HIDDEN.search(name)]
-    return {name: gated if _UP.search(name) else 1 for name in names}
-
-
-_HIDDEN = re.compile(r"\.(attn\.[qkvo]|mlp\.(shared\.)?(up|down))\.weight$|\.w_(up_EFD|down_EDF)$")
-_UP = re.compile(r"\.up\.weight$|\.w_up_EFD$")
+    """The names of the weights between embeddings and output head that are matrices or stacks of them (attention's, of
+    dense and shared MLPs, of routed experts; no router's), and of how many that lie below one another in its rows each
+    matrix consists: two where swiglu's gate lies on the up projection."""
+    names = {}
+    for prefix, module in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, Attention | MLP | Experts):
+            gated = not isinstance(module, Attention) and module.activation == "swiglu"
+            for name, p in module.named_parameters():
+                if p.dim() >= 2:
+                    names[f"{prefix}.{name}"] = 2 if gated and name in ("up.weight", "w_up_EFD") else 1
+    return names
 
 
 def next_token_loss(logits_BSV: Tensor, targets_BS: Tensor, reduction: str = "mean") -> Tensor:

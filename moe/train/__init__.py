@@ -8,8 +8,9 @@ non_finite  where a number that is not finite first appeared
 signals     an end that was asked for
 refusals    an end that was not, in a sentence with the last good checkpoint
 recorder    what a step leaves in the run's files, in trackers and on the screen
-optimizer   what trains which parameters, and schedules
-muon        Muon for stacks of matrices
+optimizer   AdamW, Muon beside it, and schedules
+muon        orthogonalised updates of matrices and of stacks of them
+average     the mean of the weights over the last steps
 distill     another run's model as a teacher
 progress    what a person sees while it runs
 trackers    TensorBoard and others

@@ -1,43 +1,41 @@
-"""AdamW, Muon and the learning-rate schedule."""
+"""AdamW or Muon beside it, and the learning-rate schedule."""
 
+import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe.config.train import OptimConfig, warmup_steps
 from moe.model.transformer import Transformer, hidden_matrices
-from moe.train.muon import Muon
+from moe.train.muon import MuonAdamW
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (1711.05101), or Muon for the model's hidden matrices and AdamW for the rest. Weight decay acts on
-    matrices (embeddings and expert stacks among them), never on norms or biases. Parameters stand in
-    `model.named_parameters()` order within each group."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    n_above = {}
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW (1711.05101), or with `cfg.name` muon Muon for the hidden matrices and AdamW for all else. Weight
+    decay acts on matrices (embeddings and expert stacks among them), never on norms or biases. Parameters stand in
+    `model.named_parameters()` order within each group; frozen ones are in none."""
+    stacks = {}
     if cfg.name == "muon":
         assert isinstance(model, Transformer), "Muon asks a transformer for its hidden matrices"
-        n_above = {name: n for name, n in hidden_matrices(model).items() if name in trainable}
-    rest = [p for name, p in trainable.items() if name not in n_above]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        stacks = hidden_matrices(model)
+    trainable = [p for name, p in model.named_parameters() if p.requires_grad and name not in stacks]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    common: dict[str, Any] = dict(lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
-    if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, **common)
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    if cfg.name != "muon":
+        return adamw
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [
-        {
-            "params": [trainable[name] for name, n in n_above.items() if n == many],
-            "weight_decay": cfg.weight_decay,
-            "momentum": cfg.momentum,
-            "n_above": many,
-        }
-        for many in sorted(set(n_above.values()))
+        {"params": [p for name, p in named if stacks.get(name) == parts], "parts": parts, "peak": cfg.muon_lr or cfg.lr}
+        for parts in sorted(set(stacks.values()))
     ]
-    return Muon([*(group | {"n_above": 0} for group in groups), *matrices], **common)
+    return MuonAdamW(
+        matrices, adamw, lr=cfg.muon_lr or cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum,
+        ns_steps=cfg.ns_steps, adjust=cfg.adjust,
+    )  # fmt: skip
 
 
 def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
@@ -61,15 +59,18 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     return cfg.lr * share
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this rate."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, cfg: OptimConfig, step: int, steps: int) -> float:
+    """Give every parameter group its rate at this step, under one schedule: the settings' own, or where a group has a
+    `peak` from there. Returns the settings' own."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        of_group = dataclasses.replace(cfg, lr=group.get("peak", cfg.lr))
+        group["lr"] = learning_rate(of_group, step, steps)
+    return learning_rate(cfg, step, steps)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by flat name, `<kind>/<parameter>`: exp_avg, exp_avg_sq and step; momentum of
-    Muon's."""
+    """The optimiser's state by flat name, `<kind>/<parameter>`: exp_avg, exp_avg_sq and step; of Muon's
+    matrices momentum_buffer."""
     return {
         f"{kind}/{name}": value
         for name, p in model.named_parameters()

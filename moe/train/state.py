@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import checkpoint, jsonl, machine
+from moe.train.average import Average
 from moe.train.optimizer import learning_rate, optimizer_tensors, restore_optimizer
+
+AVERAGE = "average/"  # what the names of averaged weights begin with, among an optimiser's tensors
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,6 +63,7 @@ class State:
     seconds: float = 0.0  # of training: evaluation and saving left out
     skipped: int = 0
     skipped_in_a_row: int = 0
+    average: Average = field(default_factory=Average)  # of cfg.optim.average, once it is at those steps
 
 
 def save_checkpoint(
@@ -82,12 +86,13 @@ def save_checkpoint(
         "seconds": state.seconds,
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "averaged": state.average.count,
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
     }
-    snapshot = checkpoint.Snapshot(
-        state.step, model_tensors(state.model), optimizer_tensors(state.model, state.optimizer), meta, rng
-    )
+    average = {f"{AVERAGE}{name}": value for name, value in state.average.weights.items()}
+    optimizer = optimizer_tensors(state.model, state.optimizer) | average
+    snapshot = checkpoint.Snapshot(state.step, model_tensors(state.model), optimizer, meta, rng)
     return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
 
 
@@ -118,8 +123,14 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
             f"train.steps={cfg.train.steps} is not above the step {snapshot.step} of {about}, from which "
             "source_state=all goes on: give more, or source_state=weights."
         )
-    _put_back(state, snapshot)
     before = checkpoint.config_of(Path(cfg.source), meta)
+    if before.optim.name != cfg.optim.name:
+        raise BadInput(
+            f"optim.name={cfg.optim.name} cannot go on with the state of {about}, which is of optim.name="
+            f"{before.optim.name}: give that one, or source_state=weights."
+        )
+    _put_back(state, snapshot)
+    state.average = Average()  # the mean is over steps of this run
     was, now = (learning_rate(its.optim, state.step, its.train.steps) for its in (before, cfg))
     say(f"source: all of {cfg.source}, from step {state.step} on")
     if not math.isclose(was, now):
@@ -129,7 +140,12 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
 def _put_back(state: State, snapshot: checkpoint.Snapshot) -> None:
     """All but the model's weights."""
     meta = snapshot.meta
-    restore_optimizer(state.model, state.optimizer, snapshot.optimizer)
+    average = {name: value for name, value in snapshot.optimizer.items() if name.startswith(AVERAGE)}
+    optimizer = {name: value for name, value in snapshot.optimizer.items() if name not in average}
+    restore_optimizer(state.model, state.optimizer, optimizer)
+    device = next(state.model.parameters()).device
+    weights = {name.removeprefix(AVERAGE): value.clone().to(device) for name, value in average.items()}
+    state.average = Average(meta.get("averaged", 0), weights)
     set_rng_state(snapshot.rng, meta["rng"])
     state.step, state.seconds = snapshot.step, meta["seconds"]
     state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]

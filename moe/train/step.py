@@ -25,9 +25,10 @@ from moe.routing import balance
 from moe.routing.contract import Router, Step
 from moe.run.machine import autocast, synchronize, to_host
 from moe.run.summary import MetricsLine
+from moe.train.average import is_averaged
 from moe.train.distill import distill_loss
 from moe.train.non_finite import explain_non_finite
-from moe.train.optimizer import learning_rate, set_learning_rate
+from moe.train.optimizer import set_learning_rates
 from moe.train.state import State
 
 MAX_SKIPPED = 20  # steps in a row with train.non_finite=skip before the run stops all the same
@@ -82,7 +83,7 @@ def added(sums: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tenso
 def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[MetricsLine, Gradients]:
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
     start, step, device = time.perf_counter(), state.step + 1, next(state.model.parameters()).device
-    lr = learning_rate(cfg.optim, step, cfg.train.steps)
+    lr = set_learning_rates(state.optimizer, cfg.optim, step, cfg.train.steps)
     progress = state.step / cfg.train.steps
 
     # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
@@ -95,7 +96,6 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         state.skipped_in_a_row = 0
         if cfg.optim.clip:
             clip(state.model, gradients.norm, cfg.optim.clip)
-        set_learning_rate(state.optimizer, lr)
         state.optimizer.step()
         update_routers(state.model, gradients.routing, cfg.balance, progress)
     else:
@@ -103,6 +103,12 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
             raise BadInput(explain_non_finite(state, batch, loss, cfg, root))
     state.optimizer.zero_grad(set_to_none=True)
+
+    # The mean over the last steps, which the model is from the last one on.
+    if is_averaged(cfg.optim, step, cfg.train.steps):
+        state.average.add(state.model)
+        if step == cfg.train.steps:
+            state.average.give(state.model)
 
     # What the step is told by. The optimiser's part of it may still be running.
     synchronize(device)

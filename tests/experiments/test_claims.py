@@ -2,12 +2,14 @@
 
 import sys
 import types
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
 from experiments import claims as command
+from experiments.study.compose import compose_jobs, plan, text_of
 from experiments.study.manifest import run_of
 from moe.analysis.specialisation import information
 from moe.run.summary import read_summary
@@ -116,3 +118,13 @@ def test_a_tier_that_there_is_none_of_is_refused(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("tier=tpu")
     assert "tier=tpu" in capsys.readouterr().err
+
+
+def test_every_recorded_run_is_found_again_by_its_settings():
+    """Settings that came since are no part of a name at their defaults: nothing recorded would be trained again."""
+    asked = compose_jobs(["experiment=claims"])
+    sizes = {text_of(cfg): cfg.tokenizer.vocab_size for _, cfg in asked.jobs}
+    ids = {job.id for job in plan(asked, sizes, "", "", None).jobs}
+    rows = command.read_rows(Path(command.ROOT) / "experiments" / "results" / "claims.jsonl")
+    assert len(rows) > 60
+    assert {row.id for row in rows} <= ids

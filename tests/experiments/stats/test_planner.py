@@ -1,12 +1,14 @@
 """Claims about a run's plan: its arithmetic, by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from experiments.stats import planner
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.run import Config
-from moe.config.train import TrainConfig
+from moe.config.train import OptimConfig, TrainConfig
 from moe.model import cost
 
 
@@ -40,6 +42,16 @@ def test_devices_share_the_state_and_each_holds_its_activations():
     assert (result.devices_needed, result.fits, result.advice) == (3, True, [])
     assert result.state == pytest.approx(state / 3)
     assert not planner.plan(cfg, planner.Ask(tokens=1e6, devices=2, memory=room)).fits
+
+
+def test_a_plan_is_of_the_optimiser_and_of_the_mean_that_are_asked_for():
+    cfg = _config()
+    muon, mean = (dataclasses.replace(cfg, optim=OptimConfig(**its)) for its in ({"name": "muon"}, {"average": 0.1}))
+    adamw, muon, mean = (planner.plan(its, planner.Ask(tokens=1e6)) for its in (cfg, muon, mean))
+    total = cost.size(cfg.model).total
+    assert adamw.memory.optimizer == 8 * total
+    assert 4 * total < muon.memory.optimizer < 6 * total
+    assert mean.state - adamw.state == 4 * total
 
 
 def test_what_does_not_fit_is_told_what_to_lower_and_what_that_leaves():

@@ -84,6 +84,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "data.clean.unicode": ("NFKD", "NFKC"),
     "data.documents": ("seperate", "separate"),
     "optim.name": ("adam", "adamw"),
+    "optim.adjust": ("origin", "original"),
     "optim.schedule": ("cosin", "cosine"),
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),

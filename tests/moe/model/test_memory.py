@@ -2,6 +2,7 @@
 while a real step is taken: no code in common with the walk."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from moe.config.run import Config
 from moe.config.train import OptimConfig, TrainConfig
 from moe.model import cost
 from moe.model.memory import walk
+from moe.model.transformer import hidden_matrices
+from moe.train.optimizer import build_optimizer
 from tests.router_presets import presets_of_routers
 
 PRESETS = presets_of_routers()
@@ -36,7 +39,8 @@ def _walk(cfg):
     train = cfg.train
     return walk(
         cfg.model, cfg.router, cfg.balance, train.batch_size // train.accumulate, n_micro=train.accumulate,
-        precision=train.precision, checkpoint_activations=train.checkpoint_activations, optimizer=cfg.optim.name,
+        precision=train.precision, checkpoint_activations=train.checkpoint_activations,
+        optimizer=partial(build_optimizer, cfg=cfg.optim), average=cfg.optim.average > 0,
     )  # fmt: skip
 
 
@@ -73,6 +77,37 @@ def test_weights_gradients_and_adam_are_four_and_eight_bytes_a_parameter():
     memory, total = _walk(cfg), cost.size(cfg.model).total
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * total, 4 * total, 8 * total)
     assert memory.logits == 4 * BATCH * CONTEXT * cfg.model.vocab_size
+
+
+def _muon(cfg, **settings):
+    return dataclasses.replace(cfg, optim=OptimConfig(name="muon", **settings))
+
+
+def test_muon_keeps_four_bytes_for_each_number_in_its_matrices_and_adamw_eight_for_the_rest():
+    cfg = _config()
+    memory, model = _walk(_muon(cfg)), State(cfg).model
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name in hidden_matrices(model))
+    assert memory.optimizer == 8 * cost.size(cfg.model).total - 4 * matrices
+    assert memory.peak < _walk(cfg).peak
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_mean_of_the_weights_takes_as_much_as_those_that_are_trained(frozen):
+    cfg = _config("random" if frozen else "softmax")
+    averaged = dataclasses.replace(cfg, optim=OptimConfig(average=0.1))
+    plain, mean = _walk(cfg), _walk(averaged)
+    assert mean.optimizer - plain.optimizer == mean.peak - plain.peak == plain.gradients
+
+
+@pytest.mark.parametrize("batch", [BATCH, 1], ids=["activations are the most", "an update is the most"])
+def test_a_step_with_muon_asks_for_what_was_walked(batch):
+    cfg = _muon(_config(dense=True))
+    if batch == 1:  # matrices that outweigh activations
+        model = dataclasses.replace(cfg.model, context=8, d_ff=1024)
+        cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, batch_size=1))
+        muon, adamw = _walk(cfg), _walk(dataclasses.replace(cfg, optim=OptimConfig()))
+        assert muon.peak - muon.optimizer > adamw.peak - adamw.optimizer
+    assert _walk(cfg).peak == pytest.approx(State(cfg).asked_for(), rel=0.01)
 
 
 def test_frozen_weights_have_neither_gradients_nor_a_state():

@@ -1,4 +1,4 @@
-"""Claims about AdamW and the learning-rate schedules."""
+"""Claims about AdamW, what Muon has beside it, and the learning-rate schedules."""
 
 import itertools
 import math
@@ -8,9 +8,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
-from moe.train.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from moe.model.transformer import hidden_matrices
+from moe.train.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, set_learning_rates
 
 
 def rates(cfg: OptimConfig, steps: int) -> list[float]:
@@ -82,7 +84,7 @@ def with_gradients(model, seed):
 
 def test_steps_are_adamws(make_model):
     """Against the update rule written out (1711.05101, algorithm 2), decay apart from the gradient."""
-    cfg = OptimConfig(lr=0.01, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)
+    cfg = OptimConfig(lr=0.01, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2, warmup=4)
     model = make_model(dtype=torch.float64)
     optimizer = build_optimizer(model, cfg)
     value = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -90,8 +92,8 @@ def test_steps_are_adamws(make_model):
     v = {name: torch.zeros_like(x) for name, x in value.items()}
     for step in range(1, 5):
         with_gradients(model, step)
-        rate = 0.01 * step
-        set_learning_rate(optimizer, rate)
+        rate = 0.01 * step / 4
+        set_learning_rates(optimizer, cfg, step, 4)
         optimizer.step()
         for name, p in model.named_parameters():
             m[name] = 0.8 * m[name] + 0.2 * p.grad
@@ -102,9 +104,10 @@ def test_steps_are_adamws(make_model):
             torch.testing.assert_close(p.detach(), value[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_the_optimisers_state_makes_the_round_trip(make_model):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimisers_state_makes_the_round_trip(make_model, name):
     """A restored optimiser takes the same next step, to the bit, and shares no memory with what it was given."""
-    cfg = OptimConfig()
+    cfg = OptimConfig(name=name)
     one, two = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
     first, second = build_optimizer(one, cfg), build_optimizer(two, cfg)
     for step in range(3):
@@ -112,14 +115,102 @@ def test_the_optimisers_state_makes_the_round_trip(make_model):
         first.step()
     two.load_state_dict(one.state_dict())
     state = optimizer_tensors(one, first)
-    assert {key.split("/")[0] for key in state} == {"exp_avg", "exp_avg_sq", "step"}
-    assert len(state) == 3 * len(list(one.parameters()))
+    n_matrices = len(hidden_matrices(one)) if name == "muon" else 0
+    own = {"momentum_buffer"} if n_matrices else set()
+    assert {key.split("/")[0] for key in state} == {"exp_avg", "exp_avg_sq", "step"} | own
+    assert len(state) == 3 * len(list(one.parameters())) - 2 * n_matrices
     restore_optimizer(two, second, state)
     for model, optimizer in ((one, first), (two, second)):
         with_gradients(model, 9)
         optimizer.step()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+MUON = OptimConfig(name="muon")
+
+
+def kinds(model, optimizer):
+    """Which parameters have which kinds of state, after a step."""
+    found = {}
+    for key in optimizer_tensors(model, optimizer):
+        kind, name = key.split("/", 1)
+        found.setdefault(name, set()).add(kind)
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_has_the_matrices_between_embeddings_and_output_and_adamw_all_else(make_model, tied):
+    moe = MoEConfig(n_experts=4, k=2, d_expert=16, n_shared=1, shared_gate=True, first_dense=1)
+    model = make_model(moe=moe, position="learned", bias=True, tie_embeddings=tied)
+    optimizer = build_optimizer(model, MUON)
+    with_gradients(model, 0)
+    optimizer.step()
+    found = kinds(model, optimizer)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    matrices = ("q.weight", "k.weight", "v.weight", "o.weight", "up.weight", "down.weight", "w_up_EFD", "w_down_EDF")
+    for name, its_kinds in found.items():
+        muons = name.startswith("blocks.") and name.endswith(matrices)
+        assert its_kinds == ({"momentum_buffer"} if muons else {"exp_avg", "exp_avg_sq", "step"}), name
+    others = {name for name, its_kinds in found.items() if "exp_avg" in its_kinds}
+    seen = {name.split(".", 2)[-1] for name in others}
+    assert {
+        "embed.weight",
+        "position.weight",
+        "mlp.router.w_ED",
+        "mlp.shared_gate.weight",
+        "attn.q.bias",
+    } <= seen | others
+    assert ("head.weight" in others) != tied
+
+
+def test_a_gate_and_its_up_projection_are_two_matrices_and_other_weights_one(make_model):
+    moe = MoEConfig(n_experts=4, k=2, d_expert=16, first_dense=1)
+    for activation, parts in (("swiglu", 2), ("gelu", 1)):
+        found = hidden_matrices(make_model(activation=activation, moe=moe))
+        ups = {name: number for name, number in found.items() if name.endswith(("up.weight", "w_up_EFD"))}
+        assert len(ups) >= 2
+        assert set(ups.values()) == {parts}
+        assert {number for name, number in found.items() if name not in ups} == {1}
+
+
+def test_frozen_weights_are_left_alone_by_muon_too(make_model):
+    model = make_model(RouterConfig(frozen=True))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    model.blocks[0].attn.q.weight.requires_grad_(False)
+    frozen["blocks.0.attn.q.weight"] = model.blocks[0].attn.q.weight.detach().clone()
+    optimizer = build_optimizer(model, MUON)
+    with_gradients(model, 0)
+    optimizer.step()
+    assert len(frozen) > 1
+    for name, p in model.named_parameters():
+        assert torch.equal(p, frozen[name]) if name in frozen else not torch.equal(p, torch.zeros_like(p))
+    assert not frozen.keys() & kinds(model, optimizer).keys()
+
+
+def test_muons_rate_has_the_same_schedule_from_its_own_peak(make_model):
+    for muon_lr, peak in ((0.5, 0.5), (0.0, 0.1)):
+        cfg = OptimConfig(name="muon", lr=0.1, muon_lr=muon_lr, warmup=2)
+        optimizer = build_optimizer(make_model(), cfg)
+        for step in (1, 2, 7, 10):
+            lr = set_learning_rates(optimizer, cfg, step, 10)
+            assert lr == learning_rate(cfg, step, 10)
+            for group in optimizer.param_groups:
+                ratio = peak / 0.1 if "parts" in group else 1
+                assert group["lr"] == pytest.approx(ratio * lr, rel=1e-12)
+
+
+def test_what_muon_leaves_to_adamw_steps_as_under_adamw_alone(make_model):
+    one, two = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    two.load_state_dict(one.state_dict())
+    for model, cfg in ((one, MUON), (two, OptimConfig())):
+        optimizer = build_optimizer(model, cfg)
+        for step in range(3):
+            with_gradients(model, step)
+            optimizer.step()
+    matrices = hidden_matrices(one)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b) != (name in matrices), name
 
 
 def test_a_new_optimiser_has_no_state(make_model):

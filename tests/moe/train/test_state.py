@@ -257,7 +257,7 @@ def test_a_checkpoint_holds_everything_that_changes(corpus, tmp_path):
     train(cfg)
     snapshot = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", print))
     assert {each.name for each in dataclasses.fields(moe.train.state.State)} - {"teacher", "replay"} == {
-        "model", "optimizer", "loader", "step", "seconds", "skipped", "skipped_in_a_row",
+        "model", "optimizer", "loader", "step", "seconds", "skipped", "skipped_in_a_row", "average",
     }  # fmt: skip
     assert isinstance(snapshot, Snapshot)
     assert snapshot.step == STEPS
@@ -381,6 +381,10 @@ UNFIT = {
     "other data for all": (
         {"source_state": "all", "train.batch_size": 2, "train.steps": 9},
         "train.batch_size changed",
+    ),
+    "another optimiser for all": (
+        {"source_state": "all", "train.steps": 9, "optim.name": "muon"},
+        "optim.name=muon cannot go on with the state of source=",
     ),
     "no step left": ({"source_state": "all"}, f"train.steps={STEPS} is not above the step {STEPS}"),
 }
