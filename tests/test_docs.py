@@ -83,7 +83,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     name = module.partition(".")[2]
     module = module if name else f"{module}.__main__"
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
-    goes_on |= name == "sweep" and not any(each.startswith("experiment=") for each in given)
+    goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
     if not goes_on and name in ("train", "compare", "sweep", "tokenizers"):
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
