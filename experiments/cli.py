@@ -38,7 +38,7 @@ from experiments.refusals import (
     read_word,
     singles,
 )
-from experiments.sweeps import Job, Place, check_sweep, of_job, one_of_many, placed
+from experiments.sweeps import Job, Place, check_sweep, endings_of_jobs, of_job, one_of_many, placed
 from moe.config.parse import assign, lookup, parse, settings
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
@@ -77,8 +77,6 @@ def command(
         @functools.wraps(main)
         def entry() -> None:
             terminal.begin()
-            results: list[Any] = []
-            failures: list[str] = []
             given = sys.argv[1:]
 
             # What cannot be is refused before anything runs.
@@ -95,23 +93,21 @@ def command(
                 sys.argv.append(f"hydra.sweep.dir='runs/{sweep.name}'")  # Hydra notes the command there
 
             # A job of many that fails does not end the others.
-            def job(tree: DictConfig) -> None:
+            def job(tree: DictConfig) -> Any:
                 sys.argv[1:] = given
                 overrides = HydraConfig.get().overrides.task
                 run = lambda: main(placed(typed(tree, schema, complete, under, overrides), sweep, place))
-                if sweep is None:
-                    results.append(refuse(run))
-                else:
-                    refuse(one_of_many, run, sweep, results, failures)
+                return refuse(run) if sweep is None else refuse(one_of_many, run, sweep)
 
-            refuse(hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job))
+            with endings_of_jobs() as endings:
+                refuse(hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job))
+            results = [ending.result for ending in endings if not ending.failure]
+            failures = [ending.failure for ending in endings if ending.failure]
             if after and sweep and results:
                 refuse(after, results, sweep.keys if sweep.n_jobs > 1 else [])
-            if sweep and (unknown := sweep.n_jobs - len(results) - len(failures)):
-                elsewhere = (
-                    f"{unknown} of {sweep.n_jobs} jobs ran in processes of a launcher, and whether they failed is"
-                )
-                print(f"note: {elsewhere} not known here: see the runs' folders.", file=sys.stderr)
+            if sweep and (unknown := sweep.n_jobs - len(endings)):
+                elsewhere = f"a launcher does not say how {unknown} of {sweep.n_jobs} jobs ended"
+                print(f"note: {elsewhere}: see the runs' folders.", file=sys.stderr)
             if sweep and failures:
                 sys.stdout.flush()
                 print(f"error: {len(failures)} of {sweep.n_jobs} jobs failed:", file=sys.stderr)

@@ -1,14 +1,16 @@
 """A sweep: its jobs and where each writes, checked before the first; jobs that fail do not end the others."""
 
+import contextlib
 import hashlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from hydra._internal.hydra import Hydra  # what hydra.main itself runs a sweep with
 from hydra.core.hydra_config import HydraConfig
 
 from experiments.refusals import CONF, first_line, plain
@@ -88,15 +90,43 @@ def check_places(jobs: Sequence[Job], paths: Sequence[Path]) -> None:
         taken[place] = who
 
 
-def one_of_many(run: Callable[[], Any], sweep: Sweep, results: list[Any], failures: list[str]) -> None:
-    """The running job of a sweep: announced, run, and its result or what it failed of noted."""
+class Ending(NamedTuple):
+    """How a job of a sweep ended."""
+
+    number: int  # of the job, from 0
+    result: Any = None
+    failure: str = ""  # which job it was and what it failed of; "": it did not
+
+
+@contextlib.contextmanager
+def endings_of_jobs() -> Iterator[list[Ending]]:
+    """How the jobs of a sweep inside ended, in order, in whatever process its launcher ran them: Hydra has what each
+    returned from its launcher, and hands it on to nobody."""
+    multirun = Hydra.multirun
+    endings: list[Ending] = []
+
+    def kept(*given: Any, **named: Any) -> Any:
+        batches = multirun(*given, **named)
+        values = [job.return_value for batch in batches or [] for job in batch]
+        endings.extend(ending for ending in values if isinstance(ending, Ending))
+        endings.sort(key=lambda ending: ending.number)
+        return batches
+
+    Hydra.multirun = kept  # type: ignore[method-assign]
+    try:
+        yield endings
+    finally:
+        Hydra.multirun = multirun  # type: ignore[method-assign]
+
+
+def one_of_many(run: Callable[[], Any], sweep: Sweep) -> Ending:
+    """The running job of a sweep: announced, and run."""
     hydra_config = HydraConfig.get()
     title = f"job {hydra_config.job.num + 1} of {sweep.n_jobs}"
     words = plain(swept_of(hydra_config.overrides.task, sweep.keys))
     terminal.say(": ".join([title, *([words] if words else [])]))
     try:
-        results.append(run())
-        return
+        return Ending(hydra_config.job.num, run())
     except Exception as error:
         refusal = error if isinstance(error, BadInput) else of_the_machine(error)
         if refusal is None:  # a mistake in the code: the next job may well run
@@ -104,7 +134,7 @@ def one_of_many(run: Callable[[], Any], sweep: Sweep, results: list[Any], failur
         why = str(refusal or f"{type(error).__name__}: {first_line(error)}.")
     sys.stdout.flush()
     print(f"error: {terminal.printable(why)}", file=sys.stderr, flush=True)
-    failures.append(f"{title} ({words}): {why}" if words else f"{title}: {why}")
+    return Ending(hydra_config.job.num, None, f"{title} ({words}): {why}" if words else f"{title}: {why}")
 
 
 def placed(cfg: C, sweep: Sweep | None, place: Place | None) -> C:

@@ -1,11 +1,14 @@
 """Claims about the command line: it composes what was asked for, and sweeps over it."""
 
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
 import hydra
 import pytest
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -163,16 +166,46 @@ def test_a_job_that_fails_does_not_end_the_others_and_is_named_at_the_end(
 
 
 def test_jobs_that_a_launcher_ran_elsewhere_are_not_taken_for_done(monkeypatch, tmp_path, capsys):
-    """What they returned, or failed of, stays in their process."""
+    """Where it hands back nothing of what they returned, or failed of."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4"])
     monkeypatch.setattr(cli.hydra, "main", lambda **_: lambda job: lambda: None)
     GlobalHydra.instance().clear()
     cli.command("train", Config)(lambda cfg: None)()
-    assert capsys.readouterr().err == (
-        "note: 2 of 2 jobs ran in processes of a launcher, and whether they failed is not known here: see the runs' "
-        "folders.\n"
-    )
+    assert capsys.readouterr().err == ("note: a launcher does not say how 2 of 2 jobs ended: see the runs' folders.\n")
+
+
+def launch_elsewhere(launch):
+    """In place of a launcher's `launch`: the same in another process, of which only what it returns comes back."""
+
+    def launched(*given, **named):
+        here, there = multiprocessing.Pipe(duplex=False)
+        if (pid := os.fork()) == 0:
+            there.send_bytes(pickle.dumps(launch(*given, **named)))
+            os._exit(0)
+        there.close()
+        returns = pickle.loads(here.recv_bytes())
+        os.waitpid(pid, 0)
+        return returns
+
+    return launched
+
+
+def test_a_job_that_fails_in_a_process_of_a_launcher_gives_status_2(monkeypatch, tmp_path, capfd):
+    def main(cfg):
+        if cfg.seed == 4:
+            raise BadInput("it is not so.")
+        return cfg.seed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=3,4,5"])
+    monkeypatch.setattr(BasicLauncher, "launch", launch_elsewhere(BasicLauncher.launch))
+    GlobalHydra.instance().clear()
+    seen = []
+    with pytest.raises(SystemExit, match="2"):
+        cli.command("train", Config, after=lambda *given: seen.append(given))(main)()
+    assert seen == [([3, 5], ["seed"])]
+    assert capfd.readouterr().err.endswith("error: 1 of 3 jobs failed:\n  job 2 of 3 (seed=4): it is not so.\n")
 
 
 def test_ctrl_c_ends_a_sweep(monkeypatch, tmp_path, capsys):
