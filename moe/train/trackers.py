@@ -13,12 +13,12 @@ from moe.run.summary import MetricsLine, line_to_json
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def check(cfg: Config) -> None:
-    """Raise `BadInput` for a tracker whose package is not installed."""
+def check(cfg: Config, prefix: str = "log.") -> None:
+    """Raise `BadInput` for a tracker whose package is not installed; `prefix`: of the setting that asks for it."""
     for name, package in NEEDS.items():
         if getattr(cfg.log, name) and importlib.util.find_spec(package) is None:
             raise BadInput(
-                f"log.{name}={getattr(cfg.log, name)} needs the package {package}, which is not installed: "
+                f"{prefix}{name}={getattr(cfg.log, name)} needs the package {package}, which is not installed: "
                 f"pip install 'moe-switchyard[{name}]'."
             )
 
