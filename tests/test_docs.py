@@ -59,6 +59,7 @@ SMALLER = {
     "sweep": TRAINING,
     "trace": "tokens=64",
     "tokenizers": "vocab_size=300",
+    "track": "",
     "upcycle": "",
 }
 
