@@ -54,6 +54,7 @@ SMALLER = {
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
     "report": "",
+    "scaling": "train=false page=laws.md",
     "routers": "",
     "status": "",
     "sweep": TRAINING,

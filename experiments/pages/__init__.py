@@ -5,6 +5,7 @@ sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
 study_page    a study as a page
 charts        lines and points as SVG
+scaling_page  what the fits of scaling laws say
 coverage_table  how often verdicts hold
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router

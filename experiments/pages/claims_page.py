@@ -23,10 +23,13 @@ five studies. Verdicts are not corrected for how many there are: of twenty true 
 """
 
 
+SCALING = "Scaling forms (2203.15556; 2402.07871; 2502.05172; 2202.01169) have a page: [scaling.md](scaling.md).\n"
+
+
 def page(rows: Sequence[Row], gpu_rows: Sequence[Row] = (), margin: float = MARGIN) -> str:
     """The whole page."""
     tiers = [tier_section(tier, result, margin) for tier, result in (("cpu", rows), ("gpu", gpu_rows))]
-    return "\n".join([INTRODUCTION.format(margin=margin), *tiers])
+    return "\n".join([INTRODUCTION.format(margin=margin), *tiers, SCALING])
 
 
 def tier_section(tier: str, rows: Sequence[Row], margin: float) -> str:

@@ -6,6 +6,7 @@ arms        many comparisons: words corrected for their number, intervals that h
 speedup     how much sooner one model has another's loss
 verdict     what a comparison of runs measured
 sentences   what it says, in words
+scaling     forms of scaling laws, fitted
 outcome     what a study found: every arm against the base
 simulation  studies of known truth, to see how often verdicts hold
 ledger      published claims, and what runs say of each
