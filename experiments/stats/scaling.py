@@ -130,6 +130,11 @@ def check(records: Sequence[Record], name: str) -> None:
     for record in records:
         if not math.isfinite(record.loss):
             raise BadInput(f"the loss of {record.arm}, seed {record.seed}, is not finite: leave that run out.")
+    tokens = [record.tokens for record in records]
+    if form.logarithmic and tokens and max(tokens) > 1.1 * min(tokens):
+        raise BadInput(
+            f"the form {name} is of runs with equal tokens; here they have {min(tokens):,} to {max(tokens):,}."
+        )
     needed = len(form.exponents) + len(form.coefficients) + 1
     sizes = len({(record.active, record.experts, record.tokens) for record in records})
     if sizes < needed:

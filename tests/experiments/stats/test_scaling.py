@@ -23,7 +23,7 @@ def _records(name, noise=NOISE, seeds=(0, 1), sizes=(3e4, 1e5, 3e5, 1e6, 3e6), s
     generator = np.random.default_rng(seed)
     records = []
     for n in sizes:
-        for d in (3e5, 1e6, 3e6, 1e7):
+        for d in (1e6,) if name == "routed" else (3e5, 1e6, 3e6, 1e7):
             for e in (1, 8, 32) if name in ("joint", "routed") else (8,):
                 for g in (1, 2, 8) if name == "granularity" else (1,):
                     for s in seeds:
@@ -91,6 +91,11 @@ def test_the_largest_runs_are_predicted_by_the_others():
     assert largest.arm == max(records, key=lambda record: record.flops).arm
     assert largest.predicted == pytest.approx(largest.loss, abs=0.01)
     assert largest.deviation < 0.01
+
+
+def test_a_form_of_equal_tokens_is_not_fitted_to_others():
+    with pytest.raises(BadInput, match="is of runs with equal tokens; here they have 300,000 to 10,000,000"):
+        fit(_records("joint"), "routed")
 
 
 @pytest.mark.parametrize(
