@@ -22,11 +22,11 @@ INTRODUCTION = """# Scaling laws
 Forms from the papers, fitted to runs of many sizes and lengths that this machine trains in seconds each. Exponents are
 searched for from every point of a grid and coefficients solved for (`experiments/stats/scaling.py`); intervals come
 from drawing arms, and of each its seeds, again. A parameter that spans more than a factor of 4 is *not identified*:
-these runs do not tell it. The test of a law is the last columns: the arm that took most FLOPs, left out, predicted.
+these runs do not tell it. The test of a law is the last columns: what took most FLOPs, left out and predicted.
 
 ```sh
-python -m experiments.scaling                                          # train what has no line yet, fit, write this page
-python -m experiments.scaling train=false                              # the fits alone
+python -m experiments.scaling                                   # train what has no line yet, fit, write this page
+python -m experiments.scaling train=false                       # the fits alone
 ```
 """
 
