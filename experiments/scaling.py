@@ -21,7 +21,7 @@ from hydra.core.singleton import Singleton
 
 from experiments import cli
 from experiments.pages import scaling_page
-from experiments.stats.scaling import Record
+from experiments.stats.scaling import FORMS, Record
 from experiments.study.compose import COMMAND, SweepConfig, job_of
 from experiments.study.manifest import Job, Study, config_of, finished, run_of, write_study
 from experiments.study.pool import Pool
@@ -35,6 +35,7 @@ from moe.run.jsonl import read_lines, record, to_text, write_atomically
 from moe.run.summary import read_summary
 
 EXPERIMENT = "scaling"
+PAGE = "docs/scaling.md"
 SHORTEST, LONGEST = 250, 20_000  # steps of a run that is worth training: warm-up must not be most of it
 
 
@@ -49,8 +50,9 @@ class ScalingConfig:
     run: str = "runs/scaling"  # the study's folder; runs lie beside it
     train: bool = True  # false: only fit, the runs that have a line
     workers: int = 1  # processes that train at a time
-    records: str = ""  # a file of lines to fit instead; "": experiments/results/scaling.jsonl
-    page: str = "docs/scaling.md"  # the page that is written
+    records: str = ""  # a file of lines to fit instead, with a page of its own; "": experiments/results/scaling.jsonl
+    page: str = PAGE  # the page that is written
+    picture: str = ""  # the picture; "": beside the lines
 
     def __post_init__(self) -> None:
         for name in ("widths", "budgets", "seeds"):
@@ -58,11 +60,13 @@ class ScalingConfig:
                 raise BadInput(f"{name}={getattr(self, name)} must be a list of numbers above 0, such as [32,64].")
         if any(width % 16 for width in self.widths):
             raise BadInput(f"widths={self.widths} must be multiples of 16, of which a head has two or more.")
+        if self.records and self.page == PAGE:
+            raise BadInput(f"records={self.records} would overwrite {PAGE}: give a page of its own, page=<file.md>.")
         if self.workers < 1:
             raise BadInput(f"workers={self.workers} is out of range: accepted is at least 1.")
 
 
-@cli.command("scaling", ScalingConfig, verbatim=("run", "records", "page"))
+@cli.command("scaling", ScalingConfig, verbatim=("run", "records", "page", "picture"))
 def main(cfg: ScalingConfig) -> None:
     """Train what is missing, keep a line of each run, fit, and write the page."""
     path = Path(cfg.records or "experiments/results/scaling.jsonl")
@@ -80,11 +84,16 @@ def main(cfg: ScalingConfig) -> None:
     if not lines:
         raise BadInput(f"{path} has no runs to fit: train some with python -m experiments.scaling.")
     records = [line.record() for line in lines]
-    text = scaling_page.page(records, lines[0].commit, lines[0].device, path.with_suffix(".png"))
-    write_atomically(Path(cfg.page), text)
+    reasons = scaling_page.not_fitted(records)
+    if cfg.records and len(reasons) == len(FORMS):
+        raise BadInput(f"{path} has runs that no form can be fitted to: {next(iter(reasons.values()))}")
+    commits = ", ".join(sorted({line.commit[:10] for line in lines if line.commit}))
+    devices = " and ".join(sorted({line.device for line in lines if line.device})) or "an unknown machine"
+    png = Path(cfg.picture) if cfg.picture else path.with_suffix(".png")
+    write_atomically(Path(cfg.page), scaling_page.page(records, commits, devices, png))
     terminal.say(f"page: {cfg.page}, of {len(lines)} runs")
-    if scaling_page.picture(records, path.with_suffix(".png")):
-        terminal.say(f"picture: {path.with_suffix('.png')}")
+    if scaling_page.picture(records, png):
+        terminal.say(f"picture: {png}")
 
 
 @dataclass(frozen=True)
@@ -188,11 +197,11 @@ def row_of(cfg: ScalingConfig, job: Job) -> Row | None:
 
 
 def keep(path: Path, lines: list[Row], jobs: list[Job], new: list[Row]) -> list[Row]:
-    """Write the lines of this family's runs, in its order. Returns them."""
+    """Write the lines, this family's first and in its order, other families' after them. Returns this family's."""
     by_id = {line.id: line for line in [*lines, *new]}
-    kept = [by_id[job.id] for job in jobs if job.id in by_id]
+    kept = [by_id.pop(job.id) for job in jobs if job.id in by_id]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(to_text(dataclasses.asdict(line)) + "\n" for line in kept))
+    write_atomically(path, "".join(to_text(dataclasses.asdict(line)) + "\n" for line in [*kept, *by_id.values()]))
     return kept
 
 

@@ -1,5 +1,5 @@
-"""Fill a tracker from a finished run's metrics, after the fact: what log.tensorboard, log.wandb and log.trackio would
-have sent while it trained.
+"""Fill a tracker from a finished run's metrics, after the fact. It gets what log.tensorboard, log.wandb and log.trackio
+would have sent while the run trained.
 
     python -m experiments.track run=runs/demo/moe-seed0 tensorboard=true    # into the run's own folder
     python -m experiments.track run=runs/mine wandb=PROJECT

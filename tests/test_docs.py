@@ -54,7 +54,7 @@ SMALLER = {
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
     "report": "",
-    "scaling": "train=false page=laws.md",
+    "scaling": f"page=laws.md picture=laws.png records={ROOT / 'experiments' / 'results' / 'scaling.jsonl'}",
     "routers": "",
     "status": "",
     "sweep": TRAINING,

@@ -151,7 +151,7 @@ class Frame:
 
 def brief(value: float) -> str:
     """A number for an axis: with its power of ten where it is long."""
-    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.3g}".replace("e+", "e")
+    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.4g}".replace("e+", "e")
 
 
 def short(name: str) -> str:

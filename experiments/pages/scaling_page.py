@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.pages.tables import markdown
-from experiments.stats.scaling import FORMS, Estimate, Fit, Record, estimates, fit, held_out
+from experiments.stats.scaling import FORMS, Estimate, Fit, Record, check, estimates, fit, held_out
 from moe.errors import BadInput
 
 HEADINGS = ("form", "parameter", "value", "95% over resampled runs", "")
@@ -15,6 +15,7 @@ FIT_HEADINGS = (
     "form", "runs", "left over (rms, nats)", "largest run left out", "its loss", "predicted", "off by",
     "seeds' deviation",
 )  # fmt: skip
+DRAWS = 200  # resamples that intervals are taken from
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 INTRODUCTION = """# Scaling laws
@@ -22,7 +23,8 @@ INTRODUCTION = """# Scaling laws
 Forms from the papers, fitted to runs of many sizes and lengths that this machine trains in seconds each. Exponents are
 searched for from every point of a grid and coefficients solved for (`experiments/stats/scaling.py`); intervals come
 from drawing arms, and of each its seeds, again. A parameter that spans more than a factor of 4 is *not identified*:
-these runs do not tell it. The test of a law is the last columns: what took most FLOPs, left out and predicted.
+these runs do not tell it. The test of a law is the last columns: the largest model of the largest budget, left out and
+predicted by all the others. The other sizes of that budget stay in the fit, so it is a step in size, not in FLOPs.
 
 ```sh
 python -m experiments.scaling                                   # train what has no line yet, fit, write this page
@@ -33,23 +35,37 @@ python -m experiments.scaling train=false                       # the fits alone
 
 def page(records: Sequence[Record], commit: str | None, device: str, png: Path) -> str:
     """The whole page."""
-    fits, lines, refused = [], [], []
+    fits, lines, refused, draws = [], [], [], []
     for name in FORMS:
         try:
             fitted = fit(of_form(records, name), name)
             fits.append(fit_cells(records, fitted))
-            lines += parameter_cells(records, fitted)
+            told = estimates(of_form(records, name), fitted, DRAWS)
+            lines += [(name, parameter, *estimate_cells(estimate)) for parameter, estimate in told.items()]
+            draws.append(f"{name} {min(estimate.draws for estimate in told.values())}")
         except BadInput as bad:
             refused.append(f"- {name}: {bad}")
     forms = "\n".join(f"- **{name}**: {form.paper}" for name, form in FORMS.items())
-    left = "\n".join(["\nNot fitted:\n", *refused]) if refused else ""
+    left = "\n".join(["\nNot fitted:\n", *refused, ""]) if refused else ""  # a table is one only after an empty line
     n_arms = len({record.arm for record in records})
-    made = f"{len(records)} runs of {n_arms} sizes and lengths; {device}, commit {(commit or 'unknown')[:10]}."
+    used = f"Draws out of {DRAWS} that had enough sizes, which the intervals are of: {', '.join(draws) or 'none'}."
+    made = f"{len(records)} runs of {n_arms} sizes and lengths; {device}, commit {commit or 'unknown'}."
     picture = os.path.relpath(png if png.is_absolute() else ROOT / png, ROOT / "docs")
     return "\n".join(
-        [INTRODUCTION, forms, left, markdown(FIT_HEADINGS, fits), markdown(HEADINGS, lines), made, "",
+        [INTRODUCTION, forms, left, markdown(FIT_HEADINGS, fits), markdown(HEADINGS, lines), used, "", made, "",
          f"![Loss over training FLOPs by size, and the Chinchilla fit]({picture})", ""]
     )  # fmt: skip
+
+
+def not_fitted(records: Sequence[Record]) -> dict[str, str]:
+    """Why, by form, of the forms that these runs cannot be fitted to."""
+    reasons = {}
+    for name in FORMS:
+        try:
+            check(of_form(records, name), name)
+        except BadInput as bad:
+            reasons[name] = str(bad)
+    return reasons
 
 
 def of_form(records: Sequence[Record], name: str) -> list[Record]:
@@ -74,12 +90,6 @@ def fit_cells(records: Sequence[Record], fitted: Fit) -> tuple[str, ...]:
     off = f"{largest.predicted - largest.loss:+.3f}".replace("-", "−")
     numbers = f"{fitted.rms:.3f}", largest.arm, f"{largest.loss:.3f}", f"{largest.predicted:.3f}", off, deviation
     return name, str(len(of)), *numbers
-
-
-def parameter_cells(records: Sequence[Record], fitted: Fit) -> list[tuple[str, ...]]:
-    """A line for each parameter."""
-    told = estimates(of_form(records, fitted.form), fitted)
-    return [(fitted.form, name, *estimate_cells(estimate)) for name, estimate in told.items()]
 
 
 def estimate_cells(estimate: Estimate) -> tuple[str, str, str]:
@@ -110,13 +120,14 @@ def picture(records: Sequence[Record], path: Path) -> bool:
         per_token = mine[0].flops / mine[0].tokens
         along = np.geomspace(flops.min(), flops.max(), 40)
         line = [Record("", 0, active, active, usual[0].experts, 1.0, int(f / per_token), f, 0.0) for f in along]
-        axes.plot(along, fitted.predict(line), "-", color=colours[i % len(colours)], linewidth=1)
+        style = "x" if flops.max() < 1.01 * flops.min() else "-"  # one budget is a point of the fit, not a line
+        axes.plot(along, fitted.predict(line), style, color=colours[i % len(colours)], linewidth=1)
     # What the axes are.
     axes.set_xscale("log")
     axes.set_xlabel("FLOPs of a run's training")
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(title="active parameters", frameon=False)
-    axes.set_title("Points: runs. Lines: c + a/N^alpha + b/D^beta, fitted to all of them", fontsize=10)
+    axes.set_title("Points: runs. Lines and crosses: c + a/N^alpha + b/D^beta, fitted to all of them", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -130,6 +130,10 @@ def check(records: Sequence[Record], name: str) -> None:
     for record in records:
         if not math.isfinite(record.loss):
             raise BadInput(f"the loss of {record.arm}, seed {record.seed}, is not finite: leave that run out.")
+        for what in ("active", "experts", "granularity", "tokens", "flops", "loss"):
+            if not 0 < getattr(record, what) < math.inf:
+                value = getattr(record, what)
+                raise BadInput(f"{what}={value:g} of {record.arm}, seed {record.seed}, must be a number above 0.")
     tokens = [record.tokens for record in records]
     if form.logarithmic and tokens and max(tokens) > 1.1 * min(tokens):
         raise BadInput(
@@ -206,6 +210,7 @@ class Estimate:
     low: float
     high: float
     identified: bool
+    draws: int = 0  # resamples that the interval is of: those with too few sizes say nothing
 
 
 def estimates(records: Sequence[Record], fitted: Fit, resamples: int = 200, seed: int = 0) -> dict[str, Estimate]:
@@ -235,7 +240,7 @@ def estimates(records: Sequence[Record], fitted: Fit, resamples: int = 200, seed
         low, high = (float(bound) for bound in np.quantile(values, [0.025, 0.975]))
         one_sign = low * high > 0
         identified = one_sign and max(abs(low), abs(high)) <= WIDE * min(abs(low), abs(high))
-        told[name] = Estimate(fitted.parameters[name], low, high, identified)
+        told[name] = Estimate(fitted.parameters[name], low, high, identified, len(values))
     return told
 
 
@@ -249,8 +254,11 @@ class HeldOut(NamedTuple):
 
 
 def held_out(records: Sequence[Record], name: str) -> HeldOut:
-    """How well the rest predicts the arm that took most FLOPs. Raises `BadInput` as `check`."""
-    largest = max(records, key=lambda record: (record.flops, record.active)).arm
+    """How well the rest predicts the largest model of the largest budget, whose other sizes stay in the fit. Raises
+    `BadInput` as `check`."""
+    most = max(record.flops for record in records)
+    budget = [record for record in records if record.flops > 0.99 * most]  # steps are whole, so FLOPs differ a little
+    largest = max(budget, key=lambda record: (record.active, record.total)).arm
     left = [record for record in records if record.arm == largest]
     fitted = fit([record for record in records if record.arm != largest], name)
     losses = [record.loss for record in left]

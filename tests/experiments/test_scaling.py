@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_records_of_ones_own_are_fitted(run, tmp_path):
     assert (tmp_path / "mine.png").exists()
 
 
+def test_lines_of_another_family_are_kept(tmp_path):
+    lines = [command.Row(f"a{i}", 0, 1, 1, 1, 1.0, 1, 1.0, 3.0, id=f"id{i}") for i in range(3)]
+    jobs = [SimpleNamespace(id="id2"), SimpleNamespace(id="id9")]
+    new = command.Row("a9", 0, 1, 1, 1, 1.0, 1, 1.0, 3.0, id="id9")
+    kept = command.keep(tmp_path / "rows.jsonl", lines, jobs, [new])
+    assert [row.id for row in kept] == ["id2", "id9"]
+    assert [row.id for row in command.read_rows(tmp_path / "rows.jsonl")] == ["id2", "id9", "id0", "id1"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -79,11 +89,18 @@ def test_records_of_ones_own_are_fitted(run, tmp_path):
         (("workers=0",), "workers=0 is out of range"),
         (("records=none.jsonl",), "has no runs to fit"),
         (("records=bad.jsonl",), "bad.jsonl"),
+        (("records=few.jsonl",), "few.jsonl has runs that no form can be fitted to: the form chinchilla has 5"),
+        (("records=zero.jsonl",), "active=0 of"),
+        (("records=few.jsonl", "page=docs/scaling.md"), "would overwrite docs/scaling.md"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(run, tmp_path, capsys, words, sentence):
     (tmp_path / "bad.jsonl").write_text('{"arm": "a"}\n')
+    lines = [dataclasses.asdict(record) for record in _records("chinchilla")]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, lines[:3])) + "\n")
+    (tmp_path / "zero.jsonl").write_text("\n".join(json.dumps(line | {"active": 0}) for line in lines) + "\n")
     with pytest.raises(SystemExit, match="2"):
         run(*words)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert sentence in line
+    assert not (tmp_path / "laws.md").exists()

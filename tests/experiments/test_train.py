@@ -224,7 +224,7 @@ def test_all_of_a_source_goes_on_with_none_of_its_settings_but_the_schedule(comm
         ("model.d_model=48", "model.d_model=48"),
         ("model=cpu-nano", "model.d_model=64"),
         ("model.moe=null", "model.moe=null"),
-        ("experiment=demo", "model.n_layers=4"),
+        ("experiment=demo", "model.d_model=64"),
         ("model.moe.n_experts=8", "model.moe.n_experts=8"),
     ],
 )

@@ -84,7 +84,7 @@ def test_the_command_prints_its_docstring_the_files_and_the_settings_as_given():
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Train one model.\n")
     for line in (
-        "  optim=cosine | wsd",
+        "  optim=cosine | muon | wsd",
         "  optim.lr=0.5  (a number, at least 0): peak learning rate",
         "  model.name=cpu-nano  (text): what runs and tables call it",
     ):

@@ -93,6 +93,22 @@ def test_the_largest_runs_are_predicted_by_the_others():
     assert largest.deviation < 0.01
 
 
+def test_the_largest_is_the_largest_model_of_a_budget_and_not_what_steps_were_rounded_up_to():
+    records = [
+        dataclasses.replace(r, flops=1e12 * (1.0005 if r.active == 30000 else 1)) for r in _records("chinchilla")
+    ]
+    assert scaling.held_out(records, "chinchilla").arm.startswith("3000000.0-")
+
+
+def test_draws_of_too_few_sizes_are_counted_out():
+    """Six arms and six needed: only a draw of each arm once has enough, about one in 65."""
+    some = [r for r in _records("chinchilla", sizes=(3e4, 3e5, 3e6)) if r.tokens in (300_000, 10_000_000)]
+    told = scaling.estimates(some, fit(some, "chinchilla"), resamples=200)
+    assert 0 < told["alpha"].draws < 20
+    records = _records("chinchilla")
+    assert scaling.estimates(records, fit(records, "chinchilla"), resamples=10)["alpha"].draws == 10
+
+
 def test_a_form_of_equal_tokens_is_not_fitted_to_others():
     with pytest.raises(BadInput, match="is of runs with equal tokens; here they have 300,000 to 10,000,000"):
         fit(_records("joint"), "routed")
@@ -103,8 +119,11 @@ def test_a_form_of_equal_tokens_is_not_fitted_to_others():
     [
         (lambda records: records[:4], "needs runs of 6 sizes; here are 2"),
         (lambda records: [r for r in records if r.active == 100000] * 2, "needs runs of 6 sizes"),
-        (lambda records: [dataclasses.replace(r, active=7, experts=i) for i, r in enumerate(records)], "of active"),
+        (lambda records: [dataclasses.replace(r, active=7, experts=i) for i, r in enumerate(records, 1)], "of active"),
         (lambda records: [dataclasses.replace(records[0], loss=float("nan")), *records[1:]], "is not finite"),
+        (lambda records: [dataclasses.replace(records[0], active=0), *records[1:]], "active=0 of .* above 0"),
+        (lambda records: [dataclasses.replace(records[0], tokens=-5), *records[1:]], "tokens=-5 of .* above 0"),
+        (lambda records: [dataclasses.replace(records[0], loss=-1.0), *records[1:]], "loss=-1 of .* above 0"),
     ],
 )
 def test_records_that_say_nothing_are_refused(change, sentence):
