@@ -1,7 +1,8 @@
 """Charts as SVG, drawn here: lines with a band over seeds, and points with their names.
 
 Each is whole by itself: it has its own style, which follows the reader's light or dark, so that the file and the page
-show the same. Colours are Okabe and Ito's, which colour-blind people tell apart, and every curve ends with its name.
+show the same. Colours are Okabe and Ito's, which colour-blind people tell apart, lighter in the dark; the names beside
+them are in the colour of text, and further rounds of the colours are dashed.
 """
 
 import html
@@ -9,15 +10,27 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.pages.compare_page import ticks
+# Of each curve in turn, by light and in the dark.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8528e", "#2a8fc7", "#b97d00", "#8c6bb1", "#666666")
+IN_THE_DARK = ("#4fb0ea", "#ff8a3d", "#2fd0a2", "#e7a3c8", "#a5dcff", "#f4c04d", "#b79ce0", "#a9b1bb")
+DASHES = ("", "7 3", "2 3", "8 3 2 3")  # of each round of the colours
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500, 320, 58, 158, 14, 46
+NAME = 15.0  # px from a name to the next
 
-# Light and dark: of each curve in turn.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#666666")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 580, 340, 64, 152, 14, 46
-STYLE = (
-    "<style>.t{font:12px system-ui,sans-serif;fill:#1b1f24}.s{fill:#59636e}.g{stroke:#dde1e6}.b{stroke:#59636e}"
-    "@media(prefers-color-scheme:dark){.t{fill:#e6e9ee}.s{fill:#9aa4b1}.g{stroke:#2b313a}.b{stroke:#9aa4b1}}</style>"
-)
+
+def _style() -> str:
+    """What every picture brings with it."""
+    light, dark = (
+        "".join(f".c{i}{{color:{tone}}}" for i, tone in enumerate(tones)) for tones in (COLOURS, IN_THE_DARK)
+    )
+    return (
+        "<style>.t{font:13px system-ui,sans-serif;fill:#1b1f24}.s{fill:#59636e}.g{stroke:#dde1e6}.b{stroke:#59636e}"
+        f"{light}@media(prefers-color-scheme:dark){{.t{{fill:#e6e9ee}}.s{{fill:#9aa4b1}}.g{{stroke:#2b313a}}"
+        f".b{{stroke:#9aa4b1}}{dark}}}</style>"
+    )
+
+
+STYLE = _style()
 
 
 class Series(NamedTuple):
@@ -31,17 +44,24 @@ class Series(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point with a name, and whether it is on the front: no other is as good in both."""
+    """A point with a name, whether it is on the front (no other is as good in both), and the ends of its interval."""
 
     name: str
     x: float
     y: float
     front: bool
+    low: float | None = None
+    high: float | None = None
 
 
-def colour(index: int) -> str:
-    """Of the curve or point of this number."""
-    return COLOURS[index % len(COLOURS)]
+def tone(index: int) -> str:
+    """The class that colours the curve or point of this number."""
+    return f"c{index % len(COLOURS)}"
+
+
+def dashes(index: int) -> str:
+    """How its line is broken, for those that begin the colours anew."""
+    return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
@@ -49,53 +69,70 @@ def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
     late = [(x, y) for s in series for x, *ys in zip(s.x, s.low, s.high, strict=True) if x >= s.x[-1] / 3 for y in ys]
     end = max((s.x[-1] for s in series), default=1.0) or 1.0
     heights = [y for _, y in late] or [0.0, 1.0]
-    frame = Frame((0.0, end), (min(heights), max(heights)), x_title, y_title)
-    drawn = []
-    for i, curve in enumerate(series):
+    frame = Frame((0.0, end), (min(heights), max(heights)), x_title, y_title, height_for(series))
+
+    # Bands first, that no curve is under another's.
+    bands, lines, names = [], [], []
+    ends = spread([frame.down(s.y[-1]) for s in series], NAME, frame.height - BOTTOM)
+    for i, (curve, end_at) in enumerate(zip(series, ends, strict=True)):
         band = [*zip(curve.x, curve.high, strict=True), *reversed([*zip(curve.x, curve.low, strict=True)])]
         if curve.low != curve.high:
-            drawn.append(f'<polygon points="{frame.path(band)}" fill="{colour(i)}" opacity=".16"/>')
+            bands.append(
+                f'<polygon class="{tone(i)}" points="{frame.path(band)}" fill="currentColor" fill-opacity=".13" '
+                'stroke="currentColor" stroke-opacity=".35"/>'
+            )
         points = frame.path([*zip(curve.x, curve.y, strict=True)])
-        drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour(i)}" stroke-width="2"/>')
+        lines.append(
+            f'<polyline class="{tone(i)}" points="{points}" fill="none" stroke="currentColor" stroke-width="2" '
+            f'stroke-dasharray="{dashes(i)}"/>'
+        )
         for x, y in zip(curve.x, curve.y, strict=True):
-            title = html.escape(f"{curve.name}, {x_title} {x:,.4g}: {y:.4f}")
-            drawn.append(dot(frame.across(x), frame.down(y), 3, i, title))
-    ends = spread([frame.down(s.y[-1]) for s in series], 15.0)
-    names = [
-        f'<text class="t" x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" style="fill:{colour(i)};font-weight:600">'
-        f"{html.escape(short(s.name))} {s.y[-1]:.3f}</text>"
-        for i, (s, y) in enumerate(zip(series, ends, strict=True))
-    ]
+            lines.append(dot(frame.across(x), frame.down(y), 3, i, f"{curve.name}, {x_title} {x:,.4g}: {y:.4f}"))
+
+        # Its name beside its end, with a key of its colour.
+        left = WIDTH - RIGHT + 10
+        names.append(
+            f'<line class="{tone(i)}" x1="{left}" x2="{left + 14}" y1="{end_at:.1f}" y2="{end_at:.1f}" '
+            f'stroke="currentColor" stroke-width="3" stroke-dasharray="{dashes(i)}"/>'
+            f'<text class="t" x="{left + 19}" y="{end_at + 4:.1f}">'
+            f"{html.escape(short(curve.name))} {curve.y[-1]:.3f}</text>"
+        )
     label = ", ".join(f"{s.name} ends at {s.y[-1]:.3f}" for s in series)
     return frame.svg(
-        f"{y_title} over {x_title}: {label}", [f'<g clip-path="url(#{frame.id})">', *drawn, "</g>", *names]
+        f"{y_title} over {x_title}: {label}", [f'<g clip-path="url(#{frame.id})">', *bands, *lines, "</g>", *names]
     )
 
 
 def dot(x: float, y: float, radius: int, index: int, title: str) -> str:
     """A point of the curve of this number, with what it says when it is pointed at."""
-    return f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour(index)}"><title>{title}</title></circle>'
+    return (
+        f'<circle class="{tone(index)}" cx="{x}" cy="{y}" r="{radius}" fill="currentColor">'
+        f"<title>{html.escape(title)}</title></circle>"
+    )
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
-    """Named points; those on the front are joined."""
-    xs, ys = [p.x for p in points], [p.y for p in points]
-    pad = 0.06 * (max(xs) - min(xs)) or 0.05 * abs(max(xs)) or 1.0
-    frame = Frame((min(xs) - pad, max(xs) + pad), (min(ys), max(ys)), x_title, y_title)
+    """Named points with their intervals; those on the front are joined."""
+    xs = [p.x for p in points]
+    ys = [y for p in points for y in (p.low, p.y, p.high) if y is not None]
+    # What costs nearly the same is not to look otherwise.
+    pad = max(0.08 * (max(xs) - min(xs)), 0.03 * max(map(abs, xs))) or 1.0
+    frame = Frame((min(xs) - pad, max(xs) + pad), (min(ys), max(ys)), x_title, y_title, height_for(points))
     front = sorted((p.x, p.y) for p in points if p.front)
     drawn = [f'<polyline points="{frame.path(front)}" fill="none" class="b" stroke-dasharray="3 3"/>']
-    heights = spread([frame.down(p.y) for p in points], 13.0)
+    heights = spread([frame.down(p.y) for p in points], NAME, frame.height - BOTTOM)
     for i, (p, y) in enumerate(zip(points, heights, strict=True)):
-        title = html.escape(f"{p.name}: {p.y:.4f} at {p.x:,.4g}")
         x = frame.across(p.x)
-        drawn.append(
-            f'<circle cx="{x}" cy="{frame.down(p.y)}" r="5" fill="{colour(i)}"><title>{title}</title></circle>'
-        )
+        if p.low is not None and p.high is not None:
+            drawn.append(
+                f'<line class="{tone(i)}" x1="{x}" x2="{x}" y1="{frame.down(p.low)}" y2="{frame.down(p.high)}" '
+                'stroke="currentColor" stroke-width="1.5" opacity=".6"/>'
+            )
+        drawn.append(dot(x, frame.down(p.y), 5, i, f"{p.name}: {p.y:.4f} at {p.x:,.4g}"))
         left = x > WIDTH - RIGHT - 70
         drawn.append(
             f'<text class="t" x="{x - 9 if left else x + 9}" y="{y + 4:.1f}" '
-            f'text-anchor="{"end" if left else "start"}">'
-            f"{html.escape(short(p.name))}</text>"
+            f'text-anchor="{"end" if left else "start"}">{html.escape(short(p.name))}</text>'
         )
     label = ", ".join(f"{p.name} {p.y:.3f}" for p in points)
     return frame.svg(f"{y_title} against {x_title}: {label}", drawn)
@@ -104,9 +141,12 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
 class Frame:
     """Axes, and where a value goes on them."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_title: str, y_title: str) -> None:
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], x_title: str, y_title: str, height: int = HEIGHT
+    ) -> None:
         margin = 0.06 * (y[1] - y[0]) or 0.5
         self.x, self.y, self.x_title, self.y_title = x, (y[0] - margin, y[1] + margin), x_title, y_title
+        self.height = height
         self.id = "c" + "".join(c for c in x_title if c.isalnum())
 
     def across(self, value: float) -> float:
@@ -115,7 +155,7 @@ class Frame:
 
     def down(self, value: float) -> float:
         """px from the top."""
-        return round(TOP + (self.y[1] - value) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(TOP + (self.y[1] - value) / (self.y[1] - self.y[0]) * (self.height - TOP - BOTTOM), 1)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         """Points of a line."""
@@ -123,9 +163,9 @@ class Frame:
 
     def svg(self, label: str, marks: list[str]) -> str:
         """The picture."""
-        right, foot = WIDTH - RIGHT, HEIGHT - BOTTOM
+        right, foot = WIDTH - RIGHT, self.height - BOTTOM
         parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img" '
             f'aria-label="{html.escape(label, quote=True)}">{STYLE}<clipPath id="{self.id}">'
             f'<rect x="{LEFT}" y="{TOP}" width="{right - LEFT + 5}" height="{foot - TOP}"/></clipPath>'
         ]
@@ -140,7 +180,7 @@ class Frame:
             parts.append(f'<text class="t s" x="{x}" y="{foot + 18}" text-anchor="middle">{brief(tick)}</text>')
         middle, height = (LEFT + right) / 2, (TOP + foot) / 2
         parts += marks
-        below = f'x="{middle}" y="{HEIGHT - 6}"'
+        below = f'x="{middle}" y="{self.height - 6}"'
         parts.append(f'<text class="t s" {below} text-anchor="middle">{html.escape(self.x_title)}</text>')
         parts.append(
             f'<text class="t s" transform="translate(13 {height}) rotate(-90)" text-anchor="middle">'
@@ -151,19 +191,35 @@ class Frame:
 
 def brief(value: float) -> str:
     """A number for an axis: with its power of ten where it is long."""
-    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.4g}".replace("e+", "e")
+    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.6g}".replace("e+", "e")
 
 
 def short(name: str) -> str:
     """A name that fits beside the plot."""
-    return name if len(name) <= 14 else name[:13] + "…"
+    return name if len(name) <= 12 else name[:11] + "…"
 
 
-def spread(heights: Sequence[float], distance: float) -> list[float]:
-    """Heights moved apart until neighbours are `distance` apart, in their order."""
+def height_for(drawn: Sequence[Series] | Sequence[Point]) -> int:
+    """Enough for a name of each."""
+    return max(HEIGHT, TOP + BOTTOM + math.ceil(NAME) * len(drawn))
+
+
+def spread(heights: Sequence[float], distance: float, foot: float = HEIGHT - BOTTOM) -> list[float]:
+    """Heights moved apart until neighbours are `distance` apart, in their order, none below `foot`."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved, last = list(heights), -math.inf
     for i in order:
         moved[i] = last = max(heights[i], last + distance)
-    over = max(0.0, last - (HEIGHT - BOTTOM))
-    return [height - over for height in moved]
+    # What went below the foot pushes up those above it, as far as it must.
+    last = foot + distance
+    for i in reversed(order):
+        moved[i] = last = min(moved[i], last - distance)
+    return moved
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between two bounds."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

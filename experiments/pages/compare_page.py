@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from experiments.pages.charts import ticks
 from experiments.stats import verdict
 from experiments.stats.verdict import Comparison, Pair, Run
 from moe.run.jsonl import to_text
@@ -141,14 +142,6 @@ def loss_chart(pairs: list[Pair], axis: int, title: str) -> dict[str, Any]:
             "text": f"step {reached:,.0f}" if axis == 0 else f"{reached:,.1f} s",
         },
     }
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between two bounds."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
-    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def apart(a: float, b: float, distance: float) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 Nothing here trains, and nothing is left out in silence: what is not finished, or cannot be read, is named.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from moe.run.folder import differences
 from moe.run.summary import read_metrics
 
 SEEDS = ("seed", "seed_init", "seed_data")  # no difference between arms
+NAMED = 6  # runs that a sentence names; the page and the table name all
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,7 @@ class Arm:
     bits: Judgement | None = None  # the same of bits per byte
     ranks: tuple[int, int] | None = None  # among all arms, 1 the best; None where arms have no two seeds in common
     speedups: dict[str, Interval | None] | None = None  # over the base, by `AXES`
-
-    def mean(self, number: str) -> float | None:
-        """The mean over seeds of a number of the summary, by its dotted name; None where a run has none."""
-        values = [_look_up(run.summary, number) for run in self.runs]
-        return float(np.mean([v for v in values if v is not None])) if values and None not in values else None
+    beside_twin: Judgement | None = None  # of the differences to its dense twin; None where that, or it, is the base
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,9 @@ def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
         except BadInput as bad:
             missing.append(f"{job.title} is left out: {bad}")
             continue
+        if not math.isfinite(state.summary.val.loss):
+            missing.append(f"{job.title} is left out: its validation loss is not finite")
+            continue
         runs.setdefault(job.arm, {})[job.seed] = Run(str(run_of(folder, job)), state.summary, metrics)
     check_comparable(run for by_seed in runs.values() for run in by_seed.values())
 
@@ -89,7 +90,7 @@ def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
         arms.append(
             Arm(name, list(ordered), list(ordered.values()), [*map(validation_curve, ordered.values())], settings)
         )
-    return Outcome(study, ranked(against_base(arms, study)), missing)
+    return Outcome(study, ranked(against_twins(against_base(arms, study), study)), missing)
 
 
 def what_differs(base: Config, cfg: Config) -> list[tuple[str, Any, Any]]:
@@ -116,8 +117,12 @@ def against_base(arms: list[Arm], study: Study) -> list[Arm]:
     common = {arm.name: [seed for seed in arm.seeds if seed in base.seeds] for arm in arms if arm is not base}
     several = [name for name, seeds in common.items() if len(seeds) > 1]
     of = {arm.name: arm for arm in arms}
-    loss = {name: _differences(of[name], base, seeds, "val.loss") for name, seeds in common.items()}
+    loss, bits = (
+        {name: _differences(of[name], base, seeds, number) for name, seeds in common.items()}
+        for number in ("val.loss", "val.bpb")
+    )
     corrected = dict(zip(several, judge_arms([loss[name] for name in several], margin), strict=True))
+    in_bits = dict(zip(several, judge_arms([bits[name] for name in several]), strict=True))
     judged = []
     for arm in arms:
         if arm is base or not common[arm.name]:
@@ -126,9 +131,29 @@ def against_base(arms: list[Arm], study: Study) -> list[Arm]:
         pairs = [(_at(arm, seed), _at(base, seed)) for seed in common[arm.name]]
         ratios = {axis: mean_speedup([speedup(mine, other, axis) for mine, other in pairs]) for axis in AXES}
         verdict = corrected.get(arm.name) or judge(loss[arm.name], margin)
-        bits = judge(_differences(arm, base, common[arm.name], "val.bpb"))
-        judged.append(replace(arm, judgement=verdict, bits=bits, speedups=ratios))
+        of_bits = in_bits.get(arm.name) or judge(bits[arm.name])
+        judged.append(replace(arm, judgement=verdict, bits=of_bits, speedups=ratios))
     return judged
+
+
+def against_twins(arms: list[Arm], study: Study) -> list[Arm]:
+    """The arms with their judgements against their dense twins, but where one of the two is the base: corrected for how
+    many have two seeds or more in common with theirs."""
+    of = {arm.name: arm for arm in arms}
+    loss = {}
+    for arm in arms:
+        twin = of.get(study.twins.get(arm.name, ""))
+        if (
+            twin
+            and study.base not in (arm.name, twin.name)
+            and (seeds := [seed for seed in arm.seeds if seed in twin.seeds])
+        ):
+            loss[arm.name] = _differences(arm, twin, seeds, "val.loss")
+    margin = study.margin or None
+    several = [name for name, differences in loss.items() if len(differences) > 1]
+    judged = {name: judge(differences, margin) for name, differences in loss.items()}
+    judged |= zip(several, judge_arms([loss[name] for name in several], margin), strict=True)
+    return [replace(arm, beside_twin=judged.get(arm.name)) for arm in arms]
 
 
 def ranked(arms: list[Arm]) -> list[Arm]:
@@ -149,44 +174,52 @@ def sentences(result: Outcome) -> list[str]:
     elif not others:
         said = [f"Only {base.name} has finished runs: there is nothing to compare it with yet."]
     else:
-        each_arm = [arm_sentence(arm, base.name) for arm in others]
+        each_arm = [arm_sentence(arm.name, arm.judgement, base.name) for arm in others if arm.judgement]
         said = each_arm if len(others) == 1 else [in_short(others, base.name), " ".join(each_arm)]
         if len(others) > 1:
-            said.append(f"Words are corrected for {len(others)} comparisons, and their intervals hold together.")
+            said.append(
+                f"Words are corrected for {len(others)} comparisons (Holm), and their 95% intervals hold together "
+                "(max-t)."
+            )
+        beside = [arm_sentence(a.name, a.beside_twin, "its dense twin") for a in result.arms if a.beside_twin]
+        said += [" ".join(beside)] if beside else []
         if study.margin:
-            said.append(f"A difference within {study.margin:g} nats, declared beforehand, counts as none.")
+            said.append(
+                f"The margin of {study.margin:g} nats per token was declared before training: an arm is equivalent "
+                "where two one-sided tests put its difference within it."
+            )
     if result.missing:
-        said.append(f"{len(result.missing)} of {len(study.jobs)} runs are not in it: {'; '.join(result.missing)}.")
+        named = [reason.rstrip(".") for reason in result.missing[:NAMED]]
+        named += [f"and {len(result.missing) - NAMED} more"] if len(result.missing) > NAMED else []
+        said.append(f"{len(result.missing)} of {len(study.jobs)} runs are not in it: {'; '.join(named)}.")
     return said
 
 
 def in_short(arms: list[Arm], base: str) -> str:
     """How many arms came out how, by name."""
-    words = {decide.BETTER: "better", decide.WORSE: "worse", decide.EQUIVALENT: "equivalent"}
     groups: dict[str, list[str]] = {}
     for arm in arms:
-        word = words.get(arm.judgement.word if arm.judgement else "", "open")
-        groups.setdefault(word, []).append(arm.name)
+        word = arm.judgement.word if arm.judgement else decide.SINGLE
+        groups.setdefault("without a verdict, of one seed" if word == decide.SINGLE else word, []).append(arm.name)
     parts = [f"{', '.join(groups[word])} {'are' if len(groups[word]) > 1 else 'is'} {word}" for word in groups]
     return f"Against {base}, {'; '.join(parts)}."
 
 
-def arm_sentence(arm: Arm, base: str) -> str:
-    """An arm against the base, in a sentence."""
-    judged = arm.judgement
-    assert judged is not None, "the arm has no seed in common with the base"
+def arm_sentence(name: str, judged: Judgement, base: str) -> str:
+    """An arm against the base, or against its twin, in a sentence."""
     if judged.word == decide.SINGLE:
-        return f"{arm.name} differs from {base} by {signed(judged.mean)} nats in one seed, which gives no verdict."
-    interval = f"{signed(judged.mean)} nats, {signed(judged.low or 0.0)} to {signed(judged.high or 0.0)}"
-    said = f"{interval} over {judged.n} seeds"
+        return f"{name} differs from {base} by {signed(judged.mean)} nats in one seed, which gives no verdict."
+    interval = f"{signed(judged.low or 0.0)} to {signed(judged.high or 0.0)}"
+    said = f"{signed(judged.mean)} nats, 95% interval {interval} over {judged.n} seeds"
     match judged.word:
         case decide.BETTER | decide.WORSE:
             though = ", though within the margin" if judged.equivalent else ""
-            return f"{arm.name} is {judged.word} than {base} ({said}){though}."
+            return f"{name} is {judged.word} than {base} ({said}){though}."
         case decide.EQUIVALENT:
-            return f"{arm.name} and {base} are equivalent ({said})."
-    more = f"about {judged.seeds_needed} seeds would decide" if judged.seeds_needed else "no number of seeds is named"
-    return f"Whether {arm.name} is better than {base} is open ({said}; {more})."
+            return f"{name} and {base} are equivalent ({said})."
+    more = f"about {judged.seeds_needed} seeds" if judged.seeds_needed else f"more than {decide.MOST_SEEDS:,} seeds"
+    more = f"{more} would decide" if judged.deviation else "all seeds alike"
+    return f"{name} against {base} is inconclusive ({said}; {more})."
 
 
 def _differences(arm: Arm, base: Arm, seeds: list[int], number: str) -> list[float]:

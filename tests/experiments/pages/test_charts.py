@@ -4,6 +4,7 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
 from experiments.pages import charts
@@ -71,3 +72,11 @@ def test_a_picture_has_its_style_for_light_and_dark_and_loads_nothing():
 def test_one_point_of_one_arm_is_drawn():
     _parsed(charts.scatter([Point("a", 1.0, 4.0, True)], "FLOPs", "loss"))
     _parsed(charts.line_chart([Series("a", [0.0], [3.0], [3.0], [3.0])], "steps", "loss"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 600), (0, 7), (3.1, 3.9), (0, 0.004), (5.6, 5.61), (0, 123456)])
+def test_ticks_are_few_round_and_inside(low, high):
+    ticks = charts.ticks(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert all(low <= tick <= high for tick in ticks)
+    assert np.allclose(np.diff(ticks), np.diff(ticks)[0])

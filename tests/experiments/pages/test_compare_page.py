@@ -156,14 +156,6 @@ def test_a_run_of_a_few_steps_has_a_page():
     assert "<svg" in rendered([fake_pair(steps=3, eval_every=100, difference=0.0, noise=0.0)])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 600), (0, 7), (3.1, 3.9), (0, 0.004), (5.6, 5.61), (0, 123456)])
-def test_ticks_are_few_round_and_inside(low, high):
-    ticks = compare_page.ticks(low, high)
-    assert 2 <= len(ticks) <= 7
-    assert all(low <= tick <= high for tick in ticks)
-    assert np.allclose(np.diff(ticks), np.diff(ticks)[0])
-
-
 def test_shares_are_of_each_domains_own_rows():
     share = compare_page.shares([[30, 10], [0, 60], [0, 0]])
     assert share[:3] == pytest.approx(np.array([[0.3, 0.7], [0.75, 0.25], [0, 1]]))

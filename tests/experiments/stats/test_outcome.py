@@ -1,6 +1,8 @@
 """Claims about what a study found, of runs with known losses."""
 
 import dataclasses
+import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,10 @@ DIFFERENCES = {"sigmoid": (-0.30, -0.31, -0.29), "switch": (0.2, -0.25, 0.05)}
 def done(tmp_path_factory, corpus):
     """A study of three arms over three seeds, trained, with losses that the tests know."""
     folder = tmp_path_factory.mktemp("runs") / "study"
-    jobs = [small_studies.job(corpus, "softmax", seed) for seed in SEEDS]
-    jobs += [small_studies.job(corpus, "sigmoid", seed) for seed in SEEDS]
-    jobs += [
-        dataclasses.replace(small_studies.job(corpus, "softmax", seed, optim__lr=1e-3), arm="switch") for seed in SEEDS
-    ]
+    job = functools.partial(small_studies.job, corpus, train__eval_every=2)
+    jobs = [job("softmax", seed) for seed in SEEDS]
+    jobs += [job("sigmoid", seed) for seed in SEEDS]
+    jobs += [dataclasses.replace(job("softmax", seed, optim__lr=1e-3), arm="switch") for seed in SEEDS]
     study = small_studies.write(folder, jobs, margin=0.05)
     small_studies.work(folder)
     for job in jobs:
@@ -60,11 +61,13 @@ def test_arms_are_judged_against_the_base_seed_by_seed_and_corrected_for_their_n
 
 def test_the_first_sentence_says_what_came_out_and_the_others_how_far(done):
     said = sentences(_outcome(done))
-    assert said[0] == "Against softmax, sigmoid is better; switch is open."
-    assert "sigmoid is better than softmax (−0.300 nats, " in said[1]
-    assert "Whether switch is better than softmax is open" in said[1]
+    assert said[0] == "Against softmax, sigmoid is better; switch is inconclusive."
+    assert "sigmoid is better than softmax (−0.300 nats, 95% interval " in said[1]
+    needed = _outcome(done).arms[2].judgement.seeds_needed
+    assert "switch against softmax is inconclusive (+0.000 nats, 95% interval " in said[1]
+    assert f"over 3 seeds; {f'about {needed}' if needed else 'more than 1,000'} seeds would decide)." in said[1]
     assert said[2].startswith("Words are corrected for 2 comparisons")
-    assert said[3] == "A difference within 0.05 nats, declared beforehand, counts as none."
+    assert said[3].startswith("The margin of 0.05 nats per token was declared before training")
 
 
 def test_what_differs_is_what_may_change_a_result(done):
@@ -108,6 +111,43 @@ def test_one_seed_gives_no_verdict(done):
     single = dataclasses.replace(study, jobs=[job for job in study.jobs if job.seed == 0 and job.arm != "switch"])
     result = outcome(folder, single, states_of(folder, single))
     assert sentences(result)[0] == "sigmoid differs from softmax by −0.300 nats in one seed, which gives no verdict."
+
+
+def test_an_arm_is_judged_beside_its_dense_twin_too(done):
+    folder, study = done
+    twins = dataclasses.replace(study, twins={"sigmoid": "switch", "softmax": "switch"})
+    result = outcome(folder, twins, states_of(folder, twins))
+    differences = np.subtract(DIFFERENCES["sigmoid"], DIFFERENCES["switch"])
+    low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+    beside = {arm.name: arm.beside_twin for arm in result.arms}
+    assert (beside["sigmoid"].low, beside["sigmoid"].high) == (pytest.approx(low), pytest.approx(high))
+    assert (beside["softmax"], beside["switch"]) == (None, None)  # the base's twin is judged against it already
+    assert sentences(result)[3].startswith("sigmoid against its dense twin is inconclusive (−0.300 nats, ")
+
+
+def test_many_missing_runs_are_counted_and_the_first_are_named(done, corpus):
+    folder, study = done
+    more = dataclasses.replace(
+        study, jobs=[*study.jobs, *(small_studies.job(corpus, "softmax", 20 + i) for i in range(8))]
+    )
+    result = outcome(folder, more, states_of(folder, more))
+    assert len(result.missing) == 8
+    said = sentences(result)[-1]
+    assert said.startswith("8 of 17 runs are not in it: softmax seed 20 is waiting; ")
+    assert said.endswith("softmax seed 25 is waiting; and 2 more.")
+
+
+def test_a_run_whose_loss_is_not_finite_is_named_and_left_out(done):
+    folder, study = done
+    run = run_of(folder, study.jobs[4])
+    kept = read_summary(run)
+    write_summary(run, dataclasses.replace(kept, val=dataclasses.replace(kept.val, loss=math.nan)))
+    try:
+        result = _outcome(done)
+    finally:
+        write_summary(run, kept)
+    assert result.missing == ["sigmoid seed 1 is left out: its validation loss is not finite"]
+    assert {arm.name: arm.seeds for arm in result.arms}["sigmoid"] == [0, 2]
 
 
 def test_runs_of_other_text_are_not_compared(done):
