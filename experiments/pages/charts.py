@@ -7,14 +7,14 @@ them are in the colour of text, and further rounds of the colours are dashed.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Of each curve in turn, by light and in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8528e", "#2a8fc7", "#b97d00", "#8c6bb1", "#666666")
 IN_THE_DARK = ("#4fb0ea", "#ff8a3d", "#2fd0a2", "#e7a3c8", "#a5dcff", "#f4c04d", "#b79ce0", "#a9b1bb")
 DASHES = ("", "7 3", "2 3", "8 3 2 3")  # of each round of the colours
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 500, 320, 58, 158, 14, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 320, 58, 178, 14, 46
 NAME = 15.0  # px from a name to the next
 
 
@@ -64,6 +64,11 @@ def dashes(index: int) -> str:
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
+def filling(index: int) -> float:
+    """How full its points are: every second round of the colours has hollow ones."""
+    return 0.0 if index // len(COLOURS) % 2 else 1.0
+
+
 def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
     """Curves over x, as high as the last two thirds of the way are: before, every loss falls from the same height."""
     late = [(x, y) for s in series for x, *ys in zip(s.x, s.low, s.high, strict=True) if x >= s.x[-1] / 3 for y in ys]
@@ -71,15 +76,15 @@ def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
     heights = [y for _, y in late] or [0.0, 1.0]
     frame = Frame((0.0, end), (min(heights), max(heights)), x_title, y_title, height_for(series))
 
-    # Bands first, that no curve is under another's.
-    bands, lines, names = [], [], []
-    ends = spread([frame.down(s.y[-1]) for s in series], NAME, frame.height - BOTTOM)
-    for i, (curve, end_at) in enumerate(zip(series, ends, strict=True)):
+    # Bands first, that no curve is under another's, and fainter where there are many.
+    bands, lines = [], []
+    faint = min(1.0, 4 / max(1, len(series)))
+    for i, curve in enumerate(series):
         band = [*zip(curve.x, curve.high, strict=True), *reversed([*zip(curve.x, curve.low, strict=True)])]
         if curve.low != curve.high:
             bands.append(
-                f'<polygon class="{tone(i)}" points="{frame.path(band)}" fill="currentColor" fill-opacity=".13" '
-                'stroke="currentColor" stroke-opacity=".35"/>'
+                f'<polygon class="{tone(i)}" points="{frame.path(band)}" fill="currentColor" '
+                f'fill-opacity="{0.13 * faint:.2g}" stroke="currentColor" stroke-opacity="{0.35 * faint:.2g}"/>'
             )
         points = frame.path([*zip(curve.x, curve.y, strict=True)])
         lines.append(
@@ -88,26 +93,14 @@ def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
         )
         for x, y in zip(curve.x, curve.y, strict=True):
             lines.append(dot(frame.across(x), frame.down(y), 3, i, f"{curve.name}, {x_title} {x:,.4g}: {y:.4f}"))
-
-        # Its name beside its end, with a key of its colour.
-        left = WIDTH - RIGHT + 10
-        names.append(
-            f'<line class="{tone(i)}" x1="{left}" x2="{left + 14}" y1="{end_at:.1f}" y2="{end_at:.1f}" '
-            f'stroke="currentColor" stroke-width="3" stroke-dasharray="{dashes(i)}"/>'
-            f'<text class="t" x="{left + 19}" y="{end_at + 4:.1f}">'
-            f"{html.escape(short(curve.name))} {curve.y[-1]:.3f}</text>"
-        )
+    key = lambda i, x, y: (
+        f'<line class="{tone(i)}" x1="{x}" x2="{x + 14}" y1="{y}" y2="{y}" stroke="currentColor" '
+        f'stroke-width="3" stroke-dasharray="{dashes(i)}"/>'
+    )
+    names = legend([(s.name, s.y[-1]) for s in series], frame, key)
     label = ", ".join(f"{s.name} ends at {s.y[-1]:.3f}" for s in series)
     return frame.svg(
         f"{y_title} over {x_title}: {label}", [f'<g clip-path="url(#{frame.id})">', *bands, *lines, "</g>", *names]
-    )
-
-
-def dot(x: float, y: float, radius: int, index: int, title: str) -> str:
-    """A point of the curve of this number, with what it says when it is pointed at."""
-    return (
-        f'<circle class="{tone(index)}" cx="{x}" cy="{y}" r="{radius}" fill="currentColor">'
-        f"<title>{html.escape(title)}</title></circle>"
     )
 
 
@@ -120,8 +113,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
     frame = Frame((min(xs) - pad, max(xs) + pad), (min(ys), max(ys)), x_title, y_title, height_for(points))
     front = sorted((p.x, p.y) for p in points if p.front)
     drawn = [f'<polyline points="{frame.path(front)}" fill="none" class="b" stroke-dasharray="3 3"/>']
-    heights = spread([frame.down(p.y) for p in points], NAME, frame.height - BOTTOM)
-    for i, (p, y) in enumerate(zip(points, heights, strict=True)):
+    for i, p in enumerate(points):
         x = frame.across(p.x)
         if p.low is not None and p.high is not None:
             drawn.append(
@@ -129,13 +121,33 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
                 'stroke="currentColor" stroke-width="1.5" opacity=".6"/>'
             )
         drawn.append(dot(x, frame.down(p.y), 5, i, f"{p.name}: {p.y:.4f} at {p.x:,.4g}"))
-        left = x > WIDTH - RIGHT - 70
-        drawn.append(
-            f'<text class="t" x="{x - 9 if left else x + 9}" y="{y + 4:.1f}" '
-            f'text-anchor="{"end" if left else "start"}">{html.escape(short(p.name))}</text>'
-        )
+    key = lambda i, x, y: (
+        f'<rect class="{tone(i)}" x="{x + 4}" y="{y - 4.5:.1f}" width="9" height="9" rx="4.5" '
+        f'fill="currentColor" fill-opacity="{filling(i)}" stroke="currentColor"/>'
+    )
+    names = legend([(p.name, p.y) for p in points], frame, key)
     label = ", ".join(f"{p.name} {p.y:.3f}" for p in points)
-    return frame.svg(f"{y_title} against {x_title}: {label}", drawn)
+    return frame.svg(f"{y_title} against {x_title}: {label}", [*drawn, *names])
+
+
+def dot(x: float, y: float, radius: int, index: int, title: str) -> str:
+    """A point of the curve of this number, with what it says when it is pointed at."""
+    return (
+        f'<circle class="{tone(index)}" cx="{x}" cy="{y}" r="{radius}" fill="currentColor" '
+        f'fill-opacity="{filling(index)}" stroke="currentColor"><title>{html.escape(title)}</title></circle>'
+    )
+
+
+def legend(ends: Sequence[tuple[str, float]], frame: "Frame", key: Callable[[int, float, float], str]) -> list[str]:
+    """Names and values beside the plot, as near to the height of their value as none covers another; before each what
+    `key` draws for its number at (x, y)."""
+    heights = spread([frame.down(y) for _, y in ends], NAME, frame.height - BOTTOM)
+    left = WIDTH - RIGHT + 10
+    return [
+        f'{key(i, left, round(height, 1))}<text class="t" x="{left + 19}" y="{height + 4:.1f}">'
+        f"{html.escape(short(name))} {y:.3f}</text>"
+        for i, ((name, y), height) in enumerate(zip(ends, heights, strict=True))
+    ]
 
 
 class Frame:
@@ -191,12 +203,12 @@ class Frame:
 
 def brief(value: float) -> str:
     """A number for an axis: with its power of ten where it is long."""
-    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.6g}".replace("e+", "e")
+    return f"{value:,g}" if abs(value) < 1e6 else f"{value:.4g}".replace("e+", "e")
 
 
 def short(name: str) -> str:
-    """A name that fits beside the plot."""
-    return name if len(name) <= 12 else name[:11] + "…"
+    """A name that fits beside the plot: with its beginning and its end, in which names differ."""
+    return name if len(name) <= 12 else f"{name[:5]}…{name[-6:]}"
 
 
 def height_for(drawn: Sequence[Series] | Sequence[Point]) -> int:

@@ -25,7 +25,8 @@ from moe.run.folder import differences
 from moe.run.summary import read_metrics
 
 SEEDS = ("seed", "seed_init", "seed_data")  # no difference between arms
-NAMED = 6  # runs that a sentence names; the page and the table name all
+DECIDED = (decide.BETTER, decide.WORSE, decide.EQUIVALENT)
+NAMED = 6  # arms, or runs, that a sentence names; tables and lists have all
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,11 @@ def sentences(result: Outcome) -> list[str]:
     elif not others:
         said = [f"Only {base.name} has finished runs: there is nothing to compare it with yet."]
     else:
-        each_arm = [arm_sentence(arm.name, arm.judgement, base.name) for arm in others if arm.judgement]
-        said = each_arm if len(others) == 1 else [in_short(others, base.name), " ".join(each_arm)]
+        # Of many only those that came out somehow; the table has the others.
+        told = [arm for arm in others if len(others) <= NAMED or (arm.judgement and arm.judgement.word in DECIDED)]
+        each_arm = [arm_sentence(arm.name, arm.judgement, base.name) for arm in told if arm.judgement]
+        in_detail = [" ".join(each_arm)] if each_arm else []
+        said = each_arm if len(others) == 1 else [in_short(others, base.name), *in_detail]
         if len(others) > 1:
             said.append(
                 f"Words are corrected for {len(others)} comparisons (Holm), and their 95% intervals hold together "
@@ -196,12 +200,15 @@ def sentences(result: Outcome) -> list[str]:
 
 
 def in_short(arms: list[Arm], base: str) -> str:
-    """How many arms came out how, by name."""
-    groups: dict[str, list[str]] = {}
+    """How many arms came out how, by name where they are few."""
+    groups: dict[str, list[str]] = {word: [] for word in (*DECIDED, decide.INCONCLUSIVE, decide.SINGLE)}
     for arm in arms:
-        word = arm.judgement.word if arm.judgement else decide.SINGLE
-        groups.setdefault("without a verdict, of one seed" if word == decide.SINGLE else word, []).append(arm.name)
-    parts = [f"{', '.join(groups[word])} {'are' if len(groups[word]) > 1 else 'is'} {word}" for word in groups]
+        groups[arm.judgement.word if arm.judgement else decide.SINGLE].append(arm.name)
+    parts = []
+    for word, names in groups.items():
+        who = ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {len(arms)} arms"
+        said = "without a verdict, of one seed" if word == decide.SINGLE else word
+        parts += [f"{who} {'are' if len(names) > 1 else 'is'} {said}"] if names else []
     return f"Against {base}, {'; '.join(parts)}."
 
 

@@ -53,7 +53,22 @@ def test_points_on_the_front_are_joined_and_all_have_names():
     (front,) = picture.findall(f".//{SVG}polyline")
     assert len(front.get("points").split()) == 2
     names = ["".join(node.itertext()) for node in picture.findall(f".//{SVG}text")]
-    assert {"a", "b", "c"} <= set(names)
+    assert {"a 4.000", "b 3.000", "c 3.900"} <= set(names)
+    bars = charts.scatter([p._replace(low=p.y - 0.5, high=p.y + 0.5) for p in points], "FLOPs", "loss")
+    assert len(_parsed(bars).findall(f".//{SVG}line")) == len(picture.findall(f".//{SVG}line")) + 3
+
+
+def test_many_arms_all_have_a_place_and_a_look_of_their_own():
+    many = [Series(f"an-arm-of-this-study-{i}", [0.0, 1.0], [5.0, 4.0], [5.0, 3.9], [5.0, 4.1]) for i in range(30)]
+    picture = _parsed(charts.line_chart(many, "steps", "loss"))
+    texts = [text for text in picture.iter(f"{SVG}text") if "…" in text.text]
+    assert len({text.text for text in texts}) == 30
+    heights = sorted(float(text.get("y")) for text in texts)
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= charts.NAME - 0.11
+    assert heights[0] > 0
+    assert heights[-1] < float(picture.get("viewBox").split()[3]) - charts.BOTTOM + 10
+    looks = [(line.get("class"), line.get("stroke-dasharray")) for line in picture.iter(f"{SVG}polyline")]
+    assert len(set(looks)) == 30
 
 
 @pytest.mark.parametrize("heights", [[10.0, 11.0, 12.0], [290.0, 291.0, 292.0], [5.0, 100.0]])

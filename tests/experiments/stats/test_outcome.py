@@ -70,6 +70,16 @@ def test_the_first_sentence_says_what_came_out_and_the_others_how_far(done):
     assert said[3].startswith("The margin of 0.05 nats per token was declared before training")
 
 
+def test_of_many_arms_those_without_a_difference_are_counted_and_the_others_told(done):
+    result = _outcome(done)
+    base, better, open_ = result.arms
+    many = [base, *(dataclasses.replace(open_, name=f"open{i}") for i in range(9)), better]
+    said = sentences(dataclasses.replace(result, arms=many))
+    assert said[0] == "Against softmax, sigmoid is better; 9 of 10 arms are inconclusive."
+    assert said[1] == of.arm_sentence("sigmoid", better.judgement, "softmax")
+    assert not any("open3" in sentence for sentence in said)
+
+
 def test_what_differs_is_what_may_change_a_result(done):
     settings = {arm.name: arm.settings for arm in _outcome(done).arms}
     assert settings["softmax"] == []
