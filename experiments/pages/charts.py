@@ -1,8 +1,8 @@
 """Charts as SVG, drawn here: lines with a band over seeds, and points with their names.
 
 Each is whole by itself: it has its own style, which follows the reader's light or dark, so that the file and the page
-show the same. Colours are Okabe and Ito's, which colour-blind people tell apart, lighter in the dark; the names beside
-them are in the colour of text, and further rounds of the colours are dashed.
+show the same. Colours are such that colour-blind people tell them apart; the names beside them are in the colour of
+text, and further rounds of the colours are dashed and hollow.
 """
 
 import html
@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# Of each curve in turn, by light and in the dark.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8528e", "#2a8fc7", "#b97d00", "#8c6bb1", "#666666")
-IN_THE_DARK = ("#4fb0ea", "#ff8a3d", "#2fd0a2", "#e7a3c8", "#a5dcff", "#f4c04d", "#b79ce0", "#a9b1bb")
-DASHES = ("", "7 3", "2 3", "8 3 2 3")  # of each round of the colours
+# Of each curve in turn, by light and in the dark; found by a search from Okabe and Ito's for the largest distance of the
+# nearest two, as full and as colour-blind eyes see them. The last is that of text.
+COLOURS = ("#005080", "#a12509", "#00a45f", "#b389a7", "#8f8fe9", "#e88806", "#1b1f24")
+IN_THE_DARK = ("#0069df", "#db5010", "#3baa60", "#c095a8", "#35d7ff", "#f4ae00", "#e6e9ee")
+DASHES = ("", "7 3", "2 3", "8 3 2 3", "1 4")  # of each round of the colours
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 320, 58, 178, 14, 46
 NAME = 15.0  # px from a name to the next
 

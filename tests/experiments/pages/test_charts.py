@@ -95,3 +95,37 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert 2 <= len(ticks) <= 7
     assert all(low <= tick <= high for tick in ticks)
     assert np.allclose(np.diff(ticks), np.diff(ticks)[0])
+
+
+# What eyes without one kind of cone see of linear sRGB (Machado, Oliveira and Fernandes 2009, severity 1).
+EYES = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def _linear(colour):
+    """Linear sRGB of #rrggbb."""
+    c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def _lab(linear):
+    """CIE L*a*b* of linear sRGB, white D65."""
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    x = np.array(to_xyz) @ np.clip(linear, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(x > 0.008856, np.cbrt(x), 7.787 * x + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize(("colours", "paper"), [(charts.COLOURS, "#ffffff"), (charts.IN_THE_DARK, "#12151a")])
+def test_no_two_colours_look_alike_to_any_eyes_and_all_stand_out_from_the_page(eyes, colours, paper):
+    seen = [_lab(np.array(EYES[eyes]) @ _linear(colour)) for colour in colours]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20  # 2 is just noticeable
+    luminance = lambda colour: _linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05
+    for colour in colours:
+        lighter, darker = sorted((luminance(colour), luminance(paper)), reverse=True)
+        assert lighter / darker > 2.5  # WCAG's contrast
