@@ -1,8 +1,8 @@
 """Charts as SVG, drawn here: lines with a band over seeds, and points with their names.
 
 Each is whole by itself: it has its own style, which follows the reader's light or dark, so that the file and the page
-show the same. Colours are such that colour-blind people tell them apart; the names beside them are in the colour of
-text, and further rounds of the colours are dashed and hollow.
+show the same. Colour-blind people tell the colours apart; names are in the colour of text, and further rounds of the
+colours are dashed and hollow.
 """
 
 import html
@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# Of each curve in turn, by light and in the dark; found by a search from Okabe and Ito's for the largest distance of the
-# nearest two, as full and as colour-blind eyes see them. The last is that of text.
+# Of each curve in turn, by light and in the dark; found by a search from Okabe and Ito's for the largest distance
+# of the nearest two, as full and as colour-blind eyes see them. The last is that of text.
 COLOURS = ("#005080", "#a12509", "#00a45f", "#b389a7", "#8f8fe9", "#e88806", "#1b1f24")
 IN_THE_DARK = ("#0069df", "#db5010", "#3baa60", "#c095a8", "#35d7ff", "#f4ae00", "#e6e9ee")
 DASHES = ("", "7 3", "2 3", "8 3 2 3", "1 4")  # of each round of the colours

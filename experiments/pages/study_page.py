@@ -47,6 +47,7 @@ def render(result: Outcome, charts: Mapping[str, tuple[str, str]], made: Mapping
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         study=result.study,
         base=result.study.base,
+        reference=result.reference,
         sentences=sentences(result),
         missing=result.missing,
         tables=made,

@@ -69,9 +69,11 @@ def verdicts(result: Outcome, folder: Path) -> Table:
     """A row per arm: its loss, and how it stands against the base and its twin."""
     # A column for the twins only where there are any.
     twins = any(arm.beside_twin for arm in result.arms)
-    headings = ["arm", "seeds", "loss (nats per token)", "bits per byte", f"against {result.study.base}", "verdict"]
+    base = result.study.base
+    headings = ["arm", "seeds", "loss (nats per token)", "bits per byte"]
+    headings += [f"against {base}", "verdict"] if base else []
     headings += ["against its dense twin"] if twins else []
-    headings += ["rank", "could have shown"]
+    headings += ["rank", *(["could have shown"] if base else [])]
     rows: list[list[Cell]] = []
     records = []
     for place, arm in enumerate(result.arms):
@@ -85,12 +87,13 @@ def verdicts(result: Outcome, folder: Path) -> Table:
             [Part(str(seed), link(run, folder)) for seed, run in zip(arm.seeds, arm.runs, strict=True)],
             [Part(spread_of(losses), its_runs)],
             [Part(spread_of(bits), its_runs)],
-            [Part("the base" if arm.name == result.study.base else difference(judged), its_runs if judged else "")],
-            [Part(word_of(judged))],
         ]
+        if base:
+            to = its_runs if judged else ""
+            row += [[Part("the base" if arm.name == base else difference(judged), to)], [Part(word_of(judged))]]
         row += [[Part(f"{difference(beside)}, {word_of(beside)}" if beside else "", its_runs)]] if twins else []
         row.append([Part("" if arm.ranks is None else "–".join(map(str, dict.fromkeys(arm.ranks))))])
-        row.append([Part(number(judged.detectable, ".3f") if judged else "")])
+        row += [[Part(number(judged.detectable, ".3f") if judged else "")]] if base else []
         rows.append(row)
 
         # With every digit.
@@ -165,7 +168,7 @@ def runs(arms: Sequence[Arm], folder: Path) -> Table:
 
 
 def settings(arms: Sequence[Arm]) -> Table:
-    """Every setting in which an arm differs from the base."""
+    """Every setting in which an arm differs from the base, or a trial of a search from the first."""
     records = [
         {"arm": arm.name, "setting": key, "base": as_yaml(theirs), "here": as_yaml(mine)}
         for arm in arms

@@ -18,6 +18,7 @@ from experiments.stats.speedup import AXES, Curve, mean_speedup, speedup
 from experiments.stats.statistics import Interval
 from experiments.stats.verdict import Run, check_comparable, signed, validation_curve
 from experiments.study.manifest import Job, Study, config_of, run_of
+from experiments.study.search import refusals
 from experiments.study.states import State
 from moe.config.run import FREE, Config, is_among
 from moe.errors import BadInput
@@ -58,6 +59,11 @@ class Outcome:
         """The arm that the others are compared with; None as long as it has no finished run."""
         return next((arm for arm in self.arms if arm.name == self.study.base), None)
 
+    @property
+    def reference(self) -> str:
+        """The arm that settings are told against: the base, or of a search, which has none, the first trial."""
+        return reference_of(self.study)
+
 
 def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
     """What the finished runs of the study in `folder` say. Raises `BadInput` for runs whose losses cannot be
@@ -80,18 +86,24 @@ def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
             missing.append(f"{job.title} is left out: its validation loss is not finite")
             continue
         runs.setdefault(job.arm, {})[job.seed] = Run(str(run_of(folder, job)), state.summary, metrics)
+    missing += [f"{reason.partition(':')[0]} is left out:{reason.partition(':')[2]}" for reason in refusals(study)]
     check_comparable(run for by_seed in runs.values() for run in by_seed.values())
 
     # Every arm for itself, then all together.
-    base = config_of(first[study.base])
     arms = []
     for name in sorted(runs, key=lambda name: name != study.base):
+        base = config_of(first[reference_of(study)])
         ordered = dict(sorted(runs[name].items()))
         settings = what_differs(base, config_of(first[name]))
         arms.append(
             Arm(name, list(ordered), list(ordered.values()), [*map(validation_curve, ordered.values())], settings)
         )
     return Outcome(study, ranked(against_twins(against_base(arms, study), study)), missing)
+
+
+def reference_of(study: Study) -> str:
+    """The base, or the first arm of a study without one."""
+    return study.base or next(iter(study.arms), "")
 
 
 def what_differs(base: Config, cfg: Config) -> list[tuple[str, Any, Any]]:
@@ -170,7 +182,9 @@ def sentences(result: Outcome) -> list[str]:
     """The study in words: first what came out against the base, then arm by arm, then what it rests on, and what is not
     in it."""
     base, others, study = result.base, [arm for arm in result.arms if arm.judgement], result.study
-    if base is None:
+    if not study.base:
+        said = [of_a_search(result)]
+    elif base is None:
         said = [f"No run of the base, {study.base}, is finished: there is no verdict yet."]
     elif not others:
         said = [f"Only {base.name} has finished runs: there is nothing to compare it with yet."]
@@ -195,8 +209,26 @@ def sentences(result: Outcome) -> list[str]:
     if result.missing:
         named = [reason.rstrip(".") for reason in result.missing[:NAMED]]
         named += [f"and {len(result.missing) - NAMED} more"] if len(result.missing) > NAMED else []
-        said.append(f"{len(result.missing)} of {len(study.jobs)} runs are not in it: {'; '.join(named)}.")
+        said.append(
+            f"{len(result.missing)} of {len(study.jobs) + len(refusals(study))} runs are not in it: {'; '.join(named)}."
+        )
     return said
+
+
+def of_a_search(result: Outcome) -> str:
+    """What a search has found: the lowest loss, and why that is no verdict."""
+    mean_loss = lambda arm: float(np.mean([run.summary.val.loss for run in arm.runs]))
+    n_seeds = max(len(arm.runs) for arm in result.arms)
+    whole = [
+        arm for arm in result.arms if len(arm.runs) == n_seeds
+    ]  # a mean over fewer seeds is not to be chosen for it
+    lowest = min(whole, key=mean_loss)
+    job = next(job for job in result.study.jobs if job.arm == lowest.name)
+    words = " ".join(word for word in job.overrides if word.partition("=")[0] not in SEEDS)
+    return (
+        f"Of {len(whole)} finished trials {lowest.name} has the lowest validation loss, {mean_loss(lowest):.3f} "
+        f"nats per token ({words}): the lowest of many is so by chance too, and other seeds would decide."
+    )
 
 
 def in_short(arms: list[Arm], base: str) -> str:

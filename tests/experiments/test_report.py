@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from experiments import report as command
-from experiments.study.manifest import FILE, run_of
+from experiments.study.manifest import FILE, read_study, run_of
 from tests.experiments.study import small_studies
+from tests.experiments.study.test_search import planned
 
 
 def _report(monkeypatch, capsys, *words):
@@ -70,6 +71,23 @@ def test_one_seed_of_each_arm_has_a_page_without_a_verdict(corpus, tmp_path, mon
     assert "<td>no verdict: one seed</td>" in page
     assert "±" not in page
     assert "<polygon" not in page  # no band over one seed
+
+
+def test_a_search_is_reported_with_its_lowest_trial_and_no_verdict(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    folder = tmp_path / "study"
+    planned(folder, corpus, 2, seeds=(0, 1), space={"model.moe.k": "choice 2,7"})  # of four experts
+    assert "has no finished run to report" in _refused(monkeypatch, capsys, f"run={folder}")
+    small_studies.work(folder)
+    (arm,) = {job.arm for job in read_study(folder).jobs}
+    first, last = _report(monkeypatch, capsys, f"run={folder}").splitlines()[:2]
+    assert first.startswith(f"Of 1 finished trials {arm} has the lowest validation loss, ")
+    assert "nats per token (model.moe.k=2): " in first
+    assert last.startswith(f"1 of 3 runs are not in it: trial-{'01'.replace(arm[-1], '')} is left out: ")
+    assert "model.moe.k=7 exceeds model.moe.n_experts=4" in last
+    page = (folder / "index.html").read_text()
+    assert "verdict</th>" not in page
+    assert re.findall(r'href="(\.\./\w+)"', page)
 
 
 def test_what_cannot_be_reported_is_refused_in_a_sentence(corpus, tmp_path, monkeypatch, capsys):

@@ -80,6 +80,19 @@ def test_of_many_arms_those_without_a_difference_are_counted_and_the_others_told
     assert not any("open3" in sentence for sentence in said)
 
 
+def test_of_a_search_the_lowest_mean_is_named_with_its_settings(done):
+    folder, study = done
+    asked = dataclasses.replace(study, base="")
+    result = outcome(folder, asked, states_of(folder, asked))
+    lowest = np.mean([3.0 + 0.1 * seed + DIFFERENCES["sigmoid"][seed] for seed in SEEDS])
+    said = (
+        f"Of 3 finished trials sigmoid has the lowest validation loss, {lowest:.3f} nats per token (router=sigmoid): "
+    )
+    assert sentences(result) == [said + "the lowest of many is so by chance too, and other seeds would decide."]
+    assert result.reference == "softmax"
+    assert all(arm.judgement is None for arm in result.arms)
+
+
 def test_what_differs_is_what_may_change_a_result(done):
     settings = {arm.name: arm.settings for arm in _outcome(done).arms}
     assert settings["softmax"] == []
