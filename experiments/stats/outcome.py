@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from experiments.stats.arms import judge_arms, rank_intervals
 from experiments.stats.decide import Judgement, judge
 from experiments.stats.speedup import AXES, Curve, mean_speedup, speedup
 from experiments.stats.statistics import Interval
-from experiments.stats.verdict import Run, check_comparable, signed, validation_curve
+from experiments.stats.verdict import Run, check_comparable, signed, text_of, validation_curve
 from experiments.study.manifest import Job, Study, config_of, run_of
 from experiments.study.search import refusals
 from experiments.study.states import State
@@ -66,8 +67,7 @@ class Outcome:
 
 
 def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
-    """What the finished runs of the study in `folder` say. Raises `BadInput` for runs whose losses cannot be
-    compared."""
+    """What the finished runs of the study in `folder` say."""
     # What there is, and what there is not.
     runs: dict[str, dict[int, Run]] = {}
     missing = []
@@ -87,7 +87,7 @@ def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
             continue
         runs.setdefault(job.arm, {})[job.seed] = Run(str(run_of(folder, job)), state.summary, metrics)
     missing += [f"{reason.partition(':')[0]} is left out:{reason.partition(':')[2]}" for reason in refusals(study)]
-    check_comparable(run for by_seed in runs.values() for run in by_seed.values())
+    missing += set_apart(runs, reference_of(study))
 
     # Every arm for itself, then all together.
     arms = []
@@ -99,6 +99,26 @@ def outcome(folder: Path, study: Study, states: Sequence[State]) -> Outcome:
             Arm(name, list(ordered), list(ordered.values()), [*map(validation_curve, ordered.values())], settings)
         )
     return Outcome(study, ranked(against_twins(against_base(arms, study), study)), missing)
+
+
+def set_apart(runs: dict[str, dict[int, Run]], reference: str) -> list[str]:
+    """Take out of `runs`, by arm and seed, those whose losses cannot be compared with most of the reference's or, where
+    that has none, with most of all. Returns a sentence for each."""
+    of_reference = list(runs.get(reference, {}).values()) or [
+        run for by_seed in runs.values() for run in by_seed.values()
+    ]
+    texts = [text_of(run) for run in of_reference]
+    apart = []
+    for name in list(runs):
+        for seed, run in list(runs[name].items()):
+            try:
+                check_comparable([of_reference[texts.index(mode(texts))], run])
+            except BadInput as bad:
+                apart.append(f"{name} seed {seed} is left out: {bad}")
+                del runs[name][seed]
+        if not runs[name]:
+            del runs[name]
+    return apart
 
 
 def reference_of(study: Study) -> str:
