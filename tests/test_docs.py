@@ -121,13 +121,20 @@ def test_the_readme_is_a_tour():
 
 @pytest.mark.parametrize("command", EXPERIMENTS)
 def test_a_command_runs_as_pasted(command, folder, demo, monkeypatch, capsys):
-    """After the first one of the pages that names its folder, wherever the tests begin."""
-    for place in re.findall(r"\brun=(runs/[\w-]+)", command):
-        first = next(line for line in EXPERIMENTS if f"run={place}" in line)
-        if first != command and not (folder / place).exists():
-            run(first, folder, monkeypatch)
+    """After the first ones of the pages that make its folders, wherever the tests begin."""
+    make_folders(command, folder, monkeypatch)
     run(command, folder, monkeypatch)
     assert capsys.readouterr().out
+
+
+def make_folders(command: str, folder: Path, monkeypatch) -> None:
+    """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
+    own."""
+    for place in re.findall(r"\b(?:run|source)=([\w/-]+)", command):
+        makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to)={place}(?![\w/-])", line)]
+        if makers and makers[0] != command and not (folder / place).exists():
+            make_folders(makers[0], folder, monkeypatch)
+            run(makers[0], folder, monkeypatch)
 
 
 def test_the_demo_leaves_a_page_and_two_models(folder, demo):
