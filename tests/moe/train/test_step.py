@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import time
 import types
 from typing import Any
@@ -147,7 +148,9 @@ def _rank(rank: int, corpus, folder, changes) -> None:
     half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
     result = compute_gradients(model, half, cfg)
     torch.save([result.losses, model.blocks[0].mlp.router.w_ED.grad], folder / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # now and then a thread of gloo's is still there at an exit, which then aborts
 
 
 def test_the_global_balancing_losses_span_the_ranks(corpus, tmp_path):
@@ -239,7 +242,9 @@ def _learning_rank(rank: int, corpus, folder) -> None:
         cfg, model, batch = model_and_batch(corpus, changes | {"train.batch_size": 8})
         half = Batch(*(each.chunk(2)[rank] for each in (batch.tokens_BS, batch.targets_BS, batch.domain_BS)))
         torch.save(_learn(model, half, cfg), folder / f"{name}-{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # now and then a thread of gloo's is still there at an exit, which then aborts
 
 
 def test_routers_learn_the_same_on_every_rank_and_what_micro_batches_of_one_process_teach(corpus, tmp_path):
