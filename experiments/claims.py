@@ -1,7 +1,7 @@
 """Put published claims about Mixture-of-Experts models to the test.
 
     python -m experiments.claims                    # tier=cpu: the runs that no line is of, and the page
-    python -m experiments.claims workers=2          # an hour and a half of one core for all of it
+    python -m experiments.claims workers=2          # two at a time
     python -m experiments.claims tier=gpu           # the same claims and two more, at the size of one GPU
     python -m experiments.claims train=false        # the page alone, from the runs that are there
 
@@ -15,16 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.singleton import Singleton
 
 from experiments import cli
 from experiments.pages import claims_page
 from experiments.stats import verdict
-from experiments.stats.ledger import Row, to_rows
+from experiments.stats.ledger import Row
+from experiments.study import pool
 from experiments.study.compose import compose_jobs, plan, text_of
-from experiments.study.manifest import Job, Study, config_of, finished, run_of, write_study
-from experiments.study.pool import Pool
+from experiments.study.manifest import Job, config_of, finished, run_of
 from moe.analysis.decisions import agreement
 from moe.analysis.specialisation import information
 from moe.config.run import Config
@@ -34,13 +32,12 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import causal_leak
 from moe.model.transformer import Transformer
-from moe.run import machine, terminal
+from moe.run import terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import finite, read_lines, record, to_text, write_atomically
+from moe.run.jsonl import read_records, to_text, write_atomically
 from moe.run.load import load_run
-from moe.run.summary import read_metrics, read_summary
+from moe.run.summary import Summary, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {"cpu": "claims", "gpu": "claims-gpu"}
 WINDOWS = 16  # of validation text, on which two checkpoints' routing is compared
 
@@ -73,7 +70,10 @@ def main(cfg: ClaimsConfig) -> None:
         known = {row.id for row in rows}
         missing = [job for job in jobs if job.id not in known]
         terminal.say(f"claims: {len(jobs) - len(missing)} of {len(jobs)} runs are recorded, {len(missing)} are missing")
-        failed = train_missing(cfg, missing) if missing else 0
+        command, failed = command_line("claims", f"tier={cfg.tier}"), 0
+        if missing:
+            study = Path(cfg.run), EXPERIMENTS[cfg.tier], command, missing
+            failed = pool.train_missing(*study, cfg.workers, claims_page.MARGIN)
         rows = keep(path, rows, jobs, recorded(cfg, missing))
     page = claims_page.page(read_rows(file_of(cfg, "cpu")), read_rows(file_of(cfg, "gpu")))
     write_atomically(Path(cfg.page), page)
@@ -88,18 +88,13 @@ def file_of(cfg: ClaimsConfig, tier: str) -> Path:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a file; none where there is no file. Raises `BadInput` for a line that is none."""
-    return to_rows(read_lines(path), record) if path.exists() else []
+    """The lines of a file, of a run the last; none where there is no file. Raises `BadInput` for any other line."""
+    return list({row.id: row for row in read_records(Row, path)}.values())
 
 
 def jobs_of(cfg: ClaimsConfig) -> list[Job]:
     """Every run of a tier's study, with its texts prepared."""
-    running = Singleton.get_state()  # Hydra's, which runs this command and is to compose others
-    GlobalHydra.instance().clear()
-    try:
-        asked = compose_jobs([f"experiment={EXPERIMENTS[cfg.tier]}"])
-    finally:
-        Singleton.set_state(running)
+    asked = compose_jobs([f"experiment={EXPERIMENTS[cfg.tier]}"])
     sizes = {}
     for _, run_cfg in asked.jobs:
         if text_of(run_cfg) not in sizes:
@@ -108,27 +103,18 @@ def jobs_of(cfg: ClaimsConfig) -> list[Job]:
     return plan(asked, sizes, "", "", None).jobs
 
 
-def train_missing(cfg: ClaimsConfig, missing: list[Job]) -> int:
-    """Work through a study of the runs that have no line. Returns its exit status."""
-    name = EXPERIMENTS[cfg.tier]
-    command, commit = command_line("claims", f"tier={cfg.tier}"), machine.git_state().commit
-    folder, study = Path(cfg.run), Study(name, command, commit, missing[0].arm, claims_page.MARGIN, missing)
-    write_study(folder, study)
-    return Pool(folder, study, cfg.workers).run()
-
-
 def recorded(cfg: ClaimsConfig, jobs: list[Job]) -> list[Row]:
     """A row for each of these runs that is finished."""
     rows = []
     for job in jobs:
         run, job_cfg = run_of(Path(cfg.run), job), config_of(job)
         try:
-            done = finished(run, job_cfg)
+            summary = finished(run, job_cfg)
         except BadInput as bad:
             terminal.say(f"claims: {job.title} is left out: {bad}")
             continue
-        if done:
-            rows.append(measure(job, run, job_cfg))
+        if summary:
+            rows.append(measure(job, run, job_cfg, summary))
     return rows
 
 
@@ -137,19 +123,18 @@ def keep(path: Path, rows: list[Row], jobs: list[Job], new: list[Row]) -> list[R
     by_id = {row.id: row for row in [*rows, *new]}
     kept = [by_id[job.id] for job in jobs if job.id in by_id]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(to_text(finite(dataclasses.asdict(row))) + "\n" for row in kept))
+    write_atomically(path, "".join(to_text(dataclasses.asdict(row)) + "\n" for row in kept))
     return kept
 
 
-def measure(job: Job, run: Path, cfg: Config) -> Row:
+def measure(job: Job, run: Path, cfg: Config, summary: Summary) -> Row:
     """The row of a finished run: what its summary has, and what its models are asked besides."""
     # What the run says of itself.
-    summary = read_summary(run)
     curve = verdict.validation_curve(verdict.Run(run.name, summary, read_metrics(run)))
     # What its model is asked: on the same text, which is there.
-    dataset = prepare(cfg.data, cfg.tokenizer, lambda line: None)
+    dataset, last = prepare(cfg.data, cfg.tokenizer, lambda line: None), load_run(run, "last")[0]
     load = summary.load
-    mean = lambda values: float(np.mean(list(values))) if load else None
+    mean = lambda values: float(np.mean(list(values)))
     return Row(
         id=job.id,
         arm=job.arm,
@@ -165,19 +150,13 @@ def measure(job: Job, run: Path, cfg: Config) -> Row:
         max_vio=mean(layer.max_vio for layer in load.routing) if load else None,
         dead=mean(layer.dead for layer in load.routing) if load else None,
         specialisation=mean(information(torch.tensor(by_domain)) for by_domain in load.counts) if load else None,
-        leak=leak_of(run, dataset),
-        settled=settled(run, cfg, dataset) if load and cfg.checkpoint.every else None,
+        leak=causal_leak(last, windows(dataset, last.cfg.context, 2)[:, :-1]),
+        settled=settled(run, last, summary.steps, dataset) if load and cfg.checkpoint.every else None,
         commit=summary.commit,
         device=summary.device,
         precision=summary.precision,
         versions=summary.versions,
     )
-
-
-def leak_of(run: Path, dataset: Dataset) -> float:
-    """`causal_leak` of a run's last model, on two windows of the validation text."""
-    model, _, cfg = load_run(run, "last")
-    return causal_leak(model, windows(dataset, cfg.model.context, 2)[:, :-1])
 
 
 def windows(dataset: Dataset, context: int, n: int) -> torch.Tensor:
@@ -188,13 +167,12 @@ def windows(dataset: Dataset, context: int, n: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def settled(run: Path, cfg: Config, dataset: Dataset) -> float:
+def settled(run: Path, last: Transformer, steps: int, dataset: Dataset) -> float:
     """How far the last model's choices of experts are those of the model of a tenth of the steps
     (`moe.analysis.decisions.agreement`), the mean of the MoE layers. By chance it would be K / E."""
-    steps = read_summary(run).steps
-    early, late = (load_run(run, which)[0] for which in (f"step-{steps // 10}", "last"))
-    tokens_BS = windows(dataset, cfg.model.context, WINDOWS)[:, :-1]
-    layers = zip(choices(late, tokens_BS), choices(early, tokens_BS), strict=True)
+    early = load_run(run, f"step-{steps // 10}")[0]
+    tokens_BS = windows(dataset, last.cfg.context, WINDOWS)[:, :-1]
+    layers = zip(choices(last, tokens_BS), choices(early, tokens_BS), strict=True)
     return float(np.mean([agreement(*layer) for layer in layers]))
 
 

@@ -70,7 +70,8 @@ class PlanConfig(Config):
 def main(cfg: PlanConfig) -> None:
     """Print the plan."""
     cfg.model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or cfg.tokenizer.vocab_size)
-    show(cfg, plan(cfg, ask_of(cfg)))
+    ask = ask_of(cfg)
+    show(cfg, ask, plan(cfg, ask))
 
 
 def ask_of(cfg: PlanConfig) -> Ask:
@@ -97,7 +98,7 @@ def read_rates(path: Path) -> Rates:
     return fit_rates(*work_of(rows))
 
 
-def show(cfg: PlanConfig, result: Plan) -> None:
+def show(cfg: PlanConfig, ask: Ask, result: Plan) -> None:
     """The plan as a table, and what to do where it does not fit."""
     memory, train = result.memory, cfg.train
     micro = f"a micro-batch of {train.batch_size // train.accumulate} × {cfg.model.context} tokens"
@@ -115,14 +116,16 @@ def show(cfg: PlanConfig, result: Plan) -> None:
         ("largest single tensor", f"{gigabytes(memory.largest)}, weights left out"),
         ("peak of a step", f"{gigabytes(memory.peak)}; checkpointed {gigabytes(result.checkpointed.peak)}"),
     ]
+    # What depends on how many devices there are, and how fast.
     if cfg.devices > 1:
-        held = f"{gigabytes(result.state)} of the state and {gigabytes(result.activations)} of activations"
+        share = gigabytes(result.state / cfg.devices)
+        held = f"{share} of the state and {gigabytes(memory.activations)} of activations"
         rows.append((f"each of {cfg.devices:,} devices", held))
     rows.append(("time", time_in_words(cfg, result)))
     if result.money is not None:
         rows.append(("money", f"{result.money:,.0f} at {cfg.price:g} per device and hour"))
     tables.print_table(("", "needs"), rows)
-    for sentence in sentences(cfg, result):
+    for sentence in sentences(cfg, ask, result):
         terminal.say(sentence)
 
 
@@ -136,24 +139,21 @@ def time_in_words(cfg: PlanConfig, result: Plan) -> str:
     return f"{duration(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s ({by})"
 
 
-def sentences(cfg: PlanConfig, result: Plan) -> list[str]:
+def sentences(cfg: PlanConfig, ask: Ask, result: Plan) -> list[str]:
     """Whether it fits, and the arithmetic of how many devices it takes."""
-    where = cfg.gpu or "this machine"
-    memory = cfg.memory or (GPUS[cfg.gpu].memory if cfg.gpu else psutil.virtual_memory().total)
-    whole = result.state * cfg.devices
-    if result.devices_needed is None:
-        need = f"No number of devices of {gigabytes(memory)} holds it: a step's {gigabytes(result.activations)} of "
-        need += "activations are not shared."
-    else:
-        also = " and bf16 copies" if result.memory.copies else ""
-        need = (
-            f"{gigabytes(whole)} of weights, gradients and optimiser state{also}, shared by {result.devices_needed:,} "
-        )
-        need += f"of {gigabytes(memory)} each, leave room for {gigabytes(result.activations)} of activations."
+    where, room, beside = cfg.gpu or "this machine", gigabytes(ask.memory), gigabytes(result.memory.activations)
+    also = " and bf16 copies" if result.memory.copies else ""
+    match result.devices_needed:
+        case None:
+            need = f"No number of devices of {room} holds it: a step's {beside} of activations are not shared."
+        case 1:
+            need = f"One of {room} holds a step's peak, {gigabytes(result.memory.peak)}."
+        case many:
+            need = f"{gigabytes(result.state)} of weights, gradients and optimiser state{also}, shared by {many:,} of "
+            need += f"{room} each, leave room for {beside} of activations."
     if result.fits:
         return [f"It fits {where}. {need}"]
-    where += f" with devices={cfg.devices:,}"
-    return [f"It does not fit {where}. {need}", *result.advice]
+    return [f"It does not fit {where} with devices={cfg.devices:,}. {need}", *result.advice]
 
 
 if __name__ == "__main__":

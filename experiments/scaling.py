@@ -14,25 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.singleton import Singleton
-
 from experiments import cli
 from experiments.pages import scaling_page
 from experiments.stats.scaling import FORMS, Record
-from experiments.study.compose import COMMAND, SweepConfig, job_of
-from experiments.study.manifest import Job, Study, config_of, finished, run_of, write_study
-from experiments.study.pool import Pool
+from experiments.study import pool
+from experiments.study.compose import compose_jobs
+from experiments.study.manifest import Job, config_of, finished, job_of, run_of
 from moe.config.run import Config
 from moe.data.prepare import prepare
 from moe.errors import BadInput
 from moe.model import cost
-from moe.run import machine, terminal
+from moe.run import terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import read_lines, record, to_text, write_atomically
-from moe.run.summary import read_summary
+from moe.run.jsonl import read_records, to_text, write_atomically
 
 EXPERIMENT = "scaling"
 PAGE = "docs/scaling.md"
@@ -77,10 +71,12 @@ def main(cfg: ScalingConfig) -> None:
         terminal.say(
             f"scaling: {len(jobs) - len(missing)} of {len(jobs)} runs are recorded, {len(missing)} are missing"
         )
-        status = train_missing(cfg, missing) if missing else 0
+        study = Path(cfg.run), EXPERIMENT, command_line("scaling"), missing
+        status = pool.train_missing(*study, cfg.workers) if missing else 0
         lines = keep(path, lines, jobs, [row for job in missing if (row := row_of(cfg, job))])
         if status:
             terminal.say("scaling: some runs failed, and the fits are of the others")
+    # Then the fits, of what there is.
     if not lines:
         raise BadInput(f"{path} has no runs to fit: train some with python -m experiments.scaling.")
     records = [line.record() for line in lines]
@@ -121,31 +117,17 @@ class Row:
 
 def read_rows(path: Path) -> list[Row]:
     """The lines of a file, of an id the last; none where there is no file. Raises `BadInput` for any other line."""
-    trees = read_lines(path) if path.exists() else []
-    rows = [record(Row, tree, f"{path}, line {number}") for number, tree in enumerate(trees, 1)]
-    return list({row.id or f"{row.arm} {row.seed}": row for row in rows}.values())
+    return list({row.id or f"{row.arm} {row.seed}": row for row in read_records(Row, path)}.values())
 
 
 def family(cfg: ScalingConfig) -> list[Job]:
     """Every run: sizes at equal FLOPs for each budget, and numbers of experts at the middle width."""
-    running = Singleton.get_state()  # Hydra's, which runs this command and is to compose others
-    GlobalHydra.instance().clear()
-    try:
-        base = composed()
-    finally:
-        Singleton.set_state(running)
+    # What the runs have in common; a study has two seeds or more, and here the first of them is taken.
+    (_, base), *_ = compose_jobs([f"experiment={EXPERIMENT}", "seed=0,1"]).jobs
     vocab_size = prepare(base.data, base.tokenizer, terminal.say).tokenizer.vocab_size
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=vocab_size))
     planned = [(name, dataclasses.replace(run_cfg, seed=s)) for name, run_cfg in sizes(cfg, base) for s in cfg.seeds]
     return [job_of(name, [], run_cfg) for name, run_cfg in planned]
-
-
-def composed() -> Config:
-    """What the runs have in common."""
-    ConfigStore.instance().store(name=f"schema_{COMMAND}", node=SweepConfig)
-    with initialize_config_dir(str(cli.CONF), version_base=None):
-        tree = cli.typed(cli.compose(COMMAND, SweepConfig, [f"experiment={EXPERIMENT}"]), SweepConfig)
-    return Config(**{f.name: getattr(tree, f.name) for f in dataclasses.fields(Config)} | {"run": "", "resume": False})
 
 
 def sizes(cfg: ScalingConfig, base: Config) -> Iterator[tuple[str, Config]]:
@@ -165,20 +147,12 @@ def sizes(cfg: ScalingConfig, base: Config) -> Iterator[tuple[str, Config]]:
                 yield f"D{width}-E{n_experts}-{budget:.0e}", dataclasses.replace(base, model=model, train=train)
 
 
-def train_missing(cfg: ScalingConfig, missing: list[Job]) -> int:
-    """Work through a study of the runs that have no line. Returns its exit status."""
-    command, commit = command_line("scaling"), machine.git_state().commit
-    study = Study(EXPERIMENT, command, commit, missing[0].arm, 0.0, missing)
-    write_study(Path(cfg.run), study)
-    return Pool(Path(cfg.run), study, cfg.workers).run()
-
-
 def row_of(cfg: ScalingConfig, job: Job) -> Row | None:
     """The line of a job; None as long as its run is not finished."""
     run, job_cfg = run_of(Path(cfg.run), job), config_of(job)
-    if not finished(run, job_cfg):
+    summary, model = finished(run, job_cfg), job_cfg.model
+    if not summary:
         return None
-    summary, model = read_summary(run), job_cfg.model
     return Row(
         id=job.id,
         arm=job.arm,

@@ -7,13 +7,12 @@ Each has a quantity and a direction that the papers expect; runs of one seed are
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.stats import decide
 from experiments.stats.decide import Judgement, judge
 from experiments.stats.speedup import first_reach
-
-LEAK = 1e-9  # logits that move by more than this when later tokens change: no rounding of sums
+from experiments.stats.verdict import LEAK
 
 CONFIRMED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "confirmed", "contradicted", "inconclusive", "not run"
 
@@ -246,9 +245,3 @@ def paired(contrast: Contrast, rows: Sequence[Row]) -> list[float]:
 def findings(claim: Claim, rows: Sequence[Row], tier: str, margin: float) -> list[Finding]:
     """The verdicts on a claim's contrasts; none where its tier does not run it."""
     return [finding(contrast, rows, margin) for contrast in claim.contrasts] if tier in claim.tiers else []
-
-
-def to_rows(trees: Sequence[dict[str, Any]], read: Callable[[type[Row], dict[str, Any], str], Row]) -> list[Row]:
-    """Rows from their JSON; the last of an id counts."""
-    rows = {tree.get("id"): read(Row, tree, f"line {number}") for number, tree in enumerate(trees, 1)}
-    return list(rows.values())

@@ -6,6 +6,7 @@ Nothing here trains, and nothing is left out in silence: what is not finished, o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -283,16 +284,10 @@ def arm_sentence(name: str, judged: Judgement, base: str) -> str:
 
 def _differences(arm: Arm, base: Arm, seeds: list[int], number: str) -> list[float]:
     mine, other = (
-        {s: _look_up(run.summary, number) for s, run in zip(a.seeds, a.runs, strict=True)} for a in (arm, base)
+        {s: attrgetter(number)(run.summary) for s, run in zip(a.seeds, a.runs, strict=True)} for a in (arm, base)
     )
     return [mine[seed] - other[seed] for seed in seeds]
 
 
 def _at(arm: Arm, seed: int) -> Curve:
     return arm.curves[arm.seeds.index(seed)]
-
-
-def _look_up(tree: Any, number: str) -> Any:
-    for name in number.split("."):
-        tree = None if tree is None else getattr(tree, name)
-    return tree

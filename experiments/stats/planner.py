@@ -50,7 +50,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer. Bytes are of one device where there are several."""
+    """The answer, in bytes where it is memory."""
 
     size: Size
     flops: Flops
@@ -59,10 +59,10 @@ class Plan:
     tokens: float
     steps: float
     total_flops: float
-    state: float  # weights, gradients and optimiser state, bytes
-    activations: float  # what a step holds beside them at its peak, bytes
+    state: int  # weights, their copies, gradients and optimiser state: what devices share
+    held: float  # by one device, at its peak
     fits: bool | None  # None: nobody said how much memory there is
-    devices_needed: int | None  # for the state and one device's activations
+    devices_needed: int | None  # that hold the state between them, each with its activations; None where no number does
     seconds: float | None
     money: float | None
     advice: list[str]
@@ -72,13 +72,12 @@ def plan(cfg: Config, ask: Ask) -> Plan:
     """The plan of a run of `cfg`, whose vocabulary must be known."""
     train, model = cfg.train, cfg.model
     costs = flops(model, cfg.router)
-    stepping = _walk(cfg, train.batch_size // train.accumulate, train.checkpoint_activations)
-    checkpointed = _walk(cfg, train.batch_size // train.accumulate, True)
-    state, activations = _state(stepping), _beside(stepping, ask.devices)
-    needed = _devices(state, activations, ask.memory)
+    stepping = checkpointed = _walk(cfg, train.batch_size // train.accumulate, True)
+    if not train.checkpoint_activations:
+        stepping = _walk(cfg, train.batch_size // train.accumulate, False)
     total = costs.training * ask.tokens
     seconds = total / (ask.rate * ask.devices) if ask.rate else None
-    fits = state / ask.devices + activations <= ask.memory if ask.memory else None
+    fits = _held(stepping, ask.devices) <= ask.memory if ask.memory else None
     return Plan(
         size=size(model, cfg.router),
         flops=costs,
@@ -87,13 +86,13 @@ def plan(cfg: Config, ask: Ask) -> Plan:
         tokens=ask.tokens,
         steps=ask.tokens / (train.batch_size * model.context),
         total_flops=total,
-        state=state / ask.devices,
-        activations=activations,
+        state=_state(stepping),
+        held=_held(stepping, ask.devices),
         fits=fits,
-        devices_needed=needed,
+        devices_needed=_devices(stepping, ask.memory),
         seconds=seconds,
         money=ask.price * ask.devices * seconds / 3600 if seconds and ask.price else None,
-        advice=_advice(cfg, ask, checkpointed, needed) if fits is False else [],
+        advice=_advice(cfg, ask, checkpointed) if fits is False else [],
     )
 
 
@@ -106,6 +105,7 @@ def _walk(cfg: Config, batch_size: int, checkpoint_activations: bool, n_micro: i
         n_micro=n_micro or cfg.train.accumulate,
         precision="fp32" if cfg.train.precision == "fp32" else "bf16",
         checkpoint_activations=checkpoint_activations,
+        document_end=cfg.data.document_end(0),  # that there is one costs a mask, whichever token it is
         optimizer=partial(build_optimizer, cfg=cfg.optim),
         average=cfg.optim.average > 0,
     )
@@ -116,29 +116,32 @@ def _state(memory: Memory) -> int:
     return memory.weights + memory.gradients + memory.optimizer + memory.copies
 
 
-def _beside(memory: Memory, devices: int) -> int:
-    """What a device holds beside its share of the state. Alone it has not all gradients yet while it has most
-    activations; one of several has a small part of them in any case."""
-    return max(0, memory.peak - _state(memory)) if devices == 1 else memory.activations
+def _held(memory: Memory, devices: int) -> float:
+    """What a device holds at its peak. Alone it has not all gradients yet while it has most activations; one of several
+    has its share of the state in any case."""
+    return memory.peak if devices == 1 else _state(memory) / devices + memory.activations
 
 
-def _devices(state: float, activations: float, memory: float) -> int | None:
-    """How many devices hold the state between them, with each its own activations; None where no number does."""
-    room = memory - activations
-    return math.ceil(state / room) if room > 0 else None
+def _devices(memory: Memory, room: float) -> int | None:
+    """How many devices of so much memory a step needs; None where no number is enough."""
+    if memory.peak <= room:
+        return 1
+    left = room - memory.activations
+    return max(2, math.ceil(_state(memory) / left)) if left > 0 else None
 
 
-def _advice(cfg: Config, ask: Ask, checkpointed: Memory, needed: int | None) -> list[str]:
+def _advice(cfg: Config, ask: Ask, checkpointed: Memory) -> list[str]:
     """What to lower, each with what it leaves to be held by a device."""
-    train, held = cfg.train, lambda memory: _state(memory) / ask.devices + _beside(memory, ask.devices)
-    advice, smallest = [], checkpointed
+    train, advice, smallest = cfg.train, [], checkpointed
     if not train.checkpoint_activations:
-        advice.append(f"With train.checkpoint_activations=true a device holds {gigabytes(held(checkpointed))}.")
+        held = gigabytes(_held(checkpointed, ask.devices))
+        advice.append(f"With train.checkpoint_activations=true a device holds {held}.")
     if train.batch_size // train.accumulate > 1:
         smallest = _walk(cfg, 1, True, n_micro=2)
+        held, too = gigabytes(_held(smallest, ask.devices)), "that and " if advice else ""
         micro = f"train.accumulate={train.batch_size} (micro-batches of one sequence)"
-        advice.append(f"With {'that and ' if advice else ''}{micro} a device holds {gigabytes(held(smallest))}.")
-    needed = _devices(_state(smallest), smallest.activations, ask.memory)
+        advice.append(f"With {too}{micro} a device holds {held}.")
+    needed = _devices(smallest, ask.memory)
     if needed is None:
         advice.append("Lower model.context or model.vocab_size: the activations of one sequence alone are too many.")
     elif needed > ask.devices:

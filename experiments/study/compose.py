@@ -5,16 +5,20 @@ Hydra composes once per arm, a second each; seeds are set in what it composed. W
 of their own stand in the file as `study.arms`.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
 from experiments import cli
@@ -103,10 +107,21 @@ class Planned(NamedTuple):
     base: str
 
 
+@contextlib.contextmanager
+def beside_hydra() -> Iterator[None]:
+    """Compose while Hydra runs a command, whose own state is there again afterwards."""
+    running = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        Singleton.set_state(running)
+
+
 def compose_jobs(words: list[str]) -> Planned:
     """What a command line asks for. Raises `BadInput`."""
     cli.register(COMMAND, SweepConfig)
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
+    with beside_hydra(), hydra.initialize_config_dir(str(CONF), version_base=None):
         # What the command line alone says, and the file it names.
         options = read_options(words, "")
         seed_lines = options.pop("seed", [])

@@ -19,12 +19,12 @@ import psutil
 import torch
 
 from experiments.study.claims import record_failure
-from experiments.study.manifest import Job, Study, read_study, run_of, runs_of
+from experiments.study.manifest import Job, Study, read_study, run_of, runs_of, write_study
 from experiments.study.search import best, is_wanting, refusals
 from experiments.study.states import State, counted, last_line, state_of, states_of
 from experiments.study.worker import REFUSED, Event
 from moe.errors import BadInput
-from moe.run import jsonl, terminal
+from moe.run import jsonl, machine, terminal
 from moe.run.command_line import command_line, override
 from moe.train.signals import catch_signals
 
@@ -199,6 +199,14 @@ class Pool:
             why = f"its process {how} at step {step}, and the one before it no later: memory may be short."
             record_failure(runs_of(self.folder), job.id, BadInput(why))
         self.died_at[job.id] = max(step, self.died_at.get(job.id, -1))
+
+
+def train_missing(folder: Path, name: str, command: str, jobs: list[Job], workers: int, margin: float = 0.0) -> int:
+    """Work through runs of which only their lines in a results file will be kept, as the study in `folder`. `command`:
+    what to type to go on. Returns its exit status."""
+    study = Study(name, command, machine.git_state().commit, jobs[0].arm, margin, jobs)
+    write_study(folder, study)
+    return Pool(folder, study, workers).run()
 
 
 def conclude(

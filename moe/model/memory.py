@@ -102,7 +102,6 @@ def walk(
     *,
     n_micro: int = 1,
     precision: str = "fp32",
-    backend: str = "torch",
     checkpoint_activations: bool = False,
     document_end: int | None = None,
     optimizer: Callable[[Transformer], torch.optim.Optimizer] = _adamw,
@@ -115,7 +114,7 @@ def walk(
         model = Transformer(cfg, router, balance, document_end).train()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        step = partial(_step, model, batch_size, precision, backend, checkpoint_activations)
+        step = partial(_step, model, batch_size, precision, checkpoint_activations)
         kept = step(min(n_micro, 2))  # the second micro-batch finds the gradients there, and so do all after it
         for p in model.parameters():
             p.grad = None
@@ -139,9 +138,7 @@ class _Walked(NamedTuple):
     logits: int
 
 
-def _step(
-    model: Transformer, batch_size: int, precision: str, backend: str, checkpoint_activations: bool, passes: int
-) -> _Walked:
+def _step(model: Transformer, batch_size: int, precision: str, checkpoint_activations: bool, passes: int) -> _Walked:
     """Forward and backward of so many micro-batches, as `moe.train.step` takes them."""
     tokens_BS = torch.zeros(batch_size, model.cfg.context, dtype=torch.int64)
     saved = logits = 0
@@ -149,7 +146,7 @@ def _step(
         for _ in range(passes):
             before = watcher.live
             with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-                output = model(tokens_BS, backend=backend, checkpoint_activations=checkpoint_activations)
+                output = model(tokens_BS, checkpoint_activations=checkpoint_activations)
             logits = output.logits_BSV.numel() * output.logits_BSV.element_size()
             total = next_token_loss(output.logits_BSV, tokens_BS)
             total = total + sum(value for layer in output.routing for value in layer.losses.values())

@@ -95,6 +95,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line, _ in _read(path)]
 
 
+def read_records(kind: type[T], path: Path) -> list[T]:
+    """The same as records of this kind; none where there is no file. Raises `BadInput` for a line that is none too."""
+    return [record(kind, tree, f"{path}, line {number}") for number, tree in enumerate(read_lines(path), 1)]
+
+
 def _read(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     """The lines of `read_lines`, each with its bytes; of none where there is no file."""
     try:

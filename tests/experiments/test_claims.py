@@ -1,14 +1,15 @@
 """Claims about the command that puts published claims to the test, on a study of a second."""
 
+import json
 import sys
 import types
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
 from experiments import claims as command
+from experiments.study import pool
 from experiments.study.compose import compose_jobs, plan, text_of
 from experiments.study.manifest import run_of
 from moe.analysis.specialisation import information
@@ -16,20 +17,6 @@ from moe.run.summary import read_summary
 from tests.experiments.study import small_studies
 
 SEEDS = (0, 1)
-
-
-class InThisProcess:
-    """In place of `Pool`: one worker, here, which counts the jobs it was given."""
-
-    given: ClassVar[list[int]] = []
-
-    def __init__(self, folder, study, workers):
-        self.folder = folder
-        self.given.append(len(study.jobs))
-
-    def run(self):
-        small_studies.work(self.folder)
-        return 0
 
 
 @pytest.fixture
@@ -44,8 +31,8 @@ def run(monkeypatch, tmp_path, corpus, capsys):
     ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "jobs_of", lambda cfg: jobs)
-    monkeypatch.setattr(command, "Pool", InThisProcess)
-    monkeypatch.setattr(InThisProcess, "given", [])
+    monkeypatch.setattr(pool, "Pool", small_studies.InThisProcess)
+    monkeypatch.setattr(small_studies.InThisProcess, "given", [])
 
     def main(*words):
         monkeypatch.setattr(sys, "argv", ["claims", "results=results", "page=claims.md", *words])
@@ -68,12 +55,12 @@ def test_what_is_missing_is_trained_kept_and_never_trained_again(run, tmp_path):
         )
         assert row.leak == 0
     assert "4 of 4 runs are recorded, 0 are missing" in run()
-    assert InThisProcess.given == [4]
+    assert small_studies.InThisProcess.given == [4]
     (tmp_path / "results" / "claims.jsonl").write_text(
         "\n".join((tmp_path / "results" / "claims.jsonl").read_text().splitlines()[1:]) + "\n"
     )
     assert "3 of 4 runs are recorded, 1 are missing" in run()
-    assert InThisProcess.given == [4, 1]
+    assert small_studies.InThisProcess.given == [4, 1]
     assert command.read_rows(tmp_path / "results" / "claims.jsonl") == rows
 
 
@@ -84,7 +71,7 @@ def test_the_jobs_of_a_tier_are_those_of_its_study(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(command, "EXPERIMENTS", {"cpu": "first-study", "gpu": "claims-gpu"})
     monkeypatch.setattr(command, "prepare", lambda *arguments: types.SimpleNamespace(tokenizer=tokenizer))
     planned = []
-    monkeypatch.setattr(command, "train_missing", lambda cfg, missing: planned.extend(missing) or 0)
+    monkeypatch.setattr(pool, "train_missing", lambda folder, name, words, missing, *rest: planned.extend(missing) or 0)
     monkeypatch.setattr(command, "recorded", lambda cfg, missing: [])
     monkeypatch.setattr(sys, "argv", ["claims", "results=results", "page=claims.md"])
     command.main()
@@ -95,7 +82,7 @@ def test_the_jobs_of_a_tier_are_those_of_its_study(monkeypatch, tmp_path, capsys
 
 def test_the_page_alone_trains_nothing(run, tmp_path):
     assert "of 0 runs" in run("train=false")
-    assert InThisProcess.given == []
+    assert small_studies.InThisProcess.given == []
     assert "Not run" in (tmp_path / "claims.md").read_text()
 
 
@@ -104,6 +91,15 @@ def test_settled_choices_are_those_that_an_early_checkpoint_makes_too(run, tmp_p
     settled = {row.arm: row.settled for row in command.read_rows(tmp_path / "results" / "claims.jsonl")}
     assert settled["sigmoid"] is None  # it kept no early checkpoint
     assert 0 < settled["softmax"] <= 1
+
+
+def test_of_two_lines_of_one_run_the_last_counts(run, tmp_path):
+    run()
+    path = tmp_path / "results" / "claims.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, *others, json.dumps(json.loads(first) | {"loss": 9.0})]) + "\n")
+    rows = command.read_rows(path)
+    assert [row.loss == 9.0 for row in rows] == [True, *[False] * len(others)]
 
 
 def test_a_line_that_is_none_is_refused_by_its_number(run, tmp_path, capsys):
@@ -125,6 +121,6 @@ def test_every_recorded_run_is_found_again_by_its_settings():
     asked = compose_jobs(["experiment=claims"])
     sizes = {text_of(cfg): cfg.tokenizer.vocab_size for _, cfg in asked.jobs}
     ids = {job.id for job in plan(asked, sizes, "", "", None).jobs}
-    rows = command.read_rows(Path(command.ROOT) / "experiments" / "results" / "claims.jsonl")
+    rows = command.read_rows(Path(command.__file__).parents[1] / "experiments" / "results" / "claims.jsonl")
     assert len(rows) > 60
     assert {row.id for row in rows} <= ids

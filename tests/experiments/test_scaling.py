@@ -9,28 +9,18 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import scaling as command
+from experiments.study import pool
 from moe.model import cost
 from tests.experiments.stats.test_scaling import _records
 from tests.experiments.study import small_studies
 from tests.small_runs import settings
 
 
-class InThisProcess:
-    """In place of `Pool`: one worker, here."""
-
-    def __init__(self, folder, study, workers):
-        self.folder = folder
-
-    def run(self):
-        small_studies.work(self.folder)
-        return 0
-
-
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """(words) -> what the command printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "Pool", InThisProcess)
+    monkeypatch.setattr(pool, "Pool", small_studies.InThisProcess)
 
     def main(*words):
         monkeypatch.setattr(sys, "argv", ["scaling", "page=laws.md", *words])
@@ -47,7 +37,7 @@ def test_a_family_has_equal_flops_for_every_size_of_a_budget(corpus):
     assert {run.model.d_model for _, run in family} == {16, 32, 64}
     assert {run.model.moe.n_experts for _, run in family} == {2, base.model.moe.n_experts}
     for name, run in family:
-        budget = float(name.rpartition("-")[2]) if name.count("e") == 1 else float(name.split("-", 2)[2])
+        budget = float(name.split("-", 2)[2])
         per_step = cost.flops(run.model, run.router).training * run.train.batch_size * run.model.context
         assert run.train.steps * per_step == pytest.approx(budget, rel=0.5 / run.train.steps + 1e-9)
         assert command.SHORTEST <= run.train.steps <= command.LONGEST

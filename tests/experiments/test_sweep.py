@@ -23,22 +23,11 @@ from tests.experiments.train_command import words
 from tests.small_runs import fate
 
 
-class InThisProcess:
-    """In place of `Pool`: one worker, here."""
-
-    def __init__(self, folder, study, workers):
-        self.folder, self.workers = folder, workers
-
-    def run(self):
-        small_studies.work(self.folder)
-        return 0
-
-
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """(arguments) -> (exit status, stdout, stderr) of `experiments.sweep`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "Pool", InThisProcess)
+    monkeypatch.setattr(sweep, "Pool", small_studies.InThisProcess)
 
     def run(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])

@@ -108,8 +108,3 @@ def test_every_arm_of_a_contrast_is_in_the_tiers_study_and_every_arm_there_is_co
 
 def test_at_least_ten_claims_are_tried_on_a_cpu():
     assert sum("cpu" in claim.tiers for claim in ledger.CLAIMS) >= 10
-
-
-def test_of_two_rows_of_one_run_the_last_counts():
-    trees = [dataclasses.asdict(_row("new", 0, loss)) for loss in (3.0, 2.0)]
-    assert [row.loss for row in ledger.to_rows(trees, lambda kind, tree, where: kind(**tree))] == [2.0]

@@ -40,7 +40,7 @@ def test_devices_share_the_state_and_each_holds_its_activations():
     room = alone.activations + state / 2.5
     result = planner.plan(cfg, planner.Ask(tokens=1e6, devices=3, memory=room))
     assert (result.devices_needed, result.fits, result.advice) == (3, True, [])
-    assert result.state == pytest.approx(state / 3)
+    assert result.held == pytest.approx(state / 3 + alone.activations)
     assert not planner.plan(cfg, planner.Ask(tokens=1e6, devices=2, memory=room)).fits
 
 
@@ -52,6 +52,23 @@ def test_a_plan_is_of_the_optimiser_and_of_the_mean_that_are_asked_for():
     assert adamw.memory.optimizer == 8 * total
     assert 4 * total < muon.memory.optimizer < 6 * total
     assert mean.state - adamw.state == 4 * total
+
+
+def test_a_device_alone_holds_a_steps_peak_and_no_more():
+    """Its bf16 copies, gradients and activations are never all there at once."""
+    cfg = _config(precision="bf16")
+    peak = planner.plan(cfg, planner.Ask(tokens=1e6)).memory.peak
+    fits = lambda memory: planner.plan(cfg, planner.Ask(tokens=1e6, memory=memory))
+    assert (fits(peak).fits, fits(peak).devices_needed, fits(peak).held) == (True, 1, peak)
+    assert fits(peak - 1).fits is False
+    assert fits(peak - 1).devices_needed != 1
+
+
+def test_a_mask_of_documents_is_planned_for():
+    cfg = _config()
+    separate = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, documents="separate"))
+    packed, masked = (planner.plan(each_cfg, planner.Ask(tokens=1e6)).memory.peak for each_cfg in (cfg, separate))
+    assert masked > packed
 
 
 def test_what_does_not_fit_is_told_what_to_lower_and_what_that_leaves():

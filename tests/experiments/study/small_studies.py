@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 from experiments.study import worker
@@ -48,6 +48,21 @@ def work(folder: Path, patient: bool = True) -> list[worker.Event]:
     with quick():
         worker.work(folder, events.append, patient)
     return events
+
+
+class InThisProcess:
+    """In place of `Pool`: one worker, here, which counts the jobs it is given."""
+
+    given: ClassVar[list[int]] = []
+
+    def __init__(self, folder: Path, study: Study, workers: int) -> None:
+        self.folder = folder
+        self.given.append(len(study.jobs))
+
+    def run(self) -> int:
+        """Train all of it."""
+        work(self.folder)
+        return 0
 
 
 def fates(folder: Path, study: Study) -> dict[str, Any]:

@@ -36,10 +36,10 @@ def test_copies_keep_every_row_and_no_device_has_more_slots_than_the_others(load
 
 
 @given(st.lists(st.integers(0, 100), min_size=6, max_size=6))
-def test_greedy_placement_is_within_a_third_of_the_best_there_is(load):
+def test_greedy_placement_is_within_a_sixth_of_the_best_there_is(load):
     """Longest first on two devices with three slots each, against all ways to halve six experts."""
     best = min(max(sum(half), sum(load) - sum(half)) for half in itertools.combinations(load, 3))
-    assert placement.replicated_load(torch.tensor(load), 2, 0).max().item() <= best * 4 / 3 + max(load) / 3 + 1e-9
+    assert placement.replicated_load(torch.tensor(load), 2, 0).max().item() <= best * 7 / 6 + 1e-9
 
 
 def test_a_copy_of_the_busiest_expert_halves_what_it_costs():

@@ -137,4 +137,4 @@ def test_nothing_of_a_model_that_no_machine_holds_is_allocated():
     model = ModelConfig("huge", 128_000, 4096, n_layers=2, d_model=16384, n_heads=128, d_ff=53248)
     memory = walk(model, PRESETS["softmax"].router, PRESETS["softmax"].balance, 1)
     assert memory.weights == 4 * cost.size(model).total > 2**34
-    assert torch.empty(0).untyped_storage().nbytes() == 0  # outside the walk tensors are real again
+    assert torch.ones(2).tolist() == [1, 1]  # outside the walk tensors have data again

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,21 @@ def test_where_nothing_can_be_written_the_sentence_is_about_the_file(tmp_path, m
 def test_a_file_is_utf8_whatever_the_locale(tmp_path):
     jsonl.write_atomically(tmp_path / "file", "± –")
     assert (tmp_path / "file").read_bytes() == "± –".encode()
+
+
+def test_lines_are_read_as_records_and_one_that_is_none_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert jsonl.read_records(Pair, path) == []
+    path.write_text('{"a": 1, "b": 2.5}\n{"a": 3, "b": null, "later": 1}\n')
+    (first, second) = jsonl.read_records(Pair, path)
+    assert first == Pair(1, 2.5)
+    assert second.a == 3
+    path.write_text('{"a": 1, "b": 2.5}\n{"a": 3}\n')
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2"):
+        jsonl.read_records(Pair, path)
+
+
+@dataclass
+class Pair:
+    a: int
+    b: float
