@@ -55,13 +55,19 @@ def test_a_plan_is_of_the_optimiser_and_of_the_mean_that_are_asked_for():
 
 
 def test_a_device_alone_holds_a_steps_peak_and_no_more():
-    """Its bf16 copies, gradients and activations are never all there at once."""
-    cfg = _config(precision="bf16")
-    peak = planner.plan(cfg, planner.Ask(tokens=1e6)).memory.peak
-    fits = lambda memory: planner.plan(cfg, planner.Ask(tokens=1e6, memory=memory))
-    assert (fits(peak).fits, fits(peak).devices_needed, fits(peak).held) == (True, 1, peak)
-    assert fits(peak - 1).fits is False
-    assert fits(peak - 1).devices_needed != 1
+    """Its bf16 copies, gradients and activations are never all there at once: of a large model and one sequence the
+    state that devices would share is more than that."""
+    cfg = _config(precision="bf16", batch_size=1, checkpoint_activations=True)
+    moe = dataclasses.replace(cfg.model.moe, d_expert=2048)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
+    whole = planner.plan(cfg, planner.Ask(tokens=1e6))
+    peak = whole.memory.peak
+    assert peak < whole.state
+    fits = planner.plan(cfg, planner.Ask(tokens=1e6, memory=peak))
+    assert (fits.fits, fits.devices_needed, fits.held) == (True, 1, peak)
+    tight = planner.plan(cfg, planner.Ask(tokens=1e6, memory=peak - 1))
+    assert tight.fits is False
+    assert tight.devices_needed != 1
 
 
 def test_a_mask_of_documents_is_planned_for():
