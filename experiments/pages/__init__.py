@@ -5,6 +5,8 @@ sweep_table   a line per comparison of a sweep
 compare_page  a comparison as a page
 study_page    a study as a page
 study_tables  its tables, for the page, Markdown and CSV
+inspector_page  what routing does, as a page
+packed        arrays inside it
 charts        lines and points as SVG
 scaling_page  what the fits of scaling laws say
 coverage_table  how often verdicts hold

@@ -70,9 +70,13 @@ def filling(index: int) -> float:
     return 0.0 if index // len(COLOURS) % 2 else 1.0
 
 
-def line_chart(series: Sequence[Series], x_title: str, y_title: str) -> str:
-    """Curves over x, as high as the last two thirds of the way are: before, every loss falls from the same height."""
-    late = [(x, y) for s in series for x, *ys in zip(s.x, s.low, s.high, strict=True) if x >= s.x[-1] / 3 for y in ys]
+def line_chart(series: Sequence[Series], x_title: str, y_title: str, whole: bool = False) -> str:
+    """Curves over x, as high as the last two thirds of the way are: before, every loss falls from the same height. Or
+    as high as the `whole` way is."""
+    begin = 0.0 if whole else 1 / 3
+    late = [
+        (x, y) for s in series for x, *ys in zip(s.x, s.low, s.high, strict=True) if x >= s.x[-1] * begin for y in ys
+    ]
     end = max((s.x[-1] for s in series), default=1.0) or 1.0
     heights = [y for _, y in late] or [0.0, 1.0]
     frame = Frame((0.0, end), (min(heights), max(heights)), x_title, y_title, height_for(series))

@@ -5,5 +5,9 @@ decisions       how decided a router is, and whether it decides alike twice
 specialisation  which domains and tokens an expert takes, and with which others
 placement       what a load means for devices and decode batches
 trace           which experts every token took, as Parquet
+tracing         a run over a text, traced
+inspection      all that a page says of a trace
+findings        whether anything is wrong with it, in words
+history         what a run's own files say of its routing over training
 replay          every step's routing on disk, to take again
 """

@@ -61,8 +61,11 @@ def distinct_experts(expert_TK: Tensor, batch: int) -> float:
     whole = len(expert_TK) // batch
     if not whole:
         return math.nan
-    groups = expert_TK[: whole * batch].reshape(whole, -1)
-    return sum(len(group[group >= 0].unique()) for group in groups) / whole
+    group_GN = expert_TK[: whole * batch].reshape(whole, -1)
+    # A number for every pair of group and expert: different pairs are what is counted.
+    n_experts = int(expert_TK.max()) + 1
+    pair_GN = torch.arange(whole)[:, None] * max(1, n_experts) + group_GN
+    return len(pair_GN[group_GN >= 0].unique()) / whole
 
 
 def expected_distinct(n_experts: int, k: int, batch: int) -> float:

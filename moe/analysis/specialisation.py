@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CHUNK = 2**16  # tokens at a time
+
 
 def count_by(key_T: Tensor, expert_TK: Tensor, n_keys: int, n_experts: int) -> Tensor:
     """Routed rows by (key, expert), (M, E) int64, of tokens with these keys; a negative expert is none."""
@@ -77,6 +79,18 @@ def flow(expert_TK: Tensor, next_TK: Tensor, n_experts: int, n_next: int) -> Ten
 
 def pairs(expert_TK: Tensor, other_TK: Tensor, n_experts: int, n_others: int) -> Tensor:
     """How many tokens have expert i in one choice and j in another, (E, E') int64; a negative expert is none."""
-    taken = (expert_TK[:, :, None] >= 0) & (other_TK[:, None, :] >= 0)
-    cell = expert_TK[:, :, None] * n_others + other_TK[:, None, :]
-    return torch.bincount(cell[taken], minlength=n_experts * n_others).view(n_experts, n_others)
+    pair_EE = torch.zeros(n_experts, n_others, dtype=torch.int64)
+    for rows in range(0, len(expert_TK), CHUNK):  # float32 counts to 2^24 without a rounding
+        taken_TE, other_TE = (
+            _one_hot(choice_TK[rows : rows + CHUNK], n)
+            for choice_TK, n in ((expert_TK, n_experts), (other_TK, n_others))
+        )
+        pair_EE += (taken_TE.T @ other_TE).long()
+    return pair_EE
+
+
+def _one_hot(expert_TK: Tensor, n_experts: int) -> Tensor:
+    """How often a token takes each expert, (T, E) float32."""
+    column_TK = torch.where(expert_TK < 0, n_experts, expert_TK.long())
+    count_TE = torch.zeros(len(expert_TK), n_experts + 1)
+    return count_TE.scatter_add_(1, column_TK, torch.ones(()).expand(column_TK.shape))[:, :n_experts]

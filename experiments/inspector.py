@@ -1,0 +1,124 @@
+"""See what each expert does: a summary on the terminal, and one page that opens from disk.
+
+    python -m experiments.inspector run=runs/demo/moe-seed0
+    python -m experiments.inspector run=runs/demo/moe-seed0 beside=[runs/demo/moe-seed1]      # two, side by side
+    python -m experiments.inspector trace=runs/demo-trace out=runs/demo-page                  # of a trace that is there
+
+Writes index.html, and the trace that it shows, into `out` (by default the run's folder inspector/). Nothing is loaded
+from the network.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments import cli
+from experiments.pages import inspector_page, tables
+from experiments.pages.inspector_page import Look
+from moe.analysis.findings import findings, verdict
+from moe.analysis.history import read_history
+from moe.analysis.inspection import inspect
+from moe.analysis.trace import Trace
+from moe.analysis.tracing import What, trace_run
+from moe.data.tokenizer import Tokenizer
+from moe.errors import BadInput
+from moe.run import terminal
+from moe.run.jsonl import write_atomically
+from moe.run.load import find_checkpoint
+
+MOST = 200_000  # tokens that a page is of
+
+
+@dataclass
+class InspectorConfig:
+    """What to look at."""
+
+    run: str = ""  # a run's folder
+    beside: list[str] = field(default_factory=list)  # other runs, on the same page
+    trace: str = ""  # a trace that is there, instead of a run
+    which: str = "best"  # best (lowest validation loss) | last | step-N
+    out: str = ""  # the folder to write; "": inspector/ in the run's folder
+    text: str = ""  # a file of UTF-8 text to trace; "": the run's validation text
+    tokens: int = 100_000  # at most so many are traced
+    trust: bool = False  # run a router of one's own that the run names
+
+    def __post_init__(self) -> None:
+        if bool(self.run) == bool(self.trace):
+            raise BadInput("run=... is needed, a run's folder; or trace=..., the folder of a trace; and not both.")
+        if self.trace and not self.out:
+            raise BadInput("out=... is needed with trace=...: the folder to write the page to.")
+        if self.trace and self.beside:
+            raise BadInput("beside=... goes with run=...: a trace is shown alone.")
+        _ = self.what
+
+    @property
+    def what(self) -> What:
+        """Which text."""
+        return What(self.text, self.tokens)
+
+
+@cli.command("inspector", InspectorConfig, verbatim=("run", "trace", "out", "text"))
+def main(cfg: InspectorConfig) -> None:
+    """Trace what is not traced yet, say what was seen, and write the page."""
+    out = Path(cfg.out or f"{cfg.run}/inspector")
+    if cfg.trace:
+        looks = [look_at(Trace(Path(cfg.trace)))]
+    else:
+        runs = [Path(run) for run in (cfg.run, *cfg.beside)]
+        names = [f"trace-{i}" if i else "trace" for i in range(len(runs))]
+        looks = [look_at(traced(run, out / name, cfg)) for run, name in zip(runs, names, strict=True)]
+    for look in looks:
+        say(look)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "index.html", inspector_page.render(looks))
+    except OSError as error:
+        raise BadInput(f"out={out} cannot be written ({error.strerror or error}).") from error
+    terminal.say(f"page: {out / 'index.html'}")
+
+
+def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
+    """The run's trace in `folder`: the one that is there, where it is of the same checkpoint and the same text; else a
+    new one."""
+    checkpoint = find_checkpoint(run / "checkpoints", cfg.which).name
+    if folder.exists():
+        try:
+            about = Trace(folder).about
+            fits = about.run == str(run) and about.checkpoint == checkpoint and about.what == cfg.what.key()
+        except BadInput:
+            fits = False
+        if fits:
+            return Trace(folder)
+        shutil.rmtree(folder)
+    said = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
+    terminal.say(f"trace: {folder}, {said}")
+    return Trace(folder)
+
+
+def look_at(trace: Trace) -> Look:
+    """A trace with whatever is known of its run beside it: tokenizer and history."""
+    run = Path(trace.about.run)
+    tokenizer, history = None, None
+    try:
+        tokenizer = Tokenizer.load(run / "tokenizer")
+        if tokenizer.fingerprint != trace.about.tokenizer:
+            raise BadInput(f"{run / 'tokenizer'} is another one than the trace's.")
+    except BadInput as missing:
+        tokenizer = None
+        terminal.say(f"note: token ids are shown, because {str(missing).rstrip('.')}.")
+    if (run / "metrics.jsonl").is_file():
+        history = read_history(run)
+    return Look(run.name, inspect(trace, MOST), tokenizer, history)
+
+
+def say(look: Look) -> None:
+    """The verdict, what stands out, and a row per layer."""
+    terminal.say(f"{look.name}: {verdict(look.inspection)}")
+    for finding in findings(look.inspection)[1:]:
+        terminal.say(f"  {finding.text}" + (f" Try first: {finding.advice}." if finding.advice else ""))
+    table = inspector_page.layer_table(look.inspection)
+    tables.print_table(table.headings, table.rows)
+
+
+if __name__ == "__main__":
+    main()
