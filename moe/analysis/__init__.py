@@ -1,5 +1,6 @@
 """What routing did.
 
+doctor          alarms while a run trains
 metrics         how even a load is: balance, dead experts, what was dropped
 decisions       how decided a router is, and whether it decides alike twice
 specialisation  which domains and tokens an expert takes, and with which others

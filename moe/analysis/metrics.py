@@ -84,10 +84,13 @@ def layer_metrics(
     tokens: int,
     work: Sequence[float] | None = None,
     losses: dict[str, float] | None = None,
+    seen: dict[str, Tensor] | None = None,
 ) -> LayerMetrics:
     """What to say of one layer. The window is what was counted: one optimiser step, its micro-batches summed, or a
-    whole validation. `dropped` counts rows, `skipped` tokens that no expert took; `work` as in `rows_of`. Counts that
-    are on a GPU make it wait several times: bring them to the host first."""
+    whole validation. `dropped` counts rows, `skipped` tokens that no expert took; `work` as in `rows_of`. `seen`,
+    where the layer is watched, sums over tokens: "entropy" and "prob" (E,) of their probabilities, "dropped" and
+    "wanted" (Y,) rows by domain; and of this moment "bias" (E,) and "gradient" (E,), the experts' gradient norms. What
+    is on a GPU makes it wait several times: bring it to the host first."""
     return LayerMetrics(
         layer=layer,
         max_vio=max_violation(count_E),
@@ -98,4 +101,26 @@ def layer_metrics(
         skipped=skipped / max(1, tokens),
         rows=rows_of(count_E, tokens, work),
         losses=losses or {},
+        starved=starved_experts(count_E),
+        **watched(seen or {}),  # type: ignore[arg-type]
     )
+
+
+def watched(seen: dict[str, Tensor]) -> dict[str, float | int | None]:
+    """The fields of `LayerMetrics` that `seen` (as in `layer_metrics`) has something for."""
+    fields: dict[str, float | int | None] = {}
+    if "entropy" in seen:  # probabilities sum to 1 for every token
+        n_experts, n_tokens = len(seen["prob"]), seen["prob"].sum().item()
+        fields["entropy"] = seen["entropy"].item() / max(1.0, n_tokens) / math.log(max(2, n_experts))
+    if "bias" in seen:
+        fields["bias"] = seen["bias"].abs().max().item()
+    if "gradient" in seen:
+        median = seen["gradient"].double().median().item()
+        fields["weakest"] = seen["gradient"].min().item() / median if median else None
+    if "dropped" in seen and seen["dropped"].sum():
+        rate = (seen["dropped"].sum() / seen["wanted"].sum()).item()
+        share_Y = seen["dropped"] / seen["wanted"].clamp_min(1)
+        # A domain with a handful of tokens is no evidence.
+        share_Y = torch.where(seen["wanted"] >= 0.01 * seen["wanted"].sum(), share_Y, 0.0)
+        fields |= {"drop_skew": share_Y.max().item() / rate, "drop_domain": int(share_Y.argmax())}
+    return fields

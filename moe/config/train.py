@@ -73,6 +73,8 @@ class CheckpointConfig:
 class LogConfig:
     # steps between plain progress lines; metrics.jsonl has a line for every step
     every: Annotated[int, Between(1, 2**62)] = 10
+    # watch how decided routers are and how experts learn, and raise alarms (moe/analysis/doctor.py)
+    doctor: bool = True
     experts: bool = False  # also write which experts every token took, at every step (moe/analysis/replay.py)
     tensorboard: bool = False  # also write TensorBoard files
     wandb: str = ""  # project name; "": off

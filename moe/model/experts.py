@@ -36,6 +36,15 @@ class Experts(nn.Module):
         self.w_up_EFD = nn.Parameter(torch.empty(moe.n_experts, up_width(cfg, moe.d_expert), cfg.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(moe.n_experts, cfg.d_model, moe.d_expert))
 
+    def gradient_norms(self) -> Tensor:
+        """The norm of every expert's gradients, (E,) in float32 at least; 0 for those without any."""
+        dtype = torch.promote_types(self.w_up_EFD.dtype, torch.float32)
+        squares_E = torch.zeros(len(self.w_up_EFD), dtype=dtype, device=self.w_up_EFD.device)
+        for w in (self.w_up_EFD, self.w_down_EDF):
+            if w.grad is not None:
+                squares_E = squares_E + torch.linalg.vector_norm(w.grad, dim=(1, 2), dtype=dtype).square()
+        return squares_E.sqrt()
+
 
 class MixedExperts(nn.Module):
     """Routed experts of several hidden widths (HMoE, 2408.10681): one stack of weights for each width, narrowest first.
@@ -54,6 +63,14 @@ class MixedExperts(nn.Module):
             local.append(torch.where(of_width_E, of_width_E.cumsum(0) - 1, UNUSED))
         self.stacks = nn.ModuleList(stacks)
         self.register_buffer("local_GE", torch.stack(local), persistent=False)
+
+    def gradient_norms(self) -> Tensor:
+        """As of `Experts`, in the experts' own order."""
+        by_stack = [stack.gradient_norms() for stack in self.stacks]  # type: ignore[operator]
+        norm_E = by_stack[0].new_zeros(self.local_GE.shape[1])
+        for local_E, norms in zip(self.local_GE, by_stack, strict=True):
+            norm_E[local_E >= 0] = norms[local_E[local_E >= 0]]
+        return norm_E
 
 
 class CheapExperts(nn.Module):

@@ -28,6 +28,7 @@ class LayerInput(NamedTuple):
     router: Router | None = None  # the one that layers share, for a layer without its own
     step: Step = Step()  # the whole optimiser step, for balance.scope=global
     recorded_TK: Tensor | None = None  # int64 experts to take instead of the router's choice
+    watched: bool = False  # whether to say how decided the router is (`LayerRouting.seen`)
 
 
 class LayerRouting(NamedTuple):
@@ -44,6 +45,8 @@ class LayerRouting(NamedTuple):
     token_N: Tensor | None
     observed: dict[str, Tensor]  # for `Router.update` and `Step.total`, to be summed over micro-batches
     state_TD: Tensor | None  # the layer's input, where a router one layer on reads it
+    # Where it is watched and has scores, sums over its tokens: "prob" (E,) of their probabilities, "entropy" of theirs
+    seen: dict[str, Tensor] | None = None
 
     @property
     def aux(self) -> Tensor:
@@ -106,6 +109,8 @@ class MoELayer(nn.Module):
             y_BSD, report = self.mix(x_BSD, routing, backend)
         else:
             y_BSD, report = self.send(x_BSD, routing, backend, layer_input.step, layer_input.recorded_TK)
+            if layer_input.watched:
+                report = report._replace(seen=decidedness(routing))
         # The shared experts take every token.
         if self.shared is not None:
             shared_BSD = self.shared(x_BSD)
@@ -245,6 +250,14 @@ def default_vectors(default_ED: Tensor, routing: Routing, rest_TE: Tensor, y_TD:
         error_TD = y_TD.detach().to(default_ED.dtype) - taken_TE.to(default_ED.dtype) @ default_ED
     loss = error_TD.square().sum() / max(1, error_TD.numel())
     return rest_TE.to(y_TD.dtype) @ default_ED.detach().to(y_TD.dtype), loss
+
+
+@torch.no_grad()
+def decidedness(routing: Routing) -> dict[str, Tensor]:
+    """`LayerRouting.seen` of a routing; nothing where the router has no scores."""
+    if routing.prob_E is None or routing.logits_TE is None:
+        return {}
+    return {"prob": routing.prob_E.detach(), "entropy": torch.special.entr(routing.prob_TE().float()).sum()}
 
 
 def served(routing: Routing, n_tokens: int) -> Tensor:

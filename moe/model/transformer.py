@@ -153,11 +153,12 @@ class Transformer(nn.Module):
         checkpoint_activations: bool = False,
         steps: Sequence[Step] | None = None,
         recorded: Sequence[Tensor] | None = None,
+        watched: bool = False,
     ) -> Output:
         """With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
         for backward and computes the rest again. For every MoE layer in order, `steps` are the whole optimiser step
         (for balance.scope=global), and `recorded` the experts (T, K) to take instead of the router's choice, as an
-        earlier pass returned them in `LayerRouting.expert`."""
+        earlier pass returned them in `LayerRouting.expert`. `watched`: also say how decided the routers are."""
         past = cache.length if cache is not None else 0
         end = past + tokens_BS.shape[1]
         if end > self.cfg.context:
@@ -190,6 +191,7 @@ class Transformer(nn.Module):
                     router=shared,
                     step=steps[n_before] if steps is not None else Step(),
                     recorded_TK=recorded[n_before] if recorded is not None else None,
+                    watched=watched,
                 )
             arguments = (x_BSD, rope, backend, cache, layer_input, mask)
             if checkpoint_activations:

@@ -54,6 +54,30 @@ class LayerMetrics:
     # what experts computed per token, in rows at one of mean width; cheap ones compute none. None in older files
     rows: float | None = None
     losses: dict[str, float] = field(default_factory=dict)  # of a step, unweighted, by name as in MetricsLine
+    starved: int | None = None  # experts with less than a tenth of a fair load, dead ones among them
+    # What log.doctor watches in training; None where it does not, or the router has nothing of the kind
+    entropy: float | None = None  # of a token's probabilities, the mean, over ln E
+    bias: float | None = None  # the largest selection bias, without its sign
+    weakest: float | None = None  # the smallest gradient norm of an expert over the median's; at log.every
+    drop_skew: float | None = None  # drop rate of the domain that loses most, over the layer's
+    drop_domain: int | None = None  # which that is
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that goes wrong in training, and what to try (moe/analysis/doctor.py)."""
+
+    kind: str
+    step: int
+    layer: int | None  # among all layers; None: the whole model
+    evidence: str  # with its numbers
+    cause: str  # the likely one
+    advice: str  # the first setting to try
+
+    def sentence(self) -> str:
+        """For a terminal."""
+        where = "" if self.layer is None else f" in layer {self.layer}"
+        return f"{self.kind}{where} at step {self.step}: {self.evidence}. Likely {self.cause}; try {self.advice}."
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,7 @@ class MetricsLine:
     tokens_per_s: float | None = None
     skipped: int | None = None  # steps not taken so far, because they were not finite
     layers: list[LayerMetrics] | None = None  # the MoE layers
+    alarms: list[Alarm] | None = None  # that this step raised
     val: Validation | None = None
 
 
@@ -146,7 +171,8 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 def line_to_json(line: MetricsLine) -> dict[str, Any]:
     """A line as it stands in metrics.jsonl: what is not known is left out, and losses have their names."""
-    tree = {name: value for name, value in dataclasses.asdict(line).items() if value is not None}
+    known = lambda pairs: {name: value for name, value in pairs if value is not None}
+    tree = dataclasses.asdict(line, dict_factory=known)
     return tree | tree.pop("losses")
 
 

@@ -18,11 +18,11 @@ from moe.config.router import facts
 from moe.config.run import Config
 from moe.data.loader import Batch
 from moe.errors import BadInput
-from moe.model.layer import LayerRouting
+from moe.model.layer import LayerRouting, MoELayer
 from moe.model.transformer import Output, Transformer, next_token_loss
 from moe.parallel.collectives import n_ranks, summed_over_ranks
 from moe.routing import balance
-from moe.routing.contract import Router, Step
+from moe.routing.contract import DROPPED, UNUSED, Router, Step, rows
 from moe.run.machine import autocast, synchronize, to_host
 from moe.run.summary import MetricsLine
 from moe.train.average import is_averaged
@@ -57,22 +57,25 @@ class LayerTotals:
     observed: dict[str, Tensor]
     expert: list[Tensor] = field(default_factory=list)  # every micro-batch's choices, where they are recorded
     losses: dict[str, Tensor] = field(default_factory=dict)  # float64, unweighted; over the step their mean
+    seen: dict[str, Tensor] = field(default_factory=dict)  # as `layer_metrics` takes it, where the layer is watched
 
     def add(self, other: "LayerTotals") -> None:
         """Another micro-batch of the layer."""
         for name in ("count_E", "wanted_E", "dropped", "skipped", "tokens", "expert"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.observed, self.losses = added(self.observed, other.observed), added(self.losses, other.losses)
+        for name in ("observed", "losses", "seen"):
+            setattr(self, name, added(getattr(self, name), getattr(other, name)))
 
     def told(self) -> list[Tensor]:
         """What the host is told of the layer; what its router learns from stays on the device."""
-        return [self.count_E, self.dropped, self.skipped, *self.losses.values()]
+        return [self.count_E, self.dropped, self.skipped, *self.losses.values(), *self.seen.values()]
 
     def on_host(self, told: Iterator[Tensor]) -> "LayerTotals":
         """The same with the host's copies of `told`, in its order."""
         count_E, dropped, skipped = (next(told).long() for _ in range(3))
         losses = {name: next(told) for name in self.losses}
-        return dataclasses.replace(self, count_E=count_E, dropped=dropped, skipped=skipped, losses=losses)
+        seen = {name: next(told) for name in self.seen}
+        return dataclasses.replace(self, count_E=count_E, dropped=dropped, skipped=skipped, losses=losses, seen=seen)
 
 
 def added(sums: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +91,8 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
 
     # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
     recorded = state.replay.step(step, device) if state.replay else None
-    gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded)
+    measured = cfg.log.doctor and step % cfg.log.every == 0
+    gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded, measured)
     loss = gradients.total
 
     # The update; or, where something is not finite, none at all.
@@ -134,6 +138,7 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
                 totals.tokens,
                 layer_moe(cfg.model, layer).work(),
                 {name: value.item() for name, value in totals.losses.items()},
+                totals.seen,
             )
             for layer, totals in zip(layers, gradients.routing, strict=True)
         ],
@@ -148,15 +153,17 @@ def compute_gradients(
     progress: float = 0.0,
     teacher: Transformer | None = None,
     recorded: Sequence[Tensor] | None = None,
+    measured: bool = False,
 ) -> Gradients:
     """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
     the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
-    instead of the routers' choice."""
+    instead of the routers' choice. `measured`: whether to look at every expert's gradients too."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
     steps = whole_step(model, batch, cfg, recorded)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
     layers: list[LayerTotals] = []
-    for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
+    domain_BS = batch.domain_BS.chunk(n_micro)
+    for (tokens_BS, targets_BS, experts), domains in zip(micro_batches(batch, cfg, recorded), domain_BS, strict=True):
         # Forward.
         tokens_BS = tokens_BS.to(device)
         with autocast(cfg):
@@ -166,6 +173,7 @@ def compute_gradients(
                 checkpoint_activations=cfg.train.checkpoint_activations,
                 steps=steps,
                 recorded=experts,
+                watched=cfg.log.doctor,
             )
 
         # Losses by name: of the text, of the routers over all layers, of a teacher.
@@ -189,9 +197,17 @@ def compute_gradients(
         micro_losses = {name: value.detach().double() / n_micro for name, value in ({"lm": lm_loss} | losses).items()}
         mean_losses = added(mean_losses, micro_losses)
         totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in layer_routing]
+        if cfg.log.doctor and cfg.balance.capacity:
+            n_domains = int(batch.domain_BS.max()) + 1
+            for layer, routing in zip(totals, layer_routing, strict=True):
+                layer.seen |= lost_by_domain(routing, domains.to(device).flatten().long(), n_domains)
         for step_totals, micro_totals in zip(layers, totals, strict=False):
             step_totals.add(micro_totals)
         layers = layers or totals
+
+    # Of this moment: selection biases, and how much every expert learns.
+    if cfg.log.doctor:
+        look_at_experts(model, layers, measured)
 
     # Of the whole step, and the one time that the host waits for the device: what was minimised, the gradients' norm,
     # and what the layers did.
@@ -220,7 +236,27 @@ def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False,
     detached = {name: value.detach() for name, value in routing.observed.items()}
     losses = {name: value.detach().double() / n_micro for name, value in routing.losses.items()}
     counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
-    return LayerTotals(*counts, [routing.expert] if keep_experts else [], losses)
+    return LayerTotals(*counts, [routing.expert] if keep_experts else [], losses, routing.seen or {})
+
+
+def lost_by_domain(routing: LayerRouting, domain_T: Tensor, n_domains: int) -> dict[str, Tensor]:
+    """Rows that found no room, and rows in all, by the domain of their token: "dropped" and "wanted" (Y,)."""
+    token_N, expert_N, _ = rows(routing.token_N, routing.expert, routing.weight)
+    count = lambda row_N: torch.bincount(domain_T[token_N[row_N]], minlength=n_domains)
+    return {"dropped": count(expert_N == DROPPED), "wanted": count(expert_N != UNUSED)}
+
+
+@torch.no_grad()
+def look_at_experts(model: Transformer, layers: list[LayerTotals], measured: bool) -> None:
+    """Add to what is seen of every MoE layer the selection bias of its router, if it has one, and, where it is
+    `measured`, the norms of its experts' gradients."""
+    for router, layer in zip(model.routers(), layers, strict=True):
+        bias_E = getattr(router, "bias_E", None)
+        if bias_E is not None:
+            layer.seen = layer.seen | {"bias": bias_E}
+    moe_blocks = [block.mlp for block in model.blocks if isinstance(block.mlp, MoELayer)]
+    for mlp, layer in zip(moe_blocks if measured else [], layers, strict=measured):
+        layer.seen = layer.seen | {"gradient": mlp.experts.gradient_norms()}
 
 
 def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:

@@ -25,6 +25,18 @@ def test_cheap_experts_that_nobody_chooses_change_nothing(make_layer, backend):
     assert report.count_E[8:].sum() == 0
 
 
+def test_the_gradients_of_experts_of_several_widths_are_told_in_the_experts_order(make_layer):
+    layer = make_layer(RouterConfig("softmax"), n_experts=4, k=2, widths=[8, 4, 8, 4])
+    assert layer.experts.gradient_norms().tolist() == [0.0] * 4
+    out, _ = run_layer(layer, states(), "torch")
+    out.square().sum().backward()
+    norms = layer.experts.gradient_norms().tolist()
+    for stack, places in zip(layer.experts.stacks, ((1, 3), (0, 2)), strict=True):
+        for i, e in enumerate(places):
+            squares = stack.w_up_EFD.grad[i].square().sum() + stack.w_down_EDF.grad[i].square().sum()
+            assert norms[e] == pytest.approx(squares.sqrt().item(), rel=1e-5)
+
+
 @BACKENDS
 def test_cheap_experts_alone_give_nothing_the_token_or_a_mix(make_layer, backend):
     cfg = RouterConfig("sigmoid", selection_bias=True, renormalize=True)

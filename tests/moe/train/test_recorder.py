@@ -1,5 +1,7 @@
 """Claims about what a step leaves besides checkpoints."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,6 +42,38 @@ def test_every_step_has_a_line_and_every_few_steps_the_counts(corpus, tmp_path):
 def test_the_experts_of_every_token_are_kept_where_they_are_asked_for(experts, corpus, tmp_path):
     recorded(settings(corpus, tmp_path, {"log.experts": experts}), tmp_path, 2)
     assert (tmp_path / "routing" / "experts-0.npy").exists() == experts
+
+
+def test_probability_mass_stands_beside_the_counts_where_routers_have_any(corpus, tmp_path):
+    cfg = settings(corpus, tmp_path, {"log.every": 1})
+    with Recorder(cfg, tmp_path, 0) as recorder:
+        layers = [totals(1, 0, 0, 1), totals(0, 1, 1, 0)]
+        for layer in layers:
+            layer.seen = {"prob": torch.tensor([1.0, 3.0, 0.0, 4.0])}
+        recorder.record(line(1), layers)
+        recorder.record(line(2), [layers[0], totals(1, 0, 0, 1)])
+    first, second = read_lines(tmp_path / "routing" / "counts.jsonl")
+    assert first["prob"] == [[0.125, 0.375, 0.0, 0.5]] * 2
+    assert "prob" not in second
+
+
+def test_an_alarm_is_said_and_stands_in_its_line_and_a_resumed_run_does_not_repeat_it(corpus, tmp_path, capsys):
+    sick = lambda step: dataclasses.replace(line(step), layers=[dataclasses.replace(LAYER, dead=2 * (step > 200))])
+    cfg = settings(corpus, tmp_path)
+    with Recorder(cfg, tmp_path, 0) as recorder:
+        for step in range(1, 301):
+            recorder.record(sick(step))
+    with Recorder(cfg, tmp_path, 300) as recorder:
+        for step in range(301, 311):
+            recorder.record(sick(step))
+    alarmed = [written for written in read_metrics(tmp_path) if written.alarms]
+    assert [[alarm.kind for alarm in written.alarms] for written in alarmed] == [["dead experts"]]
+    assert capsys.readouterr().out.count(f"alarm: {alarmed[0].alarms[0].sentence()}") == 1
+    quiet = tmp_path / "quiet"
+    with Recorder(settings(corpus, quiet, {"log.doctor": False}), quiet, 0) as recorder:
+        for step in range(1, 301):
+            recorder.record(sick(step))
+    assert not any(written.alarms for written in read_metrics(quiet))
 
 
 def test_a_long_name_is_cut_before_its_bar(corpus, tmp_path):

@@ -355,3 +355,63 @@ def test_the_selection_bias_moves_against_the_load(corpus, tmp_path):
         steps = [torch.tensor(step[layer], dtype=torch.float64) for step in counts]
         expected = sum(0.25 * torch.sign(count.mean() - count) for count in steps)
         assert snapshot.model[f"blocks.{layer}.mlp.router.bias_E"].tolist() == expected.tolist()
+
+
+# What the doctor is told
+
+
+def test_what_is_seen_of_a_step_is_what_its_micro_batches_routers_had(corpus):
+    cfg, model, batch = model_and_batch(corpus, {"train.accumulate": 2, "train.batch_size": 8})
+    logits: list[list[torch.Tensor]] = [[], []]
+    for router, kept in zip(model.routers(), logits, strict=True):
+        router.register_forward_hook(lambda module, given, routing, kept=kept: kept.append(routing.logits_TE))
+    result = compute_gradients(model, batch, cfg, measured=True)
+    for kept, layer, block in zip(logits, result.routing, model.blocks, strict=True):
+        prob_TE = torch.cat(kept).detach().softmax(-1)
+        assert len(prob_TE) == 8 * 32
+        torch.testing.assert_close(layer.seen["prob"], prob_TE.sum(0), rtol=1e-6, atol=0)
+        entropy = -(prob_TE * prob_TE.log()).sum()
+        assert layer.seen["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+        experts = block.mlp.experts
+        norms = [math.hypot(experts.w_up_EFD.grad[e].norm(), experts.w_down_EDF.grad[e].norm()) for e in range(4)]
+        assert layer.seen["gradient"].tolist() == pytest.approx(norms, rel=1e-5)
+    assert all("gradient" not in layer.seen for layer in compute_gradients(model, batch, cfg).routing)
+
+
+def test_without_a_doctor_nothing_is_seen_and_the_training_is_the_same_bit_for_bit(corpus):
+    results = []
+    for doctor in (True, False):
+        cfg, model, batch = model_and_batch(corpus, {"log.doctor": doctor, "train.batch_size": 8})
+        result = compute_gradients(model, batch, cfg, measured=doctor)
+        results.append((result.total, result.norm, [p.grad for p in model.parameters()]))
+        assert all(bool(layer.seen) == doctor for layer in result.routing)
+    (total, norm, grads), (other_total, other_norm, other_grads) = results
+    assert (total, norm) == (other_total, other_norm)
+    assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
+
+
+def test_rows_without_room_are_told_by_the_domain_of_their_token(corpus):
+    changes = {"balance.capacity": 0.5, "train.batch_size": 8, "train.accumulate": 2}
+    cfg, model, batch = model_and_batch(corpus, changes)
+    domain_BS = torch.arange(8)[:, None].expand(8, 32) % 3
+    result = compute_gradients(model, Batch(batch.tokens_BS, batch.targets_BS, domain_BS), cfg)
+    for layer in result.routing:
+        assert layer.seen["wanted"].tolist() == [3 * 64, 3 * 64, 2 * 64]
+        assert layer.seen["dropped"].sum() == layer.dropped > 0
+    # Position decides: of two sequences of the last micro-batch's domain it is the later ones that lose.
+    cfg.train.accumulate = 1
+    with torch.no_grad():
+        output = model.train()(batch.tokens_BS)
+    whole = compute_gradients(model, Batch(batch.tokens_BS, batch.targets_BS, domain_BS), cfg)
+    for report, layer in zip(output.routing, whole.routing, strict=True):
+        lost_T = (report.expert == -1).sum(-1)
+        by_hand = [int(lost_T[domain_BS.flatten() == domain].sum()) for domain in range(3)]
+        assert layer.seen["dropped"].tolist() == by_hand
+
+
+def test_the_selection_bias_is_told_as_it_was_in_the_step(corpus):
+    changes = {"router.name": "sigmoid", "router.selection_bias": True, "router.renormalize": True, "balance.aux": 0.0}
+    cfg, model, batch = model_and_batch(corpus, changes)
+    model.routers()[1].bias_E[2] = -0.5
+    seen = [layer.seen["bias"].tolist() for layer in compute_gradients(model, batch, cfg).routing]
+    assert seen == [[0.0] * 4, [0.0, 0.0, -0.5, 0.0]]

@@ -1,0 +1,191 @@
+"""Alarms while a run trains: what goes wrong with its routing, the likely cause, and the first setting to try.
+
+A doctor reads metrics lines in order and keeps nothing else, so that one that reads them from the file again knows what
+the one of the interrupted run knew. Nothing of the training depends on it. Every alarm is raised once, and again only
+after it has been quiet for as long as it looks back.
+
+How often each alarm fires rightly and wrongly was measured by fault injection: docs/alarms.md.
+
+Letters beyond the glossary: N steps of a window.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moe.run.summary import Alarm, LayerMetrics, MetricsLine
+
+WINDOW = 20  # steps that a rule looks back
+YOUNG = 20  # steps in which nothing of a router is said: it has not learnt yet
+ENOUGH = 20.0  # rows of a fair load from which on an expert with none, or a tenth, is none by chance
+BEGINNING = 60  # steps whose medians later ones are held against
+
+
+class Rule(NamedTuple):
+    """One alarm of a layer: what it reads, when it fires, and its words."""
+
+    kind: str
+    read: Callable[[LayerMetrics], float | None]
+    fires: Callable[[list[float], float], bool]  # (the last values, the median of the run's beginning)
+    evidence: str  # with {now} and {then}
+    cause: str
+    advice: str
+    needs: int = WINDOW  # values
+    rows: float = 0.0  # a fair load must have: fewer are by chance what the rule looks for
+
+
+def _median_above(limit: float, times: float = 0.0) -> Callable[[list[float], float], bool]:
+    """Fires where the median is above a limit, and above so many times that of the beginning."""
+    return lambda values, then: (now := statistics.median(values)) > limit and now > times * then
+
+
+RULES = (
+    Rule(
+        "dead experts",
+        lambda layer: float(layer.dead),
+        lambda values, then: min(values) >= 1,
+        f"at least {{least:.0f}} took no token in each of the last {WINDOW} steps",
+        "a router that has settled on the others",
+        "balance.aux ten times as high, or router=sigmoid-bias",
+        rows=ENOUGH,
+    ),
+    Rule(
+        "starved experts",
+        lambda layer: None if layer.starved is None else float(layer.starved),
+        lambda values, then: min(values) >= 1,
+        f"at least {{least:.0f}} took less than a tenth of a fair share in each of the last {WINDOW} steps",
+        "too little pull towards an even load",
+        "balance.aux ten times as high",
+        rows=ENOUGH,
+    ),
+    Rule(
+        "load drifts apart",
+        lambda layer: layer.max_vio,
+        _median_above(1.5, 1.25),
+        "MaxVio is {now:.2f}, after {then:.2f} at the beginning",
+        "a balance that is too weak, or of the wrong sign",
+        "balance.aux ten times as high",
+    ),
+    Rule(
+        "router without doubt",
+        lambda layer: layer.entropy,
+        lambda values, then: statistics.median(values) < 0.1 and statistics.median(values) < 0.5 * then,
+        "token entropy is {now:.3f} of what no preference has, after {then:.3f}",
+        "logits that grow: the router can hardly change its mind any more",
+        "balance.z ten times as high, or a lower optim.lr",
+    ),
+    Rule(
+        "bias runs away",
+        lambda layer: layer.bias,
+        _median_above(1.0),
+        "the largest selection bias is {now:.2f}, and scores lie between 0 and 1",
+        "steps of the bias that are too large",
+        "balance.bias_rate a tenth as high",
+    ),
+    Rule(
+        "logits grow",
+        lambda layer: layer.losses.get("z"),
+        _median_above(25.0, 3.0),
+        "the mean squared log-sum-exp is {now:.1f}, after {then:.1f} at the beginning",
+        "a router that learns too fast, or no z-loss",
+        "balance.z=0.001, or a lower optim.lr",
+    ),
+    Rule(
+        "an expert hardly learns",
+        lambda layer: layer.weakest,
+        lambda values, then: max(values) < 0.05,
+        "the smallest gradient of an expert was at most {most:.3f} of the median’s in the last 3 measurements",
+        "an expert that gets few tokens, or none of any weight",
+        "balance.aux ten times as high",
+        needs=3,
+    ),
+    Rule(
+        "drops in one domain",
+        lambda layer: (layer.drop_skew or 0.0) * (layer.dropped > 0.01),
+        _median_above(2.0),
+        "one domain loses {now:.1f} times as many of its rows as the text",
+        "experts of that domain that are full",
+        "balance.capacity twice as high, or balance.overflow=next",
+    ),
+)
+
+
+@dataclass
+class _Series:
+    """What a rule has read of a layer: the last values, and the beginning's."""
+
+    last: deque[float]
+    beginning: list[float] = field(default_factory=list)
+    quiet: int = 0  # steps since it would have fired last; below `needs` it is still the same alarm
+    raised: bool = False
+
+
+class Doctor:
+    """Reads lines, in order. `fair`: by MoE layer, the rows of a step that a fair load has; not given: many."""
+
+    def __init__(self, fair: dict[int, float] | None = None) -> None:
+        self.fair = fair or {}
+        self.series: dict[tuple[str, int], _Series] = {}
+        self.losses: deque[float] = deque(maxlen=50)
+        self.spiked = -math.inf  # step
+
+    def catch_up(self, lines: Iterable[MetricsLine]) -> "Doctor":
+        """Read what was written before an interruption."""
+        for line in lines:
+            self.read(line)
+        return self
+
+    def read(self, line: MetricsLine) -> list[Alarm]:
+        """The alarms that this line raises."""
+        alarms = self._spike(line)
+        for layer in line.layers or []:
+            for rule in RULES:
+                value = rule.read(layer)
+                few = self.fair.get(layer.layer, math.inf) < rule.rows
+                if few or value is None or not math.isfinite(value):
+                    continue
+                alarm = self._rule(rule, layer.layer, line.step, value)
+                alarms += [alarm] if alarm else []
+        return alarms
+
+    def _rule(self, rule: Rule, layer: int, step: int, value: float) -> Alarm | None:
+        """Read one more value; the alarm, if it begins here."""
+        series = self.series.setdefault((rule.kind, layer), _Series(deque(maxlen=rule.needs)))
+        if step <= YOUNG:
+            return None
+        series.last.append(value)
+        if step <= BEGINNING:
+            series.beginning.append(value)
+        if len(series.last) < rule.needs:
+            return None
+        values, then = list(series.last), statistics.median(series.beginning or series.last)
+        if not rule.fires(values, then):
+            series.quiet += 1
+            series.raised = series.raised and series.quiet < rule.needs
+            return None
+        series.quiet = 0
+        if series.raised:
+            return None
+        series.raised = True
+        words = {"now": statistics.median(values), "then": then, "least": min(values), "most": max(values)}
+        return Alarm(rule.kind, step, layer, rule.evidence.format(**words), rule.cause, rule.advice)
+
+    def _spike(self, line: MetricsLine) -> list[Alarm]:
+        """The alarm for a loss far above those before it."""
+        loss = line.lm_loss
+        if loss is None or not math.isfinite(loss):
+            return []
+        alarms = []
+        if len(self.losses) == self.losses.maxlen:
+            middle = statistics.median(self.losses)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in self.losses)
+            if loss > middle + max(8 * spread, 0.3) and line.step > self.spiked + WINDOW:
+                self.spiked = line.step
+                evidence = f"{loss:.3f} nats per token, after a median of {middle:.3f} over {len(self.losses)} steps"
+                cause = "a bad batch, or a learning rate at its limit"
+                alarms = [Alarm("loss spike", line.step, None, evidence, cause, "a lower optim.lr, or optim.clip=1.0")]
+        self.losses.append(loss)
+        return alarms
