@@ -57,7 +57,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "sigmoid": {"router": {"name": "sigmoid"}},
     "sigmoid-bias": {
         "router": {"name": "sigmoid", "renormalize": True, "selection_bias": True},
-        "balance": {"aux": 0.0, "z": 0.0, "bias_rate": 0.001},
+        "balance": {"aux": 0.0, "z": 0.0, "bias_rate": 0.01},  # 0.001 evens out too slowly for so few steps
     },
 }  # fmt: skip
 
@@ -89,12 +89,12 @@ def weights(router: nn.Module) -> nn.Parameter:
 
 
 def poison(model: Transformer, step: int) -> None:
-    """At BREAKS, one expert's output becomes 30 times as large."""
+    """At BREAKS, one expert's output becomes 300 times as large."""
     if step == BREAKS:
         mlp = model.blocks[-1].mlp
         assert isinstance(mlp, MoELayer), "the last layer has experts"
         assert isinstance(mlp.experts, Experts), "of one width"
-        mlp.experts.w_down_EDF.data[0] *= 30
+        mlp.experts.w_down_EDF.data[0] *= 300
 
 
 def faster(model: Transformer, step: int, before: list[Tensor]) -> None:
@@ -119,21 +119,21 @@ def setting(group: str, **values: float) -> Callable[[Config], None]:
     return assign
 
 
-UNEVEN = ("dead experts", "starved experts", "load drifts apart", "an expert hardly learns")
+UNEVEN = ("dead experts", "starved experts", "uneven load", "an expert hardly learns")
 FAULTS = (
     Fault("no balance loss", UNEVEN, break_settings=setting("balance", aux=0.0, z=0.0)),
     Fault("balance of the wrong sign", UNEVEN, break_settings=setting("balance", aux=-0.01)),
     Fault(
         "router's learning rate x 30", (*UNEVEN, "router without doubt", "logits grow"), hooks=Hooks(after=faster)
     ),
-    Fault("a poisoned expert", ("loss spike",), begins=BREAKS, hooks=Hooks(before=poison)),
+    Fault("a poisoned expert", ("loss spike", *UNEVEN), begins=BREAKS, hooks=Hooks(before=poison)),
     Fault("a router in bf16", UNEVEN, hooks=Hooks(after=rounded)),
     Fault(
-        "a domain that appears late", ("loss spike", "load drifts apart", "drops in one domain"), router="switch",
+        "a domain that appears late", ("loss spike", "uneven load"), router="switch",
         begins=BREAKS, hooks=Hooks(late=True),
     ),
     Fault(
-        "bias rate x 300", ("bias runs away", "load drifts apart", *UNEVEN), router="sigmoid-bias",
+        "bias rate x 30", ("bias runs away", *UNEVEN), router="sigmoid-bias",
         break_settings=setting("balance", bias_rate=0.3),
     ),
     Fault("no z-loss, large initial router", ("logits grow", "router without doubt"),

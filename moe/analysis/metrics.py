@@ -88,9 +88,9 @@ def layer_metrics(
 ) -> LayerMetrics:
     """What to say of one layer. The window is what was counted: one optimiser step, its micro-batches summed, or a
     whole validation. `dropped` counts rows, `skipped` tokens that no expert took; `work` as in `rows_of`. `seen`,
-    where the layer is watched, sums over tokens: "entropy" and "prob" (E,) of their probabilities, "dropped" and
-    "wanted" (Y,) rows by domain; and of this moment "bias" (E,) and "gradient" (E,), the experts' gradient norms. What
-    is on a GPU makes it wait several times: bring it to the host first."""
+    where the layer is watched: "entropy" and "prob" (E,) of the tokens' probabilities, summed over the tokens; and of
+    this moment "bias" (E,) and "gradient" (E,), the experts' gradient norms. What is on a GPU makes it wait several
+    times: bring it to the host first."""
     return LayerMetrics(
         layer=layer,
         max_vio=max_violation(count_E),
@@ -106,9 +106,9 @@ def layer_metrics(
     )
 
 
-def watched(seen: dict[str, Tensor]) -> dict[str, float | int | None]:
+def watched(seen: dict[str, Tensor]) -> dict[str, float | None]:
     """The fields of `LayerMetrics` that `seen` (as in `layer_metrics`) has something for."""
-    fields: dict[str, float | int | None] = {}
+    fields: dict[str, float | None] = {}
     if "entropy" in seen:  # probabilities sum to 1 for every token
         n_experts, n_tokens = len(seen["prob"]), seen["prob"].sum().item()
         fields["entropy"] = seen["entropy"].item() / max(1.0, n_tokens) / math.log(max(2, n_experts))
@@ -117,10 +117,4 @@ def watched(seen: dict[str, Tensor]) -> dict[str, float | int | None]:
     if "gradient" in seen:
         median = seen["gradient"].double().median().item()
         fields["weakest"] = seen["gradient"].min().item() / median if median else None
-    if "dropped" in seen and seen["dropped"].sum():
-        rate = (seen["dropped"].sum() / seen["wanted"].sum()).item()
-        share_Y = seen["dropped"] / seen["wanted"].clamp_min(1)
-        # A domain with a handful of tokens is no evidence.
-        share_Y = torch.where(seen["wanted"] >= 0.01 * seen["wanted"].sum(), share_Y, 0.0)
-        fields |= {"drop_skew": share_Y.max().item() / rate, "drop_domain": int(share_Y.argmax())}
     return fields

@@ -59,8 +59,6 @@ class LayerMetrics:
     entropy: float | None = None  # of a token's probabilities, the mean, over ln E
     bias: float | None = None  # the largest selection bias, without its sign
     weakest: float | None = None  # the smallest gradient norm of an expert over the median's; at log.every
-    drop_skew: float | None = None  # drop rate of the domain that loses most, over the layer's
-    drop_domain: int | None = None  # which that is
 
 
 @dataclass(frozen=True)

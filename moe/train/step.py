@@ -22,7 +22,7 @@ from moe.model.layer import LayerRouting, MoELayer
 from moe.model.transformer import Output, Transformer, next_token_loss
 from moe.parallel.collectives import n_ranks, summed_over_ranks
 from moe.routing import balance
-from moe.routing.contract import DROPPED, UNUSED, Router, Step, rows
+from moe.routing.contract import Router, Step
 from moe.run.machine import autocast, synchronize, to_host
 from moe.run.summary import MetricsLine
 from moe.train.average import is_averaged
@@ -162,8 +162,7 @@ def compute_gradients(
     steps = whole_step(model, batch, cfg, recorded)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
     layers: list[LayerTotals] = []
-    domain_BS = batch.domain_BS.chunk(n_micro)
-    for (tokens_BS, targets_BS, experts), domains in zip(micro_batches(batch, cfg, recorded), domain_BS, strict=True):
+    for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
         # Forward.
         tokens_BS = tokens_BS.to(device)
         with autocast(cfg):
@@ -197,10 +196,6 @@ def compute_gradients(
         micro_losses = {name: value.detach().double() / n_micro for name, value in ({"lm": lm_loss} | losses).items()}
         mean_losses = added(mean_losses, micro_losses)
         totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in layer_routing]
-        if cfg.log.doctor and cfg.balance.capacity:
-            n_domains = int(batch.domain_BS.max()) + 1
-            for layer, routing in zip(totals, layer_routing, strict=True):
-                layer.seen |= lost_by_domain(routing, domains.to(device).flatten().long(), n_domains)
         for step_totals, micro_totals in zip(layers, totals, strict=False):
             step_totals.add(micro_totals)
         layers = layers or totals
@@ -237,13 +232,6 @@ def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False,
     losses = {name: value.detach().double() / n_micro for name, value in routing.losses.items()}
     counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
     return LayerTotals(*counts, [routing.expert] if keep_experts else [], losses, routing.seen or {})
-
-
-def lost_by_domain(routing: LayerRouting, domain_T: Tensor, n_domains: int) -> dict[str, Tensor]:
-    """Rows that found no room, and rows in all, by the domain of their token: "dropped" and "wanted" (Y,)."""
-    token_N, expert_N, _ = rows(routing.token_N, routing.expert, routing.weight)
-    count = lambda row_N: torch.bincount(domain_T[token_N[row_N]], minlength=n_domains)
-    return {"dropped": count(expert_N == DROPPED), "wanted": count(expert_N != UNUSED)}
 
 
 @torch.no_grad()

@@ -27,14 +27,14 @@ def _model(router="softmax"):
     return Transformer(cfg.model, cfg.router, cfg.balance).initialize(0)
 
 
-def test_a_poisoned_expert_is_30_times_as_loud_from_its_step_on():
+def test_a_poisoned_expert_is_300_times_as_loud_from_its_step_on():
     model = _model()
     down_EDF = model.blocks[-1].mlp.experts.w_down_EDF
     before = down_EDF.detach().clone()
     faults.poison(model, faults.BREAKS - 1)
     assert torch.equal(down_EDF, before)
     faults.poison(model, faults.BREAKS)
-    torch.testing.assert_close(down_EDF[0], 30 * before[0])
+    torch.testing.assert_close(down_EDF[0], 300 * before[0])
     assert torch.equal(down_EDF[1:], before[1:])
 
 

@@ -11,7 +11,7 @@ from moe.analysis import doctor as module
 from moe.analysis.doctor import RULES, Doctor
 from moe.run.summary import LayerMetrics, MetricsLine, line_from_json, line_to_json
 
-STEPS = 400
+STEPS = 700
 HEALTHY = dict(max_vio=0.4, load_entropy=0.98, effective_experts=7.5, dead=0, dropped=0.0, skipped=0.0, rows=2.0)
 WATCHED = dict(starved=0, entropy=0.8, bias=0.05, weakest=0.6, losses={"aux": 1.0, "z": 4.0})
 
@@ -39,12 +39,11 @@ def raised(run, **options):
 SICK = {
     "dead experts": {"dead": 2},
     "starved experts": {"starved": 1},
-    "load drifts apart": {"max_vio": 3.0},
+    "uneven load": {"max_vio": 3.0},
     "router without doubt": {"entropy": 0.02},
     "bias runs away": {"bias": 1.7},
-    "logits grow": {"losses": {"z": 60.0}},
+    "logits grow": {"losses": {"z": 160.0}},
     "an expert hardly learns": {"weakest": 0.001},
-    "drops in one domain": {"drop_skew": 6.0, "drop_domain": 2, "dropped": 0.2},
 }
 
 
@@ -62,9 +61,9 @@ def test_a_healthy_run_raises_nothing_however_its_numbers_shake():
 
 @pytest.mark.parametrize("kind", SICK)
 def test_an_illness_is_told_once_with_its_layer_soon_after_it_begins(kind):
-    (alarm,) = [alarm for alarm in raised(lines(lambda step: SICK[kind] if step > 200 else {})) if alarm.kind == kind]
+    (alarm,) = [alarm for alarm in raised(lines(lambda step: SICK[kind] if step > 300 else {})) if alarm.kind == kind]
     assert alarm.layer == 3
-    assert 200 < alarm.step <= 200 + module.WINDOW
+    assert 300 < alarm.step <= 300 + module.WINDOW
     assert all(alarm.evidence and alarm.cause and alarm.advice for _ in [0])
     assert str(alarm.step) in alarm.sentence()
     assert "layer 3" in alarm.sentence()
@@ -72,10 +71,10 @@ def test_an_illness_is_told_once_with_its_layer_soon_after_it_begins(kind):
 
 @pytest.mark.parametrize("kind", SICK)
 def test_an_illness_that_is_over_and_comes_again_is_told_again(kind):
-    change = lambda step: SICK[kind] if 150 < step <= 220 or step > 300 else {}
+    change = lambda step: SICK[kind] if 200 < step <= 300 or step > 500 else {}
     steps = [alarm.step for alarm in raised(lines(change)) if alarm.kind == kind]
     assert len(steps) == 2
-    assert steps[1] > 300
+    assert steps[1] > 500
 
 
 @pytest.mark.parametrize("kind", SICK)
@@ -101,14 +100,11 @@ def test_a_spike_of_the_loss_is_told_and_a_noisy_loss_is_not():
 
 def test_the_evidence_has_the_numbers():
     (alarm,) = raised(lines(lambda step: {"max_vio": 3.25} if step > 200 else {}))
-    now, then = map(
-        float, re.fullmatch(r"MaxVio is ([\d.]+), after ([\d.]+) at the beginning", alarm.evidence).groups()
-    )
-    assert 0.40 < now <= 3.25
-    assert then == 0.40
+    number = re.fullmatch(r"the median MaxVio of the last 50 steps is ([\d.]+)", alarm.evidence)[1]
+    assert 1.5 < float(number) <= 3.25
 
 
-@pytest.mark.parametrize("cut", [1, 60, 205, 219, 220, 221, 300])
+@pytest.mark.parametrize("cut", [1, 60, 205, 249, 250, 251, 252, 300])
 def test_a_doctor_that_reads_the_file_again_raises_what_the_first_would_have(cut):
     run = lines(lambda step: SICK["dead experts"] | SICK["logits grow"] if step > 200 else {})
     whole = Doctor()

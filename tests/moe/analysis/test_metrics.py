@@ -79,18 +79,14 @@ def test_what_was_watched_is_told_against_what_it_could_be():
         "entropy": torch.tensor(10 * math.log(4) / 2),
         "bias": torch.tensor([0.1, -0.7, 0.2, 0.0]),
         "gradient": torch.tensor([2.0, 0.5, 8.0, 2.0]),
-        "dropped": torch.tensor([1, 6, 3, 0]),
-        "wanted": torch.tensor([40, 40, 3, 417]),
     }
     entry = layer_metrics(0, torch.tensor([9, 9, 1, 0]), 10, 0, 10, seen=seen)
     assert entry.entropy == pytest.approx(0.5)
     assert entry.bias == pytest.approx(0.7)
     assert entry.weakest == 0.25
-    # 15% of the second domain's rows over 2% of all; the third has too few to say.
-    assert (entry.drop_skew, entry.drop_domain) == (pytest.approx(7.5), 1)
     assert entry.starved == 1
     nothing = layer_metrics(0, torch.tensor([9, 9, 1, 0]), 0, 0, 10)
-    assert (nothing.entropy, nothing.bias, nothing.weakest, nothing.drop_skew) == (None,) * 4
+    assert (nothing.entropy, nothing.bias, nothing.weakest) == (None,) * 3
 
 
 def test_a_layer_in_which_most_experts_have_no_gradient_has_no_weakest():

@@ -390,25 +390,6 @@ def test_without_a_doctor_nothing_is_seen_and_the_training_is_the_same_bit_for_b
     assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
-def test_rows_without_room_are_told_by_the_domain_of_their_token(corpus):
-    changes = {"balance.capacity": 0.5, "train.batch_size": 8, "train.accumulate": 2}
-    cfg, model, batch = model_and_batch(corpus, changes)
-    domain_BS = torch.arange(8)[:, None].expand(8, 32) % 3
-    result = compute_gradients(model, Batch(batch.tokens_BS, batch.targets_BS, domain_BS), cfg)
-    for layer in result.routing:
-        assert layer.seen["wanted"].tolist() == [3 * 64, 3 * 64, 2 * 64]
-        assert layer.seen["dropped"].sum() == layer.dropped > 0
-    # Position decides: of two sequences of the last micro-batch's domain it is the later ones that lose.
-    cfg.train.accumulate = 1
-    with torch.no_grad():
-        output = model.train()(batch.tokens_BS)
-    whole = compute_gradients(model, Batch(batch.tokens_BS, batch.targets_BS, domain_BS), cfg)
-    for report, layer in zip(output.routing, whole.routing, strict=True):
-        lost_T = (report.expert == -1).sum(-1)
-        by_hand = [int(lost_T[domain_BS.flatten() == domain].sum()) for domain in range(3)]
-        assert layer.seen["dropped"].tolist() == by_hand
-
-
 def test_the_selection_bias_is_told_as_it_was_in_the_step(corpus):
     changes = {"router.name": "sigmoid", "router.selection_bias": True, "router.renormalize": True, "balance.aux": 0.0}
     cfg, model, batch = model_and_batch(corpus, changes)

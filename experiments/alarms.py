@@ -1,0 +1,56 @@
+"""Train small models with known faults and say which of the doctor's alarms tell of them, and how early.
+
+    python -m experiments.alarms                                               # tables, in a quarter of an hour
+    python -m experiments.alarms out=experiments/results/alarms.jsonl          # and the rows: then docs/alarms.md
+
+What each fault is: experiments/suites/faults.py. Healthy runs of five routers are trained besides.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import cli
+from experiments.pages import tables
+from experiments.pages.alarm_table import BY_ALARM, BY_FAULT, alarm_rows, fault_rows
+from experiments.suites.faults import measure
+from moe.errors import BadInput
+from moe.run import machine, terminal
+from moe.run.command_line import command_line
+from moe.run.jsonl import to_text, write_atomically
+
+
+@dataclass
+class AlarmsConfig:
+    """How many runs of each kind."""
+
+    seeds: str = "0,1,2,3"  # of every fault and of every healthy router, with commas
+    out: str = ""  # a file of what every run was told, as JSON lines; "": none
+
+    def __post_init__(self) -> None:
+        if not self.numbers():
+            raise BadInput(f"seeds={self.seeds} must be numbers with commas, such as 0,1,2,3.")
+
+    def numbers(self) -> list[int]:
+        """The seeds; none where they are not numbers."""
+        words = self.seeds.split(",")
+        return [int(word) for word in words] if all(word.strip().isdecimal() for word in words) else []
+
+
+@cli.command("alarms", AlarmsConfig, verbatim=("seeds", "out"))
+def main(cfg: AlarmsConfig) -> None:
+    """Train, print, and keep."""
+    facts = {"command": command_line("alarms", f"out={cfg.out}"), **machine.git_state()._asdict()}
+    rows = measure(cfg.numbers(), terminal.say)
+    tables.print_table(BY_FAULT, fault_rows(rows))
+    tables.print_table(BY_ALARM, alarm_rows(rows))
+    if cfg.out:
+        path = Path(cfg.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_dict = lambda row: row._asdict() | {"alarms": [dataclasses.asdict(alarm) for alarm in row.alarms]}
+        write_atomically(path, "".join(to_text(as_dict(row) | facts) + "\n" for row in rows))
+        terminal.say(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()
