@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.pages.alarm_table import BY_ALARM, BY_FAULT, alarm_rows, fault_rows
+from experiments.suites.alarm_table import BY_ALARM, BY_FAULT, alarm_rows, fault_rows
 from experiments.suites.faults import measure
 from moe.errors import BadInput
 from moe.run import machine, terminal
@@ -40,7 +40,8 @@ class AlarmsConfig:
 @cli.command("alarms", AlarmsConfig, verbatim=("seeds", "out"))
 def main(cfg: AlarmsConfig) -> None:
     """Train, print, and keep."""
-    facts = {"command": command_line("alarms", f"out={cfg.out}"), **machine.git_state()._asdict()}
+    words = [f"seeds={cfg.seeds}"] if cfg.seeds != AlarmsConfig.seeds else []
+    facts = {"command": command_line("alarms", *words, f"out={cfg.out}"), **machine.git_state()._asdict()}
     rows = measure(cfg.numbers(), terminal.say)
     tables.print_table(BY_FAULT, fault_rows(rows))
     tables.print_table(BY_ALARM, alarm_rows(rows))

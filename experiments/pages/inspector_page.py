@@ -248,6 +248,7 @@ def words(look: Look) -> dict[str, Any]:
         "serving": serving_table(views),
         "distinct": distinct_chart(inspection),
         "loss": loss_chart(look.history),
+        "alarms": [printable(alarm.sentence()) for alarm in look.history.alarms] if look.history else [],
         "history": look.history is not None and len(look.history.steps) > 0,
         "provenance": provenance(look),
         "sampling": printable(inspection.sampling),

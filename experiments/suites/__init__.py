@@ -22,6 +22,7 @@ facts          what every row carries: device, driver, versions, commit, code, c
 cases          rows, one for each case, that a killed run goes on with
 
 What becomes of the rows
+alarm_table    which alarms tell of which faults
 roofline       FLOP per byte against TF/s, drawn
 evidence       what the rows of all stages come to
 """

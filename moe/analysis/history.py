@@ -3,7 +3,7 @@
 Letters beyond the glossary: L the MoE layers, N steps that have a record.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from moe.errors import BadInput
 from moe.run import jsonl
-from moe.run.summary import read_metrics
+from moe.run.summary import Alarm, read_metrics
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class History:
     effective_NL: np.ndarray  # effective experts over all of them
     val_steps: list[int]
     val_loss: list[float]
+    alarms: list[Alarm] = field(default_factory=list)  # that the doctor raised
 
 
 def read_history(folder: Path, most: int = 400) -> History:
@@ -63,6 +64,7 @@ def read_history(folder: Path, most: int = 400) -> History:
         effective_NL=effective_NL,
         val_steps=[step for step, _ in val],
         val_loss=[loss for _, loss in val],
+        alarms=[alarm for line in lines for alarm in line.alarms or []],
     )
 
 

@@ -1,6 +1,7 @@
 """Claims about the inspector's page: what is in it, what a real browser makes of it, and that no document's text gets
 more than shown."""
 
+import dataclasses
 import json
 import re
 
@@ -12,6 +13,7 @@ from experiments.pages.inspector_page import Look, as_json, render, shown
 from moe.analysis.history import History
 from moe.analysis.inspection import inspect
 from moe.data.tokenizer import Tokenizer
+from moe.run.summary import Alarm
 from tests.browser import browser, needs_browser, opened
 from tests.planted_traces import WINDOW, random_routes, write_trace
 
@@ -45,6 +47,7 @@ def history():
         effective_NL=effective_NL,
         val_steps=[0, 50, 100],
         val_loss=[5.0, 4.0, 3.5],
+        alarms=[Alarm("uneven load", 60, 1, "MaxVio is 7.00", "a <weak> balance", "balance.aux=0.1")],
     )
 
 
@@ -98,6 +101,13 @@ def test_the_page_says_its_verdict_in_words_and_loads_nothing(page_path):
     assert "Layer 2: 1 of 8 experts take no token (3)." in text
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+
+
+def test_alarms_of_the_training_stand_on_the_page_and_a_quiet_one_is_said(page_path, looks):
+    text = page_path.read_text()
+    assert "Uneven load in layer 1 at step 60: MaxVio is 7.00. Likely a &lt;weak&gt; balance; try" in text
+    quiet = looks[0]._replace(history=dataclasses.replace(history(), alarms=[]))
+    assert "The doctor raised no alarm" in render([quiet])
 
 
 def test_json_in_the_page_holds_no_tag_and_reads_back_the_same():

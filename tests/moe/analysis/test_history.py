@@ -7,14 +7,21 @@ import pytest
 
 from moe.analysis.history import read_history, thinned
 from moe.errors import BadInput
-from moe.run.summary import DomainScore, LayerMetrics, MetricsLine, Validation, line_to_json
+from moe.run.summary import Alarm, DomainScore, LayerMetrics, MetricsLine, Validation, line_to_json
+
+
+ALARM = Alarm("uneven load", 7, 3, "e", "c", "a")
 
 
 def _write(folder, counts):
     (folder / "routing").mkdir(parents=True)
     layer = lambda n, vio: LayerMetrics(n, vio, 0.9, 3.0, 0, 0.0, 0.0)
     lines = [MetricsLine(0, 0.0, val=Validation(5.0, 3.0, {"a": DomainScore(5.0, 3.0, 9)}))]
-    lines += [MetricsLine(s, 1.0 * s, 4.0, layers=[layer(1, 0.1 * s), layer(3, 0.2 * s)]) for s in range(1, 21)]
+    alarms = {7: [ALARM]}
+    lines += [
+        MetricsLine(s, 1.0 * s, 4.0, layers=[layer(1, 0.1 * s), layer(3, 0.2 * s)], alarms=alarms.get(s))
+        for s in range(1, 21)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line_to_json(line)) + "\n" for line in lines))
     text = "".join(json.dumps({"step": s, "counts": count}) + "\n" for s, count in counts.items())
     (folder / "routing" / "counts.jsonl").write_text(text)
@@ -30,6 +37,7 @@ def test_loads_are_over_a_fair_share_and_metrics_by_step(tmp_path):
     assert history.max_vio_NL[:, 1] == pytest.approx(0.2 * np.arange(1, 21))
     assert (history.effective_NL == 0.75).all()
     assert (history.val_steps, history.val_loss) == ([0], [5.0])
+    assert history.alarms == [ALARM]
 
 
 def test_of_a_long_run_steps_are_spread_evenly_and_the_last_is_among_them(tmp_path):

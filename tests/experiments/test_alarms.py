@@ -1,0 +1,39 @@
+"""Claims about the command that measures alarms."""
+
+import json
+import sys
+
+import pytest
+
+from experiments import alarms as command
+from experiments.suites.faults import Row
+from moe.run.summary import Alarm
+
+
+def _run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["alarms", *words])
+    command.main()
+
+
+def test_tables_are_printed_and_rows_kept_with_the_command_that_made_them(monkeypatch, tmp_path, capsys):
+    rows = [
+        Row("", "softmax", 5, [], None, None, 0.0),
+        Row("no balance loss", "softmax", 5, [Alarm("uneven load", 150, 1, "e", "c", "a")], 150, None, 0.01),
+    ]
+    monkeypatch.setattr(command, "measure", lambda seeds, say: rows if seeds == [5] else [])
+    _run(monkeypatch, "seeds=5", f"out={tmp_path / 'new' / 'rows.jsonl'}")
+    printed = capsys.readouterr().out
+    words = ["no balance loss", "1 of 1", "150 steps", "uneven load", "0 of 1", "–", "+0.010"]
+    assert words in [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    kept = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+    assert [row["fault"] for row in kept] == ["", "no balance loss"]
+    assert kept[1]["alarms"][0]["kind"] == "uneven load"
+    assert kept[0]["command"].startswith("python -m experiments.alarms")
+    assert "seeds=5" in kept[0]["command"]
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "1,,2"])
+def test_seeds_that_are_no_numbers_are_refused(monkeypatch, capsys, seeds):
+    with pytest.raises(SystemExit, match="2"):
+        _run(monkeypatch, f"seeds={seeds}")
+    assert "must be numbers with commas" in capsys.readouterr().err
