@@ -21,12 +21,17 @@
   }
 
   const run = () => page.runs[state.run];
-  const has = (name, r = state.run) => `${r}/${name}` in arrays;
-  const array = (name, r = state.run) => arrays[`${r}/${name}`];
+  // By run, and by name without the run's number.
+  const named = page.runs.map((_, r) => new Map(Object.entries(arrays).filter(([name]) => name.startsWith(`${r}/`))
+    .map(([name, made]) => [name.slice(name.indexOf("/") + 1), made])));
+  const has = (name, r = state.run) => named[r].has(name);
+  const array = (name, r = state.run) => named[r].get(name);
   // The number at these places, as many as the array has dimensions.
   function at(name, ...places) {
     const { data, shape } = array(name);
-    return data[places.reduce((index, place, d) => index * shape[d] + place, 0)];
+    let index = 0;
+    for (let d = 0; d < places.length; d++) index = index * shape[d] + places[d];
+    return data[index];
   }
   const string = (number) => (number < 0 ? "" : run().strings[number]);
   const range = (n) => Array.from({ length: n }, (_, i) => i);
@@ -204,6 +209,13 @@
       this.mark();
     }
 
+    // Frame another cell.
+    frameCell(cell) {
+      if (!this.what) return;
+      this.what.chosen = cell;
+      this.mark();
+    }
+
     line(paint, x, y, toX, toY) {
       paint.moveTo(x, y);
       paint.lineTo(toX, toY);
@@ -334,7 +346,6 @@
       },
       chosen: null,
     });
-    maps.domain.what && (maps.domain.what.chosen = null);
   }
 
   function topTokens(kind, layer, expert) {
@@ -570,10 +581,17 @@
     state.layer = Math.max(0, Math.min(layers.length - 1, layer));
     state.expert = Math.max(0, Math.min(n_experts[state.layer] - 1, expert || 0));
     drawCard();
-    drawLoad();
+    maps.load.frameCell([state.layer, order(state.layer).indexOf(state.expert)]);
     drawDomains();
-    drawPairs();
     tintText();
+    after(drawPairs);
+  }
+
+  // What is far down the page, and takes longest, waits for the frame that shows the rest.
+  let waitingToDraw;
+  function after(draw) {
+    clearTimeout(waitingToDraw);
+    requestAnimationFrame(() => { waitingToDraw = setTimeout(draw); });
   }
 
   function search() {
@@ -617,6 +635,7 @@
     $("layer").replaceChildren(...layers.map((number, i) => element("option", { value: i }, String(number))));
     readPassages();
     choose(state.layer, state.expert);
+    drawLoad();
     drawTime();
     drawText();
     search();

@@ -6,6 +6,7 @@ layer          the experts of one layer against peers and a balanced bmm, forwar
 routing        gate, plan and combine of every backend, as a share of the layer, on any machine
 memory         what a training step takes, planned and measured
 watching       what log.doctor costs a training step
+page           how soon the inspector's page answers, in a browser
 faults         small models trained with a known fault, and what the doctor says of them
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
 tune           candidate tiles for kernels/tuning.jsonl, timed

@@ -9,7 +9,6 @@ from moe.analysis.history import read_history, thinned
 from moe.errors import BadInput
 from moe.run.summary import Alarm, DomainScore, LayerMetrics, MetricsLine, Validation, line_to_json
 
-
 ALARM = Alarm("uneven load", 7, 3, "e", "c", "a")
 
 
