@@ -94,10 +94,14 @@ def random_trace(size: Size, folder: Path) -> Trace:
     token_T = np.minimum(rng.zipf(1.3, size.tokens), 49_999)
     place_T = np.arange(size.tokens) % CONTEXT
     window_T = np.arange(size.tokens) // CONTEXT
-    columns = [token_T, np.roll(token_T, -1), window_T % len(domains), window_T, place_T, rng.random(size.tokens) * 5]
+    loss_T = 5 * rng.random(size.tokens)
+    columns = [token_T, np.roll(token_T, -1), window_T % len(domains), window_T, place_T, loss_T]
     weight_TLK = np.full(expert_TLK.shape, 1 / size.k, np.float32)
+    scores = rng.random(shape), rng.random(shape)
     with Writer(folder, about) as writer:
-        writer.add(Batch(*map(by_window, columns), expert_TLK, weight_TLK, rng.random(shape), rng.random(shape)))
+        tokens_BS, targets_BS, domain_BS, doc_BS, pos_BS, loss_BS = map(by_window, columns)
+        routes = expert_TLK, weight_TLK, *scores
+        writer.add(Batch(tokens_BS, targets_BS, domain_BS, doc_BS, pos_BS, loss_BS, *routes))
     return Trace(folder)
 
 
