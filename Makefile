@@ -1,4 +1,5 @@
-# make demo: train a Mixture-of-Experts model and its dense twin on real text, over three seeds, and say which is better.
+# make demo: train a Mixture-of-Experts model and its dense twin on real text, over three seeds, say which is better, and
+# show what each expert does.
 # make test: run the tests. Both create .venv and install on first use; both can be repeated.
 # make kernels: the tests that `make test` leaves out: compile every kernel for every GPU (minutes; if none changed, seconds).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
@@ -9,6 +10,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 .PHONY: demo test kernels lint clean
 demo: .venv/installed
 	$(PY) -m experiments.compare experiment=demo seeds=[0,1,2] margin=0.01 run=runs/demo resume=true
+	$(PY) -m experiments.inspector run=runs/demo/moe-seed0
 
 test: .venv/installed-test
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -27,7 +29,7 @@ lint: .venv/installed-test
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	@echo "installing into .venv (a minute or two)"
-	$(PIP) -e .
+	$(PIP) -e '.[inspect]'
 	@touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python

@@ -571,7 +571,7 @@
     const head = element("tr", {}, ...["", ...names, "entropy"].map((name) => element("th", { scope: "col" }, name)));
     const said = `“${string(at("text/token", i))}” at position ${at("text/pos", i)} of document ${at("text/doc", i)}: loss of the next token ${at("text/loss", i).toFixed(2)} nats`;
     $("strip").replaceChildren(element("p", { className: "said" }, said),
-      element("div", { className: "wide" }, element("table", { className: "strip" }, element("thead", {}, head), body)));
+      element("div", { className: "wide tall" }, element("table", { className: "strip" }, element("thead", {}, head), body)));
   }
 
   // --- Choosing -----------------------------------------------------------------------------------------------------
