@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.pages import coverage_table, router_table, sweep_table
+from experiments.pages import coverage_table, router_table, sweep_table, trust_table
 from experiments.pages.tables import markdown
-from experiments.stats import planner, verdict
+from experiments.stats import planner, recovery, verdict
 from experiments.stats.simulation import Line
 from experiments.suites import cases, evidence, memory, train_step
 from experiments.suites import routing as routing_suite
@@ -60,6 +60,8 @@ def sections() -> dict[str, str]:
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
         "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
+        "trust": trust([json.loads(line) for line in (RESULTS / "trust.jsonl").read_text().splitlines()]),
+        "caveats": markdown(trust_table.CANNOT, trust_table.caveat_rows(), 2),
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "next": f"```\n{printed}```\n",
         "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
@@ -123,6 +125,14 @@ def coverage(rows: list[dict[str, Any]]) -> str:
         (coverage_table.HEADINGS, coverage_table.rows(lines)), (coverage_table.RANKS, coverage_table.rank_rows(lines))
     ))  # fmt: skip
     return f"{one}\n{many}\n`{rows[0]['command']}`, {lines[0].studies:,} studies of each kind; {commit(rows[0])}\n"
+
+
+def trust(rows: list[dict[str, Any]]) -> str:
+    """What metrics made of planted routers, and how many of the names that they gave were right."""
+    lines = [record(recovery.Line, row, "trust.jsonl") for row in rows]
+    metrics = markdown(trust_table.HEADINGS, trust_table.rows(lines), trust_table.LEFT)
+    names = markdown(trust_table.NAMES_HEADINGS, trust_table.name_rows(lines), 2)
+    return f"{metrics}\n{names}\n`{rows[0]['command']}`, {lines[0].draws} draws of every setting; {commit(rows[0])}\n"
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:

@@ -59,6 +59,7 @@ SMALLER = {
     "status": "",
     "sweep": TRAINING,
     "trace": "tokens=64",
+    "trust": "draws=1 out=rows.jsonl",
     "tokenizers": "vocab_size=300",
     "track": "",
     "upcycle": "",

@@ -10,6 +10,7 @@ packed        arrays inside it
 charts        lines and points as SVG
 scaling_page  what the fits of scaling laws say
 coverage_table  how often verdicts hold
+trust_table   which metrics of routing may be believed
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router
 help_page     what `--help` prints

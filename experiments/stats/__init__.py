@@ -9,6 +9,7 @@ sentences   what it says, in words
 scaling     forms of scaling laws, fitted
 outcome     what a study found: every arm against the base
 simulation  studies of known truth, to see how often verdicts hold
+recovery    metrics of routing on routers of known truth
 ledger      published claims, and what runs say of each
 planner     what a run will take: memory, devices, time, money
 """

@@ -4,6 +4,9 @@ doctor          alarms while a run trains
 metrics         how even a load is: balance, dead experts, what was dropped
 decisions       how decided a router is, and whether it decides alike twice
 specialisation  which domains and tokens an expert takes, and with which others
+significance    which of that is more than chance, and which expert has earned a name
+caveats         what each metric cannot tell, and whether it is drawn
+planted         text and routers of known truth, to try metrics on
 placement       what a load means for devices and decode batches
 trace           which experts every token took, as Parquet
 tracing         a run over a text, traced

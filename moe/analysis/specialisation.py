@@ -54,13 +54,9 @@ def permuted_information(
     documents are dealt, since a document's tokens are alike whatever its key; `document_DE` are their rows by
     expert."""
     generator = np.random.default_rng(seed)
-    rows_DE, keys_D = document_DE.double().numpy(), key_D.numpy()
-    values = []
-    for _ in range(resamples):
-        count_ME = np.zeros((n_keys, rows_DE.shape[1]))
-        np.add.at(count_ME, generator.permutation(keys_D), rows_DE)
-        values.append(information(torch.from_numpy(count_ME)))
-    return np.array(values)
+    rows_DE, label_DM = document_DE.double().numpy(), np.eye(n_keys)[key_D.numpy()]
+    counts = (generator.permutation(label_DM).T @ rows_DE for _ in range(resamples))
+    return np.array([information(torch.from_numpy(count_ME)) for count_ME in counts])
 
 
 def co_activation(expert_TK: Tensor, n_experts: int) -> Tensor:
