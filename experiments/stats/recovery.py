@@ -120,11 +120,10 @@ def lines(setting: Setting, tokens: float, score_RPS: np.ndarray, judged_RPN2: n
 def look(text: Corpus, router: str, setting: Setting, seed: int) -> Seen:
     """Route a corpus, and count."""
     routes = route(text, router, setting.recipe, seed, setting.noise, EXPERTS, K)
-    columns = (text.doc_T, text.domain_T, routes.expert_TK[:, None])
-    docs = significance.of_tokens(*(column.numpy() for column in columns), EXPERTS, text.token_T.numpy())
+    doc_T, domain_T, token_T = (column.numpy() for column in (text.doc_T, text.domain_T, text.token_T))
+    docs = significance.of_tokens(doc_T, domain_T, routes.expert_TK[:, None].numpy(), EXPERTS, token_T)
     y = setting.recipe.domains
-    first_D = np.unique(text.doc_T.numpy(), return_index=True)[1]
-    format_D = text.format_T.numpy()[first_D]
+    format_D = text.format_T.numpy()[np.unique(doc_T, return_index=True)[1]]
     return Seen(
         text,
         routes,
@@ -181,6 +180,11 @@ def together(seen: Seen) -> float:
     return (ratio_EE - 1)[~torch.eye(EXPERTS, dtype=torch.bool)].abs().nanmean().item()
 
 
+def how_many(pick: Callable[[Seen], list[Name]]) -> Callable[[Seen], float]:
+    """The number of names as a score."""
+    return lambda seen: float(len(pick(seen)))
+
+
 def beyond(named: list[Name]) -> list[Name]:
     """Those that tokens' ids do not explain."""
     return [name for name in named if name.p_of_tokens <= significance.LEVEL]
@@ -196,7 +200,7 @@ SCORES: dict[str, Callable[[Seen], float]] = {
     "lift of a domain": largest_lift,
     "bits of domain": information,
     "bits over dealt labels": over_chance,
-    **{name: lambda seen, pick=pick: float(len(pick(seen))) for name, pick in NAMES.items()},
+    **{name: how_many(pick) for name, pick in NAMES.items()},
     "share of a token read": lambda seen: vocabulary(seen.text.token_T, seen.routes.expert_TK, share),
     "lift of a token read": lambda seen: vocabulary(seen.text.token_T, seen.routes.expert_TK, specialisation.lift),
     "share of a token predicted": lambda seen: vocabulary(seen.text.next_T, seen.routes.expert_TK, share),

@@ -36,7 +36,7 @@ class Recipe:
     follows: float = 0.25  # how often the format is the domain's; 1 / domains: as often as any
     even: bool = True  # domains of equal size; otherwise each has half the documents of the one before, 2 at least
     domains: int = 4
-    shortest: int = 32  # tokens of a document, up to
+    shortest: int = 32  # tokens of a document, `FIRST` at least, up to
     longest: int = 96
 
 

@@ -43,7 +43,7 @@ class Specialisation(NamedTuple):
 
     share: Estimate  # (L, Y, E), `key_specialisation`
     lift: Estimate  # (L, Y, E)
-    information: Estimate  # (L,), bits; the interval is corrected for what few documents inform by chance
+    information: Estimate  # (L,), bits; the interval is without what few documents inform by chance, the value with it
 
 
 class Tested(NamedTuple):
@@ -121,19 +121,22 @@ def expected(index_T: np.ndarray, token_T: np.ndarray, expert_TLK: np.ndarray, n
 
 def intervals(docs: Documents, k: int, n_domains: int, resamples: int = 400, seed: int = 0) -> Specialisation:
     """Specialisation of every cell with 95% intervals from documents resampled within their domains. Shares and lifts
-    have the percentile interval, widened as Student's is for few documents (Hesterberg 2015, 1411.5279); information
-    the reversed one, which takes off what a resample informs by chance."""
+    have the percentile interval, widened as Student's is for few documents (Hesterberg 2015, 1411.5279); that of
+    information has what documents and resamples inform by chance taken off, and may lie below the value."""
     drawn_RD = resampled(docs.domain_D, n_domains, resamples, seed)
     members = [np.flatnonzero(docs.domain_D == y) for y in range(n_domains)]
-    shares, lifts, informed = [], [], []
+    shares: list[list[Estimate]] = []
+    lifts: list[list[Estimate]] = []
+    informed = []
     for rows_DE in docs.rows_DLE.transpose(1, 0, 2):
         count_RYE = np.stack([drawn_RD[:, of_D] @ rows_DE[of_D] for of_D in members], 1)
         domain_RY, expert_RE, all_R = count_RYE.sum(2), count_RYE.sum(1), count_RYE.sum((1, 2), dtype=np.float64)
         # How much the layer informs: the entropies of domain and expert less the joint one.
         bits_R = log_sum(count_RYE.reshape(len(all_R), -1)) - log_sum(domain_RY) - log_sum(expert_RE)
         bits_R = (bits_R + log_sum(all_R[:, None])) / np.maximum(all_R, 1)
-        low, high = quantiles(bits_R[None, 1:], len(docs.domain_D) - n_domains)
-        informed.append((bits_R[0], (2 * bits_R[0] - high[0]).clip(0), (2 * bits_R[0] - low[0]).clip(0)))
+        chance = 2 * (bits_R[1:].mean() - bits_R[0])  # a resample has its own and that of the documents
+        ends = quantiles(bits_R[None, 1:], len(docs.domain_D) - n_domains)
+        informed.append((bits_R[0], *((end[0] - chance).clip(0) for end in ends)))
         # Shares and lifts, a domain at a time, since each has as many documents as it has.
         with np.errstate(invalid="ignore", divide="ignore"):
             share_RYE = count_RYE / domain_RY[..., None]
