@@ -20,7 +20,9 @@ CAVEATS = {
         "domain", False, "An expert that takes much of everything has a large share of every domain: read the lift."
     ),
     "lift of a domain": Caveat(
-        "domain", True, "Of few documents a high lift is chance: read it with its interval over documents."
+        "domain",
+        True,
+        "It does not say why, an expert that goes by words has it too, and of few documents it is chance.",
     ),
     "bits of domain": Caveat(
         "domain", True, "It is above 0 by chance, more so for few documents, and does not say which expert."
