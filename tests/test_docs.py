@@ -4,6 +4,7 @@ experiments/results, and every name is of something that exists."""
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -51,6 +52,7 @@ SMALLER = {
     "generate": "max_new=3",
     "gpu_evidence": "--stage kernels",
     "import_hf": "",
+    "intervene": "tokens=64",
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
     "report": "",
@@ -95,6 +97,8 @@ def run(command: str, folder: Path, monkeypatch) -> None:
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]
     monkeypatch.chdir(folder)
+    if name == "trace":  # another command may have needed it before
+        shutil.rmtree(next(word.removeprefix("out=") for word in given if word.startswith("out=")), ignore_errors=True)
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.setattr(sys, "argv", [name, *given, *extra])
     import_module(module).main()
@@ -131,8 +135,8 @@ def test_a_command_runs_as_pasted(command, folder, demo, monkeypatch, capsys):
 def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
-    for place in re.findall(r"\b(?:run|source)=([\w/-]+)", command):
-        makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to)={place}(?![\w/-])", line)]
+    for place in re.findall(r"\b(?:run|source|replay)=([\w/-]+)", command):
+        makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
         if makers and makers[0] != command and not (folder / place).exists():
             make_folders(makers[0], folder, monkeypatch)
             run(makers[0], folder, monkeypatch)

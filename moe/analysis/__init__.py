@@ -13,5 +13,7 @@ tracing         a run over a text, traced
 inspection      all that a page says of a trace
 findings        whether anything is wrong with it, in words
 history         what a run's own files say of its routing over training
+effects         what routing otherwise costs, in all and by domain
+interventions   experts masked, dropped, swapped, forced
 replay          every step's routing on disk, to take again
 """

@@ -9,13 +9,13 @@ import itertools
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import reference
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.routing.contract import Context, Router, Routing
-from moe.routing.linear import bounded, decision, linear_logits
+from moe.routing.contract import Context, Routing
+from moe.routing.linear import PlainRouter, bounded, decision
 
 EPSILON = 1e-4  # what BASE may lose per token, in units of the logits
 
@@ -167,7 +167,7 @@ def shortest_paths(start_E1: Tensor, length_E1E1: Tensor) -> tuple[Tensor, Tenso
         distance_E1 = torch.where(shorter_E1, through.values, distance_E1)
 
 
-class BaseRouter(Router):
+class BaseRouter(PlainRouter):
     """Token-choice by the best even assignment (BASE layers, Lewis et al. 2103.16716). K = 1.
 
     Training: the experts e_t that maximise sum_t x_t w_(e_t) while every expert gets floor(T/E) or ceil(T/E) tokens, up
@@ -182,11 +182,10 @@ class BaseRouter(Router):
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
         super().__init__(cfg, d_model, moe, **where)
         assert self.k == 1, f"K={self.k}: BASE gives every token one expert"
-        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear_logits(x_TD, self.w_ED)
+            logits_TE = self.logits(x_TD)
             plain_TE = logits_TE.detach()
             if self.training:
                 expert_T = balanced_assignment(plain_TE)

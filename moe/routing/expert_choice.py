@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
-from moe.routing.contract import UNUSED, Context, Router, Routing
-from moe.routing.linear import decision, linear_logits
+from moe.routing.contract import UNUSED, Context, Routing
+from moe.routing.linear import PlainRouter, decision, linear_logits
 
 
 def best_tokens(score_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def best_tokens(score_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.indices[:capacity], best.values[:capacity]
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(PlainRouter):
     """Experts choose tokens (Zhou et al. 2202.09368).
 
     p = softmax(x W^T); every expert takes its C = min(T, ceil(K · T / E)) tokens with the largest p_te, and the weight
@@ -50,7 +50,6 @@ class ExpertChoiceRouter(Router):
         super().__init__(cfg, d_model, moe, **where)
         assert cfg.causal in ("none", "threshold", "predictor"), f"router.causal={cfg.causal!r}"
         self.causal_in_eval = self.per_token = cfg.causal != "none"
-        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
         if cfg.causal == "threshold":
             self.register_buffer("cutoff_E", torch.full((self.n_experts,), 1 / self.n_experts))
             self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # steps that c has learnt from
@@ -65,7 +64,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear_logits(x_TD, self.w_ED)
+            logits_TE = self.logits(x_TD)
             score_TE = logits_TE.softmax(-1)
             if self.training or self.cfg.causal == "none":
                 return self.by_expert(x_TD, logits_TE, score_TE)

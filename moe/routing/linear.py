@@ -11,6 +11,19 @@ from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.routing.contract import Router, Routing, probabilities
 
+
+class PlainRouter(Router):
+    """Logits x W^T in float32 at least. No router by itself."""
+
+    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
+        super().__init__(cfg, d_model, moe, **where)
+        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E). Call it outside of autocast."""
+        return linear_logits(x_TD, self.w_ED)
+
+
 COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
 
 

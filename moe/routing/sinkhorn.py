@@ -7,12 +7,10 @@ logits. Logits, scores and weights are float32 (float64 for float64 input) whate
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe.config.model import MoEConfig
-from moe.config.router import RouterConfig
-from moe.routing.contract import Context, Router, Routing
-from moe.routing.linear import bounded, decision, linear_logits
+from moe.routing.contract import Context, Routing
+from moe.routing.linear import PlainRouter, bounded, decision
 
 
 def sinkhorn(logits_TE: Tensor, iterations: int) -> Tensor:
@@ -30,7 +28,7 @@ def sinkhorn(logits_TE: Tensor, iterations: int) -> Tensor:
     return log_TE
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(PlainRouter):
     """Token-choice by balanced scores (Clark et al. 2202.01169; Megatron's `sinkhorn`).
 
     Training: the K experts of token t are the largest of a_t exp(x_t W^T) b, with a and b from `cfg.iterations`
@@ -44,13 +42,9 @@ class SinkhornRouter(Router):
 
     causal = False
 
-    def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
-        super().__init__(cfg, d_model, moe, **where)
-        self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model))
-
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear_logits(x_TD, self.w_ED)
+            logits_TE = self.logits(x_TD)
             rank_TE = sinkhorn(logits_TE.detach(), self.cfg.iterations) if self.training else logits_TE.detach()
             expert_TK = rank_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
             weight_TK = logits_TE.softmax(-1).gather(-1, expert_TK)
