@@ -20,8 +20,8 @@ import numpy as np
 from experiments import cli
 from experiments.pages import tables
 from moe.analysis import effects as effects_module
-from moe.analysis.effects import Difference, Effect, Hurt, Variant, Window, effects, every_expert, measure
-from moe.analysis.interventions import Change, check
+from moe.analysis.effects import Difference, Effect, Hurt, Variant, effects, every_expert, measure
+from moe.analysis.interventions import Change, Window, check
 from moe.analysis.trace import Trace
 from moe.analysis.tracing import What, Windows
 from moe.config.model import layer_moe, moe_layers

@@ -15,5 +15,7 @@ findings        whether anything is wrong with it, in words
 history         what a run's own files say of its routing over training
 effects         what routing otherwise costs, in all and by domain
 interventions   experts masked, dropped, swapped, forced
+redundancy      whether experts do the same
+stability       what a router says a layer earlier, and at other checkpoints
 replay          every step's routing on disk, to take again
 """

@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from moe.analysis.interventions import Block, Change, check, intervene, remember, resume
+from moe.analysis.interventions import Block, Change, Window, check, intervene, remember, resume
 from moe.analysis.specialisation import count_by
 from moe.analysis.trace import padded
 from moe.config.model import moe_layers
@@ -30,8 +30,6 @@ RESAMPLES = 2000
 FEW = 10  # documents below which windows are resampled
 HURT = 10  # tokens that are named
 DRAWS = 3  # of random experts
-
-Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a batch, as `moe.analysis.tracing.Windows` gives it
 
 
 class Variant(NamedTuple):

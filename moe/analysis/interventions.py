@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ from moe.routing.contract import DROPPED, UNUSED, Router, Routing
 # Default vectors (router.gradient=default-vector) follow a mask and nothing else.
 KINDS = ("mask", "drop", "swap", "force")
 
+# A batch of text as `moe.analysis.tracing.Windows` gives it: tokens (n, S + 1), and domain, document, position (n, S)
+Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Block = tuple[Tensor, LayerRouting | None]  # what one gives: states (B, S, D), and what its router did
 
 
