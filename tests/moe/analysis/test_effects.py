@@ -83,7 +83,7 @@ def test_a_difference_is_the_mean_over_tokens_and_its_interval_that_of_resampled
     rng = np.random.default_rng(1)
     unit_T = np.repeat(np.arange(40), rng.integers(1, 60, 40))
     before_T = rng.normal(3, 1, len(unit_T)).astype(np.float32)
-    after_T = (before_T + 0.1 + rng.normal(0, 0.2, 40)[unit_T] + rng.normal(0, 0.1, len(unit_T))).astype(np.float32)
+    after_T = (before_T + 1 + rng.normal(0, 0.2, 40)[unit_T] + rng.normal(0, 0.1, len(unit_T))).astype(np.float32)
     losses = _losses(before_T, after_T[None], unit_T)
     assert losses.unit == "documents"
     (difference,) = differences(losses, np.ones(len(unit_T), bool))
@@ -166,7 +166,8 @@ def test_use_is_what_the_layers_count(make_model, name):
 
 def test_the_experts_that_are_kept_are_the_busiest_and_each_domain_has_its_own(make_model):
     """Every composite is measured again by itself."""
-    model, windows = model_of(make_model, PRESETS["softmax"]), _windows(4)
+    model = model_of(make_model, PRESETS["softmax"])
+    windows = [(read_BS1, read_BS1[:, :-1] % 2, *rest) for read_BS1, _, *rest in _windows(4)]
     told = {effect.what: effect for effect in keep(model, windows, DOMAINS, 0.25)}
     assert list(told) == ["by use", "by each domain's use", *(f"at random, draw {i}" for i in range(3))]
     rows = used(model, windows, 2)
@@ -174,6 +175,7 @@ def test_the_experts_that_are_kept_are_the_busiest_and_each_domain_has_its_own(m
     for change, kept in zip(told["by use"].changes, busiest, strict=True):
         assert set(change.experts) == set(range(8)) - kept
     assert all(len(change.experts) == 6 for change in told["at random, draw 2"].changes)
+    assert len({tuple(np.argsort(-row_Y, kind="stable")[:2]) for row_Y in rows[0]}) == 2
     for y, name in enumerate(DOMAINS):
         rest = [np.argsort(-row_YE[y], kind="stable")[2:].tolist() for row_YE in rows]
         variant = Variant("own", [Change("mask", layer, experts) for layer, experts in enumerate(rest)])

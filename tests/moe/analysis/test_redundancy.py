@@ -67,7 +67,7 @@ def test_cka_is_that_of_centred_gram_matrices(shape):
     (e, t, _), y, other = shape, _random(*shape), _random(*shape, seed=1) + 3
     h = np.eye(t) - 1 / t
     gram = lambda z_TD: (z_TD @ z_TD.T).numpy()
-    hsic = lambda k, l: np.trace(k @ h @ l @ h)
+    hsic = lambda one, two: np.trace(one @ h @ two @ h)
     cka = linear_cka(y, other)
     for i in range(e):
         for j in range(e):
@@ -121,9 +121,7 @@ def test_every_router_has_states_and_experts_to_compare(make_model, name):
     for state_TD, of_layer in zip(states, told, strict=True):
         assert (len(state_TD) < 192) == (name == "mod" and of_layer.layer == 1)  # those that enter
         assert of_layer.cosine_EE.shape == (model.blocks[0].mlp.n_experts,) * 2
-        torch.testing.assert_close(
-            state_TD.square().mean(-1).mean(), torch.ones((), dtype=torch.float64), rtol=2, atol=2
-        )
+        assert of_layer.tokens == 20
 
 
 def test_a_single_expert_has_no_twin_and_a_dense_model_nothing_to_compare(make_model):
