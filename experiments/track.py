@@ -15,9 +15,9 @@ from pathlib import Path
 from experiments import cli
 from moe.config.train import LogConfig
 from moe.errors import BadInput, of_the_machine
-from moe.run import terminal
+from moe.run import jsonl, terminal
 from moe.run.folder import read_settings
-from moe.run.summary import read_metrics, read_summary
+from moe.run.summary import StepCounts, read_metrics, read_summary
 from moe.train.trackers import Trackers, check
 
 
@@ -45,12 +45,14 @@ def main(cfg: TrackConfig) -> None:
     check(settings, prefix="")
     read_summary(Path(cfg.run))
     lines = read_metrics(Path(cfg.run))
+    records = jsonl.read_records(StepCounts, Path(cfg.run) / "routing" / "counts.jsonl")
+    counts = {record.step: record.counts for record in records}
 
     # Nothing that a tracker holds of this run counts any more: -1 is before its first line, of step 0.
     try:
         trackers = Trackers(settings, run, -1)
         for line in lines:
-            trackers.log(line)
+            trackers.log(line, counts.get(line.step, []))
         trackers.close()
     except OSError as error:
         raise of_the_machine(error) or error from error

@@ -17,5 +17,6 @@ effects         what routing otherwise costs, in all and by domain
 interventions   experts masked, dropped, swapped, forced
 redundancy      whether experts do the same
 stability       what a router says a layer earlier, and at other checkpoints
+heat_map        loads as colours
 replay          every step's routing on disk, to take again
 """

@@ -93,6 +93,14 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """A line of routing/counts.jsonl: where the rows of one step went."""
+
+    step: int
+    counts: list[list[int]]  # routed rows by (MoE layer, expert), as in `ExpertLoad`
+
+
+@dataclass(frozen=True)
 class MetricsLine:
     """One step of a run, or its beginning (step 0), of which no more is known than a validation. A loss is the mean
     over the step's tokens, in nats per token, and None or NaN where it was not finite."""

@@ -54,7 +54,8 @@ class Recorder:
         alarms = self.doctor.read(line) if self.cfg.log.doctor else []
         line = dataclasses.replace(line, alarms=alarms or None)
         self.lines.write(line_to_json(line))
-        self.trackers.log(line)
+        due = line.step % self.cfg.log.every == 0
+        self.trackers.log(line, [count_E.tolist() for count_E in loads] if due else [])
         self.watch.step(line, loads)
         for alarm in alarms:
             self.watch.say(f"alarm: {alarm.sentence()}")

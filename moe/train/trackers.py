@@ -2,15 +2,19 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe.analysis import heat_map
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.errors import BadInput
 from moe.run.summary import MetricsLine, line_to_json
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+HEAT_MAP = "routing/load"
+CAPTION = "load over a fair share, a row per MoE layer, a column per expert: blue a quarter or less, orange 4 or more"
 
 
 def check(cfg: Config, prefix: str = "log.") -> None:
@@ -24,13 +28,13 @@ def check(cfg: Config, prefix: str = "log.") -> None:
 
 
 def flatten(line: MetricsLine) -> dict[str, float]:
-    """A metrics line as flat names: loss, val/loss, val/drama/bpb, layer0/max_vio, ..."""
+    """A metrics line as flat names: loss, val/loss, val/drama/bpb, routing/layer_03/max_vio, ..."""
     flat = {name: value for name, value in line_to_json(line).items() if isinstance(value, int | float)}
     for metrics in line.layers or []:
         values = dataclasses.asdict(metrics)
         values |= values.pop("losses")
         values = {name: value for name, value in values.items() if name != "layer" and value is not None}
-        flat |= {f"layer{metrics.layer}/{name}": value for name, value in values.items()}
+        flat |= {f"routing/layer_{metrics.layer:02d}/{name}": value for name, value in values.items()}
     if line.val:
         flat |= {"val/loss": line.val.loss, "val/bpb": line.val.bpb}
         for domain, score in line.val.domains.items():
@@ -46,6 +50,7 @@ class Trackers:
         check(cfg)
         self.board: Any = None
         self.others: list[Any] = []
+        self.draws = importlib.util.find_spec("PIL") is not None  # what trackers keep images with
         if cfg.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -63,13 +68,21 @@ class Trackers:
             trackio.init(project=cfg.log.trackio, name=run.name, resume="allow", config=to_dict(cfg))
             self.others.append(trackio)
 
-    def log(self, line: MetricsLine) -> None:
-        """Send one metrics line."""
+    def log(self, line: MetricsLine, counts: Sequence[Sequence[int]] = ()) -> None:
+        """Send one metrics line, and the load of layer by expert as a heat map; `counts`: routed rows by (MoE layer,
+        expert)."""
         flat = flatten(line)
-        for key, value in flat.items() if self.board else ():
-            self.board.add_scalar(key, value, line.step)
+        picture = heat_map.image(counts) if counts and self.draws else None
+        if self.board:
+            for key, value in flat.items():
+                self.board.add_scalar(key, value, line.step)
+            if picture is not None:
+                self.board.add_image(HEAT_MAP, picture, line.step, dataformats="HWC")
         for tracker in self.others:
-            tracker.log(flat, step=line.step)
+            drawn: dict[str, Any] = {}
+            if picture is not None and hasattr(tracker, "Image"):
+                drawn[HEAT_MAP] = tracker.Image(picture, caption=CAPTION)
+            tracker.log(flat | drawn, step=line.step)
 
     def close(self) -> None:
         """Flush and finish."""

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from experiments import track
 from moe.run.summary import read_metrics
 from moe.train.trackers import flatten
-from tests.moe.train.test_trackers import board
+from tests.moe.train.test_trackers import board, pictures
 from tests.small_runs import STEPS, TIMINGS, files, settings, train, train_until
 
 
@@ -44,6 +44,11 @@ def test_tensorboard_gets_afterwards_what_it_gets_in_training_and_every_step_onc
     assert watched.keys() == filled.keys()
     assert {tag: filled[tag] for tag in filled if tag not in TIMINGS} == {
         tag: watched[tag] for tag in watched if tag not in TIMINGS
+    }
+    drawn = pictures(tmp_path / "watched")
+    assert drawn
+    assert {step: pixels.tolist() for step, pixels in pictures(tmp_path / "run").items()} == {
+        step: pixels.tolist() for step, pixels in drawn.items()
     }
     assert filled["seconds"] == pytest.approx({line.step: line.seconds for line in read_metrics(tmp_path / "run")})
 

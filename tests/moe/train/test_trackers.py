@@ -2,12 +2,16 @@
 
 import importlib.machinery
 import importlib.util
+import io
 import sys
 import types
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moe.analysis import heat_map
 from moe.errors import BadInput
 from moe.run.jsonl import read_lines
 from moe.run.summary import DomainScore, LayerMetrics, MetricsLine, Validation, read_metrics
@@ -33,9 +37,47 @@ def test_tensorboard_has_every_scalar_of_every_step(corpus, tmp_path):
     for line in read_metrics(tmp_path / "run"):
         for key, value in flatten(line).items():
             assert found[key][line.step] == pytest.approx(value, rel=1e-6)
-    assert {"loss", "lm_loss", "grad_norm", "lr", "layer0/max_vio", "layer1/dead", "val/loss", "val/chess/bpb"} <= set(
-        found
-    )
+    assert {"loss", "lm_loss", "grad_norm", "lr", "val/loss", "val/chess/bpb"} <= set(found)
+    assert {"routing/layer_00/max_vio", "routing/layer_01/dead"} <= set(found)
+
+
+def pictures(folder) -> dict[int, np.ndarray]:
+    """TensorBoard's heat maps: step -> pixels, as its own reader gives them."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["routing/load"]
+    return {
+        event.step: np.array(Image.open(io.BytesIO(event.encoded_image_string)))
+        for event in events.Images("routing/load")
+    }
+
+
+def test_tensorboard_has_a_heat_map_of_every_step_whose_counts_are_kept(corpus, tmp_path):
+    train(settings(corpus, tmp_path / "run", {"log.tensorboard": True}))
+    counts = {line["step"]: line["counts"] for line in read_lines(tmp_path / "run" / "routing" / "counts.jsonl")}
+    found = pictures(tmp_path / "run")
+    assert sorted(found) == sorted(counts) == [2, 4, 6]
+    for step, count_LE in counts.items():
+        size = found[step].shape[0] // 2
+        assert found[step].shape == (2 * size, 4 * size, 3)
+        # A pixel of every cell: redder than that of a fair share where an expert has more, bluer where it has less.
+        pixel_LE3 = found[step][size // 2 :: size, size // 2 :: size].astype(int)
+        redder_LE = pixel_LE3[..., 0] - pixel_LE3[..., 2] - (heat_map.EVEN[0] - heat_map.EVEN[2])
+        more_LE = np.array(count_LE) - np.mean(count_LE, axis=1, keepdims=True)
+        assert np.sign(redder_LE).tolist() == np.sign(more_LE).tolist()
+        assert {-1, 1} <= set(np.sign(more_LE).ravel())
+
+
+def test_a_dense_run_and_one_without_pillow_have_scalars_alone(corpus, tmp_path, monkeypatch):
+    train(settings(corpus, tmp_path / "dense", {"log.tensorboard": True, "model.moe": None}))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "PIL" else find_spec(name))
+    train(settings(corpus, tmp_path / "without", {"log.tensorboard": True}))
+    for name in ("dense", "without"):
+        events = EventAccumulator(str(tmp_path / name / "tensorboard"))
+        events.Reload()
+        assert events.Tags()["images"] == []
+        assert "loss" in events.Tags()["scalars"]
 
 
 def test_a_resumed_run_has_no_step_twice(corpus, tmp_path):
@@ -58,8 +100,9 @@ def test_a_line_is_flattened_to_numbers_by_name():
     )  # fmt: skip
     assert flatten(line) == {
         "step": 3, "seconds": 9.0, "loss": 1.5, "aux": 1.25,
-        "layer2/max_vio": 0.5, "layer2/load_entropy": 0.75, "layer2/effective_experts": 3.0, "layer2/dead": 1,
-        "layer2/dropped": 0.0, "layer2/skipped": 0.125, "layer2/aux": 0.25,
+        "routing/layer_02/max_vio": 0.5, "routing/layer_02/load_entropy": 0.75,
+        "routing/layer_02/effective_experts": 3.0, "routing/layer_02/dead": 1, "routing/layer_02/dropped": 0.0,
+        "routing/layer_02/skipped": 0.125, "routing/layer_02/aux": 0.25,
         "val/loss": 2.0, "val/bpb": 1.0, "val/code/loss": 3.0, "val/code/bpb": 2.0,
     }  # fmt: skip
 
@@ -94,6 +137,18 @@ def test_a_tracker_gets_the_settings_then_every_line_then_the_end(name, fake, co
     assert last == ("finish", (), {})
     lines = read_metrics(tmp_path / "run")
     assert logged == [("log", (flatten(line),), {"step": line.step}) for line in lines]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_keeps_images_gets_heat_maps(name, fake, corpus, tmp_path, monkeypatch):
+    calls = fake(name)
+    monkeypatch.setattr(sys.modules[name], "Image", lambda pixels, caption: (pixels, caption), raising=False)
+    train(settings(corpus, tmp_path / "run", {f"log.{name}": "mine"}))
+    logged = {keywords["step"]: arguments[0] for kind, arguments, keywords in calls if kind == "log"}
+    assert [step for step, values in logged.items() if "routing/load" in values] == [2, 4, 6]
+    pixels, caption = logged[2]["routing/load"]
+    assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
+    assert "fair share" in caption
 
 
 def test_a_tracker_is_finished_when_a_run_is_stopped(fake, corpus, tmp_path):
