@@ -65,6 +65,7 @@ SMALLER = {
     "tokenizers": "vocab_size=300",
     "track": "",
     "upcycle": "",
+    "watch": "",
 }
 
 

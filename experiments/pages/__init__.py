@@ -6,6 +6,7 @@ compare_page  a comparison as a page
 study_page    a study as a page
 study_tables  its tables, for the page, Markdown and CSV
 inspector_page  what routing does, as a page
+watch_view    a run as it trains, for a terminal
 packed        arrays inside it
 charts        lines and points as SVG
 scaling_page  what the fits of scaling laws say

@@ -10,6 +10,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -111,18 +112,69 @@ def _read(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     lines = []
     for number, raw in enumerate([*whole, cut] if cut else whole, 1):
         try:
-            line = json.loads(raw)
-            if not isinstance(line, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError):
-            if number > len(whole):
-                break
-            raise BadInput(
-                f"{path}, line {number} is damaged: {raw[:40].decode(errors='replace')!r} is no JSON object; restore "
-                "the file, or delete that line if what it said may be lost."
-            ) from None
-        lines.append((line, raw))
+            lines.append((_object(raw, path, number), raw))
+        except BadInput:
+            if number <= len(whole):
+                raise
     return lines
+
+
+def _object(raw: bytes, path: Path, number: int) -> dict[str, Any]:
+    """A line. Raises `BadInput` for one that is no JSON object."""
+    try:
+        line = json.loads(raw)
+        if not isinstance(line, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError):
+        raise BadInput(
+            f"{path}, line {number} is damaged: {raw[:40].decode(errors='replace')!r} is no JSON object; restore "
+            "the file, or delete that line if what it said may be lost."
+        ) from None
+    return line
+
+
+class Growing:
+    """A .jsonl file that another process appends to: every whole line is read once, so that a long file is cheap to
+    follow."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.place: tuple[int, int] | None = None  # which file it was
+        self.n_bytes = self.n_lines = 0  # read so far
+
+    def is_another(self) -> bool:
+        """Whether the file is not the one that was read: it has come, gone, or been written anew by a resumed run. Then
+        `new` gives its lines from the first."""
+        try:
+            about = self.path.stat()
+            place, size = (about.st_dev, about.st_ino), about.st_size
+        except OSError:
+            place, size = None, 0
+        if place == self.place and size >= self.n_bytes:
+            return False
+        self.place, self.n_bytes, self.n_lines = place, 0, 0
+        return True
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The whole lines that came since; none where the file is another. Raises `BadInput` for a damaged one."""
+        if self.place is None:
+            return
+        try:
+            with open(self.path, "rb") as file:
+                about = os.fstat(file.fileno())
+                if (about.st_dev, about.st_ino) != self.place:
+                    return
+                file.seek(self.n_bytes)
+                for raw in file:
+                    if not raw.endswith(b"\n"):
+                        return
+                    self.n_lines += 1
+                    self.n_bytes += len(raw)
+                    yield _object(raw, self.path, self.n_lines)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be read ({error.strerror or error}).") from error
 
 
 def keep_until(path: Path, step: int) -> None:

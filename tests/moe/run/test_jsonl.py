@@ -1,11 +1,15 @@
 """Lines appended and files replaced: whole or not at all."""
 
+import itertools
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe.errors import BadInput
 from moe.run import jsonl
@@ -140,3 +144,43 @@ def test_lines_are_read_as_records_and_one_that_is_none_is_named(tmp_path):
 class Pair:
     a: int
     b: float
+
+
+@given(st.lists(st.integers(1, 200), max_size=20), st.integers(1, 12))
+def test_a_file_that_grows_is_read_once_line_by_line_however_it_is_cut(cuts, n_lines):
+    text = "".join(f'{{"step": {step}, "name": "é"}}\n' for step in range(n_lines)).encode()
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lines.jsonl"
+        growing = jsonl.Growing(path)
+        assert not growing.is_another()
+        assert list(growing.new()) == []
+        found = []
+        for begin, end in itertools.pairwise(bounds):
+            with path.open("ab") as file:
+                file.write(text[begin:end])
+            assert growing.is_another() == (begin == 0)
+            found += growing.new()
+            assert len(found) == path.read_bytes().count(b"\n")  # a line without its end may be half of one
+        assert [line["step"] for line in found] == list(range(n_lines))
+
+
+def test_a_file_that_is_written_anew_is_read_anew_and_damage_is_named(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    growing = jsonl.Growing(path)
+    assert growing.is_another()
+    assert len(list(growing.new())) == 3
+    jsonl.keep_until(path, 2)  # as a run does that goes on from a checkpoint
+    with path.open("a") as file:
+        file.write('{"step": 3, "again": true}\n{"step": 4}\n')
+    assert list(growing.new()) == []  # of another file than was asked for
+    assert growing.is_another()
+    assert [line["step"] for line in growing.new()] == [1, 2, 3, 4]
+    with path.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(BadInput, match=r"lines\.jsonl, line 5 is damaged: '{\\n' is no JSON object"):
+        list(growing.new())
+    path.unlink()
+    assert growing.is_another()
+    assert list(growing.new()) == []
