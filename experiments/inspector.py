@@ -15,9 +15,11 @@ from pathlib import Path
 from experiments import cli
 from experiments.pages import inspector_page, tables
 from experiments.pages.inspector_page import Look
+from moe.analysis.evidence import weigh
 from moe.analysis.findings import findings, verdict
 from moe.analysis.history import read_history
 from moe.analysis.inspection import inspect
+from moe.analysis.probing import Probed, probe
 from moe.analysis.trace import Trace
 from moe.analysis.tracing import What, trace_run
 from moe.data.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from moe.run.jsonl import write_atomically
 from moe.run.load import find_checkpoint
 
 MOST = 200_000  # tokens that a page is of
+PROBED, FEW = 8192, 64  # tokens on which experts are masked, where there are at most so many
 
 
 @dataclass
@@ -40,6 +43,9 @@ class InspectorConfig:
     out: str = ""  # the folder to write; "": inspector/ in the run's folder
     text: str = ""  # a file of UTF-8 text to trace; "": the run's validation text
     tokens: int = 100_000  # at most so many are traced
+    # on so many tokens every expert is masked in turn, which takes a pass each; 0: not at all, -1: 8192 where the model
+    # has at most 64 experts, else not at all
+    probe: int = -1
     trust: bool = False  # run a router of one's own that the run names
 
     def __post_init__(self) -> None:
@@ -47,6 +53,8 @@ class InspectorConfig:
             raise BadInput("run=... is needed, a run's folder; or trace=..., the folder of a trace; and not both.")
         if self.trace and not self.out:
             raise BadInput("out=... is needed with trace=...: the folder to write the page to.")
+        if self.probe < -1:
+            raise BadInput(f"probe={self.probe} is out of range: accepted is at least 0, or -1.")
         if self.trace and self.beside:
             raise BadInput("beside=... goes with run=...: a trace is shown alone.")
         _ = self.what
@@ -62,11 +70,11 @@ def main(cfg: InspectorConfig) -> None:
     """Trace what is not traced yet, say what was seen, and write the page."""
     out = Path(cfg.out or f"{cfg.run}/inspector")
     if cfg.trace:
-        looks = [look_at(Trace(Path(cfg.trace)))]
+        looks = [look_at(Trace(Path(cfg.trace)), cfg)]
     else:
         runs = [Path(run) for run in (cfg.run, *cfg.beside)]
         names = [f"trace-{i}" if i else "trace" for i in range(len(runs))]
-        looks = [look_at(traced(run, out / name, cfg)) for run, name in zip(runs, names, strict=True)]
+        looks = [look_at(traced(run, out / name, cfg), cfg) for run, name in zip(runs, names, strict=True)]
     for look in looks:
         say(look)
     try:
@@ -95,8 +103,8 @@ def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
     return Trace(folder)
 
 
-def look_at(trace: Trace) -> Look:
-    """A trace with whatever is known of its run beside it: tokenizer and history."""
+def look_at(trace: Trace, cfg: InspectorConfig) -> Look:
+    """A trace with whatever is known of its run beside it: tokenizer and history, and what its model is asked."""
     run = Path(trace.about.run)
     tokenizer, history = None, None
     try:
@@ -108,7 +116,21 @@ def look_at(trace: Trace) -> Look:
         terminal.say(f"note: token ids are shown, because {str(missing).rstrip('.')}.")
     if (run / "metrics.jsonl").is_file():
         history = read_history(run)
-    return Look(run.name, inspect(trace, MOST), tokenizer, history)
+    inspection = inspect(trace, MOST)
+    probed, unasked = asked(trace, cfg)
+    return Look(run.name, inspection, tokenizer, history, weigh(inspection), probed, unasked)
+
+
+def asked(trace: Trace, cfg: InspectorConfig) -> tuple[Probed | None, str]:
+    """What the run's model says beyond its trace; or why it was not asked."""
+    n_experts, run = sum(trace.about.n_experts), Path(trace.about.run)
+    if cfg.trace:
+        return None, "A trace says nothing of it: python -m experiments.inspector run=... asks the model."
+    tokens = (PROBED if n_experts <= FEW else 0) if cfg.probe == -1 else cfg.probe
+    if not tokens:
+        return None, f"Not asked: masking {n_experts} experts in turn takes as many passes. probe={PROBED} does it."
+    terminal.say(f"probe: {n_experts} experts of {run}, masked in turn on {tokens:,} tokens")
+    return probe(run, cfg.which, What(cfg.text, tokens), cfg.trust), ""
 
 
 def say(look: Look) -> None:

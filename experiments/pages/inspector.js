@@ -299,7 +299,12 @@
     const { layers, n_experts, domains } = run();
     const orders = layers.map((_, layer) => order(layer));
     const domain = measure.startsWith("domain ") ? Number(measure.slice(7)) : -1;
+    const mean = measure === "importance" ? worthOfAll() : 1;
     const value = (layer, e) => {
+      if (measure === "importance") {
+        const cost = at("importance", layer, e, 0);
+        return Number.isNaN(cost) ? null : Math.max(1e-6, cost / mean);
+      }
       if (measure === "training") return at("history/load", state.step, layer, e) / run().scale;
       return domain < 0 ? loadRatio(layer, e) : domainLift(layer, domain, e);
     };
@@ -313,6 +318,7 @@
       say: (r, c) => {
         if (c >= n_experts[r]) return "";
         const e = orders[r][c];
+        if (measure === "importance") return `${layerName(r)}, expert ${e}: masked, the loss changes by ${at("importance", r, e, 0).toFixed(4)} nats`;
         const number = value(r, e);
         const ratio = number === null ? "no rows" : times(number);
         return domain < 0
@@ -323,6 +329,13 @@
     });
     $("slide").hidden = measure !== "training";
     if (measure === "training") $("step-said").textContent = at("history/load_steps", state.step);
+  }
+
+  // What masking an expert costs, the mean over all; at least something, to divide by.
+  function worthOfAll() {
+    const costs = range(run().layers.length).flatMap((layer) => range(run().n_experts[layer]).map((e) => at("importance", layer, e, 0)));
+    const known = costs.filter((cost) => !Number.isNaN(cost));
+    return Math.max(1e-6, sum(known) / Math.max(1, known.length));
   }
 
   function drawDomains() {
@@ -342,9 +355,11 @@
       say: (d, e) => {
         const lift = domainLift(state.layer, d, e);
         const share = perToken(d) ? (k * at("domain", state.layer, d, e)) / ofDomain[state.layer][d] : 0;
-        return `${domains[d]}, expert ${e}: takes ${percent(share)} of its tokens (K/E is ${percent(chance)}), ${lift === null ? "no rows" : times(lift)} times as often as anything`;
+        const range = has("lift/low") ? ` (95% interval ${times(at("lift/low", state.layer, e, d) / run().scale)} to ${times(at("lift/high", state.layer, e, d) / run().scale)})` : "";
+        return `${domains[d]}, expert ${e}: takes ${percent(share)} of its tokens (K/E is ${percent(chance)}), ${lift === null ? "no rows" : times(lift)} times as often as anything${range}`;
       },
       chosen: null,
+      marked: run().earned.filter((name) => name.layer === state.layer).map((name) => [name.domain, name.expert]),
     });
   }
 
@@ -406,12 +421,29 @@
       }
       contexts.append(line);
     }
-    card.replaceChildren(heading, element("p", {}, taken ? share : "No token of this text goes to it: it is dead here."), columns);
+    card.replaceChildren(heading, element("p", {}, taken ? share : "No token of this text goes to it: it is dead here."), ...worth(layer, expert), columns);
     if (contexts.childElementCount > 1) card.append(contexts);
     $("layer").value = String(layer);
     $("number").max = n_experts[layer] - 1;
     $("number").value = expert;
     $("where").textContent = `${layerName(layer)} · expert ${expert}`;
+  }
+
+  // Sentences: the name that the expert has earned, what masking it does, and its nearest twin.
+  function worth(layer, expert) {
+    const said = [];
+    for (const name of run().earned.filter((one) => one.layer === layer && one.expert === expert)) {
+      said.push(`May be called after ${run().domains[name.domain]}: it takes that ${times(name.lift)} times as often as anything (${times(name.lift_low)} to ${times(name.lift_high)}).`);
+    }
+    if (has("importance") && !Number.isNaN(at("importance", layer, expert, 0))) {
+      const [middle, low, high] = range(3).map((i) => at("importance", layer, expert, i).toFixed(4));
+      said.push(`Masked, the loss changes by ${middle} nats per token (${low} to ${high}).`);
+    }
+    if (has("twin") && at("twin", layer, expert, 0) >= 0) {
+      const [twin, alike, chance] = range(3).map((i) => at("twin", layer, expert, i));
+      said.push(`Nearest twin: expert ${twin}, whose outputs have a cosine of ${alike.toFixed(2)} with its own (${chance.toFixed(2)} by chance).`);
+    }
+    return said.map((text) => element("p", {}, text));
   }
 
   function drawPairs() {
@@ -531,11 +563,12 @@
   function drawText() {
     const { begin, end } = passages[Number($("passage").value) || 0];
     if (state.token < begin || state.token >= end) state.token = begin;
-    $("tokens").replaceChildren(...range(end - begin).map((n) => {
+    $("tokens").replaceChildren(...range(end - begin).flatMap((n) => {
       const i = begin + n;
-      const span = element("span", { id: `token-${i}`, role: "option" }, (string(at("text/token", i)) || "␀").replaceAll("↵", "↵\n"));
+      const text = string(at("text/token", i)) || "␀";
+      const span = element("span", { id: `token-${i}`, role: "option" }, text);
       span.style.background = tint(strength(i));
-      return span;
+      return text.includes("↵") ? [span, "\n"] : [span];
     }));
     drawToken();
   }
@@ -625,6 +658,7 @@
     const { domains, layers } = run();
     const measures = [["load", "load of all text"]];
     if (has("history/load")) measures.push(["training", "load over training"]);
+    if (has("importance")) measures.push(["importance", "what masking it costs, over the mean"]);
     if (domains.length > 1) domains.forEach((name, d) => measures.push([`domain ${d}`, `preference for ${name}`]));
     $("measure").replaceChildren(...measures.map(([value, name]) => element("option", { value }, name)));
     if (has("history/load")) {

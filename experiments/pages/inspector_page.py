@@ -20,15 +20,20 @@ import numpy as np
 
 from experiments.pages.charts import Series, line_chart
 from experiments.pages.packed import Pack, index_kind
+from moe.analysis.caveats import CAVEATS
+from moe.analysis.effects import Difference
+from moe.analysis.evidence import Evidence
 from moe.analysis.findings import findings, verdict
 from moe.analysis.history import History
 from moe.analysis.inspection import Inspection, LayerView
+from moe.analysis.probing import Probed
 from moe.data.tokenizer import Tokenizer
 from moe.run.terminal import printable
 
 HERE = Path(__file__).parent
 TEXT_BYTES = 2_000_000  # what the passages of a run may take in the page, before they are compressed
 HISTORY_BYTES = 2_000_000  # the same of loads over training
+MISSED = 12  # experts in the table of those that are missed most
 NONE = -1
 AROUND = 7  # tokens to either side of a passage's own
 ARROWS = str.maketrans("\n\t\u200b\u200c\u200d\ufeff\u00ad", "↵⇥␣␣␣␣␣")
@@ -42,6 +47,9 @@ class Look(NamedTuple):
     inspection: Inspection
     tokenizer: Tokenizer | None  # None: token ids are shown
     history: History | None = None  # None: nothing is known of its training
+    evidence: Evidence | None = None  # None: there are no domains to compare
+    probed: Probed | None = None  # None: the model was not asked
+    unasked: str = ""  # why not
 
 
 class Chart(NamedTuple):
@@ -136,8 +144,17 @@ def packed(pack: Pack, i: int, look: Look) -> dict[str, Any]:
         add("history/effective", history.effective_NL.astype(np.float32))
         add("history/max_vio", history.max_vio_NL.astype(np.float32))
         add("history/steps", np.array(history.steps, np.int32))
+    if look.evidence:
+        for end in ("low", "high"):
+            lift = np.nan_to_num(getattr(look.evidence.of.lift, end)).transpose(0, 2, 1)
+            add(f"lift/{end}", np.round(lift * SCALE).clip(0, 2**16 - 1).astype(np.uint16))
+    if look.probed:
+        importance = [[importance_of(look, view, e) for e in range(widest)] for view in views]
+        add("importance", np.array(importance, np.float32))
+        add("twin", np.stack([twins(look, view, widest) for view in views]).astype(np.float32))
     return {
         "name": printable(look.name),
+        "earned": [name._asdict() for name in look.evidence.earned()] if look.evidence else [],
         "layers": about.layers,
         "n_experts": about.n_experts,
         "k": about.k,
@@ -148,6 +165,24 @@ def packed(pack: Pack, i: int, look: Look) -> dict[str, Any]:
         "scale": SCALE,
         "strings": strings.texts,
     }
+
+
+def importance_of(look: Look, view: LayerView, expert: int) -> tuple[float, float, float]:
+    """What masking an expert does to the loss, in nats, with both ends of its interval; NaN where it was not tried."""
+    assert look.probed is not None, "asked of a model that was"
+    effect = look.probed.importance.get((view.layer, expert))
+    return (effect.total.difference, effect.total.low, effect.total.high) if effect else (math.nan,) * 3
+
+
+def twins(look: Look, view: LayerView, widest: int) -> np.ndarray:
+    """Of every expert its nearest twin, how alike their outputs are, and how alike they are by chance: (E, 3)."""
+    assert look.probed is not None, "asked of a model that was"
+    alike = next(one for one in look.probed.alike if one.layer == view.layer)
+    twin_E3 = np.full((widest, 3), NONE, float)
+    for e, twin in enumerate(alike.twin_E):
+        if twin >= 0:
+            twin_E3[e] = twin, alike.cosine_EE[e, twin], alike.chance_cosine
+    return twin_E3
 
 
 class Strings:
@@ -249,6 +284,15 @@ def words(look: Look) -> dict[str, Any]:
         "distinct": distinct_chart(inspection),
         "loss": loss_chart(look.history),
         "alarms": [printable(alarm.sentence()) for alarm in look.history.alarms] if look.history else [],
+        "information": information_chart(look),
+        "caveats": {name.replace(" ", "_"): CAVEATS[name].cannot_tell for name in CAVEATS},
+        "names": names_table(look),
+        "documents": look.evidence.documents if look.evidence else 0,
+        "kept": kept_table(look.probed) if look.probed else None,
+        "worst": worth_table(look.probed) if look.probed else None,
+        "probed": look.probed,
+        "unasked": look.unasked,
+        "saturation": saturation_chart(look.probed),
         "history": look.history is not None and len(look.history.steps) > 0,
         "provenance": provenance(look),
         "sampling": printable(inspection.sampling),
@@ -362,6 +406,76 @@ def provenance(look: Look) -> list[tuple[str, str]]:
         ("Trace", f"schema {about.schema}; experts are logical numbers"),
     ]
     return [(name, printable(value)) for name, value in pairs]
+
+
+def information_chart(look: Look) -> Chart | None:
+    """Bits of domain by layer, with what chance gives."""
+    if look.evidence is None or len(look.inspection.layers) < 2:
+        return None
+    of, x = look.evidence.of.information, [float(view.layer) for view in look.inspection.layers]
+    low, high = (np.where(np.isnan(end), of.value, end).tolist() for end in (of.low, of.high))
+    chance = look.evidence.chance_L.tolist()
+    curves = [Series("bits", x, of.value.tolist(), low, high), Series("chance", x, chance, chance, chance)]
+    return chart(curves, "layer", "bits that an expert tells of the domain", whole=True)
+
+
+def names_table(look: Look) -> SmallTable | None:
+    """Experts that may be called after a domain; None where nothing could be compared."""
+    if look.evidence is None:
+        return None
+    layers, domains = look.inspection.about.layers, look.inspection.about.domains
+    rows = [
+        (
+            f"layer {layers[name.layer]}, expert {name.expert}", printable(domains[name.domain]),
+            f"{name.lift:.1f} ({name.lift_low:.1f} to {name.lift_high:.1f})",
+            f"{name.share:.0%} ({name.share_low:.0%} to {name.share_high:.0%})", f"{name.p:.3f}",
+            f"{name.p_of_tokens:.3f}",
+        )
+        for name in sorted(look.evidence.earned(), key=lambda name: -name.lift)
+    ]  # fmt: skip
+    headings = ("expert", "domain", "times as often as anything", "of the domain’s tokens", "p", "p beyond tokens")
+    return SmallTable(headings, rows)
+
+
+def kept_table(probed: Probed) -> SmallTable | None:
+    """The loss with a share of the experts alone."""
+    rows = []
+    for share, told in probed.kept.items():
+        random = [effect.total.difference for effect in told if effect.what.startswith("at random")]
+        named = {effect.what: interval(effect.total) for effect in told}
+        by_chance = f"{min(random):+.3f} to {max(random):+.3f}"
+        rows.append((f"{share:.1%}", named["by use"], named["by each domain's use"], by_chance))
+    return SmallTable(("experts kept", "the busiest", "each domain’s busiest", "at random"), rows) if rows else None
+
+
+def worth_table(probed: Probed) -> SmallTable:
+    """The experts that the loss would miss most."""
+    ordered = sorted(probed.importance.items(), key=lambda pair: -pair[1].total.difference)[:MISSED]
+    rows = []
+    for (layer, expert), effect in ordered:
+        domain, most = max(effect.domains.items(), key=lambda pair: pair[1].difference)
+        rows.append((f"layer {layer}, expert {expert}", interval(effect.total), f"{domain} {most.difference:+.3f}"))
+    return SmallTable(("masked", "loss (nats per token)", "most in"), rows)
+
+
+def interval(difference: Difference) -> str:
+    """A difference with its interval."""
+    return f"{difference.difference:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def saturation_chart(probed: Probed | None) -> Chart | None:
+    """How much of the last checkpoint's routing earlier ones have, the mean over the layers, and by chance."""
+    if probed is None or probed.over_time is None:
+        return None
+    told = probed.over_time.checkpoints
+    x = [float(one.step) for one in told]
+    mean = [float(np.mean(one.saturation)) for one in told]
+    low, high = ([float(end(one.saturation)) for one in told] for end in (min, max))
+    chance = [float(np.mean(probed.over_time.chance))] * len(told)
+    return chart(
+        [Series("saturation", x, mean, low, high), Series("chance", x, chance, chance, chance)],
+        "step", "agreement with the last checkpoint", whole=True,
+    )  # fmt: skip
 
 
 def side_by_side(looks: Sequence[Look]) -> SmallTable:

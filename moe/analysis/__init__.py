@@ -10,6 +10,8 @@ planted         text and routers of known truth, to try metrics on
 placement       what a load means for devices and decode batches
 trace           which experts every token took, as Parquet
 tracing         a run over a text, traced
+evidence        how far a page may believe what its experts take
+probing         what a run's model itself has to be asked
 inspection      all that a page says of a trace
 findings        whether anything is wrong with it, in words
 history         what a run's own files say of its routing over training

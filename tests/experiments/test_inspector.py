@@ -1,13 +1,18 @@
 """Claims about the command that writes the inspector's page."""
 
+import html
 import shutil
 import sys
 
 import pytest
 
 from experiments import inspector as command
+from moe.analysis.caveats import CAVEATS
+from moe.analysis.probing import probe
 from moe.analysis.trace import Trace
+from moe.analysis.tracing import What
 from moe.run.summary import read_summary
+from tests.browser import browser, needs_browser, opened
 from tests.planted_traces import random_routes, write_trace
 from tests.small_runs import settings, train
 
@@ -56,6 +61,48 @@ def test_runs_stand_side_by_side(runs, tmp_path, monkeypatch, capsys):
     assert 'data-run="1"' in text
 
 
+@needs_browser
+def test_the_page_of_a_run_says_what_each_expert_is_worth(runs, tmp_path, monkeypatch, capsys):
+    printed = _inspect(monkeypatch, capsys, f"run={runs / 'moe'}", f"out={tmp_path}", "tokens=600", "probe=256")
+    assert "probe: 8 experts" in printed
+    probed = probe(runs / "moe", "best", What(tokens=256))
+    with browser() as chromium:
+        page = opened(chromium, tmp_path / "index.html")
+        page.select_option("#layer", "1")
+        page.fill("#number", "3")
+        page.locator("#number").press("Enter")
+        total = probed.importance[1, 3].total
+        numbers = f"{total.difference:.4f} nats per token ({total.low:.4f} to {total.high:.4f})"
+        assert f"Masked, the loss changes by {numbers}" in page.locator("#card").inner_text()
+        twin = probed.alike[1].twin_E[3]
+        assert f"Nearest twin: expert {twin}" in page.locator("#card").inner_text()
+        page.select_option("#measure", "importance")
+        page.locator("#load-map").focus()
+        page.keyboard.press("ArrowRight")
+        assert "masked, the loss changes by" in page.locator("#load-map-said").inner_text()
+        assert page.get_by_text("With a share of the experts alone").is_visible()
+        assert page.get_by_text("Asked one MoE layer early").is_visible()
+        assert page.said == []
+
+
+def test_a_model_with_many_experts_is_not_asked_unless_one_says_so(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "FEW", 4)
+    printed = _inspect(monkeypatch, capsys, f"run={runs / 'moe'}", f"out={tmp_path}", "tokens=300")
+    assert "probe:" not in printed
+    assert "Not asked: masking 8 experts in turn takes as many passes." in (tmp_path / "index.html").read_text()
+
+
+def test_beside_a_metric_stands_what_it_cannot_tell(runs, tmp_path, monkeypatch, capsys):
+    _inspect(monkeypatch, capsys, f"run={runs / 'moe'}", f"out={tmp_path}", "probe=0")
+    text = html.unescape((tmp_path / "index.html").read_text())
+    for name in ("lift of a domain", "names beyond tokens", "bits of domain"):
+        assert CAVEATS[name].drawn
+        assert CAVEATS[name].cannot_tell in text
+    for name, caveat in CAVEATS.items():
+        if not caveat.drawn:
+            assert caveat.cannot_tell not in text, f"{name} fails the table: it is not drawn"
+
+
 def test_without_a_tokenizer_ids_are_shown_and_a_trace_alone_is_enough(runs, tmp_path, monkeypatch, capsys):
     write_trace(tmp_path / "trace", random_routes(160, 1, 4, 2), run=str(tmp_path / "gone"))
     printed = _inspect(monkeypatch, capsys, f"trace={tmp_path / 'trace'}", f"out={tmp_path / 'page'}")
@@ -71,6 +118,7 @@ def test_without_a_tokenizer_ids_are_shown_and_a_trace_alone_is_enough(runs, tmp
     [
         ((), "run=... is needed"),
         (("run={runs}/moe", "trace=x"), "and not both"),
+        (("run={runs}/moe", "probe=-2"), "probe=-2 is out of range"),
         (("trace={tmp}",), "out=... is needed with trace=..."),
         (("trace={tmp}", "out={tmp}/p", "beside=[x]"), "beside=... goes with run=..."),
         (("run={runs}/dense", "out={tmp}/p"), "is a dense model"),
