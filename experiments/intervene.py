@@ -108,6 +108,8 @@ def main(cfg: InterveneConfig) -> None:
         told = effects_module.keep(model, batches, domains, cfg.keep)
     else:
         variants = variants_of(cfg, model, batches)
+        if cfg.importance:
+            terminal.say(f"importance: {len(variants)} experts, a pass for each")
         told = effects(measure(model, batches, domains, variants), variants)
     # Say it.
     checkpoint = find_checkpoint(Path(cfg.run) / "checkpoints", cfg.which).name
@@ -184,7 +186,7 @@ def show(told: list[Effect], batches: list[Window], tokenizer: Tokenizer) -> Non
 def cells(what: str, difference: Difference) -> tuple[str, ...]:
     """A row of the table."""
     d = difference
-    interval = f"{d.low:+.4f} to {d.high:+.4f}"
+    interval = f"{d.low:+.4f} to {d.high:+.4f}" if d.units > 1 else "unknown: all of one text"
     return what, f"{d.before:.4f}", f"{d.after:.4f}", f"{d.difference:+.4f}", interval, f"{d.tokens:,}"
 
 

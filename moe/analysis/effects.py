@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.analysis.interventions import Block, Change, Window, check, intervene, remember, resume
 from moe.analysis.specialisation import count_by
@@ -24,6 +24,7 @@ from moe.config.model import moe_layers
 from moe.errors import BadInput
 from moe.model.layer import MoELayer
 from moe.model.transformer import Transformer, next_token_loss
+from moe.routing.contract import UNUSED
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -147,12 +148,16 @@ def _losses(
 
 
 def _recorded(expert_TK: Tensor, block: Block) -> Tensor:
-    """A layer's recorded experts in the shape of its own routing. Raises `BadInput` where it has none."""
+    """A layer's recorded experts in the shape of its own routing. Raises `BadInput` where they have none."""
     routing = block[1]
     assert routing is not None, "an MoE layer gives a routing"
     if routing.token_N is not None:
         raise BadInput("replay: experts choose tokens in this model, and a token has no K experts to replay.")
-    return expert_TK[:, : routing.expert.shape[1]].to(routing.expert.device)
+    width = routing.expert.shape[1]
+    if (expert_TK[:, width:] >= 0).any():
+        raise BadInput(f"replay: a token of the record has more experts than the {width} that its router names.")
+    short = max(0, width - expert_TK.shape[1])
+    return nn.functional.pad(expert_TK[:, :width], (0, short), value=UNUSED).to(routing.expert.device)
 
 
 def effects(losses: Losses, variants: Sequence[Variant], hurt: int = HURT) -> list[Effect]:

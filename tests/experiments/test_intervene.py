@@ -1,12 +1,13 @@
 """Claims about the command that routes otherwise and measures what it costs."""
 
 import json
+import math
 import sys
 
 import pytest
 
 from experiments import intervene, trace
-from moe.analysis.effects import Effect
+from moe.analysis.effects import Difference, Effect
 from moe.run.jsonl import read_records
 from moe.run.summary import read_summary
 from tests.small_runs import settings, train
@@ -95,6 +96,11 @@ def test_the_other_changes_are_said_by_domain_too(run, command, word):
     code, printed, err = command(f"run={run}", word, "tokens=300")
     assert code == 0, err
     assert f"| {word.replace('=', ' ')} " in printed
+
+
+def test_a_single_text_has_no_interval():
+    one = Difference(3.0, 3.5, 0.5, -math.inf, math.inf, 1000, 1)
+    assert intervene.cells("x", one) == ("x", "3.0000", "3.5000", "+0.5000", "unknown: all of one text", "1,000")
 
 
 def test_what_a_token_says_cannot_move_the_cursor(run, command, tmp_path):
