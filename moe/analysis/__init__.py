@@ -20,5 +20,8 @@ interventions   experts masked, dropped, swapped, forced
 redundancy      whether experts do the same
 stability       what a router says a layer earlier, and at other checkpoints
 heat_map        loads as colours
+windows         the text that is traced, of a corpus, a file or token ids
+by_layer        a trace that is made with one layer in memory at a time
+records         what serving engines and Megatron recorded, as a trace
 replay          every step's routing on disk, to take again
 """

@@ -98,12 +98,12 @@ class Recorder:
         """loss (B, S), expert (T, L, K), weight (T, L, K), margin (T, L), entropy (T, L) of one forward pass."""
         self.decided.clear()
         output = self.model(tokens_BS)
-        layers = [self._layer(*pair, tokens_BS.numel()) for pair in zip(output.routing, self.decided, strict=True)]
+        layers = [self.columns(*pair, tokens_BS.numel()) for pair in zip(output.routing, self.decided, strict=True)]
         columns = (torch.stack(column, 1).cpu().numpy() for column in zip(*layers, strict=True))
         loss_BS = next_token_loss(output.logits_BSV, targets_BS, reduction="none")
         return loss_BS.float().cpu().numpy(), *columns
 
-    def _layer(self, routing: LayerRouting, decided: Routing, n_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def columns(self, routing: LayerRouting, decided: Routing, n_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """expert and weight (T, K), margin and entropy (T,) of one layer."""
         expert_TK, weight_TK = padded(routing, n_tokens, self.k)
         margin_T, entropy_T = (torch.full((n_tokens,), torch.nan) for _ in range(2))
@@ -142,7 +142,7 @@ class Writer:
         if folder.exists():
             raise BadInput(f"out={folder} exists: choose another, or move it away.")
         self.folder, self.about, self.beside = folder, about, temporary(folder)
-        self.n_tokens = 0
+        self.n_tokens = self.n_windows = 0
         self.rows = {
             layer: np.zeros((len(about.domains), n), np.int64)
             for layer, n in zip(about.layers, about.n_experts, strict=True)
@@ -185,7 +185,7 @@ class Writer:
         schemas = {name: writer.schema for name, writer in self.writers.items()}
 
         # Tokens, in the order of the text.
-        window_BS = np.repeat(np.arange(b)[:, None] + self.n_tokens // s, s, 1)
+        window_BS = np.repeat(np.arange(b)[:, None] + self.n_windows, s, 1)
         dictionary = pa.DictionaryArray.from_arrays(pa.array(batch.domain_BS.ravel(), pa.int32()), about.domains)
         columns = [batch.doc_BS, batch.pos_BS, batch.tokens_BS, batch.targets_BS]
         arrays = [pa.array(column.ravel(), pa.int32()) for column in columns]
@@ -215,6 +215,7 @@ class Writer:
             domain_TK = np.repeat(batch.domain_BS.ravel()[:, None], k, 1)
             np.add.at(self.rows[layer], (domain_TK[taken], expert_TK[taken]), 1)
         self.n_tokens += t
+        self.n_windows += b
 
     def _write(self, name: str, table: Any) -> None:
         try:

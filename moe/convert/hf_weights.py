@@ -116,14 +116,14 @@ def from_hf(tensors: Mapping[str, Tensor], model: Transformer, family: str) -> N
 
     Raises `BadInput` naming the first tensor that is missing, not part of the model, or of another shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not _CONSTANT.fullmatch("." + name)}
-    targets = _targets(shapes, model, family)
+    targets = views_of(shapes, model, family)
     for name, views in targets.items():
-        _copy(tensors[name], views)
-    _check_tied(targets, model)
+        copy_into(tensors[name], views)
+    check_tied(targets, model)
 
 
-def _targets(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: str) -> dict[str, list[Tensor]]:
-    """The views into `model` that each named tensor fills."""
+def views_of(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: str) -> dict[str, list[Tensor]]:
+    """The views into `model` that each named tensor of a folder fills. Raises `BadInput` as `from_hf` does."""
     stacked = any(name.endswith("experts.gate_up_proj") for name in shapes)
     missing = dict(tensor_map(model.state_dict(), model.cfg, family, stacked))
     if model.cfg.tie_embeddings and "lm_head.weight" in shapes:  # the embedding again: kept aside, to be compared
@@ -145,12 +145,14 @@ def _targets(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: 
     return targets
 
 
-def _copy(tensor: Tensor, views: list[Tensor]) -> None:
+def copy_into(tensor: Tensor, views: list[Tensor]) -> None:
+    """Fill the views, joined along their last dimension, from a folder's tensor."""
     for view, piece in zip(views, tensor.split([view.shape[-1] for view in views], dim=-1), strict=True):
         view.copy_(piece)
 
 
-def _check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
+def check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
+    """Raise `BadInput` where a folder's head is not the embedding, although the settings say so."""
     if model.cfg.tie_embeddings and "lm_head.weight" in targets:
         (head_VD,) = targets["lm_head.weight"]
         if not torch.equal(head_VD, model.embed.weight):
@@ -166,30 +168,30 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer
     memory is asked for. Raises `BadInput` naming the setting, file or tensor; pickled weights are never opened."""
     cfg, router = read_config(folder)
     family = family_of(cfg, router)
-    files = _weight_files(folder)
-    shapes, held = _headers(files)
+    files = weight_files(folder)
+    shapes, widest = headers(files)
     try:
         with torch.device("meta"):
             model = Transformer(cfg, router)
-        _targets(shapes, model, family)
-        model.to(held if dtype is None else dtype).to_empty(device="cpu")
+        views_of(shapes, model, family)
+        model.to(widest if dtype is None else dtype).to_empty(device="cpu")
         if cfg.tie_embeddings:  # to_empty unties
             model.head.weight = model.embed.weight
         if cfg.position == "rope":
             model.cos_Sd, model.sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
-        targets = _targets(shapes, model, family)
+        targets = views_of(shapes, model, family)
         for path in files:
             with safe_open(path, "pt") as file:
                 for name in sorted(targets.keys() & file.keys()):
-                    _copy(file.get_tensor(name), targets[name])
-        _check_tied(targets, model)
+                    copy_into(file.get_tensor(name), targets[name])
+        check_tied(targets, model)
     except (BadInput, SafetensorError) as error:
         raise BadInput(f"{folder}: {error}") from error
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files."""
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Raises `BadInput` for a folder without, and for an index that is none."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -209,18 +211,19 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Name and shape of every tensor, and the widest dtype, without reading one."""
+def headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
+    """Name and shape of every tensor, and the widest dtype, without reading one. Raises `BadInput` for a file that is
+    not whole, a dtype that is not in `DTYPES`, and a tensor that stands in two files."""
     shapes: dict[str, tuple[int, ...]] = {}
     widest: torch.dtype | None = None
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+                told = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path} is not a whole safetensors file ({error}).") from error
-        for name, (shape, dtype) in headers.items():
+        for name, (shape, dtype) in told.items():
             if _CONSTANT.fullmatch("." + name):
                 continue
             if dtype not in DTYPES:

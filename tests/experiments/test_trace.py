@@ -8,6 +8,11 @@ import pytest
 
 from experiments import trace as command
 from moe.analysis.trace import Trace
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
+from moe.convert.hf_tokenizer import FILE
+from moe.convert.hf_weights import save
+from moe.model.transformer import Transformer
 from moe.run.load import load_run
 from moe.run.summary import read_summary
 from tests.small_runs import settings, train
@@ -68,6 +73,13 @@ def test_a_text_of_ones_own_is_one_document(run, tmp_path, monkeypatch, capsys):
     ("words", "sentence"),
     [
         (("out=x",), "run=... is needed"),
+        (("run=x", "hf=y", "out=x"), "run and hf are given"),
+        (("records=x", "out=x"), "records=FILE and format=sglang, vllm or megatron go together"),
+        (("records=x", "format=tf", "out=x"), "format=tf is not one of sglang, vllm, megatron"),
+        (("run={run}", "out={tmp}/t", "stream=true"), "stream=true is of hf=..."),
+        (("run={run}", "out={tmp}/t", "context=33"), "context=33 is out of range: the model reads at most 32"),
+        (("hf={tmp}/nofolder", "out={tmp}/t"), "config.json cannot be read"),
+        (("records={tmp}/latin.txt", "format=vllm", "out={tmp}/t"), "line 1 is no JSON"),
         (("run=x",), "out=... is needed"),
         (("run={run}", "out={tmp}/t", "tokens=-1"), "tokens=-1 is out of range"),
         (("run={run}", "out={tmp}/t", "text={tmp}/none.txt"), "none.txt cannot be read"),
@@ -101,3 +113,79 @@ def test_a_dense_model_and_a_soft_router_are_refused(corpus, tmp_path, monkeypat
         with pytest.raises(SystemExit, match="2"):
             _trace(monkeypatch, capsys, f"run={tmp_path / name}", f"out={tmp_path / 't'}")
         assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def theirs(run, tmp_path_factory):
+    """A folder of transformers, with the run's tokenizer."""
+    tokenizer = load_run(run)[1]
+    moe = MoEConfig(n_experts=4, k=2, d_expert=16)
+    model = ModelConfig(
+        "m", tokenizer.vocab_size, 32, 2, 32, n_heads=2, d_ff=16, moe=moe, qk_norm="full", tie_embeddings=False
+    )
+    folder = tmp_path_factory.mktemp("hf") / "olmoe"
+    save(Transformer(model, RouterConfig()).initialize(0), RouterConfig(), tokenizer, folder, shard_bytes=40_000)
+    return folder
+
+
+def _bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("text", ["a text", "a corpus"])
+def test_a_folder_of_transformers_is_traced_alike_whole_and_layer_by_layer(
+    theirs, corpus, tmp_path, monkeypatch, capsys, text
+):
+    (tmp_path / "a.txt").write_text("to be or not to be, " * 40)
+    words = [f"text={tmp_path / 'a.txt'}"]
+    if text == "a corpus":
+        words = ["data=text", f"data.path={corpus / 'texts'}", f"data.cache={corpus / 'cache'}", "tokens=640"]
+    _trace(monkeypatch, capsys, f"hf={theirs}", f"out={tmp_path / 'whole'}", *words)
+    said = _trace(monkeypatch, capsys, f"hf={theirs}", f"out={tmp_path / 'streamed'}", *words, "stream=true")
+    assert "trace: layer 2 of 2" in said
+    assert _bytes_of(tmp_path / "whole") == _bytes_of(tmp_path / "streamed")
+    trace = Trace(tmp_path / "whole")
+    assert (trace.about.run, trace.about.checkpoint) == (str(theirs), "")
+    assert trace.about.domains == (["text"] if text == "a text" else ["algebra", "botany", "chess"])
+
+
+def test_without_a_tokenizer_a_folder_takes_token_ids_and_says_so(theirs, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in theirs.iterdir():
+        if path.name != FILE:
+            (folder / path.name).symlink_to(path)
+    with pytest.raises(SystemExit, match="2"):
+        _trace(monkeypatch, capsys, f"hf={folder}", f"out={tmp_path / 't'}")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "has no tokenizer.json" in line
+    assert line.endswith("without it a trace takes token ids: text=IDS.npy.")
+    ids = np.random.default_rng(0).integers(0, 256, 100).astype(np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    _trace(monkeypatch, capsys, f"hf={folder}", f"out={tmp_path / 't'}", f"text={tmp_path / 'ids.npy'}", "context=16")
+    trace = Trace(tmp_path / "t")
+    assert trace.about.tokenizer == ""
+    assert trace.about.context == 16
+    assert trace.table("tokens")["token"].to_pylist() == ids[:96].tolist()
+
+
+def test_another_corpus_is_read_with_the_runs_tokenizer(run, corpus, tmp_path, monkeypatch, capsys):
+    words = [f"run={run}", f"out={tmp_path / 't'}", "tokens=0", f"data.cache={corpus / 'cache'}"]
+    _trace(
+        monkeypatch, capsys, *words, "data=text", f"data.path={corpus / 'texts' / 'botany'}", "data.val_fraction=0.3"
+    )
+    trace = Trace(tmp_path / "t")
+    assert trace.about.domains == ["botany"]
+    assert trace.about.tokenizer == load_run(run)[1].fingerprint
+
+
+def test_exported_arrays_come_back_as_records(run, tmp_path, monkeypatch, capsys):
+    _trace(monkeypatch, capsys, f"run={run}", f"out={tmp_path / 'trace'}", "tokens=320", "export=true")
+    npz, words = tmp_path / "trace" / "routed_experts.npz", ["format=vllm", "n_experts=4", "export=true"]
+    printed = _trace(monkeypatch, capsys, f"records={npz}", f"out={tmp_path / 'again'}", *words)
+    traces = [Trace(tmp_path / name) for name in ("trace", "again")]
+    assert traces[0].experts().tolist() == traces[1].experts().tolist()
+    assert [layer.sum(0).tolist() for layer in traces[0].counts] == [layer[0].tolist() for layer in traces[1].counts]
+    arrays = [np.load(tmp_path / name / "routed_experts.npz") for name in ("trace", "again")]
+    assert all((arrays[0][name] == arrays[1][name]).all() for name in ("routed_experts", "input_ids"))
+    assert "320 tokens in 2 MoE layers, 1 pass that vllm recorded" in printed
