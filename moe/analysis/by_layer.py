@@ -45,13 +45,13 @@ class Arrays:
         start, dtype, shape = self.places[i]
         assert (array.dtype, array.shape) == (dtype, shape), f"array {i} is {dtype} {shape}"
         self.file.seek(start)
-        self.file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        self.file.write(np.ascontiguousarray(array).data.cast("B"))
 
     def __getitem__(self, i: int) -> np.ndarray:
         start, dtype, shape = self.places[i]
         array = np.empty(shape, dtype)
         self.file.seek(start)
-        n_read = self.file.readinto(memoryview(array).cast("B"))
+        n_read = self.file.readinto(array.data.cast("B"))
         assert n_read == array.nbytes, f"{self.path} ends in array {i}"
         return array
 

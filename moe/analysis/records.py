@@ -86,10 +86,9 @@ def about_of(path: Path, kind: str, passes: list[Pass], n_experts: int) -> About
 
 def trimmed(one: Pass) -> Pass:
     """Without layers and choices that are nobody's: dense layers, and what a record has room for beyond K."""
-    routed_LK = (one.expert_TLK >= 0).any(0)
-    layers, width = routed_LK.any(1), int((routed_LK.any(0) * np.arange(1, routed_LK.shape[1] + 1)).max(initial=0))
-    kept = [layer for layer, routed in zip(one.layers, layers, strict=True) if routed]
-    return one._replace(expert_TLK=one.expert_TLK[:, layers, :width], layers=kept)
+    _, layers, places = np.nonzero(one.expert_TLK >= 0)
+    kept, width = np.unique(layers), places.max(initial=-1) + 1
+    return one._replace(expert_TLK=one.expert_TLK[:, kept, :width], layers=[one.layers[i] for i in kept])
 
 
 def documents(passes: list[Pass]) -> Iterator[int]:
@@ -113,9 +112,18 @@ def batch_of(one: Pass, n_docs: int, k: int) -> Batch:
     expert_TLK = np.pad(one.expert_TLK, ((0, 0), (0, 0), (0, k - width)), constant_values=UNUSED)
     nan = lambda *shape: np.full(shape, np.nan, np.float32)
     doc_T = n_docs + np.cumsum(begins_T) - 1
-    columns = one.token_T, next_T, np.zeros(t, np.int64), doc_T, one.pos_T
-    decided = expert_TLK, nan(t, n_layers, k), nan(t, n_layers), nan(t, n_layers)
-    return Batch(*(column[None] for column in columns), nan(1, t), *decided)
+    return Batch(
+        tokens_BS=one.token_T[None],
+        targets_BS=next_T[None],
+        domain_BS=np.zeros((1, t), np.int64),
+        doc_BS=doc_T[None],
+        pos_BS=one.pos_T[None],
+        loss_BS=nan(1, t),
+        expert_TLK=expert_TLK,
+        weight_TLK=nan(t, n_layers, k),
+        margin_TL=nan(t, n_layers),
+        entropy_TL=nan(t, n_layers),
+    )
 
 
 def read_sglang(path: Path) -> Iterator[Pass]:

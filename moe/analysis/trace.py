@@ -36,6 +36,7 @@ from moe.run.jsonl import record
 
 SCHEMA = 1  # raised when a column goes or means another thing
 KEY = b"switchyard"
+ROW_GROUP = 1 << 16  # rows that are written together: what Parquet says of each group is kept in memory to the end
 FILES = ("tokens", "routes", "counts")
 INSTALL = "pip install 'moe-switchyard[inspect]'"
 
@@ -143,6 +144,7 @@ class Writer:
             raise BadInput(f"out={folder} exists: choose another, or move it away.")
         self.folder, self.about, self.beside = folder, about, temporary(folder)
         self.n_tokens = self.n_windows = 0
+        self.waiting: dict[str, list[Any]] = {name: [] for name in FILES}
         self.rows = {
             layer: np.zeros((len(about.domains), n), np.int64)
             for layer, n in zip(about.layers, about.n_experts, strict=True)
@@ -217,16 +219,24 @@ class Writer:
         self.n_tokens += t
         self.n_windows += b
 
-    def _write(self, name: str, table: Any) -> None:
+    def _write(self, name: str, table: Any, last: bool = False) -> None:
+        """Keep a table until there are rows for a group, or it is the last one, and write them."""
+        waiting = self.waiting[name]
+        waiting.append(table)
+        if not last and sum(len(table) for table in waiting) < ROW_GROUP:
+            return
         try:
-            self.writers[name].write_table(table)
+            self.writers[name].write_table(self.pa.concat_tables(waiting))
+            waiting.clear()
         except OSError as error:
             raise BadInput(f"out={self.folder} cannot be written ({error.strerror or error}).") from error
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._write("counts", self._counts())
+                for name, writer in self.writers.items():
+                    rest = self._counts() if name == "counts" else writer.schema.empty_table()
+                    self._write(name, rest, last=True)
             for writer in self.writers.values():
                 writer.close()
             if kind is None:
