@@ -4,6 +4,7 @@
     python -m experiments.plan model=cpu-tiny measure=true                  # with the speed of a few steps taken here
     python -m experiments.plan model=olmoe-1b-7b gpu=h100 devices=8 mfu=0.4 price=2.5 tokens=1e12
     python -m experiments.plan model=llama3-405b gpu=h100 devices=16384 mfu=0.4 tokens=15.6e12
+    python -m experiments.plan model=mixtral-8x7b trace=1e5 rate=5e10        # instead, a trace made layer by layer
 
 Memory is found by walking a step's forward and backward on tensors without data: no weight is allocated. How well that
 agrees with steps that were taken is in docs/planning.md.
@@ -31,6 +32,7 @@ from experiments.stats.planner import (
     predicted_step,
     work_of,
 )
+from experiments.stats.streaming import streamed
 from experiments.suites import cases
 from experiments.suites.memory import step_seconds
 from moe.config.parse import ANY, Between, nearest
@@ -52,6 +54,9 @@ class PlanConfig(Config):
     rates: str = ""  # what `bench suite=memory` wrote on this machine: tell time by those steps; "": do not
     tokens: Annotated[float, Between(0, ANY)] = 0.0  # to train on; 0: what train.steps take
     budget: Annotated[float, Between(0, ANY)] = 0.0  # training FLOPs to spend, instead of tokens; 0: none
+    # instead of training: so many tokens traced one layer at a time (experiments.trace hf=... stream=true)
+    trace: Annotated[float, Between(0, ANY)] = 0.0
+    rate: Annotated[float, Between(0, ANY)] = 0.0  # trace: FLOPs per second; 0: time is not told
     price: Annotated[float, Between(0, ANY)] = 0.0  # of one device for an hour, in any currency
 
     def __post_init__(self) -> None:
@@ -64,12 +69,17 @@ class PlanConfig(Config):
             raise BadInput(f"{here} is of this machine, and gpu={self.gpu} is another: give mfu=... instead.")
         if self.tokens and self.budget:
             raise BadInput("tokens and budget both say how long to train: give one.")
+        if self.rate and not self.trace:
+            raise BadInput("rate is of a trace: give trace=..., how many tokens; for training give mfu=... or rates=....")
 
 
 @cli.command("plan", PlanConfig)
 def main(cfg: PlanConfig) -> None:
     """Print the plan."""
     cfg.model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or cfg.tokenizer.vocab_size)
+    if cfg.trace:
+        show_trace(cfg)
+        return
     ask = ask_of(cfg)
     show(cfg, ask, plan(cfg, ask))
 
@@ -127,6 +137,23 @@ def show(cfg: PlanConfig, ask: Ask, result: Plan) -> None:
     tables.print_table(("", "needs"), rows)
     for sentence in sentences(cfg, ask, result):
         terminal.say(sentence)
+
+
+def show_trace(cfg: PlanConfig) -> None:
+    """What a trace takes as a table. Raises `BadInput` for a model without experts."""
+    if cfg.model.moe is None:
+        raise BadInput(f"trace={cfg.trace:g}: model={cfg.model.name} is dense and has no experts to trace.")
+    cost = streamed(cfg.model, cfg.router, int(cfg.trace))
+    seconds = f"{duration(cost.flops / cfg.rate)} at {cfg.rate:.1e} FLOPs per second" if cfg.rate else "give rate=..."
+    rows = [
+        ("the folder", f"{gigabytes(cost.folder)} in bf16, read once"),
+        ("the largest block", f"{gigabytes(cost.block)} in float32"),
+        ("memory at the peak", f"{gigabytes(cost.memory)}, beside the libraries' own"),
+        ("files between layers", f"{gigabytes(cost.states)} of states, {gigabytes(cost.routes)} of routes"),
+        ("FLOPs", f"{cost.flops:.2e}"),
+        ("time", seconds),
+    ]
+    tables.print_table((f"a trace of {cfg.trace:,.0f} tokens", "needs"), rows)
 
 
 def time_in_words(cfg: PlanConfig, result: Plan) -> str:

@@ -14,9 +14,17 @@ from typing import Any
 from experiments.pages import coverage_table, router_table, sweep_table, trust_table
 from experiments.pages.tables import markdown
 from experiments.stats import planner, recovery, verdict
+import yaml
+
+from experiments.pages import coverage_table, router_table, sweep_table
+from experiments.pages.tables import markdown
+from experiments.stats import planner, streaming, verdict
 from experiments.stats.simulation import Line
-from experiments.suites import cases, evidence, memory, train_step
+from experiments.suites import cases, evidence, memory, tracing, train_step
 from experiments.suites import routing as routing_suite
+from moe.config.model import ModelConfig
+from moe.config.parse import parse
+from moe.config.router import RouterConfig
 from moe.run.command_line import Options
 from moe.run.jsonl import record
 
@@ -63,6 +71,8 @@ def sections() -> dict[str, str]:
         "trust": trust([json.loads(line) for line in (RESULTS / "trust.jsonl").read_text().splitlines()]),
         "caveats": markdown(trust_table.CANNOT, trust_table.caveat_rows(), 2),
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
+        "streamed": streamed_presets(),
+        "tracing": traced(cases.read(RESULTS / "tracing.jsonl")),
         "next": f"```\n{printed}```\n",
         "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
     }
@@ -146,6 +156,25 @@ def planned_memory(rows: list[dict[str, Any]]) -> str:
     table = markdown((*memory.HEADINGS, "by the others"), lines)
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n{off}\n\n`{first['command']}`; {where}\n"
+
+
+def traced(rows: list[dict[str, Any]]) -> str:
+    """What traces took."""
+    first = rows[0]
+    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{markdown(tracing.HEADINGS, map(tracing.cells, rows))}\n`{first['command']}`; {where}\n"
+
+
+def streamed_presets() -> str:
+    """What 100,000 tokens take of the published models, one layer at a time."""
+    lines = []
+    for name in ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"):
+        model = parse(ModelConfig, yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()), "model.")
+        cost = streaming.streamed(model, RouterConfig(), 100_000)
+        sizes = map(planner.gigabytes, (cost.folder, cost.block, cost.memory, cost.states + cost.routes))
+        lines.append((name, *sizes, f"{cost.flops:.2e}", planner.duration(cost.flops / 5e10)))
+    headings = ("100,000 tokens", "folder", "largest block", "peak, libraries apart", "files", "FLOPs", "at 5e10 FLOP/s")
+    return markdown(headings, lines)
 
 
 def all_routers() -> str:

@@ -13,7 +13,7 @@ What is in the folder: moe/analysis/trace.py. `export` also writes routed_expert
 
 The text of a model of transformers is the validation text of `data=`, by the folder's own tokenizer. A folder without
 one that can be read takes token ids: `text=IDS.npy`. With `stream=true` a model may be far larger than memory: what
-that takes says `python -m experiments.plan`. Formats of records: moe/analysis/records.py.
+that takes says `python -m experiments.plan trace=...`. Formats of records: moe/analysis/records.py.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from experiments import cli
 from moe.analysis import records
 from moe.analysis.by_layer import trace_by_layer
 from moe.analysis.trace import About, Batch, Recorder, Trace, Writer
-from moe.analysis.windows import Windows, of_corpus, of_ids, of_text
+from moe.analysis.windows import LONGEST, Windows, of_corpus, of_ids, of_text
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import OneOf, to_dict
@@ -45,7 +45,6 @@ from moe.run import machine, terminal
 from moe.run.load import find_checkpoint, load_run
 
 SOURCES = ("run", "hf", "records")
-LONGEST = 512  # tokens of a window of another library's model, if it is not said
 
 
 @dataclass
@@ -64,7 +63,7 @@ class TraceConfig:
     data: DataConfig = field(default_factory=DataConfig)  # a corpus; not given: the run's own, or the blend
     tokens: int = 100_000  # at most so many, spread evenly over the validation text; 0: all
     context: int = 0  # tokens of a window; 0: the model's own, of one of transformers at most 512
-    batch_size: int = 0  # windows at a time; 0: as many as have 2,048 tokens
+    batch_size: int = 0  # windows at a time; 0: as many as have 1,024 tokens
     export: bool = False  # also write arrays for serving engines
     trust: bool = False  # run a router of one's own that the run names
 
@@ -131,6 +130,7 @@ def trace_hf(cfg: TraceConfig) -> Writer:
     about = about_of(str(folder), "", model, tokenizer, windows)
     if not cfg.stream:
         return trace_whole(Path(cfg.out), hf_weights.load(folder).eval(), windows, about)
+    machine.return_freed_memory()
     parts = Parts(folder)
     with Writer(Path(cfg.out), about) as writer:
         trace_by_layer(parts.model, parts.held, windows, writer, terminal.say)

@@ -91,7 +91,8 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
-    if not goes_on and name in ("train", "compare", "sweep", "tokenizers"):
+    of_text = name in ("train", "compare", "sweep", "tokenizers") or any(each.startswith("hf=") for each in given)
+    if not goes_on and of_text:
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if any(each.startswith("study.trials=") for each in given):
             extra += ["study.trials=2"]
@@ -137,6 +138,7 @@ def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
     for place in re.findall(r"\b(?:run|source|replay)=([\w/-]+)", command):
+    for place in re.findall(r"\b(?:run|source|hf|records)=([\w/-]+?)(?:/\w+\.npz)?(?![\w/-])", command):
         makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
         if makers and makers[0] != command and not (folder / place).exists():
             make_folders(makers[0], folder, monkeypatch)

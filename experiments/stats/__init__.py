@@ -12,4 +12,5 @@ simulation  studies of known truth, to see how often verdicts hold
 recovery    metrics of routing on routers of known truth
 ledger      published claims, and what runs say of each
 planner     what a run will take: memory, devices, time, money
+streaming   what a trace will take that is made layer by layer
 """

@@ -2,13 +2,15 @@
 
 Each trace is made by `python -m experiments.trace` in a process of its own, of a folder of transformers with random
 weights and of random token ids. Its memory is the peak of the resident set, libraries included (`VmHWM`). Under a limit
-the process may not allocate more than that (`RLIMIT_DATA`), whether it is resident or not.
+the process may not allocate more than that (`RLIMIT_DATA`), whether it is resident or not; Arrow then allocates as it
+needs instead of reserving a GB of addresses.
 
     python -m experiments.bench suite=tracing out=experiments/results/tracing.jsonl
 """
 
 import functools
 import json
+import os
 import resource
 import runpy
 import subprocess
@@ -84,7 +86,8 @@ def measured(traced: Traced) -> dict[str, Any]:
         words = [f"hf={folder}", f"text={ids}", f"out={Path(place, 'trace')}", "tokens=0", f"context={traced.context}"]
         command = [sys.executable, "-m", "experiments.suites.tracing", str(traced.limit), *words]
         start = time.perf_counter()
-        done = subprocess.run([*command, f"stream={traced.stream}"], capture_output=True, text=True)
+        environment = os.environ | ({"ARROW_DEFAULT_MEMORY_POOL": "system"} if traced.limit else {})
+        done = subprocess.run([*command, f"stream={traced.stream}"], capture_output=True, text=True, env=environment)
         seconds = time.perf_counter() - start
         n_bytes = sum(path.stat().st_size for path in folder.iterdir())
     if done.returncode:

@@ -16,6 +16,8 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 
 TEXT = "text"  # the domain of a text of one's own
+LONGEST = 512  # tokens of a window of another library's model, if it is not said
+AT_ONCE = 1024  # tokens of a batch, if it is not said
 CHECKED = 1 << 20  # token ids that are looked at together
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -26,14 +28,14 @@ class Windows:
     same ones every time."""
 
     context: int  # S
-    batch_size: int  # windows at a time; 0: as many as have 2,048 tokens
+    batch_size: int  # windows at a time; 0: as many as have `AT_ONCE` tokens
     starts: np.ndarray  # of every window, in tokens
     read: Callable[[np.ndarray], Columns]  # a batch's windows, by their starts
     domains: list[str]
     sampling: str  # which tokens of which text, in words
 
     def __iter__(self) -> Iterator[Columns]:
-        n_windows = self.batch_size or max(1, 2048 // self.context)
+        n_windows = self.batch_size or max(1, AT_ONCE // self.context)
         for chunk in np.array_split(self.starts, math.ceil(len(self.starts) / n_windows)):
             yield self.read(chunk)
 

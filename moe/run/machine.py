@@ -50,6 +50,14 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own for a buffer below 1 GiB
 
 
+def return_freed_memory() -> None:
+    """Have glibc return every freed buffer above 1 MiB to the system at once: where one large thing after another is
+    loaded, holes that a freed one leaves are a little too small for the next. No effect without `mallopt`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: a mapping of its own for each, and no threshold that grows
+
+
 def device_name(device: torch.device) -> str:
     """What a person calls it: the GPU's name, or the processor's and how many cores this process may use."""
     if device.type == "cuda":

@@ -79,3 +79,14 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(monkeypatch, capsys, wo
 def test_rates_of_too_few_steps_are_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"suite": "memory", "status": "failed"}\n')
     assert "has 0 measured steps" in _refused(monkeypatch, capsys, *TINY, f"rates={tmp_path / 'rows.jsonl'}")
+
+
+def test_a_trace_is_planned_from_settings_alone(monkeypatch, capsys):
+    out = _run(monkeypatch, capsys, "model=mixtral-8x7b", "trace=1e5", "rate=1e12")
+    assert "93.4 GB in bf16, read once" in out  # the published 46.7 billion parameters
+    assert "5.8 GB in float32" in out  # 8 experts of 3 × 4096 × 14336, attention and norms
+    # 2 × 12.9 billion active parameters × 100,000 tokens
+    assert "42.9 minutes at 1.0e+12 FLOPs per second" in out
+    assert "give rate=" in _run(monkeypatch, capsys, "model=mixtral-8x7b", "trace=1e5")
+    assert "is dense and has no experts" in _refused(monkeypatch, capsys, "model=gpt2", "trace=1e5")
+    assert "rate is of a trace" in _refused(monkeypatch, capsys, "rate=1e12")

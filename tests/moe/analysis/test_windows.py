@@ -55,9 +55,9 @@ def test_windows_of_a_corpus_are_spread_over_it(corpus):
     assert len(of_corpus(dataset, 32, 2, 0).starts) == split.n_windows(32)
 
 
-def test_as_many_windows_at_a_time_as_have_2048_tokens(tmp_path):
+def test_as_many_windows_at_a_time_as_have_1024_tokens(tmp_path):
     windows = of_ids(_ids(tmp_path, np.zeros(8193)), 1, 512, 0, 0)
-    assert [len(batch[0]) for batch in windows] == [4] * 4
+    assert [len(batch[0]) for batch in windows] == [2] * 8
     assert [len(batch[0]) for batch in of_ids(_ids(tmp_path, np.zeros(8193)), 1, 4096, 0, 0)] == [1, 1]
 
 

@@ -1,6 +1,7 @@
 """Claims about the machine a run is on."""
 
 import json
+import ctypes
 import os
 import subprocess
 import sys
@@ -44,6 +45,35 @@ def test_where_the_peak_cannot_be_reset_the_present_memory_is_reported(monkeypat
     monkeypatch.setattr(machine, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
     machine.reset_peak_memory(CPU)
     assert machine.peak_memory(CPU) == pytest.approx(psutil.Process().memory_info().rss, abs=50 * MB)
+
+
+HOLES = """
+import sys
+import numpy as np
+import psutil
+from moe.run import machine
+
+if sys.argv[1] == "returned":
+    machine.return_freed_memory()
+np.ones(20_000_000, np.uint8)  # freed: glibc now takes what is smaller from its heap
+before = psutil.Process().memory_info().rss
+blocks, pins = [], []
+for _ in range(10):
+    blocks.append(np.ones(10_000_000, np.uint8))
+    pins.append(np.ones(100_000, np.uint8))
+del blocks
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_what_is_freed_below_something_that_stays_goes_back_where_that_is_asked_for():
+    grew = {
+        name: int(subprocess.run([sys.executable, "-c", HOLES, name], capture_output=True, check=True).stdout)
+        for name in ("kept", "returned")
+    }
+    assert grew["kept"] > 80 * MB
+    assert grew["returned"] < 20 * MB
 
 
 def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
