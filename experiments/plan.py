@@ -70,7 +70,9 @@ class PlanConfig(Config):
         if self.tokens and self.budget:
             raise BadInput("tokens and budget both say how long to train: give one.")
         if self.rate and not self.trace:
-            raise BadInput("rate is of a trace: give trace=..., how many tokens; for training give mfu=... or rates=....")
+            raise BadInput(
+                "rate is of a trace: give trace=..., how many tokens; for training give mfu=... or rates=...."
+            )
 
 
 @cli.command("plan", PlanConfig)

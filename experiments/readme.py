@@ -173,7 +173,15 @@ def streamed_presets() -> str:
         cost = streaming.streamed(model, RouterConfig(), 100_000)
         sizes = map(planner.gigabytes, (cost.folder, cost.block, cost.memory, cost.states + cost.routes))
         lines.append((name, *sizes, f"{cost.flops:.2e}", planner.duration(cost.flops / 5e10)))
-    headings = ("100,000 tokens", "folder", "largest block", "peak, libraries apart", "files", "FLOPs", "at 5e10 FLOP/s")
+    headings = (
+        "100,000 tokens",
+        "folder",
+        "largest block",
+        "peak, libraries apart",
+        "files",
+        "FLOPs",
+        "at 5e10 FLOP/s",
+    )
     return markdown(headings, lines)
 
 

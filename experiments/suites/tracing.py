@@ -111,7 +111,7 @@ def write_folder(folder: Path, cfg: ModelConfig) -> None:
     # Norms are 1; matrices have the deviation that training begins with.
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for part, names in shards.items():
         tensors = {}
         for name in names:

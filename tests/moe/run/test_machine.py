@@ -1,7 +1,7 @@
 """Claims about the machine a run is on."""
 
-import json
 import ctypes
+import json
 import os
 import subprocess
 import sys
