@@ -5,6 +5,7 @@
     python -m experiments.bench suite=train_step model=gpu-50m model.vocab_size=4096 rounds=2
     python -m experiments.bench suite=routing                             # gate, plan and combine, on any machine
     python -m experiments.bench suite=memory                              # a step's memory, planned and measured
+    python -m experiments.bench suite=tracing                             # a trace's memory, and one under a limit
     python -m experiments.bench suite=watching                            # what log.doctor costs a step
     python -m experiments.bench suite=page                                # how soon the inspector's page answers
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
@@ -29,7 +30,7 @@ import torch
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.suites import facts, kernels, layer, memory, page, peers, routing, timing, tune, watching
+from experiments.suites import facts, kernels, layer, memory, page, peers, routing, timing, tracing, tune, watching
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Rows, run
 from experiments.sweeps import check_each
@@ -41,10 +42,10 @@ from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.jsonl import to_text, write_atomically
 
-SUITES = ("train_step", "routing", "memory", "watching", "page", "kernels", "layer", "tune")
+SUITES = ("train_step", "routing", "memory", "tracing", "watching", "page", "kernels", "layer", "tune")
 INSTEAD = (
-    "suite=routing, memory, watching, page and train_step run on a CPU, and sizes=smoke of the others in Triton's "
-    "interpreter."
+    "suite=routing, memory, tracing, watching, page and train_step run on a CPU, and sizes=smoke of the others in "
+    "Triton's interpreter."
 )
 
 
@@ -52,7 +53,7 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    suite: str = "train_step"  # train_step | routing | memory | watching | page | kernels | layer | tune
+    suite: str = "train_step"  # train_step | routing | memory | tracing | watching | page | kernels | layer | tune
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
     model: ModelConfig = field(default_factory=train_step_suite.bench_model)  # train_step; model=NAME takes a preset
@@ -180,6 +181,8 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
             suite, given = routing, {"width": cfg.width, "d_expert": cfg.d_expert}
         case "memory":
             suite, given = memory, {}
+        case "tracing":
+            suite, given = tracing, {}
         case "watching":
             suite, given = watching, {}
         case "page":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import inspector_page, tables
-from experiments.pages.inspector_page import Look
+from experiments.pages.inspector_tables import Look, layer_table
 from moe.analysis.evidence import weigh
 from moe.analysis.findings import findings, verdict
 from moe.analysis.history import read_history
@@ -98,8 +98,8 @@ def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
         if fits:
             return Trace(folder)
         shutil.rmtree(folder)
-    said = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
-    terminal.say(f"trace: {folder}, {said}")
+    writer = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
+    terminal.say(f"trace: {folder}, {writer.n_tokens:,} tokens, {writer.about.sampling}")
     return Trace(folder)
 
 
@@ -138,7 +138,7 @@ def say(look: Look) -> None:
     terminal.say(f"{look.name}: {verdict(look.inspection)}")
     for finding in findings(look.inspection)[1:]:
         terminal.say(f"  {finding.text}" + (f" Try first: {finding.advice}." if finding.advice else ""))
-    table = inspector_page.layer_table(look.inspection)
+    table = layer_table(look.inspection)
     tables.print_table(table.headings, table.rows)
 
 

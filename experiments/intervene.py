@@ -23,7 +23,7 @@ from moe.analysis import effects as effects_module
 from moe.analysis.effects import Difference, Effect, Hurt, Variant, effects, every_expert, measure
 from moe.analysis.interventions import Change, Window, check
 from moe.analysis.trace import Trace
-from moe.analysis.tracing import What, Windows
+from moe.analysis.tracing import What, windows_of_run
 from moe.config.model import layer_moe, moe_layers
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -101,7 +101,7 @@ def main(cfg: InterveneConfig) -> None:
     model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which, cfg.trust)
     model = model.to(machine.choose_device("auto"))
     check(model, cfg.changes)
-    windows = Windows(cfg.what, run_cfg, tokenizer)
+    windows = windows_of_run(cfg.what, run_cfg, tokenizer)
     batches, domains = list(windows), windows.domains
     # Measure.
     if cfg.keep:

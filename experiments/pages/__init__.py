@@ -6,6 +6,8 @@ compare_page  a comparison as a page
 study_page    a study as a page
 study_tables  its tables, for the page, Markdown and CSV
 inspector_page  what routing does, as a page
+inspector_tables  its sentences, tables and small charts
+inspector_data  what its script is given
 watch_view    a run as it trains, for a terminal
 packed        arrays inside it
 charts        lines and points as SVG

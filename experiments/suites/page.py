@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from experiments.pages.inspector_page import Look, render
+from experiments.pages.inspector_page import render
+from experiments.pages.inspector_tables import Look
 from experiments.suites.cases import Absent, Case
 from moe.analysis.inspection import inspect
 from moe.analysis.trace import About, Batch, Trace, Writer

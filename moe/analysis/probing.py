@@ -6,7 +6,7 @@ from pathlib import Path
 from moe.analysis.effects import Effect, effects, every_expert, keep, measure
 from moe.analysis.redundancy import Redundancy, redundancy
 from moe.analysis.stability import Lookahead, OverTime, lookahead, over_checkpoints
-from moe.analysis.tracing import What, Windows
+from moe.analysis.tracing import What, windows_of_run
 from moe.config.router import facts
 from moe.run.load import find_checkpoint, load_run
 
@@ -35,7 +35,7 @@ def probe(run: Path, which: str, what: What, trust: bool = False) -> Probed:
     the masked layer on. A router that keeps no fixed number of experts is not asked about keeping few of them. Raises
     `BadInput` as `load_run` does, and for a dense model or a soft router."""
     model, tokenizer, cfg = load_run(run, which, trust)
-    windows = Windows(what, cfg, tokenizer)
+    windows = windows_of_run(what, cfg, tokenizer)
     batches, domains = list(windows), windows.domains
     variants = every_expert(model)
     told = effects(measure(model, batches, domains, variants), variants)

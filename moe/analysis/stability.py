@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.analysis.decisions import agreement
 from moe.analysis.interventions import Window
 from moe.analysis.trace import padded
-from moe.analysis.tracing import What, Windows
+from moe.analysis.tracing import What, windows_of_run
 from moe.config.model import moe_layers
 from moe.config.router import facts
 from moe.errors import BadInput
@@ -111,7 +111,7 @@ def over_checkpoints(run: Path, what: What, names: Sequence[str], trust: bool = 
     if len(names) < 2:
         raise BadInput(f"{run} has {len(names)} checkpoint to compare: two are needed; checkpoint.keep=9 keeps nine.")
     model, tokenizer, run_cfg = load_run(run, names[-1], trust)
-    windows = Windows(what, run_cfg, tokenizer)
+    windows = windows_of_run(what, run_cfg, tokenizer)
     batches = list(windows)
     last, before, told = routes(model, batches), None, []
     for name in names:

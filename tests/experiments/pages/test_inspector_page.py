@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.pages import inspector_page
-from experiments.pages.inspector_page import Look, as_json, render, shown
+from experiments.pages.inspector_page import as_json, render
+from experiments.pages.inspector_tables import Look, words
 from moe.analysis.history import History
 from moe.analysis.inspection import inspect
 from moe.data.tokenizer import Tokenizer
@@ -125,14 +125,6 @@ def test_hostile_text_stands_nowhere_as_markup(page_path):
     assert "<i>" not in text
     assert text.count("</script>") == 3
     assert not {"\x1b", "\x07", "\u202e", "\u2066"} & set(text), "nor anything that turns text or moves a cursor"
-
-
-@pytest.mark.parametrize(
-    ("token", "text"), [(10, "↵"), (9, "⇥"), (32, " "), (65, "A"), (0xC3, r"\xc3"), (27, "␛"), (999, "⟨999⟩")]
-)
-def test_a_token_is_shown_so_that_a_person_sees_it(token, text):
-    assert shown(tokenizer(), token) == text
-    assert shown(None, token) == f"⟨{token}⟩"
 
 
 @pytest.mark.parametrize(("n_layers", "n_experts", "k"), [(16, 64, 8), (64, 256, 8)])
@@ -256,7 +248,7 @@ def test_a_token_shows_its_experts_in_every_layer_under_both_runs(page, looks):
 @needs_browser
 def test_another_run_can_be_chosen_and_what_is_not_known_of_it_is_said(page, looks):
     page.select_option("#run", "1")
-    assert page.locator("h1:visible").inner_text() == inspector_page.words(looks[1])["verdict"]
+    assert page.locator("h1:visible").inner_text() == words(looks[1])["verdict"]
     assert page.locator("#measure option").all_inner_texts() == [
         "load of all text",
         "preference for prose <b>",

@@ -6,7 +6,7 @@ import torch
 from moe.analysis.effects import Variant, effects, measure
 from moe.analysis.interventions import Change
 from moe.analysis.probing import SHARES, probe
-from moe.analysis.tracing import What, Windows
+from moe.analysis.tracing import What, windows_of_run
 from moe.errors import BadInput
 from moe.run.load import load_run
 from tests.small_runs import settings, train
@@ -26,7 +26,7 @@ def test_every_expert_is_masked_and_every_answer_is_of_the_same_text(run):
     assert set(probed.importance) == {(layer, expert) for layer in (0, 1) for expert in range(4)}
     assert probed.passes == 8
     model, tokenizer, cfg = load_run(run, "last")
-    windows = Windows(WHAT, cfg, tokenizer)
+    windows = windows_of_run(WHAT, cfg, tokenizer)
     variant = Variant("alone", [Change("mask", 1, [2])])
     (alone,) = effects(measure(model, list(windows), windows.domains, [variant]), [variant])
     assert probed.importance[1, 2].total.difference == pytest.approx(alone.total.difference, abs=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe.analysis.stability import chance, lookahead, over_checkpoints, routes
-from moe.analysis.tracing import What, Windows
+from moe.analysis.tracing import What, windows_of_run
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.run.load import load_run
@@ -114,7 +114,7 @@ def test_saturation_and_churn_are_those_of_the_checkpoints_own_routes(corpus, tm
     experts = []
     for name in names:
         model, parts = load_run(run, name)[0], []
-        for read_BS1, *_ in Windows(what, cfg, tokenizer):
+        for read_BS1, *_ in windows_of_run(what, cfg, tokenizer):
             with torch.no_grad():
                 parts.append([report.expert for report in model(torch.from_numpy(read_BS1[:, :-1])).routing])
         experts.append([torch.cat(layer) for layer in zip(*parts, strict=True)])

@@ -12,8 +12,8 @@ def test_two_traces_of_the_same_text_are_the_same_and_have_one_key(corpus, tmp_p
     run = tmp_path / "run"
     train(settings(corpus, str(run), {"train.steps": 2}))
     for name, batch_size in (("a", 1), ("b", 7)):
-        said = trace_run(run, "last", What(tokens=300, batch_size=batch_size), tmp_path / name)
-        assert "windows of" in said
+        writer = trace_run(run, "last", What(tokens=300, batch_size=batch_size), tmp_path / name)
+        assert writer.n_tokens == 288
     one, other = Trace(tmp_path / "a"), Trace(tmp_path / "b")
     assert one.about == other.about
     assert one.about.what == What(tokens=300).key() != What(tokens=200).key()
