@@ -4,7 +4,7 @@
     python -m experiments.plan model=cpu-tiny measure=true                  # with the speed of a few steps taken here
     python -m experiments.plan model=olmoe-1b-7b gpu=h100 devices=8 mfu=0.4 price=2.5 tokens=1e12
     python -m experiments.plan model=llama3-405b gpu=h100 devices=16384 mfu=0.4 tokens=15.6e12
-    python -m experiments.plan model=mixtral-8x7b trace=1e5 rate=5e10        # instead, a trace made layer by layer
+    python -m experiments.plan model=mixtral-8x7b trace=1e5 rate=2e10        # instead, a trace made layer by layer
 
 Memory is found by walking a step's forward and backward on tensors without data: no weight is allocated. How well that
 agrees with steps that were taken is in docs/planning.md.

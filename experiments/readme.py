@@ -172,7 +172,7 @@ def streamed_presets() -> str:
         model = parse(ModelConfig, yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()), "model.")
         cost = streaming.streamed(model, RouterConfig(), 100_000)
         sizes = map(planner.gigabytes, (cost.folder, cost.block, cost.memory, cost.states + cost.routes))
-        lines.append((name, *sizes, f"{cost.flops:.2e}", planner.duration(cost.flops / 5e10)))
+        lines.append((name, *sizes, f"{cost.flops:.2e}", planner.duration(cost.flops / 2e10)))
     headings = (
         "100,000 tokens",
         "folder",
@@ -180,7 +180,7 @@ def streamed_presets() -> str:
         "peak, libraries apart",
         "files",
         "FLOPs",
-        "at 5e10 FLOP/s",
+        "at 2e10 FLOP/s",
     )
     return markdown(headings, lines)
 

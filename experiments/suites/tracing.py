@@ -135,7 +135,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['limit'] / 1e6:,.0f} MB" if row["limit"] else "",
         f"{row['peak'] / 1e6:,.0f} MB",
         f"{row['seconds_traced']:,.0f}",
-        f"{row['flops'] / row['seconds_traced'] / 1e9:,.1f}",
+        f"{row['flops'] / row['seconds_traced'] / 1e9:,.1f}" if row["stream"] else "",
     )
 
 

@@ -71,8 +71,10 @@ def of_ids(path: Path, vocab_size: int, context: int, batch_size: int, n_tokens:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             offset = file.tell()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"text={path} is no whole .npy file ({getattr(error, 'strerror', None) or error}).") from error
+    except OSError as error:
+        raise BadInput(f"text={path} cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise BadInput(f"text={path} is no whole .npy file ({error}).") from error
     if len(shape) != 1 or not np.issubdtype(dtype, np.integer):
         raise BadInput(f"text={path} holds {dtype} {shape}: accepted are token ids, (N,) whole numbers.")
     if path.stat().st_size != offset + shape[0] * dtype.itemsize:

@@ -74,6 +74,7 @@ def test_a_text_of_ones_own_is_one_document(run, tmp_path, monkeypatch, capsys):
     [
         (("out=x",), "run=... is needed"),
         (("run=x", "hf=y", "out=x"), "run and hf are given"),
+        (("hf=x", "out=x", "data.path=y"), "data.path=y means nothing to data=blend"),
         (("records=x", "out=x"), "records=FILE and format=sglang, vllm or megatron go together"),
         (("records=x", "format=tf", "out=x"), "format=tf is not one of sglang, vllm, megatron"),
         (("run={run}", "out={tmp}/t", "stream=true"), "stream=true is of hf=..."),

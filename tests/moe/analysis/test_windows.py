@@ -69,9 +69,9 @@ def test_as_many_windows_at_a_time_as_have_1024_tokens(tmp_path):
         (np.array([1, 2, -1] + [0] * 30), "has id -1 at 2: the model's are 0 to 9"),
         (np.array([0] * 30 + [10]), "has id 10 at 30"),
         (np.array([1, 2, 3]), "has 3 tokens, and one window takes 9"),
-        (np.array([{"a": 1}]), "is no whole .npy file|holds object"),
+        (np.array([{"a": 1}]), r"holds object \(1,\)"),
         (b"nonsense", "is no whole .npy file"),
-        (None, "cannot be read|No such file"),
+        (None, "cannot be read .No such file"),
     ],
 )
 def test_what_is_no_array_of_ids_is_refused(tmp_path, content, sentence):
