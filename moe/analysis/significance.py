@@ -229,7 +229,7 @@ def permuted(
         largest_R[start : start + at_once] = z_RYN.max((1, 2))
     at_least_YN = resamples - np.searchsorted(np.sort(largest_R), z_YN - 1e-5, side="left")
     by_layer = lambda value_YN: value_YN.reshape(n_domains, *shape).transpose(1, 0, 2)
-    return Tested(by_layer(z_YN), by_layer(np.where(inverse_YN > 0, (1 + at_least_YN) / (1 + resamples), 1)))
+    return Tested(by_layer(z_YN), by_layer((1 + at_least_YN) / (1 + resamples)))
 
 
 def dealt(domain_D: np.ndarray, stratum_D: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

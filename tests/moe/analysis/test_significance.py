@@ -134,6 +134,16 @@ def test_intervals_over_documents_hold_the_truth_in_95_of_100_studies(n):
     assert _holds(found.information, bits) == pytest.approx(0.95, abs=0.045)
 
 
+def test_where_experts_tell_nothing_of_domains_the_interval_of_information_has_0():
+    """Eight experts, four domains of eight documents each: by chance they inform, in every study."""
+    generator = np.random.default_rng(0)
+    share_DLE = generator.dirichlet(np.ones(E), (32, 200))
+    docs = of.Documents(generator.multinomial(LENGTH, share_DLE).astype(np.float32), np.arange(32) % 4)
+    found = of.intervals(docs, 1, 4).information
+    assert (found.value > 0.01).all()
+    assert (found.low == 0).mean() > 0.93
+
+
 def test_intervals_over_tokens_are_too_narrow():
     """The same studies, each token resampled as if it were a draw of its own: the reason to resample documents."""
     docs, share_Y = _studies(25)
@@ -145,6 +155,25 @@ def test_intervals_over_tokens_are_too_narrow():
 
 
 # The null.
+
+
+@given(seeds)
+def test_a_deviation_is_what_a_document_gives_above_the_experts_share_of_all(seed):
+    docs = _documents(seed)
+    for layer in range(2):
+        rows_DE = docs.rows_DLE[:, layer].astype(np.float64)
+        expected_DE = np.outer(rows_DE.sum(1), rows_DE.sum(0)) / rows_DE.sum()
+        assert of.deviation(docs)[:, layer] == pytest.approx(rows_DE - expected_DE, abs=1e-4)
+
+
+def test_documents_that_differ_in_length_alone_do_not_deviate():
+    length_D = np.random.default_rng(0).integers(1, 1000, 30)
+    docs = of.Documents(
+        (length_D[:, None, None] * np.array([[1, 2, 4]])).astype(np.float32), (length_D > 500).astype(int)
+    )
+    tested = of.permuted(of.deviation(docs), docs.domain_D, 2)
+    assert (tested.z == 0).all()
+    assert (tested.p == 1).all()
 
 
 def _sums(deviation_DLE, label_D):
