@@ -73,6 +73,7 @@ def sections() -> dict[str, str]:
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "streamed": streamed_presets(),
         "tracing": traced(cases.read(RESULTS / "tracing.jsonl")),
+        "watch": f"```\n{(RESULTS / 'watch.txt').read_text()}```\n",
         "next": f"```\n{printed}```\n",
         "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
     }

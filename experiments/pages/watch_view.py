@@ -23,7 +23,7 @@ from moe.train.progress import STRIP
 CURVE = 60  # columns of the loss curve
 CELL = 5  # columns of an expert, at most
 ALARMS = 5  # shown at once, the last ones
-DARK, PALE = "#1b1f24", "#ffffff"  # ink on a colour
+LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue light (WCAG 2.2)
 
 
 @dataclass
@@ -161,9 +161,9 @@ def layer_lines(
             row.append_text(load_cells(ratio_LE[i, : len(counts.counts[i])], columns))
         together = -(-ratio_LE.shape[1] // columns)
         note = f"load over a fair share at step {counts.step}" + (f", {together} to a column" if together > 1 else "")
-    below = f"of the batch of step {step}; H: entropy over ln E; blue: less than a fair share, orange: more"
+    below = f"of step {step}; H: entropy over ln E; blue: less than a fair share, orange: more"
     if len(rows) < len(layers):
-        below = f"{len(rows)} of {len(layers)} MoE layers, those with the highest MaxVio; {below}"
+        below = f"the {len(rows)} of {len(layers)} MoE layers with the highest MaxVio; {below}"
     return [one_line(heading + note, "bold"), *rows, one_line(below, "dim")]
 
 
@@ -187,5 +187,10 @@ def load_cells(ratio_E: np.ndarray, columns: int) -> Text:
         else:
             label = digits.center(width) if width >= 4 else STRIP[min(7, int(ratio * 4))] * width
             red, green, blue = colour.tolist()
-            text.append(label, f"{PALE if ratio < 0.5 else DARK} on rgb({red},{green},{blue})")
+            text.append(label, f"{ink(colour)} on rgb({red},{green},{blue})")
     return text
+
+
+def ink(colour: np.ndarray) -> str:
+    """Black or white, whichever is read more easily on red, green and blue, (3,) uint8."""
+    return "#000000" if (colour / 255) ** 2.2 @ LUMINANCE > 0.179 else "#ffffff"

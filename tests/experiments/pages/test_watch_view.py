@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments.pages.watch_view import ALARMS, Seen, frame, layer_lines, load_cells, sparkline, state_sentence
+from experiments.pages.watch_view import ALARMS, Seen, frame, ink, layer_lines, load_cells, sparkline, state_sentence
+from moe.analysis.heat_map import colours
 from moe.config.run import build
 from moe.run.summary import LayerMetrics, MetricsLine, StepCounts, Validation
 from moe.train.progress import STRIP
@@ -74,7 +75,7 @@ def test_a_run_is_told_in_its_loss_its_layers_and_its_load(cfg):
     assert " ".join(heading.split()) == "layer MaxVio load H dead dropped load over a fair share at step 10"
     assert first.split() == ["1", "0.50", "0.900", "0", "25.0%", "1.0", "1.0", "1.0", "1.0"]
     assert second.split() == ["3", "2.00", "0.900", "1", "25.0%", "dead", "0.8", "0.8", "2.4"]
-    assert below.startswith("of the batch of step 10;")
+    assert below.startswith("of step 10;")
 
 
 def test_what_is_not_there_yet_is_a_sentence(cfg):
@@ -116,7 +117,7 @@ def test_in_little_room_the_least_even_layers_are_shown_in_their_order(cfg):
     layers = [layer(i, vio) for i, vio in enumerate([0.1, 3.0, 0.2, 2.0, 0.3])]
     rows = layer_lines(9, layers, None, 100, 2)
     assert [row.plain.split()[0] for row in rows[1:-1]] == ["1", "3"]
-    assert rows[-1].plain.startswith("2 of 5 MoE layers, those with the highest MaxVio; of the batch of step 9;")
+    assert rows[-1].plain.startswith("the 2 of 5 MoE layers with the highest MaxVio; of step 9;")
     seen = seen_of(line(1, 6.0, [layer(i, 0.0) for i in range(60)], alarms=[Alarm("word " * 40)] * 9))
     for height in (20, 24, 50):
         lines = shown(frame(seen, "training", "mine", cfg, 80, height), 80).splitlines()
@@ -148,7 +149,20 @@ def test_a_cell_has_its_number_or_a_bar_in_a_colour_and_a_dead_expert_is_red():
     assert narrow.plain == f"·{STRIP[0]}{STRIP[4]}{STRIP[7]}"
     styles = [str(span.style) for span in narrow.spans]
     assert styles[0] == "bold white on red"
-    assert styles[1:3] == ["#ffffff on rgb(33,102,172)", "#1b1f24 on rgb(241,242,244)"]
-    assert styles[3].startswith("#1b1f24 on rgb(2")
+    assert styles[1:3] == ["#ffffff on rgb(33,102,172)", "#000000 on rgb(241,242,244)"]
+    assert styles[3].startswith("#000000 on rgb(2")
     # Of three experts that share a column one is dead: their mean is what is shown.
     assert load_cells(np.array([0.0, 1.5, 1.5, 1.0, 1.0, 1.0]), 2).plain == STRIP[4] * 2
+
+
+def test_what_stands_on_a_colour_is_read_with_a_contrast_of_four_and_a_half():
+    """WCAG 2.2's contrast, by its own definition of luminance."""
+
+    def luminance(colour):
+        share = np.asarray(colour) / 255
+        linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+        return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+    for colour in colours(np.append(np.geomspace(0.2, 5, 200), np.nan)):
+        light, dark = sorted((luminance(colour), 0.0 if ink(colour) == "#000000" else 1.0), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
