@@ -25,6 +25,7 @@ from experiments import cli
 from moe.analysis import records
 from moe.analysis.trace import Trace
 from moe.analysis.tracing import What, trace_hf, trace_run
+from moe.config import data as data_config
 from moe.config.data import DataConfig
 from moe.config.parse import OneOf
 from moe.errors import BadInput
@@ -68,6 +69,7 @@ class TraceConfig:
             raise BadInput("stream=true is of hf=...: a run is loaded whole.")
         if self.n_experts < 0:
             raise BadInput(f"n_experts={self.n_experts} is out of range: accepted is at least 0.")
+        data_config.validate(self.data)
         What(self.text, self.tokens, self.batch_size, self.context)
 
 
