@@ -136,7 +136,7 @@ def intervals(docs: Documents, k: int, n_domains: int, resamples: int = 400, see
         bits_R = (bits_R + log_sum(all_R[:, None])) / np.maximum(all_R, 1)
         chance = 2 * (bits_R[1:].mean() - bits_R[0])  # a resample has its own and that of the documents
         ends = quantiles(bits_R[None, 1:], len(docs.domain_D) - n_domains)
-        informed.append((bits_R[0], *((end[0] - chance).clip(0) for end in ends)))
+        informed.append((bits_R[0].clip(0), *((end[0] - chance).clip(0) for end in ends)))
         # Shares and lifts, a domain at a time, since each has as many documents as it has.
         with np.errstate(invalid="ignore", divide="ignore"):
             share_RYE = count_RYE / domain_RY[..., None]
