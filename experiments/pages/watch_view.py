@@ -95,6 +95,8 @@ def alarm_lines(alarms: Sequence[Any], width: int, room: int | None) -> list[Tex
     for alarm in reversed(alarms[-ALARMS:]):
         text = Text(printable(f"alarm: {alarm.sentence()}"), "bold red")
         lines = list(text.wrap(Console(width=width), width))
+        for line in lines:
+            line.rstrip()
         if wrapped and room is not None and sum(map(len, wrapped)) + len(lines) > room - 1:
             break
         wrapped.insert(0, lines)
@@ -161,7 +163,7 @@ def layer_lines(
             row.append_text(load_cells(ratio_LE[i, : len(counts.counts[i])], columns))
         together = -(-ratio_LE.shape[1] // columns)
         note = f"load over a fair share at step {counts.step}" + (f", {together} to a column" if together > 1 else "")
-    below = f"of step {step}; H: entropy over ln E; blue: less than a fair share, orange: more"
+    below = f"of step {step}; H: entropy / ln E; blue below a fair share, orange above, × dead"
     if len(rows) < len(layers):
         below = f"the {len(rows)} of {len(layers)} MoE layers with the highest MaxVio; {below}"
     return [one_line(heading + note, "bold"), *rows, one_line(below, "dim")]
@@ -183,7 +185,7 @@ def load_cells(ratio_E: np.ndarray, columns: int) -> Text:
     for ratio, colour in zip(means, heat_map.colours(np.array(means)), strict=True):
         digits = f"{ratio:.1f}" if ratio < 99.5 else f"{ratio:.0f}"
         if ratio == 0:
-            text.append("dead".center(width) if width >= 4 else "·" * width, "bold white on red")
+            text.append(("dead" if width >= CELL else "×").center(width), "bold white on red")
         else:
             label = digits.center(width) if width >= 4 else STRIP[min(7, int(ratio * 4))] * width
             red, green, blue = colour.tolist()

@@ -145,8 +145,9 @@ def test_cells_have_equal_widths_and_fit_in_their_room(count, columns):
 
 def test_a_cell_has_its_number_or_a_bar_in_a_colour_and_a_dead_expert_is_red():
     assert load_cells(np.array([0.0, 1.04, 2.5, 120.0]), 40).plain == " dead 1.0  2.5  120 "
+    assert load_cells(np.array([0.0, 2.0]), 8).plain == " ×  2.0 "
     narrow = load_cells(np.array([0.0, 0.1, 1.0, 2.5]), 4)
-    assert narrow.plain == f"·{STRIP[0]}{STRIP[4]}{STRIP[7]}"
+    assert narrow.plain == f"×{STRIP[0]}{STRIP[4]}{STRIP[7]}"
     styles = [str(span.style) for span in narrow.spans]
     assert styles[0] == "bold white on red"
     assert styles[1:3] == ["#ffffff on rgb(33,102,172)", "#000000 on rgb(241,242,244)"]
