@@ -2,6 +2,7 @@
 
     python -m experiments.inspector run=runs/demo/moe-seed0
     python -m experiments.inspector run=runs/demo/moe-seed0 beside=[runs/demo/moe-seed1]      # two, side by side
+    python -m experiments.inspector hf=FOLDER out=runs/theirs                                 # a model of transformers
     python -m experiments.inspector trace=runs/demo-trace out=runs/demo-page                  # of a trace that is there
 
 Writes index.html, and the trace that it shows, into `out` (by default the run's folder inspector/). Nothing is loaded
@@ -21,13 +22,15 @@ from moe.analysis.history import read_history
 from moe.analysis.inspection import inspect
 from moe.analysis.probing import Probed, probe
 from moe.analysis.trace import Trace
-from moe.analysis.tracing import What, trace_run
+from moe.analysis.tracing import What, trace_hf, trace_run
+from moe.convert.hf_tokenizer import read_tokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.run import terminal
 from moe.run.jsonl import write_atomically
 from moe.run.load import find_checkpoint
 
+SOURCES = ("run", "hf", "trace")
 MOST = 200_000  # tokens that a page is of
 PROBED, FEW = 8192, 64  # tokens on which experts are masked, where there are at most so many
 
@@ -38,6 +41,8 @@ class InspectorConfig:
 
     run: str = ""  # a run's folder
     beside: list[str] = field(default_factory=list)  # other runs, on the same page
+    hf: str = ""  # a folder of transformers, instead of a run
+    stream: bool = False  # hf: one layer in memory at a time
     trace: str = ""  # a trace that is there, instead of a run
     which: str = "best"  # best (lowest validation loss) | last | step-N
     out: str = ""  # the folder to write; "": inspector/ in the run's folder
@@ -49,14 +54,18 @@ class InspectorConfig:
     trust: bool = False  # run a router of one's own that the run names
 
     def __post_init__(self) -> None:
-        if bool(self.run) == bool(self.trace):
-            raise BadInput("run=... is needed, a run's folder; or trace=..., the folder of a trace; and not both.")
-        if self.trace and not self.out:
-            raise BadInput("out=... is needed with trace=...: the folder to write the page to.")
+        given = [name for name in SOURCES if getattr(self, name)]
+        if len(given) != 1:
+            tail = f", and {' and '.join(given)} are given" if given else ""
+            raise BadInput(f"run=..., hf=... or trace=... is needed, one of them: what to look at{tail}.")
+        if not self.run and not self.out:
+            raise BadInput(f"out=... is needed with {given[0]}=...: the folder to write the page to.")
+        if self.stream and not self.hf:
+            raise BadInput("stream=true is of hf=...: a run is loaded whole.")
         if self.probe < -1:
             raise BadInput(f"probe={self.probe} is out of range: accepted is at least 0, or -1.")
-        if self.trace and self.beside:
-            raise BadInput("beside=... goes with run=...: a trace is shown alone.")
+        if self.beside and not self.run:
+            raise BadInput("beside=... goes with run=...: a trace, or a model of transformers, is shown alone.")
         _ = self.what
 
     @property
@@ -65,12 +74,14 @@ class InspectorConfig:
         return What(self.text, self.tokens)
 
 
-@cli.command("inspector", InspectorConfig, verbatim=("run", "trace", "out", "text"))
+@cli.command("inspector", InspectorConfig, verbatim=(*SOURCES, "out", "text"))
 def main(cfg: InspectorConfig) -> None:
     """Trace what is not traced yet, say what was seen, and write the page."""
     out = Path(cfg.out or f"{cfg.run}/inspector")
     if cfg.trace:
         looks = [look_at(Trace(Path(cfg.trace)), cfg)]
+    elif cfg.hf:
+        looks = [look_at(traced(Path(cfg.hf), out / "trace", cfg), cfg)]
     else:
         runs = [Path(run) for run in (cfg.run, *cfg.beside)]
         names = [f"trace-{i}" if i else "trace" for i in range(len(runs))]
@@ -86,9 +97,9 @@ def main(cfg: InspectorConfig) -> None:
 
 
 def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
-    """The run's trace in `folder`: the one that is there, where it is of the same checkpoint and the same text; else a
-    new one."""
-    checkpoint = find_checkpoint(run / "checkpoints", cfg.which).name
+    """The trace in `folder` of a run, or of a folder of transformers: the one that is there, where it is of the same
+    checkpoint and the same text; else a new one."""
+    checkpoint = "" if cfg.hf else find_checkpoint(run / "checkpoints", cfg.which).name
     if folder.exists():
         try:
             about = Trace(folder).about
@@ -98,7 +109,10 @@ def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
         if fits:
             return Trace(folder)
         shutil.rmtree(folder)
-    writer = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
+    if cfg.hf:
+        writer = trace_hf(run, cfg.what, folder, cfg.stream)
+    else:
+        writer = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
     terminal.say(f"trace: {folder}, {writer.n_tokens:,} tokens, {writer.about.sampling}")
     return Trace(folder)
 
@@ -108,7 +122,7 @@ def look_at(trace: Trace, cfg: InspectorConfig) -> Look:
     run = Path(trace.about.run)
     tokenizer, history = None, None
     try:
-        tokenizer = Tokenizer.load(run / "tokenizer")
+        tokenizer = read_tokenizer(run)[0] if cfg.hf else Tokenizer.load(run / "tokenizer")
         if tokenizer.fingerprint != trace.about.tokenizer:
             raise BadInput(f"{run / 'tokenizer'} is another one than the trace's.")
     except BadInput as missing:
@@ -124,8 +138,11 @@ def look_at(trace: Trace, cfg: InspectorConfig) -> Look:
 def asked(trace: Trace, cfg: InspectorConfig) -> tuple[Probed | None, str]:
     """What the run's model says beyond its trace; or why it was not asked."""
     n_experts, run = sum(trace.about.n_experts), Path(trace.about.run)
-    if cfg.trace:
-        return None, "A trace says nothing of it: python -m experiments.inspector run=... asks the model."
+    if not cfg.run:
+        return (
+            None,
+            "Not asked: that takes a run, which python -m experiments.import_hf makes of transformers’ folders.",
+        )
     tokens = (PROBED if n_experts <= FEW else 0) if cfg.probe == -1 else cfg.probe
     if not tokens:
         return None, f"Not asked: masking {n_experts} experts in turn takes as many passes. probe={PROBED} does it."

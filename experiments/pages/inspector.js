@@ -556,7 +556,7 @@
     if (kind === "loss") return Math.min(1, at("text/loss", i) / 8);
     if (kind === "entropy") return at("text/entropy", i, state.layer) / 255;
     const [hit] = choice(i, state.layer).filter(([e]) => e === state.expert);
-    return hit ? 0.25 + 0.75 * hit[1] : 0;
+    return hit ? 0.25 + 0.75 * (run().weighted ? hit[1] : 1) : 0;
   }
   const tint = (share) => (share ? `color-mix(in srgb, var(--high) ${Math.round(65 * share)}%, transparent)` : "");
 
@@ -591,7 +591,7 @@
         const made = element("td");
         for (const [e, weight] of list) {
           const button = element("button", { type: "button", disabled: r !== state.run, onclick: () => choose(layer, e) }, String(e));
-          made.append(button, ` ${percent(weight)} `);
+          made.append(button, page.runs[r].weighted ? ` ${percent(weight)} ` : " ");
         }
         return made;
       };
@@ -717,7 +717,7 @@
   $("tokens").addEventListener("pointerover", (event) => {
     const i = tokenOf(event);
     if (i === null) return;
-    const lines = run().layers.map((number, layer) => `layer ${number}: ${choice(i, layer).map(([e, w]) => `${e} (${percent(w)})`).join(", ") || "none"}`);
+    const lines = run().layers.map((number, layer) => `layer ${number}: ${choice(i, layer).map(([e, w]) => (run().weighted ? `${e} (${percent(w)})` : String(e))).join(", ") || "none"}`);
     tip(event, lines.slice(0, 24).join("\n") + (lines.length > 24 ? "\n…" : ""));
   });
   $("tokens").addEventListener("pointerleave", (event) => tip(event, ""));

@@ -90,6 +90,7 @@ def packed(pack: Pack, i: int, look: Look) -> dict[str, Any]:
         "layers": about.layers,
         "n_experts": about.n_experts,
         "k": about.k,
+        "weighted": not bool(np.isnan(inspection.routes.weight_TLK).all()),
         "domains": [printable(domain) for domain in about.domains],
         "tokens": len(inspection.tokens.token),
         "around": AROUND,

@@ -70,6 +70,7 @@ def words(look: Look) -> dict[str, Any]:
         "probed": look.probed,
         "unasked": look.unasked,
         "saturation": saturation_chart(look.probed),
+        "decided": decided_table(look.probed) if look.probed and look.probed.decided else None,
         "history": look.history is not None and len(look.history.steps) > 0,
         "provenance": provenance(look),
         "sampling": printable(inspection.sampling),
@@ -235,6 +236,21 @@ def worth_table(probed: Probed) -> SmallTable:
     return SmallTable(("masked", "loss (nats per token)", "most in"), rows)
 
 
+def decided_table(probed: Probed) -> SmallTable:
+    """What the routers' probabilities say of how sure they are."""
+    rows = [
+        (
+            str(one.layer), f"{one.information / math.log(max(2, one.n_experts)):.1%}", f"{one.top_k_mass:.1%}",
+            "".join(f"{ahead.agreement:.0%} (by chance {ahead.chance:.0%})" for ahead in probed.lookahead
+                    if ahead.layer == one.layer) or "–",
+        )
+        for one in probed.decided
+    ]  # fmt: skip
+    return SmallTable(
+        ("layer", "router information, of ln E", "mass of the K largest", "agreement a layer ahead"), rows
+    )
+
+
 def interval(difference: Difference) -> str:
     """A difference with its interval."""
     return f"{difference.difference:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
@@ -269,7 +285,7 @@ def side_by_side(looks: Sequence[Look]) -> SmallTable:
                 str(sum(view.metrics.dead for view in views)),
                 f"{worst('gini'):.3f}",
                 f"{np.mean([view.information for view in views]):.3f}",
-                f"{np.mean(look.inspection.tokens.loss):.4f}",
+                known(float(np.mean(look.inspection.tokens.loss)), ".4f"),
             )
         )
     headings = ("run", "worst MaxVio", "fewest effective", "dead", "worst Gini", "bits of domain", "loss")

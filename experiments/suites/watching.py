@@ -28,7 +28,7 @@ from moe.train.recorder import Recorder
 from moe.train.state import State
 from moe.train.step import take_step
 
-HEADINGS = ("shape", "step", "watched", "quartiles")
+HEADINGS = ("shape", "step", "watched", "quartiles", "pairs")
 SHAPES = (
     Shape(64, 2, 8, 2, 64, 1024, 128, 8),
     Shape(128, 4, 16, 2, 128, 2048, 128, 8),
@@ -43,12 +43,13 @@ class Asked(NamedTuple):
 
     device: torch.device
     shapes: tuple[Shape, ...]
-    pairs: int  # groups of steps with and without
+    pairs: int  # groups of steps with and without, at least
+    seconds: float  # a shape has as many as fit into this
 
 
 def settings(device: torch.device, full: bool, rounds: int) -> Asked:
-    """`rounds` times eight pairs, or one tiny one."""
-    return Asked(device, SHAPES if full else SMOKE, 8 * rounds if full else 1)
+    """Half a minute for `rounds`, or one tiny pair."""
+    return Asked(device, SHAPES, 8, 30.0 * rounds) if full else Asked(device, SMOKE, 1, 0.0)
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -71,13 +72,14 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
         group = functools.partial(seconds_of_group, state, batch, cfg, Path(folder))
         group(True), group(False)
         ratios, plain = [], []
-        for pair in range(asked.pairs):
-            order = (True, False) if pair % 2 else (False, True)  # neither always comes second
+        begin = time.perf_counter()
+        while len(ratios) < asked.pairs or time.perf_counter() - begin < asked.seconds:
+            order = (True, False) if len(ratios) % 2 else (False, True)  # neither always comes second
             seconds = {watched: group(watched) for watched in order}
             ratios.append(seconds[True] / seconds[False] - 1)
             plain.append(seconds[False] / cfg.log.every)
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"seconds": statistics.median(plain), "overhead": middle, "low": low, "high": high, "pairs": asked.pairs}
+    return {"seconds": statistics.median(plain), "overhead": middle, "low": low, "high": high, "pairs": len(ratios)}
 
 
 def seconds_of_group(state: State, batch: Batch, cfg: Config, folder: Path, watched: bool) -> float:
@@ -97,4 +99,4 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     spread = f"{row['low']:+.2%} to {row['high']:+.2%}"
     shape = describe({name: row[name] for name in Shape._fields if row[name] not in (0, False)})
-    return shape, f"{row['seconds'] * 1e3:.1f} ms", f"{row['overhead']:+.2%}", spread
+    return shape, f"{row['seconds'] * 1e3:.1f} ms", f"{row['overhead']:+.2%}", spread, str(row["pairs"])

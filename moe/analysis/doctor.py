@@ -17,7 +17,10 @@ from typing import NamedTuple
 from moe.run.summary import Alarm, LayerMetrics, MetricsLine
 
 WINDOW = 50  # steps that a rule looks back
+MEASURED = 10  # values that it looks back of what is measured every log.every steps alone
+EVERY = 10  # steps from one look to the next
 YOUNG = 100  # steps in which nothing of a router is said: it has not learnt yet
+MORE = "balance.aux ten times as high, and at least 0.01"  # what most advise first
 ENOUGH = 20.0  # rows of a fair load from which on an expert with none, or a tenth, is none by chance
 
 
@@ -41,7 +44,7 @@ RULES = (
         lambda values: min(values) >= 1,
         f"at least {{least:.0f}} took no token in each of the last {WINDOW} steps",
         "a router that has settled on the others",
-        "balance.aux ten times as high, or router=sigmoid-bias",
+        f"{MORE}, or router=sigmoid-bias",
         rows=ENOUGH,
     ),
     Rule(
@@ -50,7 +53,7 @@ RULES = (
         lambda values: min(values) >= 1,
         f"at least {{least:.0f}} took less than a tenth of a fair share in each of the last {WINDOW} steps",
         "too little pull towards an even load, or an expert whose output does harm",
-        "balance.aux ten times as high",
+        MORE,
         rows=ENOUGH,
     ),
     Rule(
@@ -59,7 +62,7 @@ RULES = (
         lambda values: statistics.median(values) > 1.5,
         f"the median MaxVio of the last {WINDOW} steps is {{now:.2f}}",
         "a balance that is too weak, too slow, or of the wrong sign",
-        "balance.aux (or balance.bias_rate) ten times as high",
+        f"{MORE}; of a router with a bias balance.bias_rate",
     ),
     Rule(
         "router without doubt",
@@ -68,6 +71,7 @@ RULES = (
         "token entropy is {now:.3f} of what no preference has",
         "a router that learns too fast: it can hardly change its mind any more",
         "a lower optim.lr, or balance.z ten times as high",
+        needs=MEASURED,
     ),
     Rule(
         "bias runs away",
@@ -89,10 +93,10 @@ RULES = (
         "an expert hardly learns",
         lambda layer: layer.weakest,
         lambda values: max(values) < 0.05,
-        "the smallest gradient of an expert was at most {most:.3f} of the median’s in the last 10 measurements",
+        f"the smallest gradient of an expert was at most {{most:.3f}} of the median’s, {MEASURED} times in a row",
         "an expert that gets few tokens, or none of any weight",
-        "balance.aux ten times as high",
-        needs=10,
+        MORE,
+        needs=MEASURED,
     ),
 )
 
@@ -102,11 +106,10 @@ KINDS = (*(rule.kind for rule in RULES), "loss spike")
 
 @dataclass
 class _Series:
-    """What a rule has read of a layer: the last values, and the beginning's."""
+    """What a rule has read of a layer: the last values, and when it fired last."""
 
     last: deque[float]
-    quiet: int = 0  # steps since it would have fired last; below `needs` it is still the same alarm
-    raised: bool = False
+    fired: float = -math.inf  # step
 
 
 class Doctor:
@@ -143,17 +146,11 @@ class Doctor:
         if step <= YOUNG:
             return None
         series.last.append(value)
-        if len(series.last) < rule.needs:
+        if step % EVERY or len(series.last) < rule.needs or not rule.fires(values := list(series.last)):
             return None
-        values = list(series.last)
-        if not rule.fires(values):
-            series.quiet += 1
-            series.raised = series.raised and series.quiet < rule.needs
+        since, series.fired = step - series.fired, step
+        if since <= WINDOW:
             return None
-        series.quiet = 0
-        if series.raised:
-            return None
-        series.raised = True
         words = {"now": statistics.median(values), "least": min(values), "most": max(values)}
         return Alarm(rule.kind, step, layer, rule.evidence.format(**words), rule.cause, rule.advice)
 

@@ -220,7 +220,7 @@ def top_tokens(key_T: np.ndarray, expert_TK: torch.Tensor, n_experts: int) -> To
     key_M, index_T, count_M = np.unique(key_T, return_inverse=True, return_counts=True)
     # Of the common ones the most frequent, as their own numbers; the rest is one number more.
     common = np.argsort(-count_M, kind="stable")[:KEYS]
-    common = common[count_M[common] >= COMMON]
+    common = common[(count_M[common] >= COMMON) & (key_M[common] >= 0)]  # of a record a token may be unknown
     number_M = np.full(len(key_M), len(common))
     number_M[common] = np.arange(len(common))
     rows_ME = specialisation.count_by(torch.from_numpy(number_M[index_T]), expert_TK, len(common) + 1, n_experts)

@@ -1,16 +1,34 @@
 """What a run's model itself has to be asked: what its experts are worth, which are alike, and how they came about."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from moe.analysis.effects import Effect, effects, every_expert, keep, measure
+from moe.analysis.interventions import Window
 from moe.analysis.redundancy import Redundancy, redundancy
 from moe.analysis.stability import Lookahead, OverTime, lookahead, over_checkpoints
+from moe.analysis.trace import Recorder
 from moe.analysis.tracing import What, windows_of_run
+from moe.config.model import moe_layers
 from moe.config.router import facts
+from moe.model.transformer import Transformer
 from moe.run.load import find_checkpoint, load_run
 
 SHARES = (0.25, 0.125)  # of the experts, that are kept
+
+
+class Decided(NamedTuple):
+    """How decided a layer's router is, over all tokens; a router without scores has none."""
+
+    layer: int  # among all layers
+    information: float  # `decisions.router_information`, in nats
+    top_k_mass: float  # `decisions.top_k_mass`
+    n_experts: int
 
 
 @dataclass(frozen=True)
@@ -22,12 +40,39 @@ class Probed:
     kept: dict[float, list[Effect]]  # by the share of the experts: by use, by each domain's use, and at random
     alike: list[Redundancy]  # by MoE layer
     lookahead: list[Lookahead]
+    decided: list[Decided]
     over_time: OverTime | None  # None where the run has a single checkpoint
 
     @property
     def passes(self) -> int:
         """Experts that were masked."""
         return len(self.importance)
+
+
+@torch.inference_mode()
+def decided(model: Transformer, windows: Iterable[Window]) -> list[Decided]:
+    """Of every MoE layer, batch by batch: what its tokens' probabilities say."""
+    layers, routers = moe_layers(model.cfg), model.routers()
+    sums: dict[int, tuple[Tensor, float, float]] = {}  # of the probabilities (E,), of their entropies, of the K largest
+    n_tokens = dict.fromkeys(layers, 0)
+    with Recorder(model, 1) as recorder:
+        for read_BS1, *_ in windows:
+            recorder.decided.clear()
+            model(torch.from_numpy(read_BS1[:, :-1]).to(next(model.parameters()).device))
+            for layer, router, routing in zip(layers, routers, recorder.decided, strict=True):
+                if routing.logits_TE is None:
+                    continue
+                prob_TE = routing.prob_TE().double()
+                entropy = torch.special.entr(prob_TE).sum().item()
+                top = prob_TE.topk(min(router.k, prob_TE.shape[1])).values.sum().item()
+                before = sums.get(layer, (torch.zeros(prob_TE.shape[1], dtype=torch.float64), 0.0, 0.0))
+                sums[layer] = before[0] + prob_TE.sum(0).cpu(), before[1] + entropy, before[2] + top
+                n_tokens[layer] += len(prob_TE)
+    told = []
+    for layer, (prob_E, entropy, top) in sums.items():
+        of_mean = torch.special.entr(prob_E / n_tokens[layer]).sum().item()
+        told.append(Decided(layer, of_mean - entropy / n_tokens[layer], top / n_tokens[layer], len(prob_E)))
+    return told
 
 
 def probe(run: Path, which: str, what: What, trust: bool = False) -> Probed:
@@ -50,5 +95,6 @@ def probe(run: Path, which: str, what: What, trust: bool = False) -> Probed:
         {share: keep(model, batches, domains, share) for share in SHARES} if maskable else {},
         redundancy(model, batches),
         lookahead(model, batches),
+        decided(model, batches),
         over_checkpoints(run, what, names, trust) if len(names) > 1 else None,
     )

@@ -56,9 +56,9 @@ class LayerMetrics:
     losses: dict[str, float] = field(default_factory=dict)  # of a step, unweighted, by name as in MetricsLine
     starved: int | None = None  # experts with less than a tenth of a fair load, dead ones among them
     # What log.doctor watches in training; None where it does not, or the router has nothing of the kind
-    entropy: float | None = None  # of a token's probabilities, the mean, over ln E
     bias: float | None = None  # the largest selection bias, without its sign
-    weakest: float | None = None  # the smallest gradient norm of an expert over the median's; at log.every
+    entropy: float | None = None  # of a token's probabilities, the mean, over ln E; every log.every steps
+    weakest: float | None = None  # the smallest gradient norm of an expert over the median's; every log.every steps
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def compute_gradients(
 ) -> Gradients:
     """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
     the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
-    instead of the routers' choice. `measured`: whether to look at every expert's gradients too."""
+    instead of the routers' choice. `measured`: whether to look at how decided the routers are, and at every expert's
+    gradients."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
     steps = whole_step(model, batch, cfg, recorded)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
@@ -172,7 +173,7 @@ def compute_gradients(
                 checkpoint_activations=cfg.train.checkpoint_activations,
                 steps=steps,
                 recorded=experts,
-                watched=cfg.log.doctor,
+                watched=measured,
             )
 
         # Losses by name: of the text, of the routers over all layers, of a teacher.

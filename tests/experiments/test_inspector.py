@@ -1,6 +1,7 @@
 """Claims about the command that writes the inspector's page."""
 
 import html
+import math
 import shutil
 import sys
 
@@ -81,7 +82,10 @@ def test_the_page_of_a_run_says_what_each_expert_is_worth(runs, tmp_path, monkey
         page.keyboard.press("ArrowRight")
         assert "masked, the loss changes by" in page.locator("#load-map-said").inner_text()
         assert page.get_by_text("With a share of the experts alone").is_visible()
-        assert page.get_by_text("Asked one MoE layer early").is_visible()
+        cells = page.locator("table", has_text="router information").locator("tbody tr").nth(1).locator("td")
+        one = probed.decided[1]
+        assert cells.nth(1).inner_text() == f"{one.information / math.log(4):.1%}"
+        assert cells.nth(3).inner_text().startswith(f"{probed.lookahead[0].agreement:.0%} (by chance")
         assert page.said == []
 
 
@@ -116,8 +120,10 @@ def test_without_a_tokenizer_ids_are_shown_and_a_trace_alone_is_enough(runs, tmp
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "run=... is needed"),
-        (("run={runs}/moe", "trace=x"), "and not both"),
+        ((), "run=..., hf=... or trace=... is needed"),
+        (("run={runs}/moe", "trace=x"), "run and trace are given"),
+        (("hf={tmp}",), "out=... is needed with hf=..."),
+        (("run={runs}/moe", "stream=true"), "stream=true is of hf=..."),
         (("run={runs}/moe", "probe=-2"), "probe=-2 is out of range"),
         (("trace={tmp}",), "out=... is needed with trace=..."),
         (("trace={tmp}", "out={tmp}/p", "beside=[x]"), "beside=... goes with run=..."),

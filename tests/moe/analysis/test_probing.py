@@ -1,11 +1,14 @@
 """Claims about what a run's model is asked."""
 
+import numpy as np
 import pytest
 import torch
 
+from moe.analysis import decisions
 from moe.analysis.effects import Variant, effects, measure
 from moe.analysis.interventions import Change
-from moe.analysis.probing import SHARES, probe
+from moe.analysis.probing import SHARES, decided, probe
+from moe.analysis.trace import Recorder
 from moe.analysis.tracing import What, windows_of_run
 from moe.errors import BadInput
 from moe.run.load import load_run
@@ -34,6 +37,17 @@ def test_every_expert_is_masked_and_every_answer_is_of_the_same_text(run):
     assert list(probed.kept) == list(SHARES)
     assert [one.layer for one in probed.alike] == [0, 1]
     assert [one.layer for one in probed.lookahead] == [1]
+
+
+def test_how_decided_routers_are_is_what_one_pass_over_all_tokens_says(run):
+    model, tokenizer, cfg = load_run(run, "last")
+    batches = list(windows_of_run(WHAT, cfg, tokenizer))
+    with Recorder(model, 2) as recorder, torch.no_grad():
+        model(torch.from_numpy(np.concatenate([batch[0] for batch in batches])[:, :-1]))
+        expected = [routing.prob_TE() for routing in recorder.decided]
+    for one, prob_TE in zip(decided(model, batches), expected, strict=True):
+        assert one.information == pytest.approx(decisions.router_information(prob_TE), rel=1e-4)
+        assert one.top_k_mass == pytest.approx(decisions.top_k_mass(prob_TE, 2), rel=1e-5)
 
 
 def test_only_checkpoints_up_to_the_one_in_question_are_compared(run):

@@ -156,7 +156,7 @@ def test_metrics_have_one_line_per_step_with_every_field(finished):
         for each in line["layers"]:
             assert each.keys() == {
                     "layer", "max_vio", "load_entropy", "effective_experts", "dead", "dropped", "skipped", "rows",
-                    "losses", "starved", "entropy", *(["weakest"] if line["step"] % 2 == 0 else []),
+                    "losses", "starved", *(["entropy", "weakest"] if line["step"] % 2 == 0 else []),
                 }  # fmt: skip
             assert each["dropped"] == 0
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["aux"] + 0.001 * line["z"], rel=1e-12)
