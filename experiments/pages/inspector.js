@@ -553,7 +553,7 @@
 
   function strength(i) {
     const kind = $("colour").value;
-    if (kind === "loss") return Math.min(1, at("text/loss", i) / 8);
+    if (kind === "loss") return Math.min(1, (at("text/loss", i) || 0) / 8);
     if (kind === "entropy") return at("text/entropy", i, state.layer) / 255;
     const [hit] = choice(i, state.layer).filter(([e]) => e === state.expert);
     return hit ? 0.25 + 0.75 * (run().weighted ? hit[1] : 1) : 0;
@@ -597,12 +597,14 @@
       };
       const row = element("tr", {}, element("td", {}, `layer ${number}`), cell(mine, state.run));
       if (other !== null) row.append(cell(its, other));
-      row.append(element("td", {}, percent(at("text/entropy", i, layer) / 255)));
+      if (run().scored) row.append(element("td", {}, percent(at("text/entropy", i, layer) / 255)));
       body.append(row);
     });
     const names = other === null ? ["experts"] : [run().name, page.runs[other].name];
-    const head = element("tr", {}, ...["", ...names, "entropy"].map((name) => element("th", { scope: "col" }, name)));
-    const said = `“${string(at("text/token", i))}” at position ${at("text/pos", i)} of document ${at("text/doc", i)}: loss of the next token ${at("text/loss", i).toFixed(2)} nats`;
+    const head = element("tr", {}, ...["", ...names, ...(run().scored ? ["entropy"] : [])].map((name) => element("th", { scope: "col" }, name)));
+    const loss = at("text/loss", i);
+    const known = Number.isNaN(loss) ? "" : `: loss of the next token ${loss.toFixed(2)} nats`;
+    const said = `“${string(at("text/token", i))}” at position ${at("text/pos", i)} of document ${at("text/doc", i)}${known}`;
     $("strip").replaceChildren(element("p", { className: "said" }, said),
       element("div", { className: "wide tall" }, element("table", { className: "strip" }, element("thead", {}, head), body)));
   }

@@ -91,6 +91,7 @@ def packed(pack: Pack, i: int, look: Look) -> dict[str, Any]:
         "n_experts": about.n_experts,
         "k": about.k,
         "weighted": not bool(np.isnan(inspection.routes.weight_TLK).all()),
+        "scored": not bool(np.isnan(inspection.routes.entropy_TL).all()),
         "domains": [printable(domain) for domain in about.domains],
         "tokens": len(inspection.tokens.token),
         "around": AROUND,
@@ -192,7 +193,7 @@ def text_arrays(inspection: Inspection, row_N: np.ndarray, strings: Strings) -> 
         "pos": tokens.pos[row_N].astype(np.int32),
         "domain": tokens.domain[row_N].astype(np.int32),
         "window": tokens.window[row_N].astype(np.int32),
-        "loss": np.nan_to_num(tokens.loss[row_N]).astype(np.float32),
+        "loss": tokens.loss[row_N].astype(np.float32),  # NaN where it is not known
         "expert": np.where(expert_NLK < 0, none, expert_NLK).astype(kind),
         "weight": np.round(np.nan_to_num(routes.weight_TLK[row_N]).clip(0, 1) * 255).astype(np.uint8),
         "entropy": np.round(entropy_NL.clip(0, 1) * 255).astype(np.uint8),

@@ -140,6 +140,8 @@ def read(trace: Trace, most: int) -> tuple[Tokens, Routes]:
     n_layers, k = len(trace.about.layers), trace.about.k
     parts: list[tuple[np.ndarray, ...]] = []
     for batch in trace.batches():
+        if any(batch[name].null_count or batch[name].flatten().null_count for name in ("expert", "weight")):
+            raise BadInput(f"{trace.folder / 'routes.parquet'} is damaged: a token has no experts, not even none.")
         row_N = keep_T[batch["token_row"].to_numpy()]
         flat = [batch[name].flatten().to_numpy(zero_copy_only=False).reshape(-1, k) for name in ("expert", "weight")]
         flat += [batch[name].to_numpy(zero_copy_only=False) for name in ("margin", "entropy")]
@@ -147,6 +149,12 @@ def read(trace: Trace, most: int) -> tuple[Tokens, Routes]:
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     expert_TLK, weight_TLK = (column.reshape(-1, n_layers, k) for column in joined[:2])
     margin_TL, entropy_TL = (column.reshape(-1, n_layers).astype(np.float32) for column in joined[2:])
+    most_L = expert_TLK.max((0, 2))
+    for layer, most, n_experts in zip(trace.about.layers, most_L, trace.about.n_experts, strict=True):
+        if most >= n_experts:
+            raise BadInput(
+                f"{trace.folder / 'routes.parquet'} names expert {most} in layer {layer}, which has {n_experts}."
+            )
     tokens = Tokens(**{name: column[keep_T] for name, column in columns.items()})
     return tokens, Routes(expert_TLK, weight_TLK.astype(np.float32), margin_TL, entropy_TL)
 

@@ -2,16 +2,22 @@
 
 import html
 import math
+import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from experiments import inspector as command
+from moe.analysis import records
 from moe.analysis.caveats import CAVEATS
 from moe.analysis.probing import probe
 from moe.analysis.trace import Trace
 from moe.analysis.tracing import What
+from moe.convert import hf_tokenizer
+from moe.run.load import load_run
 from moe.run.summary import read_summary
 from tests.browser import browser, needs_browser, opened
 from tests.planted_traces import random_routes, write_trace
@@ -107,6 +113,63 @@ def test_beside_a_metric_stands_what_it_cannot_tell(runs, tmp_path, monkeypatch,
             assert caveat.cannot_tell not in text, f"{name} fails the table: it is not drawn"
 
 
+@pytest.fixture(scope="module", params=["mixtral", "olmoe"])
+def theirs(request, runs, tmp_path_factory):
+    """A random model that transformers made, with the tokenizer of a run."""
+    import transformers
+
+    sizes = dict(
+        vocab_size=257, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=64, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    if request.param == "mixtral":
+        config = transformers.MixtralConfig(num_local_experts=4, **sizes)
+        model = transformers.MixtralForCausalLM(config)
+    else:
+        config = transformers.OlmoeConfig(num_experts=4, **sizes)
+        model = transformers.OlmoeForCausalLM(config)
+    folder = tmp_path_factory.mktemp("hf") / request.param
+    model.save_pretrained(folder)
+    hf_tokenizer.save_tokenizer(load_run(runs / "moe")[1], folder, 64)
+    return folder
+
+
+@needs_browser
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_model_that_transformers_made_becomes_a_page(theirs, tmp_path, monkeypatch, capsys, stream):
+    (tmp_path / "a.txt").write_text("To be, or not to be: that is the question. " * 30)
+    words = (f"hf={theirs}", f"out={tmp_path / 'page'}", f"text={tmp_path / 'a.txt'}", f"stream={stream}")
+    printed = _inspect(monkeypatch, capsys, *words)
+    assert f"{theirs.name}: " in printed
+    trace = Trace(tmp_path / "page" / "trace")
+    with browser() as chromium:
+        page = opened(chromium, tmp_path / "page" / "index.html")
+        shown = page.locator("#tokens").inner_text()
+        assert shown.startswith("To be, or not to be")
+        buttons = page.locator("#strip tbody tr").first.locator("td:nth-child(2) button").all_inner_texts()
+        assert buttons == [str(e) for e in trace.experts()[0, 0]]
+        assert page.get_by_text("python -m experiments.import_hf makes").is_visible()
+        assert page.get_by_text("No expert is named here").is_visible()
+        assert page.said == []
+
+
+@needs_browser
+def test_what_an_engine_recorded_becomes_a_page_of_what_is_known(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    experts = np.stack([rng.permuted(np.tile(np.arange(8), (40, 1)), axis=1)[:, :2] for _ in range(3)], 1)
+    np.savez(tmp_path / "r.npz", routed_experts=experts.astype(np.int32))
+    records.write_trace(tmp_path / "r.npz", "vllm", tmp_path / "trace", 8)
+    _inspect(monkeypatch, capsys, f"trace={tmp_path / 'trace'}", f"out={tmp_path / 'page'}")
+    with browser() as chromium:
+        page = opened(chromium, tmp_path / "page" / "index.html")
+        buttons = page.locator("#strip tbody tr").nth(2).locator("td:nth-child(2)").inner_text()
+        assert buttons.split() == [str(e) for e in experts[0, 2]]
+        assert not re.search(r"\bnan\b", page.locator("body").inner_text(), re.IGNORECASE)
+        assert "%" not in page.locator("#strip").inner_text(), "neither weights nor entropies are known"
+        assert page.said == []
+
+
 def test_without_a_tokenizer_ids_are_shown_and_a_trace_alone_is_enough(runs, tmp_path, monkeypatch, capsys):
     write_trace(tmp_path / "trace", random_routes(160, 1, 4, 2), run=str(tmp_path / "gone"))
     printed = _inspect(monkeypatch, capsys, f"trace={tmp_path / 'trace'}", f"out={tmp_path / 'page'}")
@@ -115,6 +178,13 @@ def test_without_a_tokenizer_ids_are_shown_and_a_trace_alone_is_enough(runs, tmp
     assert "\\u27e8" in text, "⟨7⟩"
     assert "none: ids are shown" in text
     assert "Nothing is known of this model’s training" in text
+
+
+def test_a_trace_of_another_tokenizer_than_its_runs_is_shown_by_ids(runs, tmp_path, monkeypatch, capsys):
+    write_trace(tmp_path / "trace", random_routes(160, 1, 4, 2), run=str(runs / "moe"), tokenizer="another")
+    printed = _inspect(monkeypatch, capsys, f"trace={tmp_path / 'trace'}", f"out={tmp_path / 'page'}")
+    assert "is another one than the trace's" in printed
+    assert "none: ids are shown" in (tmp_path / "page" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from moe.analysis import inspection
 from moe.analysis.inspection import inspect
+from moe.analysis.trace import Trace
 from moe.errors import BadInput
 from tests.planted_traces import WINDOW, random_routes, write_trace
 
@@ -133,6 +135,16 @@ def test_entropy_is_a_share_of_what_no_preference_has(tmp_path):
     assert view.close == 0
     (view,) = inspect(write_trace(tmp_path / "u", routes, margin_TL=np.linspace(0, 0.02, 160)[:, None])).layers
     assert view.close == pytest.approx(0.5, abs=0.02)
+
+
+def test_routes_that_cannot_be_are_refused(tmp_path):
+    trace = write_trace(tmp_path / "t", random_routes(32, 2, 6, 2))
+    table, schema = trace.table("routes").to_pydict(), trace.files["routes"].schema_arrow
+    for row, sentence in (([1, 9], "names expert 9 in layer 1, which has 6"), ([1, None], "a token has no experts")):
+        table["expert"][7] = row
+        pyarrow.parquet.write_table(pyarrow.table(table, schema), tmp_path / "t" / "routes.parquet")
+        with pytest.raises(BadInput, match=sentence):
+            inspect(Trace(tmp_path / "t"))
 
 
 def test_a_trace_without_tokens_is_refused(tmp_path):
