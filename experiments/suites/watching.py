@@ -79,7 +79,13 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
             ratios.append(seconds[True] / seconds[False] - 1)
             plain.append(seconds[False] / cfg.log.every)
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"seconds": statistics.median(plain), "overhead": middle, "low": low, "high": high, "pairs": len(ratios)}
+    return {
+        "step_seconds": statistics.median(plain),
+        "overhead": middle,
+        "low": low,
+        "high": high,
+        "pairs": len(ratios),
+    }
 
 
 def seconds_of_group(state: State, batch: Batch, cfg: Config, folder: Path, watched: bool) -> float:
@@ -99,4 +105,4 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     spread = f"{row['low']:+.2%} to {row['high']:+.2%}"
     shape = describe({name: row[name] for name in Shape._fields if row[name] not in (0, False)})
-    return shape, f"{row['seconds'] * 1e3:.1f} ms", f"{row['overhead']:+.2%}", spread, str(row["pairs"])
+    return shape, f"{row['step_seconds'] * 1e3:.1f} ms", f"{row['overhead']:+.2%}", spread, str(row["pairs"])

@@ -18,6 +18,7 @@ from moe.run.summary import Alarm, LayerMetrics, MetricsLine
 
 WINDOW = 50  # steps that a rule looks back
 MEASURED = 10  # values that it looks back of what is measured every log.every steps alone
+LEAP = 0.3  # nats: a smaller one of the loss is no spike
 EVERY = 10  # steps from one look to the next
 YOUNG = 100  # steps in which nothing of a router is said: it has not learnt yet
 MORE = "balance.aux ten times as high, and at least 0.01"  # what most advise first
@@ -130,7 +131,7 @@ class Doctor:
     def read(self, line: MetricsLine) -> list[Alarm]:
         """The alarms that this line raises."""
         alarms = self._spike(line)
-        for layer in line.layers or []:
+        for layer in line.layers or [] if line.step > YOUNG else []:
             for rule in RULES:
                 value = rule.read(layer)
                 few = self.fair.get(layer.layer, math.inf) < rule.rows
@@ -142,9 +143,9 @@ class Doctor:
 
     def _rule(self, rule: Rule, layer: int, step: int, value: float) -> Alarm | None:
         """Read one more value; the alarm, if it begins here."""
-        series = self.series.setdefault((rule.kind, layer), _Series(deque(maxlen=rule.needs)))
-        if step <= YOUNG:
-            return None
+        series = self.series.get((rule.kind, layer))
+        if series is None:
+            series = self.series[rule.kind, layer] = _Series(deque(maxlen=rule.needs))
         series.last.append(value)
         if step % EVERY or len(series.last) < rule.needs or not rule.fires(values := list(series.last)):
             return None
@@ -160,10 +161,10 @@ class Doctor:
         if loss is None or not math.isfinite(loss):
             return []
         alarms = []
-        if len(self.losses) == self.losses.maxlen:
+        if len(self.losses) == self.losses.maxlen and loss > min(self.losses) + LEAP:
             middle = statistics.median(self.losses)
             spread = 1.4826 * statistics.median(abs(value - middle) for value in self.losses)
-            if loss > middle + max(6 * spread, 0.3) and line.step > self.spiked + WINDOW:
+            if loss > middle + max(6 * spread, LEAP) and line.step > self.spiked + WINDOW:
                 self.spiked = line.step
                 evidence = f"{loss:.3f} nats per token, after a median of {middle:.3f} over {len(self.losses)} steps"
                 cause = "a bad batch, or a learning rate at its limit"

@@ -12,7 +12,7 @@ def test_a_row_has_the_step_and_what_watching_adds(monkeypatch, tmp_path, capsys
     command(monkeypatch, "suite=watching", "sizes=smoke", f"out={tmp_path / 'rows.jsonl'}")
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert row["status"] == "measured"
-    assert row["seconds"] > 0
+    assert row["step_seconds"] > 0
     assert row["low"] <= row["overhead"] <= row["high"]
     assert "watched" in capsys.readouterr().out
 
