@@ -1,6 +1,6 @@
 """Train small models with known faults and say which of the doctor's alarms tell of them, and how early.
 
-    python -m experiments.alarms                                               # tables, in a quarter of an hour
+    python -m experiments.alarms                                               # tables, in ten minutes
     python -m experiments.alarms out=experiments/results/alarms.jsonl          # and the rows: then docs/alarms.md
 
 What each fault is: experiments/suites/faults.py. Healthy runs of five routers are trained besides.
@@ -13,7 +13,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.pages import tables
 from experiments.suites.alarm_table import BY_ALARM, BY_FAULT, alarm_rows, fault_rows
-from experiments.suites.faults import measure
+from experiments.suites.faults import STEPS, measure
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
@@ -25,9 +25,12 @@ class AlarmsConfig:
     """How many runs of each kind."""
 
     seeds: str = "0,1,2,3"  # of every fault and of every healthy router, with commas
+    steps: int = STEPS  # of every run; of fewer than 150 nothing can be said
     out: str = ""  # a file of what every run was told, as JSON lines; "": none
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise BadInput(f"steps={self.steps} is out of range: accepted is at least 1.")
         if not self.numbers():
             raise BadInput(f"seeds={self.seeds} must be numbers with commas, such as 0,1,2,3.")
 
@@ -40,9 +43,13 @@ class AlarmsConfig:
 @cli.command("alarms", AlarmsConfig, verbatim=("seeds", "out"))
 def main(cfg: AlarmsConfig) -> None:
     """Train, print, and keep."""
-    words = [f"seeds={cfg.seeds}"] if cfg.seeds != AlarmsConfig.seeds else []
+    words = [
+        f"{name}={getattr(cfg, name)}"
+        for name in ("seeds", "steps")
+        if getattr(cfg, name) != getattr(AlarmsConfig, name)
+    ]
     facts = {"command": command_line("alarms", *words, f"out={cfg.out}"), **machine.git_state()._asdict()}
-    rows = measure(cfg.numbers(), terminal.say)
+    rows = measure(cfg.numbers(), terminal.say, cfg.steps)
     tables.print_table(BY_FAULT, fault_rows(rows))
     tables.print_table(BY_ALARM, alarm_rows(rows))
     if cfg.out:

@@ -153,7 +153,11 @@ def asked(trace: Trace, cfg: InspectorConfig) -> tuple[Probed | None, str]:
 def say(look: Look) -> None:
     """The verdict, what stands out, and a row per layer."""
     terminal.say(f"{look.name}: {verdict(look.inspection)}")
-    for finding in findings(look.inspection)[1:]:
+    told = findings(look.inspection)
+    if told and told[0].severity > 1:
+        terminal.say(f"  Try first: {told[0].advice}.")
+        told = told[1:]
+    for finding in told:
         terminal.say(f"  {finding.text}" + (f" Try first: {finding.advice}." if finding.advice else ""))
     table = layer_table(look.inspection)
     tables.print_table(table.headings, table.rows)

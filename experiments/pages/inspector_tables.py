@@ -50,10 +50,14 @@ def words(look: Look) -> dict[str, Any]:
     """A run's sentences, tables and charts."""
     inspection = look.inspection
     about, views = inspection.about, inspection.layers
+    # The worst is the page's first sentence.
+    told = findings(inspection)
+    worst = told[0] if told and told[0].severity > 1 else None
     return {
         "name": printable(look.name),
         "verdict": printable(verdict(inspection)),
-        "findings": findings(inspection),
+        "advice": worst.advice if worst else "",
+        "findings": told[1:] if worst else told,
         "layers": layer_table(inspection),
         "decisions": decision_chart(views),
         "coverage": coverage_chart(views),
@@ -257,7 +261,8 @@ def interval(difference: Difference) -> str:
 
 
 def saturation_chart(probed: Probed | None) -> Chart | None:
-    """How much of the last checkpoint's routing earlier ones have, the mean over the layers, and by chance."""
+    """How much of the last checkpoint's routing earlier ones have, the mean over the layers, and by chance; and how
+    much changed since the checkpoint before."""
     if probed is None or probed.over_time is None:
         return None
     told = probed.over_time.checkpoints
@@ -265,9 +270,13 @@ def saturation_chart(probed: Probed | None) -> Chart | None:
     mean = [float(np.mean(one.saturation)) for one in told]
     low, high = ([float(end(one.saturation)) for one in told] for end in (min, max))
     chance = [float(np.mean(probed.over_time.chance))] * len(told)
+    churn = [float(np.mean(one.churn)) for one in told[1:]]
     return chart(
-        [Series("saturation", x, mean, low, high), Series("chance", x, chance, chance, chance)],
-        "step", "agreement with the last checkpoint", whole=True,
+        [
+            Series("saturation", x, mean, low, high), Series("by chance", x, chance, chance, chance),
+            Series("churn", x[1:], churn, churn, churn),
+        ],
+        "step", "share of the choices", whole=True,
     )  # fmt: skip
 
 

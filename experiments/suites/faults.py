@@ -148,9 +148,11 @@ def enlarge(model: Transformer, step: int) -> None:
             weights(router).data *= 20
 
 
-def config(router: str, seed: int) -> Config:
-    """The settings of a healthy run."""
+def config(router: str, seed: int, steps: int = STEPS) -> Config:
+    """The settings of a healthy run of so many steps."""
     tree: dict[str, Any] = copy.deepcopy(BASE)
+    tree["train"]["steps"] = steps
+    tree["optim"]["warmup"] = min(tree["optim"]["warmup"], steps)
     for group, values in ROUTERS[router].items():
         for name, value in values.items():
             place = tree.setdefault(group, {})
@@ -231,26 +233,28 @@ class Row(NamedTuple):
     final: float  # loss of the last SMOOTH steps, less the healthy twin's
 
 
-def measure(seeds: list[int], say: Callable[[str], None], dataset: Dataset | None = None) -> list[Row]:
-    """Train every router of ROUTERS healthily and every fault, with each of the seeds."""
+def measure(
+    seeds: list[int], say: Callable[[str], None], steps: int = STEPS, dataset: Dataset | None = None
+) -> list[Row]:
+    """Train every router of ROUTERS healthily and every fault, with each of the seeds, for so many steps."""
     dataset = dataset or prepare(config("softmax", 0).data, config("softmax", 0).tokenizer, say)
     rows, healthy = [], {}
     for router in ROUTERS:
         for seed in seeds:
-            cfg = config(router, seed)
+            cfg = config(router, seed, steps)
             lines = train(cfg, dataset)
             healthy[router, seed] = losses_of(lines)
             rows.append(Row("", router, seed, alarms_of(cfg, lines), None, None, 0.0))
             say(f"healthy {router}, seed {seed}: {told(rows[-1].alarms)}")
     for fault in FAULTS:
         for seed in seeds:
-            cfg = config(fault.router, seed)
+            cfg = config(fault.router, seed, steps)
             fault.break_settings(cfg)
             lines = train(cfg, dataset, fault.hooks)
             losses, twin, alarms = losses_of(lines), healthy[fault.router, seed], alarms_of(cfg, lines)
             # What seeds differ by, once all have learnt the first things.
             others = [healthy[fault.router, other] for other in seeds if other != seed]
-            gaps = [np.abs(running_median(twin - other))[BREAKS // 2 :].max() for other in others]
+            gaps = [np.abs(running_median(twin - other))[min(BREAKS, steps) // 2 :].max() for other in others]
             right = [alarm.step for alarm in alarms if alarm.kind in fault.expects and alarm.step >= fault.begins]
             shows = shows_at(losses, twin, max([0.02, *gaps]))
             final = float(np.median(losses[-SMOOTH:]) - np.median(twin[-SMOOTH:]))

@@ -72,7 +72,8 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         group = functools.partial(seconds_of_group, state, batch, cfg, Path(folder))
         group(True), group(False)
-        ratios, plain = [], []
+        ratios: list[float] = []
+        plain: list[float] = []
         begin = time.perf_counter()
         while len(ratios) < asked.pairs or time.perf_counter() - begin < asked.seconds:
             order = (True, False) if len(ratios) % 2 else (False, True)  # neither always comes second

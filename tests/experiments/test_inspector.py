@@ -88,6 +88,12 @@ def test_the_page_of_a_run_says_what_each_expert_is_worth(runs, tmp_path, monkey
         page.keyboard.press("ArrowRight")
         assert "masked, the loss changes by" in page.locator("#load-map-said").inner_text()
         assert page.get_by_text("With a share of the experts alone").is_visible()
+        settled = page.locator("figure", has_text="How settled the routing is").get_attribute("data-csv").splitlines()
+        by_name = {tuple(line.split(",")[:2]): float(line.split(",")[2]) for line in settled[1:]}
+        told = probed.over_time.checkpoints
+        for one in told:
+            assert by_name["saturation", str(one.step)] == pytest.approx(np.mean(one.saturation), rel=1e-4)
+        assert by_name["churn", str(told[-1].step)] == pytest.approx(np.mean(told[-1].churn), rel=1e-4)
         cells = page.locator("table", has_text="router information").locator("tbody tr").nth(1).locator("td")
         one = probed.decided[1]
         assert cells.nth(1).inner_text() == f"{one.information / math.log(4):.1%}"

@@ -98,7 +98,8 @@ def page(chromium, page_path):
 
 def test_the_page_says_its_verdict_in_words_and_loads_nothing(page_path):
     text = page_path.read_text()
-    assert "Layer 2: 1 of 8 experts take no token (3)." in text
+    assert text.count("Layer 2: 1 of 8 experts take no token (3).") == 1
+    assert "Try first: raise balance.aux tenfold" in text
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 

@@ -15,14 +15,14 @@ def small(corpus, monkeypatch):
     """Runs of six steps on the tests' text, broken at the third; its late domain is botany."""
     for name, value in {"STEPS": 6, "BREAKS": 3, "SMOOTH": 2, "LATE": "botany"}.items():
         monkeypatch.setattr(faults, name, value)
-    base = faults.BASE | {"train": faults.BASE["train"] | {"steps": 6}, "optim": {"lr": 0.01, "warmup": 1}}
+    base = faults.BASE | {"optim": {"lr": 0.01, "warmup": 1}}
     monkeypatch.setattr(faults, "BASE", base)
     cfg = settings(corpus, "")
     return prepare(cfg.data, cfg.tokenizer, silent)
 
 
 def _model(router="softmax"):
-    cfg = faults.config(router, 0)
+    cfg = faults.config(router, 0, 6)
     cfg.model.vocab_size = 257
     return Transformer(cfg.model, cfg.router, cfg.balance).initialize(0)
 
@@ -55,7 +55,7 @@ def test_a_fast_router_goes_30_times_as_far_and_a_rounded_one_is_bf16():
 
 
 def test_a_late_domain_has_no_text_before_its_step_and_some_after(small):
-    cfg, number = faults.config("softmax", 0), small.domains.index("botany")
+    cfg, number = faults.config("softmax", 0, 6), small.domains.index("botany")
     late, always = ([batch.domain_BS for batch in faults.batches(cfg, small, late)] for late in (True, False))
     assert len(late) == len(always) == 6
     assert not any((domain_BS == number).any() for domain_BS in late[:2])
@@ -64,7 +64,7 @@ def test_a_late_domain_has_no_text_before_its_step_and_some_after(small):
 
 
 def test_settings_that_no_run_may_have_reach_the_step(small):
-    right, wrong = faults.config("softmax", 0), faults.config("softmax", 0)
+    right, wrong = faults.config("softmax", 0, 6), faults.config("softmax", 0, 6)
     faults.FAULTS[1].break_settings(wrong)
     assert wrong.balance.aux == -0.01
     for cfg, sign in ((right, 1), (wrong, -1)):
@@ -87,7 +87,7 @@ def test_where_a_loss_shows_a_fault_is_the_first_step_of_a_stretch(monkeypatch):
 
 def test_every_router_and_every_fault_has_a_row_per_seed(small):
     said = []
-    rows = faults.measure([1, 2], said.append, small)
+    rows = faults.measure([1, 2], said.append, 6, small)
     assert len(rows) == len(said) == 2 * (len(faults.ROUTERS) + len(faults.FAULTS))
     assert {row.fault for row in rows} == {"", *(fault.name for fault in faults.FAULTS)}
     assert all(not row.alarms for row in rows), "six steps are too few to say anything"
