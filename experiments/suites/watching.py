@@ -36,6 +36,7 @@ SHAPES = (
     Shape(256, 4, 16, 4, 128, 4096, 256, 8),
     Shape(256, 4, 64, 8, 64, 4096, 256, 8),
 )
+WARM = 2  # steps of a group that are not timed
 SMOKE = (Shape(64, 1, 4, 2, 32, 64, 16, 1),)
 
 
@@ -91,15 +92,18 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
 
 
 def seconds_of_group(state: State, batch: Batch, cfg: Config, folder: Path, watched: bool) -> float:
-    """Take `log.every` steps, with what a run's recorder writes of them."""
+    """Take `log.every` steps, with what a run's recorder writes of them; those before are not timed, in which caches
+    and memory get used to what comes. In a folder of its own: no group reads what others wrote."""
     cfg.log.doctor = watched
     cfg.train.steps = state.step + 10 * cfg.log.every  # never at its end
-    with Recorder(cfg, folder, state.step) as recorder:
+    place = Path(tempfile.mkdtemp(dir=folder))
+    with Recorder(cfg, place, state.step) as recorder:
         recorder.watch.step = lambda line, counts: None  # type: ignore[method-assign]
         clock = time.process_time if next(state.model.parameters()).device.type == "cpu" else time.perf_counter
         start = clock()
-        for _ in range(cfg.log.every):
-            line, gradients = take_step(state, batch, cfg, folder)
+        for i in range(WARM + cfg.log.every):
+            start = clock() if i == WARM else start
+            line, gradients = take_step(state, batch, cfg, place)
             recorder.record(line, gradients.routing)
         return clock() - start
 
