@@ -11,16 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.pages import coverage_table, router_table, sweep_table, trust_table
-from experiments.pages.tables import markdown
-from experiments.stats import planner, recovery, verdict
 import yaml
 
-from experiments.pages import coverage_table, router_table, sweep_table
+from experiments.pages import coverage_table, router_table, sweep_table, trust_table
 from experiments.pages.tables import markdown
-from experiments.stats import planner, streaming, verdict
+from experiments.stats import planner, recovery, streaming, verdict
 from experiments.stats.simulation import Line
-from experiments.suites import cases, evidence, memory, tracing, train_step
+from experiments.suites import alarm_table, cases, evidence, faults, memory, page, tracing, train_step, watching
 from experiments.suites import routing as routing_suite
 from moe.config.model import ModelConfig
 from moe.config.parse import parse
@@ -67,6 +64,11 @@ def sections() -> dict[str, str]:
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
+        "alarms": alarms([json.loads(line) for line in (RESULTS / "alarms.jsonl").read_text().splitlines()]),
+        "page": answered(cases.read(RESULTS / "page.jsonl")),
+        "uneven": f"```\n{(RESULTS / 'uneven.txt').read_text()}```\n",
+        "even": f"```\n{(RESULTS / 'even.txt').read_text()}```\n",
+        "watching": watched(cases.read(RESULTS / "watching.jsonl")),
         "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
         "trust": trust([json.loads(line) for line in (RESULTS / "trust.jsonl").read_text().splitlines()]),
         "caveats": markdown(trust_table.CANNOT, trust_table.caveat_rows(), 2),
@@ -75,7 +77,6 @@ def sections() -> dict[str, str]:
         "tracing": traced(cases.read(RESULTS / "tracing.jsonl")),
         "watch": f"```\n{(RESULTS / 'watch.txt').read_text()}```\n",
         "next": f"```\n{printed}```\n",
-        "next_short": f"```\n{printed[printed.rindex('$ python') :]}```\n",
     }
 
 
@@ -144,6 +145,28 @@ def trust(rows: list[dict[str, Any]]) -> str:
     metrics = markdown(trust_table.HEADINGS, trust_table.rows(lines), trust_table.LEFT)
     names = markdown(trust_table.NAMES_HEADINGS, trust_table.name_rows(lines), 2)
     return f"{metrics}\n{names}\n`{rows[0]['command']}`, {lines[0].draws} draws of every setting; {commit(rows[0])}\n"
+
+
+def alarms(rows: list[dict[str, Any]]) -> str:
+    """Which faults alarms told of, and which alarms did."""
+    runs = [record(faults.Row, {name: row[name] for name in faults.Row._fields}, "alarms.jsonl") for row in rows]
+    by_fault = markdown(alarm_table.BY_FAULT, alarm_table.fault_rows(runs))
+    by_alarm = markdown(alarm_table.BY_ALARM, alarm_table.alarm_rows(runs))
+    return f"{by_fault}\n{by_alarm}\n`{rows[0]['command']}`, {commit(rows[0])}\n"
+
+
+def watched(rows: list[dict[str, Any]]) -> str:
+    """What looking on costs a step."""
+    first = rows[0]
+    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{markdown(watching.HEADINGS, map(watching.cells, rows))}\n`{first['command']}`; {where}\n"
+
+
+def answered(rows: list[dict[str, Any]]) -> str:
+    """How soon the inspector's page answers."""
+    first = rows[0]
+    where = f"{first['device']}, {commit(first)}"
+    return f"{markdown(page.HEADINGS, map(page.cells, rows))}\n`{first['command']}`; {where}\n"
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:
