@@ -21,8 +21,8 @@ from moe.analysis.findings import findings, verdict
 from moe.analysis.history import read_history
 from moe.analysis.inspection import inspect
 from moe.analysis.probing import Probed, probe
-from moe.analysis.trace import Trace
-from moe.analysis.tracing import What, trace_hf, trace_run
+from moe.analysis.trace import FILES, Trace
+from moe.analysis.tracing import What, trace_hf, trace_run, weights_in
 from moe.convert.hf_tokenizer import read_tokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -98,12 +98,15 @@ def main(cfg: InspectorConfig) -> None:
 
 def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
     """The trace in `folder` of a run, or of a folder of transformers: the one that is there, where it is of the same
-    checkpoint and the same text; else a new one."""
-    checkpoint = "" if cfg.hf else find_checkpoint(run / "checkpoints", cfg.which).name
+    weights and the same text; else a new one in its place. Raises `BadInput` where something else is there."""
+    weights = weights_in(run if cfg.hf else find_checkpoint(run / "checkpoints", cfg.which))
     if folder.exists():
+        others = {path.name for path in folder.iterdir()} - {f"{name}.parquet" for name in FILES}
+        if others:
+            raise BadInput(f"{folder} has other files than a trace's, like {min(others)}: give another out=.")
         try:
             about = Trace(folder).about
-            fits = about.run == str(run) and about.checkpoint == checkpoint and about.what == cfg.what.key()
+            fits = about.run == str(run) and about.weights == weights and about.what == cfg.what.key()
         except BadInput:
             fits = False
         if fits:

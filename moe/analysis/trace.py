@@ -55,7 +55,8 @@ class About:
     k: int  # the most experts that a token takes: the width of `expert`
     domains: list[str]
     sampling: str  # which tokens of which text, in words
-    what: str = ""  # the same as it was asked for: another trace with this, of the same model, is the same
+    what: str = ""  # the same as it was asked for: another trace with this, of the same weights, is the same
+    weights: str = ""  # a fingerprint of the model's
     model: dict[str, Any] = field(default_factory=dict)  # settings
     router: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None

@@ -2,6 +2,7 @@
 transformers, whole or one layer at a time."""
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer
 from moe.run import machine, terminal
+from moe.run.checkpoint import MANIFEST
 from moe.run.load import find_checkpoint, load_run
 
 Say = Callable[[str], None]
@@ -65,8 +67,8 @@ def trace_run(run: Path, which: str, what: What, folder: Path, trust: bool = Fal
     model, a soft router, and what `load_run` and `Writer` refuse."""
     model, tokenizer, cfg = load_run(run, which, trust)
     check(f"run={run}", model, cfg.router)
-    windows = windows_of_run(what, cfg, tokenizer)
-    about = about_of(str(run), find_checkpoint(run / "checkpoints", which).name, model, tokenizer, windows, what)
+    windows, checkpoint = windows_of_run(what, cfg, tokenizer), find_checkpoint(run / "checkpoints", which)
+    about = about_of(str(run), checkpoint.name, model, tokenizer, windows, what, weights_in(checkpoint))
     return trace_whole(folder, model, windows, about)
 
 
@@ -86,7 +88,7 @@ def trace_hf(source: Path, what: What, folder: Path, stream: bool = False, say: 
         context = what.context or min(settings.context, LONGEST)
         saved = TokenizerConfig("saved", path=place)
         windows = windows_of(what, model.cfg, tokenizer, what.data or DataConfig(), saved, context, say)
-    about = about_of(str(source), "", model, tokenizer, windows, what)
+    about = about_of(str(source), "", model, tokenizer, windows, what, weights_in(source))
     if not stream:
         return trace_whole(folder, hf_weights.load(source).eval(), windows, about)
     machine.return_freed_memory()
@@ -162,8 +164,24 @@ def trace_whole(folder: Path, model: Transformer, windows: Windows, about: About
     return writer
 
 
+def weights_in(folder: Path) -> str:
+    """A fingerprint of the weights in a checkpoint, or in a folder of transformers: of the manifest, which has their
+    checksums, or of the files' names, sizes and ages."""
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")]
+    return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
+
+
 def about_of(
-    run: str, checkpoint: str, model: Transformer, tokenizer: Tokenizer | None, windows: Windows, what: What
+    run: str,
+    checkpoint: str,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    windows: Windows,
+    what: What,
+    weights: str,
 ) -> About:
     """What is traced, for the files' metadata."""
     layers = moe_layers(model.cfg)
@@ -182,6 +200,7 @@ def about_of(
         domains=windows.domains,
         sampling=windows.sampling,
         what=what.key(),
+        weights=weights,
         model=to_dict(model.cfg),
         router=dataclasses.asdict(model.router),
         commit=machine.git_state().commit,

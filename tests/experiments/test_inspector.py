@@ -52,6 +52,25 @@ def test_a_run_becomes_a_page_and_a_second_time_its_trace_is_not_made_again(runs
     assert "trace:" in _inspect(monkeypatch, capsys, *words[:2], "tokens=300"), "of another text it is made anew"
 
 
+def test_a_run_that_was_trained_anew_in_the_same_place_is_traced_anew(runs, corpus, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    words = (f"run={run}", f"out={tmp_path / 'page'}", "tokens=300", "probe=0")
+    for seed in (0, 1):
+        shutil.rmtree(run, ignore_errors=True)
+        train(settings(corpus, str(run), {"seed": seed}))
+        assert "trace:" in _inspect(monkeypatch, capsys, *words)
+    assert "trace:" not in _inspect(monkeypatch, capsys, *words)
+
+
+def test_what_is_no_trace_is_never_deleted(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        _inspect(monkeypatch, capsys, f"run={runs / 'moe'}", f"out={tmp_path}")
+    assert "has other files than a trace's, like thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "trace" / "thesis.tex").read_text() == "mine"
+
+
 def test_by_default_the_page_stands_in_the_runs_folder_which_can_still_be_read(runs, monkeypatch, capsys):
     _inspect(monkeypatch, capsys, f"run={runs / 'other'}", "tokens=300")
     assert (runs / "other" / "inspector" / "index.html").is_file()
