@@ -70,7 +70,7 @@ def words(look: Look) -> dict[str, Any]:
         "names": names_table(look),
         "documents": look.evidence.documents if look.evidence else 0,
         "kept": kept_table(look.probed) if look.probed else None,
-        "worst": worth_table(look.probed) if look.probed else None,
+        "worst": worth_table(look.probed) if look.probed and look.probed.importance else None,
         "probed": look.probed,
         "unasked": look.unasked,
         "saturation": saturation_chart(look.probed),

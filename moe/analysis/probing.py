@@ -1,6 +1,7 @@
 """What a run's model itself has to be asked: what its experts are worth, which are alike, and how they came about."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.analysis.effects import Effect, effects, every_expert, keep, measure
-from moe.analysis.interventions import Window
+from moe.analysis.effects import Effect, Variant, effects, every_expert, keep, measure
+from moe.analysis.interventions import Window, check
 from moe.analysis.redundancy import Redundancy, redundancy
 from moe.analysis.stability import Lookahead, OverTime, lookahead, over_checkpoints
 from moe.analysis.trace import Recorder
 from moe.analysis.tracing import What, windows_of_run
 from moe.config.model import moe_layers
 from moe.config.router import facts
+from moe.errors import BadInput
 from moe.model.transformer import Transformer
 from moe.run.load import find_checkpoint, load_run
 
@@ -49,6 +51,24 @@ class Probed:
         return len(self.importance)
 
 
+def allowed(model: Transformer, variant: Variant) -> bool:
+    """Whether the model can be run so."""
+    try:
+        check(model, variant.changes)
+    except BadInput:
+        return False
+    return True
+
+
+def keep_few(model: Transformer, windows: Sequence[Window], domains: list[str]) -> dict[float, list[Effect]]:
+    """The effects of keeping each of SHARES, where the router can do with so few."""
+    told = {}
+    for share in SHARES:
+        with contextlib.suppress(BadInput):
+            told[share] = keep(model, windows, domains, share)
+    return told
+
+
 @torch.inference_mode()
 def decided(model: Transformer, windows: Iterable[Window]) -> list[Decided]:
     """Of every MoE layer, batch by batch: what its tokens' probabilities say."""
@@ -77,13 +97,14 @@ def decided(model: Transformer, windows: Iterable[Window]) -> list[Decided]:
 
 def probe(run: Path, which: str, what: What, trust: bool = False) -> Probed:
     """Ask the run's model at the checkpoint `which`. Masking every expert takes L · E passes over the text, each from
-    the masked layer on. A router that keeps no fixed number of experts is not asked about keeping few of them. Raises
-    `BadInput` as `load_run` does, and for a dense model or a soft router."""
+    the masked layer on. What a router cannot do without is not masked, and one that keeps no fixed number of experts is
+    not asked about keeping few of them. Raises `BadInput` as `load_run` does, and for a dense model or a soft
+    router."""
     model, tokenizer, cfg = load_run(run, which, trust)
     windows = windows_of_run(what, cfg, tokenizer)
     batches, domains = list(windows), windows.domains
-    variants = every_expert(model)
-    told = effects(measure(model, batches, domains, variants), variants)
+    variants = [variant for variant in every_expert(model) if allowed(model, variant)]
+    told = effects(measure(model, batches, domains, variants), variants) if variants else []
     importance = {(effect.changes[0].layer, effect.changes[0].experts[0]): effect for effect in told}
     maskable = facts(cfg.router).scored and all(router.fixed_k for router in model.routers())
     checkpoint = find_checkpoint(run / "checkpoints", which).name
@@ -92,7 +113,7 @@ def probe(run: Path, which: str, what: What, trust: bool = False) -> Probed:
     return Probed(
         windows.sampling,
         importance,
-        {share: keep(model, batches, domains, share) for share in SHARES} if maskable else {},
+        keep_few(model, batches, domains) if maskable else {},
         redundancy(model, batches),
         lookahead(model, batches),
         decided(model, batches),

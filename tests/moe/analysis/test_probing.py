@@ -65,6 +65,15 @@ def test_a_router_without_a_fixed_number_of_experts_is_not_asked_to_keep_few(cor
     assert torch.tensor([effect.total.before for effect in probed.importance.values()]).isfinite().all()
 
 
+@pytest.mark.parametrize(("k", "masked", "kept"), [(4, 0, []), (2, 8, []), (1, 8, list(SHARES))])
+def test_what_a_router_cannot_do_without_is_not_masked(corpus, tmp_path, k, masked, kept):
+    changes = {"router.gradient": "sparsemixer", "router.renormalize": False, "model.moe.k": k}
+    changes |= {"train.steps": 1, "optim.warmup": 0}
+    train(settings(corpus, str(tmp_path / "run"), changes))
+    probed = probe(tmp_path / "run", "last", WHAT)
+    assert (len(probed.importance), list(probed.kept)) == (masked, kept)
+
+
 def test_a_dense_run_is_refused(corpus, tmp_path):
     train(settings(corpus, str(tmp_path / "dense"), {"model.moe": None, "train.steps": 1, "optim.warmup": 0}))
     with pytest.raises(BadInput, match="dense"):
