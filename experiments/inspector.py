@@ -9,6 +9,7 @@ Writes index.html, and the trace that it shows, into `out` (by default the run's
 from the network.
 """
 
+import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from moe.analysis.inspection import inspect
 from moe.analysis.probing import Probed, probe
 from moe.analysis.trace import FILES, Trace
 from moe.analysis.tracing import What, trace_hf, trace_run, weights_in
+from moe.config import data as data_config
+from moe.config.data import DataConfig
 from moe.convert.hf_tokenizer import read_tokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -46,7 +49,8 @@ class InspectorConfig:
     trace: str = ""  # a trace that is there, instead of a run
     which: str = "best"  # best (lowest validation loss) | last | step-N
     out: str = ""  # the folder to write; "": inspector/ in the run's folder
-    text: str = ""  # a file of UTF-8 text to trace; "": the run's validation text
+    text: str = ""  # a file of UTF-8 text to trace; "": the validation text of `data`
+    data: DataConfig = field(default_factory=DataConfig)  # a corpus; not given: the run's own, or the blend
     tokens: int = 100_000  # at most so many are traced
     # on so many tokens every expert is masked in turn, which takes a pass each; 0: not at all, -1: 8192 where the model
     # has at most 64 experts, else not at all
@@ -66,26 +70,24 @@ class InspectorConfig:
             raise BadInput(f"probe={self.probe} is out of range: accepted is at least 0, or -1.")
         if self.beside and not self.run:
             raise BadInput("beside=... goes with run=...: a trace, or a model of transformers, is shown alone.")
-        _ = self.what
-
-    @property
-    def what(self) -> What:
-        """Which text."""
-        return What(self.text, self.tokens)
+        data_config.validate(self.data)
+        What(self.text, self.tokens)
 
 
 @cli.command("inspector", InspectorConfig, verbatim=(*SOURCES, "out", "text"))
 def main(cfg: InspectorConfig) -> None:
     """Trace what is not traced yet, say what was seen, and write the page."""
     out = Path(cfg.out or f"{cfg.run}/inspector")
+    given = any(key == "data" or key.startswith("data.") for key in cli.keys_given())
+    what = What(cfg.text, cfg.tokens, data=cfg.data if given else None)
     if cfg.trace:
-        looks = [look_at(Trace(Path(cfg.trace)), cfg)]
+        looks = [look_at(Trace(Path(cfg.trace)), what, cfg)]
     elif cfg.hf:
-        looks = [look_at(traced(Path(cfg.hf), out / "trace", cfg), cfg)]
+        looks = [look_at(traced(Path(cfg.hf), out / "trace", what, cfg), what, cfg)]
     else:
         runs = [Path(run) for run in (cfg.run, *cfg.beside)]
         names = [f"trace-{i}" if i else "trace" for i in range(len(runs))]
-        looks = [look_at(traced(run, out / name, cfg), cfg) for run, name in zip(runs, names, strict=True)]
+        looks = [look_at(traced(run, out / name, what, cfg), what, cfg) for run, name in zip(runs, names, strict=True)]
     for look in looks:
         say(look)
     try:
@@ -96,7 +98,7 @@ def main(cfg: InspectorConfig) -> None:
     terminal.say(f"page: {out / 'index.html'}")
 
 
-def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
+def traced(run: Path, folder: Path, what: What, cfg: InspectorConfig) -> Trace:
     """The trace in `folder` of a run, or of a folder of transformers: the one that is there, where it is of the same
     weights and the same text; else a new one in its place. Raises `BadInput` where something else is there."""
     weights = weights_in(run if cfg.hf else find_checkpoint(run / "checkpoints", cfg.which))
@@ -106,21 +108,19 @@ def traced(run: Path, folder: Path, cfg: InspectorConfig) -> Trace:
             raise BadInput(f"{folder} has other files than a trace's, like {min(others)}: give another out=.")
         try:
             about = Trace(folder).about
-            fits = about.run == str(run) and about.weights == weights and about.what == cfg.what.key()
+            fits = about.run == str(run) and about.weights == weights and about.what == what.key()
         except BadInput:
             fits = False
         if fits:
             return Trace(folder)
         shutil.rmtree(folder)
-    if cfg.hf:
-        writer = trace_hf(run, cfg.what, folder, cfg.stream)
-    else:
-        writer = trace_run(run, cfg.which, cfg.what, folder, cfg.trust)
+    streamed = lambda: trace_hf(run, what, folder, cfg.stream)
+    writer = streamed() if cfg.hf else trace_run(run, cfg.which, what, folder, cfg.trust)
     terminal.say(f"trace: {folder}, {writer.n_tokens:,} tokens, {writer.about.sampling}")
     return Trace(folder)
 
 
-def look_at(trace: Trace, cfg: InspectorConfig) -> Look:
+def look_at(trace: Trace, what: What, cfg: InspectorConfig) -> Look:
     """A trace with whatever is known of its run beside it: tokenizer and history, and what its model is asked."""
     run = Path(trace.about.run)
     tokenizer, history = None, None
@@ -134,11 +134,11 @@ def look_at(trace: Trace, cfg: InspectorConfig) -> Look:
     if (run / "metrics.jsonl").is_file():
         history = read_history(run)
     inspection = inspect(trace, MOST)
-    probed, unasked = asked(trace, cfg)
+    probed, unasked = asked(trace, what, cfg)
     return Look(run.name, inspection, tokenizer, history, weigh(inspection), probed, unasked)
 
 
-def asked(trace: Trace, cfg: InspectorConfig) -> tuple[Probed | None, str]:
+def asked(trace: Trace, what: What, cfg: InspectorConfig) -> tuple[Probed | None, str]:
     """What the run's model says beyond its trace; or why it was not asked."""
     n_experts, run = sum(trace.about.n_experts), Path(trace.about.run)
     if not cfg.run:
@@ -150,7 +150,7 @@ def asked(trace: Trace, cfg: InspectorConfig) -> tuple[Probed | None, str]:
     if not tokens:
         return None, f"Not asked: masking {n_experts} experts in turn takes as many passes. probe={PROBED} does it."
     terminal.say(f"probe: {n_experts} experts of {run}, masked in turn on {tokens:,} tokens")
-    return probe(run, cfg.which, What(cfg.text, tokens), cfg.trust), ""
+    return probe(run, cfg.which, dataclasses.replace(what, tokens=tokens), cfg.trust), ""
 
 
 def say(look: Look) -> None:

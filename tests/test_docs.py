@@ -139,7 +139,9 @@ def test_a_command_runs_as_pasted(command, folder, demo, monkeypatch, capsys):
 def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
-    for place in re.findall(r"\b(?:run|source|hf|records|replay|trace)=([\w/-]+?)(?:/\w+\.npz)?(?![\w/-])", command):
+    for place in re.findall(
+        r"\b(?:run|source|hf|records|replay|trace|beside)=\[?([\w/-]+?)(?:/\w+\.npz)?(?![\w/-])", command
+    ):
         makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
         if makers and makers[0] != command and not (folder / place).exists():
             make_folders(makers[0], folder, monkeypatch)
