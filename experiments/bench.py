@@ -174,26 +174,21 @@ def known(key: str, values: list[str], valid: Any) -> None:
 def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
-    suite: Any
-    given: dict[str, Any]
-    match cfg.suite:
-        case "routing":
-            suite, given = routing, {"width": cfg.width, "d_expert": cfg.d_expert}
-        case "memory":
-            suite, given = memory, {}
-        case "tracing":
-            suite, given = tracing, {}
-        case "watching":
-            suite, given = watching, {}
-        case "page":
-            suite, given = page, {}
-        case "kernels":
-            suite, given = kernels, {}
-        case "layer":
-            suite, given = layer, {"loads": cfg.loads, "counts": Path(cfg.counts) if cfg.counts else None}
-            given |= {"names": cfg.peers} if cfg.peers else {}
-        case _:
-            suite, given = tune, {"kept": rows.kept}
+    suites: dict[str, Any] = dict(
+        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, kernels=kernels, layer=layer,
+        tune=tune,
+    )  # fmt: skip
+    suite = suites[cfg.suite]
+    # What a suite takes beside the device and its size.
+    given: dict[str, Any] = {}
+    if cfg.suite == "routing":
+        given = {"width": cfg.width, "d_expert": cfg.d_expert}
+    elif cfg.suite == "layer":
+        given = {"loads": cfg.loads, "counts": Path(cfg.counts) if cfg.counts else None}
+        given |= {"names": cfg.peers} if cfg.peers else {}
+    elif cfg.suite == "tune":
+        given = {"kept": rows.kept}
+    # Measure, and say it.
     settings = suite.settings(device, full, cfg.rounds, **given)
     measured = run(suite.cases(settings), rows, device, cfg.budget or math.inf, lambda line: print(line, flush=True))
     tables.print_table(suite.HEADINGS, map(suite.cells, measured))

@@ -108,7 +108,7 @@ def random_trace(size: Size, folder: Path) -> Trace:
 
 def in_browser(path: Path, clicks: int) -> dict[str, Any]:
     """Open the page and work it. Raises `Absent` without a browser."""
-    chromium = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    chromium = next((path_of for name in BROWSERS if (path_of := shutil.which(name))), None)
     if chromium is None:
         raise Absent("no Chromium on this machine")
     try:
