@@ -1,0 +1,801 @@
+/* Text from model.bin, the weights and the tokenizer that `python -m experiments.export format=c` writes beside this.
+
+    cc -O3 -std=c99 run.c -o run -lm          (with -fopenmp: one matrix row per thread)
+    ./run model.bin -p "To be" -n 100
+
+One token at a time through the blocks, float32, weights read from the file where it lies in memory (mmap).
+Letters as in the Python code: V vocabulary, D width, H heads, E experts, K experts per token, F width of an expert. */
+
+#define _POSIX_C_SOURCE 200809L
+#include <fcntl.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifdef _OPENMP
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#else
+#define PARALLEL_FOR
+#endif
+
+#define VERSION 1
+#define ALIGNMENT 64
+#define MOST 1000000000 /* no size in the header is larger */
+
+enum { F32, I8, U8, U32 };                   /* dtypes of the table */
+enum { SWIGLU, GELU, GELU_TANH, RELU2 };     /* activations */
+enum { RMS, LAYER };                         /* norms */
+enum { ROPE, LEARNED };                      /* positions */
+enum { QK_NONE, QK_HEAD, QK_FULL };          /* norms of queries and keys */
+enum { SOFTMAX, SIGMOID };                   /* scores of the router */
+enum { IDS_ONLY, CHARACTERS, WORDS };        /* how the tokenizer splits a text before it merges */
+enum { OTHER, LETTER, NUMBER, SPACE };       /* classes of characters, where it splits into words */
+
+/* The file: this header, the table, and the tensors in the order in which `load` takes them. All is little-endian. */
+typedef struct {
+    char magic[8];
+    uint32_t version, checksum; /* CRC-32 of all that follows it */
+    uint64_t size, n_tensors;   /* bytes of the file; entries of the table */
+    int32_t vocab, context, n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, activation, norm, position, qk_norm,
+        bias, tied, d_expert, n_shared, shared_gate, score, renormalize, selection_bias, groups, k_groups, group_top,
+        int8, eot, document_end, n_tokens, split;
+    float norm_eps, scale;
+    char zero[104];
+} Header;
+
+typedef struct {
+    char name[96];
+    uint32_t dtype, zero;
+    uint64_t rows, cols, offset;
+} Entry;
+
+typedef struct {
+    const float *f;       /* (rows, cols), or null where it is int8 */
+    const int8_t *q;      /* (rows, cols) */
+    const float *scale;   /* (rows, n_groups): a weight is q times its group's scale */
+    const float *bias;    /* (rows), or null */
+    int rows, cols, n_groups;
+} Linear;
+
+typedef struct {
+    const float *weight, *bias;
+} Norm;
+
+typedef struct {
+    Linear up, down;
+} Mlp;
+
+typedef struct {
+    Norm attn_norm, mlp_norm;
+    Linear q, k, v, o;
+    const float *q_norm, *k_norm;
+    int n_experts, n_chosen; /* E and K; none in a dense layer */
+    Linear router, shared_gate;
+    const float *selection_bias;
+    Mlp *experts, mlp; /* mlp: the dense one, or the shared experts */
+    float *keys, *values; /* (context, n_kv_heads * head_dim) */
+} Layer;
+
+typedef struct {
+    Header h;
+    const char *path;
+    char prefix[64]; /* of the tensors that are taken */
+    const unsigned char *bytes;
+    const Entry *table;
+    uint64_t at; /* the next tensor to take */
+    Linear embed, head;
+    const float *positions, *cos, *sin;
+    Layer *layers;
+    Norm norm;
+    /* the tokenizer: token i is bytes ends[i - 1] to ends[i]; those with mergeable[i] take part in merging */
+    const uint32_t *ends, *classes;
+    const unsigned char *token_bytes, *mergeable;
+    uint64_t n_classes;
+    int *sorted, n_sorted; /* mergeable tokens by their bytes */
+    /* what a token's pass needs */
+    float *x, *h_D, *q, *attended, *att, *z, *act, *y, *score, *rank, *weight, *logits;
+    int *chosen, start; /* start: where the document of the current token begins */
+    int show_experts;
+} Model;
+
+/* --- Refusing */
+
+static void refuse(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("error: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    exit(2);
+}
+
+static void *allocate(uint64_t count, uint64_t size) {
+    void *memory = count < SIZE_MAX / size ? calloc(count ? count : 1, size) : NULL;
+    if (!memory) refuse("there is not enough memory for %llu bytes.", (unsigned long long)(count * size));
+    return memory;
+}
+
+static void broken(const Model *m, const char *why) { refuse("%s is no model: %s.", m->path, why); }
+
+/* --- Reading the file */
+
+static uint32_t crc32(const unsigned char *bytes, uint64_t n) {
+    uint32_t table[256], crc = 0xFFFFFFFFu;
+    for (uint32_t i = 0; i < 256; i++) {
+        table[i] = i;
+        for (int bit = 0; bit < 8; bit++) table[i] = table[i] & 1 ? 0xEDB88320u ^ (table[i] >> 1) : table[i] >> 1;
+    }
+    for (uint64_t i = 0; i < n; i++) crc = table[(crc ^ bytes[i]) & 255] ^ (crc >> 8);
+    return crc ^ 0xFFFFFFFFu;
+}
+
+/* The next tensor of the table, which must be this one: `name` behind m->prefix. */
+static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *name) {
+    static const uint64_t width[] = {4, 1, 1, 4};
+    char full[160];
+    snprintf(full, sizeof full, "%s%s", m->prefix, name);
+    const Entry *entry = m->at < m->h.n_tensors ? m->table + m->at++ : NULL;
+    if (!entry || strncmp(entry->name, full, sizeof entry->name) || entry->dtype != dtype || entry->rows != rows ||
+        entry->cols != cols)
+        refuse("%s is no model: it has no tensor %s of that size where it should be.", m->path, full);
+    uint64_t room = m->h.size - (entry->offset < m->h.size ? entry->offset : m->h.size);
+    if (entry->offset % ALIGNMENT || (cols && rows > room / cols / width[dtype]))
+        refuse("%s is no model: the tensor %s does not lie in the file.", m->path, full);
+    return m->bytes + entry->offset;
+}
+
+static const void *take_part(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *of, const char *part) {
+    char name[96];
+    snprintf(name, sizeof name, "%s.%s", of, part);
+    return take(m, dtype, rows, cols, name);
+}
+
+static Linear linear(Model *m, int rows, int cols, int quantized, int bias, const char *name) {
+    Linear w = {0};
+    w.rows = rows, w.cols = cols;
+    if (quantized) {
+        w.q = take_part(m, I8, rows, cols, name, "weight");
+        uint64_t n_groups = m->at < m->h.n_tensors ? m->table[m->at].cols : 0;
+        if (!n_groups || n_groups > (uint64_t)cols || cols % n_groups) broken(m, "scales do not divide a matrix");
+        w.n_groups = (int)n_groups;
+        w.scale = take_part(m, F32, rows, n_groups, name, "scale");
+    } else {
+        w.f = take_part(m, F32, rows, cols, name, "weight");
+    }
+    if (bias) w.bias = take_part(m, F32, 1, rows, name, "bias");
+    return w;
+}
+
+static Norm norm_of(Model *m, const char *name) {
+    Norm norm = {0};
+    norm.weight = take_part(m, F32, 1, m->h.d_model, name, "weight");
+    if (m->h.norm == LAYER && m->h.bias) norm.bias = take_part(m, F32, 1, m->h.d_model, name, "bias");
+    return norm;
+}
+
+static Mlp mlp_of(Model *m, int width, int bias, const char *name) {
+    Mlp mlp;
+    char full[64];
+    snprintf(full, sizeof full, "%s.up", name);
+    mlp.up = linear(m, width * (m->h.activation == SWIGLU ? 2 : 1), m->h.d_model, m->h.int8, bias, full);
+    snprintf(full, sizeof full, "%s.down", name);
+    mlp.down = linear(m, m->h.d_model, width, m->h.int8, bias, full);
+    return mlp;
+}
+
+static void check_header(const Model *m) {
+    const Header *h = &m->h;
+    const int32_t sizes[] = {h->vocab, h->context, h->n_layers, h->d_model, h->n_heads, h->n_kv_heads, h->head_dim,
+                             h->d_ff, h->d_expert, h->groups, h->k_groups, h->group_top, h->n_tokens};
+    const int32_t choices[][2] = {
+        {h->activation, 4}, {h->norm, 2}, {h->position, 2}, {h->qk_norm, 3}, {h->bias, 2}, {h->tied, 2},
+        {h->shared_gate, 2}, {h->score, 2}, {h->renormalize, 2}, {h->selection_bias, 2}, {h->int8, 2}, {h->split, 3},
+        {h->n_shared, MOST}, {h->eot, h->vocab}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i] < 1 || sizes[i] > MOST) broken(m, "a size in its header is out of range");
+    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
+        if (choices[i][0] < 0 || choices[i][0] >= choices[i][1]) broken(m, "a setting in its header is out of range");
+    if ((int64_t)h->n_heads * h->head_dim > MOST || h->n_heads % h->n_kv_heads || h->n_tokens > h->vocab ||
+        h->k_groups > h->groups || (h->position == ROPE && h->head_dim % 2) || h->d_ff > MOST / 2 ||
+        h->d_expert > MOST / 2 / (h->n_shared + 1) || (h->shared_gate && !h->n_shared))
+        broken(m, "the sizes in its header do not fit together");
+}
+
+static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chosen) {
+    const Header *h = &m->h;
+    Layer *layer = m->layers + index;
+    int d = h->d_model, d_q = h->n_heads * h->head_dim, d_kv = h->n_kv_heads * h->head_dim;
+    snprintf(m->prefix, sizeof m->prefix, "blocks.%d.", index);
+    layer->attn_norm = norm_of(m, "attn_norm");
+    layer->q = linear(m, d_q, d, h->int8, h->bias, "attn.q");
+    layer->k = linear(m, d_kv, d, h->int8, h->bias, "attn.k");
+    layer->v = linear(m, d_kv, d, h->int8, h->bias, "attn.v");
+    layer->o = linear(m, d, d_q, h->int8, h->bias, "attn.o");
+    if (h->qk_norm != QK_NONE) {
+        layer->q_norm = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_q, "attn.q_norm.weight");
+        layer->k_norm = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_kv, "attn.k_norm.weight");
+    }
+    layer->mlp_norm = norm_of(m, "mlp_norm");
+    layer->keys = allocate((uint64_t)h->context * d_kv, sizeof(float));
+    layer->values = allocate((uint64_t)h->context * d_kv, sizeof(float));
+    if (!n_experts) {
+        layer->mlp = mlp_of(m, h->d_ff, h->bias, "mlp");
+        return;
+    }
+    if (n_experts > MOST || n_chosen < 1 || n_chosen > n_experts || n_experts % h->groups ||
+        n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)
+        broken(m, "a layer chooses more experts than it has");
+    layer->n_experts = (int)n_experts, layer->n_chosen = (int)n_chosen;
+    layer->router = linear(m, layer->n_experts, d, 0, 0, "mlp.router");
+    if (h->selection_bias) layer->selection_bias = take(m, F32, 1, n_experts, "mlp.router.selection_bias");
+    layer->experts = allocate(n_experts, sizeof(Mlp));
+    for (int e = 0; e < layer->n_experts; e++) {
+        char name[64];
+        snprintf(name, sizeof name, "mlp.experts.%d", e);
+        layer->experts[e] = mlp_of(m, h->d_expert, 0, name);
+    }
+    if (h->n_shared) layer->mlp = mlp_of(m, h->n_shared * h->d_expert, h->bias, "mlp.shared");
+    if (h->shared_gate) layer->shared_gate = linear(m, 1, d, 0, 0, "mlp.shared_gate");
+}
+
+static int compare_bytes(const unsigned char *a, uint32_t n_a, const unsigned char *b, uint32_t n_b) {
+    int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
+    return order ? order : (n_a > n_b) - (n_a < n_b);
+}
+
+static uint32_t begin_of(const Model *m, int token) { return token ? m->ends[token - 1] : 0; }
+
+static const Model *sorting; /* qsort has no argument for it */
+
+static int compare_tokens(const void *a, const void *b) {
+    int i = *(const int *)a, j = *(const int *)b;
+    const Model *m = sorting;
+    int order = compare_bytes(m->token_bytes + begin_of(m, i), m->ends[i] - begin_of(m, i),
+                              m->token_bytes + begin_of(m, j), m->ends[j] - begin_of(m, j));
+    return order ? order : (i > j) - (i < j);
+}
+
+static void load_tokenizer(Model *m) {
+    const Header *h = &m->h;
+    m->ends = take(m, U32, 1, h->n_tokens, "tokenizer.ends");
+    for (int i = 1; i < h->n_tokens; i++)
+        if (m->ends[i] < m->ends[i - 1]) broken(m, "its tokens overlap");
+    m->token_bytes = take(m, U8, 1, m->ends[h->n_tokens - 1], "tokenizer.bytes");
+    m->mergeable = take(m, U8, 1, h->n_tokens, "tokenizer.mergeable");
+    m->n_classes = m->at < h->n_tensors ? m->table[m->at].rows : 0;
+    m->classes = take(m, U32, m->n_classes, 3, "tokenizer.classes");
+    m->sorted = allocate(h->n_tokens, sizeof(int));
+    for (int i = 0; i < h->n_tokens; i++)
+        if (m->mergeable[i]) m->sorted[m->n_sorted++] = i;
+    sorting = m;
+    qsort(m->sorted, m->n_sorted, sizeof(int), compare_tokens);
+}
+
+/* Room for what one token's pass needs. */
+static void make_room(Model *m) {
+    int d = m->h.d_model, d_q = m->h.n_heads * m->h.head_dim, widest = d, most_experts = 1;
+    for (int i = 0; i < m->h.n_layers; i++) {
+        const Layer *layer = m->layers + i;
+        if (layer->n_experts > most_experts) most_experts = layer->n_experts;
+        if (layer->mlp.up.rows > widest) widest = layer->mlp.up.rows;
+        if (layer->experts && layer->experts[0].up.rows > widest) widest = layer->experts[0].up.rows;
+    }
+    m->x = allocate(d, 4), m->h_D = allocate(d, 4), m->y = allocate(d, 4);
+    m->q = allocate(d_q, 4), m->attended = allocate(d_q, 4), m->att = allocate(m->h.context, 4);
+    m->z = allocate(widest, 4), m->act = allocate(widest, 4), m->logits = allocate(m->h.vocab, 4);
+    m->score = allocate(most_experts, 4), m->rank = allocate(2 * (uint64_t)most_experts, 4);
+    m->weight = allocate(most_experts, 4), m->chosen = allocate(most_experts, sizeof(int));
+}
+
+static void load(Model *m, const char *path) {
+    struct stat status;
+    Header *h = &m->h;
+    m->path = path;
+    int file = open(path, O_RDONLY);
+    if (file < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) refuse("%s cannot be read.", path);
+    /* The header, what it says of the file, and then its sum. */
+    uint64_t size = (uint64_t)status.st_size;
+    if (size < sizeof *h) refuse("%s is no model, or is truncated: it has %llu bytes.", path, (unsigned long long)size);
+    m->bytes = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    close(file);
+    if (m->bytes == MAP_FAILED) refuse("%s cannot be mapped into memory.", path);
+    memcpy(h, m->bytes, sizeof *h);
+    if (memcmp(h->magic, "SWITCHYD", 8)) refuse("%s is no model that python -m experiments.export wrote.", path);
+    if (h->version != VERSION)
+        refuse("%s is of version %u, and this program reads version %d: export both anew.", path, h->version, VERSION);
+    if (h->size != size)
+        refuse("%s is truncated or altered: it has %llu bytes, and had %llu when it was written.", path,
+               (unsigned long long)size, (unsigned long long)h->size);
+    if (h->checksum != crc32(m->bytes + 16, size - 16)) refuse("%s is altered: its checksum is another.", path);
+    if (h->n_tensors > (size - sizeof *h) / sizeof(Entry)) broken(m, "its table is too long");
+    m->table = (const Entry *)(const void *)(m->bytes + sizeof *h);
+    check_header(m);
+    /* The tensors. */
+    const uint32_t *experts = take(m, U32, h->n_layers, 2, "experts_and_chosen");
+    m->embed = linear(m, h->vocab, h->d_model, h->int8, 0, "embed");
+    if (h->position == LEARNED) m->positions = take(m, F32, h->context, h->d_model, "position.weight");
+    else m->cos = take(m, F32, h->context, h->head_dim / 2, "cos"), m->sin = take(m, F32, h->context, h->head_dim / 2, "sin");
+    m->layers = allocate(h->n_layers, sizeof(Layer));
+    for (int i = 0; i < h->n_layers; i++) load_layer(m, i, experts[2 * i], experts[2 * i + 1]);
+    m->prefix[0] = 0;
+    m->norm = norm_of(m, "norm");
+    m->head = h->tied ? m->embed : linear(m, h->vocab, h->d_model, h->int8, 0, "head");
+    load_tokenizer(m);
+    if (m->at != h->n_tensors) broken(m, "it has more tensors than one");
+    make_room(m);
+}
+
+/* --- The network */
+
+static float dot(const float *a, const float *b, int n) {
+    float lane[8] = {0}, sum = 0;
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) lane[j] += a[i + j] * b[i + j];
+    for (; i < n; i++) sum += a[i] * b[i];
+    for (int j = 0; j < 8; j++) sum += lane[j];
+    return sum;
+}
+
+static float dot_int8(const int8_t *q, const float *scale, int n_groups, const float *x, int n) {
+    int size = n / n_groups;
+    float sum = 0;
+    for (int g = 0; g < n_groups; g++) {
+        float part = 0;
+        for (int i = g * size; i < (g + 1) * size; i++) part += (float)q[i] * x[i];
+        sum += part * scale[g];
+    }
+    return sum;
+}
+
+/* W x + b: (cols) -> (rows) */
+static void apply(const Linear *w, const float *x, float *y) {
+    PARALLEL_FOR
+    for (int r = 0; r < w->rows; r++) {
+        size_t row = (size_t)r;
+        float value = w->f ? dot(w->f + row * (size_t)w->cols, x, w->cols)
+                           : dot_int8(w->q + row * (size_t)w->cols, w->scale + row * (size_t)w->n_groups, w->n_groups,
+                                      x, w->cols);
+        y[r] = value + (w->bias ? w->bias[r] : 0);
+    }
+}
+
+static void rms(const float *x, const float *weight, float eps, int n, float *y) {
+    float factor = 1 / sqrtf(dot(x, x, n) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+static void normalize(const Model *m, const Norm *norm, const float *x, float *y) {
+    int n = m->h.d_model;
+    if (m->h.norm == RMS) {
+        rms(x, norm->weight, m->h.norm_eps, n, y);
+        return;
+    }
+    double mean = 0, square = 0;
+    for (int i = 0; i < n; i++) mean += x[i];
+    mean /= n;
+    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    double factor = 1 / sqrt(square / n + (double)m->h.norm_eps);
+    for (int i = 0; i < n; i++)
+        y[i] = (float)((x[i] - mean) * factor) * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
+}
+
+/* Pairs (i, i + dim / 2) of every head, turned by the position's angles (Llama's layout). */
+static void rotate(const Model *m, float *x, int n_heads, int place) {
+    int half = m->h.head_dim / 2;
+    const float *cos = m->cos + (size_t)place * (size_t)half, *sin = m->sin + (size_t)place * (size_t)half;
+    for (int head = 0; head < n_heads; head++, x += 2 * half)
+        for (int i = 0; i < half; i++) {
+            float a = x[i], b = x[i + half];
+            x[i] = a * cos[i] - b * sin[i];
+            x[i + half] = b * cos[i] + a * sin[i];
+        }
+}
+
+static void softmax(float *x, int n) {
+    float largest = x[0], sum = 0;
+    for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    for (int i = 0; i < n; i++) sum += x[i] = expf(x[i] - largest);
+    for (int i = 0; i < n; i++) x[i] /= sum;
+}
+
+static void attend(Model *m, Layer *layer, int at, int place) {
+    const Header *h = &m->h;
+    int dim = h->head_dim, d_q = h->n_heads * dim, d_kv = h->n_kv_heads * dim, shared = h->n_heads / h->n_kv_heads;
+    float *key = layer->keys + (size_t)at * (size_t)d_kv, *value = layer->values + (size_t)at * (size_t)d_kv;
+    /* Queries; keys and values into the cache. */
+    apply(&layer->q, m->h_D, m->q);
+    apply(&layer->k, m->h_D, key);
+    apply(&layer->v, m->h_D, value);
+    if (h->qk_norm == QK_FULL) {
+        rms(m->q, layer->q_norm, h->norm_eps, d_q, m->q);
+        rms(key, layer->k_norm, h->norm_eps, d_kv, key);
+    }
+    for (int i = 0; h->qk_norm == QK_HEAD && i < h->n_heads; i++)
+        rms(m->q + i * dim, layer->q_norm, h->norm_eps, dim, m->q + i * dim);
+    for (int i = 0; h->qk_norm == QK_HEAD && i < h->n_kv_heads; i++)
+        rms(key + i * dim, layer->k_norm, h->norm_eps, dim, key + i * dim);
+    if (h->position == ROPE) rotate(m, m->q, h->n_heads, place), rotate(m, key, h->n_kv_heads, place);
+    /* Each head over its document so far. */
+    memset(m->attended, 0, (size_t)d_q * sizeof(float));
+    for (int head = 0; head < h->n_heads; head++) {
+        const float *q = m->q + head * dim;
+        float *out = m->attended + head * dim;
+        size_t offset = (size_t)(head / shared * dim);
+        int n = at - m->start + 1;
+        for (int s = 0; s < n; s++)
+            m->att[s] = dot(q, layer->keys + (size_t)(m->start + s) * (size_t)d_kv + offset, dim) / sqrtf((float)dim);
+        softmax(m->att, n);
+        for (int s = 0; s < n; s++) {
+            const float *v = layer->values + (size_t)(m->start + s) * (size_t)d_kv + offset;
+            for (int i = 0; i < dim; i++) out[i] += m->att[s] * v[i];
+        }
+    }
+    apply(&layer->o, m->attended, m->y);
+}
+
+/* y += weight * down(act(up(x))) */
+static void add_mlp(Model *m, const Mlp *mlp, float weight) {
+    int width = mlp->down.cols;
+    float *z = m->z;
+    apply(&mlp->up, m->h_D, z);
+    for (int i = 0; i < width; i++) switch (m->h.activation) {
+        case SWIGLU: m->act[i] = z[i] / (1 + expf(-z[i])) * z[i + width]; break;
+        case GELU: m->act[i] = 0.5f * z[i] * (1 + erff(z[i] * 0.70710678f)); break;
+        case GELU_TANH:
+            m->act[i] = 0.5f * z[i] * (1 + tanhf(0.79788456f * (z[i] + 0.044715f * z[i] * z[i] * z[i])));
+            break;
+        default: m->act[i] = z[i] > 0 ? z[i] * z[i] : 0;
+        }
+    apply(&mlp->down, m->act, z);
+    for (int i = 0; i < m->h.d_model; i++) m->y[i] += weight * z[i];
+}
+
+/* The index of the largest of x that is not -infinity, the first of equals; the first index where there is none. */
+static int largest(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* The K experts of the token, and their weights: scores of those whose score (+ bias) is largest, within the best
+   groups of neighbours. Without a bias logits order them, which tell apart scores that round to the same. */
+static void route(Model *m, const Layer *layer) {
+    const Header *h = &m->h;
+    int n = layer->n_experts, members = n / h->groups;
+    float *outside = m->rank + n, sum = 0; /* outside: 1 for what may not be chosen any more */
+    apply(&layer->router, m->h_D, m->score);
+    memcpy(m->rank, m->score, (size_t)n * sizeof(float));
+    if (h->score == SOFTMAX) softmax(m->score, n);
+    for (int e = 0; h->score == SIGMOID && e < n; e++) m->score[e] = 1 / (1 + expf(-m->score[e]));
+    for (int e = 0; layer->selection_bias && e < n; e++) m->rank[e] = m->score[e] + layer->selection_bias[e];
+    memset(outside, 0, (size_t)n * sizeof(float));
+    if (h->groups > 1) {
+        /* A group's value is the sum of its best members; m->weight holds them until the weights are known. */
+        float *value = m->weight, *left = outside;
+        const float *by = layer->selection_bias ? m->rank : m->score;
+        for (int g = 0; g < h->groups; g++) {
+            memcpy(left, by + g * members, (size_t)members * sizeof(float));
+            value[g] = 0;
+            for (int i = 0; i < h->group_top && i < members; i++) {
+                int best = largest(left, members);
+                value[g] += left[best];
+                left[best] = -INFINITY;
+            }
+        }
+        for (int e = 0; e < n; e++) outside[e] = 1;
+        for (int i = 0; i < h->k_groups; i++) {
+            int best = largest(value, h->groups);
+            value[best] = -INFINITY;
+            for (int e = best * members; e < (best + 1) * members; e++) outside[e] = 0;
+        }
+    }
+    for (int i = 0; i < layer->n_chosen; i++) {
+        int best = -1;
+        for (int e = 0; e < n; e++)
+            if (!outside[e] && (best < 0 || m->rank[e] > m->rank[best])) best = e;
+        best = best < 0 ? 0 : best; /* only where scores are NaN */
+        outside[best] = 1, m->chosen[i] = best, m->weight[i] = m->score[best];
+        sum += m->weight[i];
+    }
+    float over = !h->renormalize ? 1 : sum > FLT_MIN ? sum : FLT_MIN;
+    for (int i = 0; i < layer->n_chosen; i++) m->weight[i] = m->weight[i] / over * h->scale;
+}
+
+/* One token at index `at` of the window; the logits of the next one are left in m->logits. */
+static void forward(Model *m, int token, int at) {
+    const Header *h = &m->h;
+    const Linear *embed = &m->embed;
+    int d = h->d_model, place = at - m->start;
+    for (int i = 0; i < d; i++) {
+        size_t index = (size_t)token * (size_t)d + (size_t)i;
+        size_t group = embed->f ? 0 : (size_t)token * (size_t)embed->n_groups + (size_t)(i / (d / embed->n_groups));
+        m->x[i] = embed->f ? embed->f[index] : (float)embed->q[index] * embed->scale[group];
+        if (h->position == LEARNED) m->x[i] += m->positions[(size_t)place * (size_t)d + (size_t)i];
+    }
+    for (int l = 0; l < h->n_layers; l++) {
+        Layer *layer = m->layers + l;
+        normalize(m, &layer->attn_norm, m->x, m->h_D);
+        attend(m, layer, at, place);
+        for (int i = 0; i < d; i++) m->x[i] += m->y[i];
+        normalize(m, &layer->mlp_norm, m->x, m->h_D);
+        memset(m->y, 0, (size_t)d * sizeof(float));
+        if (layer->experts) {
+            route(m, layer);
+            if (m->show_experts) fprintf(stderr, "token %d id %d layer %d:", at, token, l);
+            for (int i = 0; i < layer->n_chosen; i++) {
+                if (m->show_experts) fprintf(stderr, " %d=%.6g", m->chosen[i], (double)m->weight[i]);
+                add_mlp(m, layer->experts + m->chosen[i], m->weight[i]);
+            }
+            if (m->show_experts) fputc('\n', stderr);
+        }
+        if (layer->mlp.up.rows) {
+            float gate = 0;
+            if (layer->shared_gate.rows) apply(&layer->shared_gate, m->h_D, &gate);
+            add_mlp(m, &layer->mlp, layer->shared_gate.rows ? 1 / (1 + expf(-gate)) : 1);
+        }
+        for (int i = 0; i < d; i++) m->x[i] += m->y[i];
+    }
+    normalize(m, &m->norm, m->x, m->h_D);
+    apply(&m->head, m->h_D, m->logits);
+    if (token == h->document_end) m->start = at + 1;
+}
+
+/* --- The tokenizer */
+
+/* The mergeable token of these bytes, or -1. */
+static int token_of(const Model *m, const unsigned char *bytes, uint32_t n) {
+    int low = 0, high = m->n_sorted;
+    while (low < high) {
+        int middle = low + (high - low) / 2, token = m->sorted[middle];
+        uint32_t begin = begin_of(m, token);
+        int order = compare_bytes(m->token_bytes + begin, m->ends[token] - begin, bytes, n);
+        if (!order) return token;
+        if (order < 0) low = middle + 1;
+        else high = middle;
+    }
+    return -1;
+}
+
+/* Byte-pair encoding of one piece: of all neighbours that are a token together, those with the lowest id are merged
+   first, the left ones of equals. Returns how many ids it wrote. */
+static int encode_piece(const Model *m, const unsigned char *piece, uint32_t n, int *ids) {
+    uint32_t *begin = allocate((uint64_t)n + 1, sizeof *begin), parts = n;
+    if ((ids[0] = token_of(m, piece, n)) >= 0) parts = 0;
+    for (uint32_t i = 0; i <= n; i++) begin[i] = i;
+    while (parts > 1) {
+        int lowest = -1;
+        uint32_t where = 0;
+        for (uint32_t i = 0; i + 1 < parts; i++) {
+            int token = token_of(m, piece + begin[i], begin[i + 2] - begin[i]);
+            if (token >= 0 && (lowest < 0 || token < lowest)) lowest = token, where = i;
+        }
+        if (lowest < 0) break;
+        memmove(begin + where + 1, begin + where + 2, (parts - where - 1) * sizeof *begin);
+        parts--;
+    }
+    for (uint32_t i = 0; i < parts; i++) {
+        ids[i] = token_of(m, piece + begin[i], begin[i + 1] - begin[i]);
+        if (ids[i] < 0) refuse("the tokenizer has no token for the byte %d.", piece[begin[i]]);
+    }
+    free(begin);
+    return parts ? (int)parts : 1;
+}
+
+/* The character at `text`, and its bytes; refuses what is not UTF-8. */
+static uint32_t character(const unsigned char *text, uint32_t n, uint32_t *length) {
+    uint32_t lead = text[0], code;
+    *length = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : lead >= 0xE0 && lead < 0xF0 ? 3 : lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
+    if (!*length || *length > n) refuse("the prompt is not UTF-8.");
+    code = *length == 1 ? lead : lead & (0x7Fu >> *length);
+    for (uint32_t i = 1; i < *length; i++) {
+        if ((text[i] & 0xC0) != 0x80) refuse("the prompt is not UTF-8.");
+        code = code << 6 | (text[i] & 0x3F);
+    }
+    return code;
+}
+
+static int class_of(const Model *m, uint32_t code) {
+    for (uint64_t i = 0; i < m->n_classes; i++)
+        if (code >= m->classes[3 * i] && code <= m->classes[3 * i + 1]) return (int)m->classes[3 * i + 2];
+    return OTHER;
+}
+
+static int is_break(uint32_t code) { return code == '\r' || code == '\n'; }
+
+/* How many of the n characters at `code` make the first piece, by the pattern of moe/data/tokenizer.py:
+   '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,2}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+
+   | \s++$ | \s*[\r\n] | \s+(?!\S) | \s */
+static int word(const uint32_t *code, const unsigned char *kind, int n) {
+    int i = 0;
+    if (code[0] == '\'' && n > 1) {
+        uint32_t a = code[1] == 0x17F ? 's' : code[1] | 0x20, b = n > 2 ? code[2] | 0x20 : 0; /* U+017F folds to s */
+        if (code[1] < 0x80 || code[1] == 0x17F) {
+            if (a == 's' || a == 'd' || a == 'm' || a == 't') return 2;
+            if (n > 2 && code[2] < 0x80 && ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e'))) return 3;
+        }
+    }
+    i = kind[0] != LETTER && kind[0] != NUMBER && !is_break(code[0]);
+    if (i < n && kind[i] == LETTER) {
+        while (i < n && kind[i] == LETTER) i++;
+        return i;
+    }
+    if (kind[0] == NUMBER) return n > 1 && kind[1] == NUMBER ? 2 : 1;
+    i = code[0] == ' ';
+    if (i < n && kind[i] == OTHER) {
+        while (i < n && kind[i] == OTHER) i++;
+        while (i < n && is_break(code[i])) i++;
+        return i;
+    }
+    int end = 0, after_break = 0;
+    for (; end < n && kind[end] == SPACE; end++)
+        if (is_break(code[end])) after_break = end + 1;
+    if (end == n) return n;
+    return after_break ? after_break : end > 1 ? end - 1 : 1;
+}
+
+/* Ids of a text; as many as it has bytes at most. */
+static int encode(const Model *m, const char *text, int *ids) {
+    uint32_t n_bytes = (uint32_t)strlen(text), n_ids = 0, n = 0;
+    const unsigned char *bytes = (const unsigned char *)text;
+    uint32_t *code = allocate(n_bytes, sizeof *code), *begin = allocate((uint64_t)n_bytes + 1, sizeof *begin);
+    unsigned char *kind = allocate(n_bytes, 1);
+    if (m->h.split == IDS_ONLY)
+        refuse("this tokenizer splits text by a pattern that is not in this program: give token ids (-i) for -p.");
+    for (uint32_t at = 0, length; at < n_bytes; at += length, n++) {
+        begin[n] = at, code[n] = character(bytes + at, n_bytes - at, &length);
+        kind[n] = (unsigned char)class_of(m, code[n]);
+        begin[n + 1] = at + length;
+    }
+    for (uint32_t i = 0; i < n;) {
+        uint32_t end = i + (m->h.split == WORDS ? (uint32_t)word(code + i, kind + i, (int)(n - i)) : 1);
+        n_ids += (uint32_t)encode_piece(m, bytes + begin[i], begin[end] - begin[i], ids + n_ids);
+        i = end;
+    }
+    free(code), free(begin), free(kind);
+    return (int)n_ids;
+}
+
+/* --- Choosing tokens */
+
+static uint64_t state;
+
+static double uniform(void) { /* [0, 1), splitmix64 */
+    uint64_t z = state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0;
+}
+
+typedef struct {
+    double mass;
+    int token;
+} Candidate;
+
+static int compare_candidates(const void *a, const void *b) {
+    const Candidate *p = a, *q = b;
+    return p->mass != q->mass ? (p->mass < q->mass) - (p->mass > q->mass) : (p->token > q->token) - (p->token < q->token);
+}
+
+/* softmax(logits / temperature), of it the smallest set of tokens whose mass is at least top_p, and one draw. */
+static int choose(const Model *m, double temperature, double top_p, Candidate *candidates) {
+    int n = m->h.vocab, best = largest(m->logits, n), kept = 0;
+    double total = 0, mass = 0;
+    for (int i = 0; i < n; i++)
+        if (!isfinite(m->logits[i])) refuse("the model's logits have NaN or infinity among them.");
+    if (temperature == 0) return best;
+    for (int i = 0; i < n; i++) {
+        candidates[i].token = i;
+        total += candidates[i].mass = exp(((double)m->logits[i] - (double)m->logits[best]) / temperature);
+    }
+    qsort(candidates, (size_t)n, sizeof *candidates, compare_candidates);
+    while (kept < n && (kept == 0 || mass < top_p * total)) mass += candidates[kept++].mass;
+    double left = uniform() * mass;
+    for (int i = 0; i < kept - 1; i++)
+        if ((left -= candidates[i].mass) < 0) return candidates[i].token;
+    return candidates[kept - 1].token;
+}
+
+/* --- The command line */
+
+static double number(const char *option, const char *text, double low, double high) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= low && value <= high))
+        refuse("%s %s is not a number from %g to %g.", option, text, low, high);
+    return value;
+}
+
+static int *parse_ids(const Model *m, const char *text, int n_new, int *n) {
+    int *ids = allocate(strlen(text) + (uint64_t)n_new + 2, sizeof(int));
+    while (*text) {
+        char *end;
+        long value = strtol(text, &end, 10);
+        if (end == text || value < 0 || value >= m->h.vocab || (*end && *end != ' ' && *end != ','))
+            refuse("-i takes ids from 0 to %d with spaces or commas between them, not %s.", m->h.vocab - 1, text);
+        ids[(*n)++] = (int)value;
+        for (text = end; *text == ' ' || *text == ',';) text++;
+    }
+    return ids;
+}
+
+static const char usage[] =
+    "usage: run model.bin [-p TEXT | -i IDS] [-n TOKENS] [-t TEMPERATURE] [--top-p P] [--seed S]\n"
+    "                     [--ids] [--experts] [--logits FILE]\n"
+    "  -p TEXT        the prompt; of one longer than the context the end is read\n"
+    "  -i IDS         the prompt as token ids, such as \"84 111\"\n"
+    "  -n TOKENS      at most this many new tokens (200); the model may end the text earlier\n"
+    "  -t, --top-p    temperature (0.8; 0 is greedy), and the mass of the most probable tokens to draw from (1)\n"
+    "  --seed S       of the draws (0)\n"
+    "  --ids          print ids, not text\n"
+    "  --experts      print every token's experts and their weights, on stderr\n"
+    "  --logits FILE  write the V logits before every choice, float32\n";
+
+int main(int argc, char **argv) {
+    static Model m;
+    const char *prompt = "", *prompt_ids = NULL, *logits_path = NULL;
+    double temperature = 0.8, top_p = 1;
+    int n_new = 200, show_ids = 0, n = 0, read = 0, begin;
+    if (argc < 2 || argv[1][0] == '-') {
+        fputs(usage, stderr);
+        return 2;
+    }
+    /* Options: those without a value, then those with one. */
+    for (int i = 2; i < argc; i++) {
+        const char *option = argv[i];
+        if (!strcmp(option, "--ids")) { show_ids = 1; continue; }
+        if (!strcmp(option, "--experts")) { m.show_experts = 1; continue; }
+        if (++i == argc) refuse("%s needs a value, or is no option: see run without arguments.", option);
+        if (!strcmp(option, "-p")) prompt = argv[i];
+        else if (!strcmp(option, "-i")) prompt_ids = argv[i];
+        else if (!strcmp(option, "-n")) n_new = (int)number(option, argv[i], 0, 1e8);
+        else if (!strcmp(option, "-t")) temperature = number(option, argv[i], 0, 1e30);
+        else if (!strcmp(option, "--top-p")) top_p = number(option, argv[i], 0, 1);
+        else if (!strcmp(option, "--seed")) state = (uint64_t)number(option, argv[i], 0, 9e15);
+        else if (!strcmp(option, "--logits")) logits_path = argv[i];
+        else refuse("%s is no option: see run without arguments.", option);
+    }
+    /* The prompt; an empty one is a new document. */
+    load(&m, argv[1]);
+    int *ids;
+    if (prompt_ids) {
+        ids = parse_ids(&m, prompt_ids, n_new, &n);
+    } else {
+        ids = allocate(strlen(prompt) + (uint64_t)n_new + 2, sizeof(int));
+        n = encode(&m, prompt, ids);
+    }
+    if (!n) ids[n++] = m.h.eot;
+    FILE *logits = logits_path ? fopen(logits_path, "wb") : NULL;
+    if (logits_path && !logits) refuse("%s cannot be written.", logits_path);
+    Candidate *candidates = allocate((uint64_t)m.h.vocab, sizeof *candidates);
+    begin = n > m.h.context ? n - m.h.context : 0;
+    for (int i = 0; i < n_new; i++) {
+        /* A full context keeps its last half, whose positions begin anew. */
+        if (n - begin > m.h.context) {
+            begin = n - (m.h.context > 1 ? m.h.context / 2 : 1);
+            read = m.start = 0;
+        }
+        for (; begin + read < n; read++) forward(&m, ids[begin + read], read);
+        if (logits && fwrite(m.logits, 4, (size_t)m.h.vocab, logits) != (size_t)m.h.vocab)
+            refuse("%s cannot be written.", logits_path);
+        int token = choose(&m, temperature, top_p, candidates);
+        if (token == m.h.eot) break;
+        ids[n++] = token;
+        if (show_ids) printf("%d ", token);
+        else if (token < m.h.n_tokens)
+            fwrite(m.token_bytes + begin_of(&m, token), 1, m.ends[token] - begin_of(&m, token), stdout);
+        fflush(stdout);
+    }
+    putchar('\n');
+    if (logits && fclose(logits)) refuse("%s cannot be written.", logits_path);
+    return 0;
+}
