@@ -15,7 +15,6 @@ docs/two-files.md. Whatever run.c does not compute is refused by name.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from experiments import cli
 from moe.config.parse import OneOf
@@ -36,9 +35,8 @@ class ExportConfig:
     run: str = ""  # a run's folder
     to: str = ""  # the folder to write
     which: str = "best"  # best (lowest validation loss) | last | step-N
-    # transformers | c: a program in C and what it reads
-    format: Annotated[str, OneOf("transformers", "c")] = "transformers"
-    dtype: Annotated[str, OneOf("fp32", "int8")] = "fp32"  # of the weights with format=c
+    format: str = "transformers"  # transformers | c: a program in C and what it reads
+    dtype: str = "fp32"  # of the weights with format=c: fp32 | int8
     with_tokenizer: bool = True  # False: weights and settings alone, where transformers cannot have the tokenizer
 
     def __post_init__(self) -> None:
@@ -46,6 +44,8 @@ class ExportConfig:
             raise BadInput("run=... is needed: a run's folder, such as runs/NAME.")
         if not self.to:
             raise BadInput("to=... is needed: the folder to write, which must not exist.")
+        OneOf("transformers", "c").check("format", self.format)
+        OneOf("fp32", "int8").check("dtype", self.dtype)
         if self.format == "c" and not self.with_tokenizer:
             raise BadInput("with_tokenizer=false has no meaning for format=c, whose program needs the tokenizer.")
         if self.format != "c" and self.dtype != "fp32":

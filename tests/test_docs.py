@@ -148,6 +148,19 @@ def make_folders(command: str, folder: Path, monkeypatch) -> None:
             run(makers[0], folder, monkeypatch)
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on the path")
+def test_the_two_files_become_a_program_as_their_page_says(folder, demo, monkeypatch, capfd):
+    lines = commands_of((ROOT / "docs" / "two-files.md").read_text())
+    if not (folder / "two").exists():
+        run(lines[0], folder, monkeypatch)
+    said = [line for line in capfd.readouterr().out.splitlines() if "compile:" in line or "run:" in line]
+    monkeypatch.chdir(folder)
+    for line in [*lines[1:4], *(line.partition(":")[2] for line in said)]:
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"^token 0 id 84 layer 0: \d=", done.stderr, re.MULTILINE) or said
+
+
 def test_the_demo_leaves_a_page_and_two_models(folder, demo):
     assert (folder / "runs" / "demo" / "index.html").is_file()
     for kind in ("moe", "dense"):

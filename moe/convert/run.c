@@ -7,6 +7,7 @@ One token at a time through the blocks, float32, weights read from the file wher
 Letters as in the Python code: V vocabulary, D width, H heads, E experts, K experts per token, F width of an expert. */
 
 #define _POSIX_C_SOURCE 200809L
+#include <ctype.h>
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
@@ -20,23 +21,17 @@ Letters as in the Python code: V vocabulary, D width, H heads, E experts, K expe
 #include <unistd.h>
 
 #ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static) if(w->rows > 63)")
 #else
 #define PARALLEL_FOR
 #endif
 
-#define VERSION 1
-#define ALIGNMENT 64
-#define MOST 1000000000 /* no size in the header is larger */
+enum { VERSION = 1, ALIGNMENT = 64, MOST = 1000000000 }; /* the last: no size in the header is larger */
 
-enum { F32, I8, U8, U32 };                   /* dtypes of the table */
-enum { SWIGLU, GELU, GELU_TANH, RELU2 };     /* activations */
-enum { RMS, LAYER };                         /* norms */
-enum { ROPE, LEARNED };                      /* positions */
-enum { QK_NONE, QK_HEAD, QK_FULL };          /* norms of queries and keys */
-enum { SOFTMAX, SIGMOID };                   /* scores of the router */
-enum { IDS_ONLY, CHARACTERS, WORDS };        /* how the tokenizer splits a text before it merges */
-enum { OTHER, LETTER, NUMBER, SPACE };       /* classes of characters, where it splits into words */
+/* What the numbers of the file mean; split: what the tokenizer splits a text into before it merges. */
+enum dtype { F32, I8, U8, U32 }; enum activation { SWIGLU, GELU, GELU_TANH, RELU2 }; enum norm { RMS, LAYER };
+enum position { ROPE, LEARNED }; enum qk_norm { QK_NONE, QK_HEAD, QK_FULL }; enum score { SOFTMAX, SIGMOID };
+enum split { IDS_ONLY, CHARACTERS, WORDS }; enum character_class { OTHER, LETTER, NUMBER, SPACE };
 
 /* The file: this header, the table, and the tensors in the order in which `load` takes them. All is little-endian. */
 typedef struct {
@@ -57,29 +52,20 @@ typedef struct {
 } Entry;
 
 typedef struct {
-    const float *f;       /* (rows, cols), or null where it is int8 */
-    const int8_t *q;      /* (rows, cols) */
-    const float *scale;   /* (rows, n_groups): a weight is q times its group's scale */
-    const float *bias;    /* (rows), or null */
+    const float *f; /* (rows, cols), or null where it is int8 */
+    const int8_t *q; /* (rows, cols) */
+    const float *scale, *bias; /* (rows, n_groups): a weight is q times its group's scale; (rows), or null */
     int rows, cols, n_groups;
 } Linear;
-
+typedef struct { const float *weight, *bias; } Norm;
+typedef struct { Linear up, down; } Mlp;
 typedef struct {
-    const float *weight, *bias;
-} Norm;
-
-typedef struct {
-    Linear up, down;
-} Mlp;
-
-typedef struct {
-    Norm attn_norm, mlp_norm;
+    Norm attn_norm, mlp_norm, q_norm, k_norm;
     Linear q, k, v, o;
-    const float *q_norm, *k_norm;
     int n_experts, n_chosen; /* E and K; none in a dense layer */
     Linear router, shared_gate;
-    const float *selection_bias;
     Mlp *experts, mlp; /* mlp: the dense one, or the shared experts */
+    const float *selection_bias;
     float *keys, *values; /* (context, n_kv_heads * head_dim) */
 } Layer;
 
@@ -101,8 +87,7 @@ typedef struct {
     int *sorted, n_sorted; /* mergeable tokens by their bytes */
     /* what a token's pass needs */
     float *x, *h_D, *q, *attended, *att, *z, *act, *y, *score, *rank, *weight, *logits;
-    int *chosen, start; /* start: where the document of the current token begins */
-    int show_experts;
+    int *chosen, start, show_experts; /* start: where the document of the current token begins */
 } Model;
 
 /* --- Refusing */
@@ -137,11 +122,11 @@ static uint32_t crc32(const unsigned char *bytes, uint64_t n) {
     return crc ^ 0xFFFFFFFFu;
 }
 
-/* The next tensor of the table, which must be this one: `name` behind m->prefix. */
-static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *name) {
+/* The next tensor of the table, which must be this one: `name` and `part` behind m->prefix. */
+static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *name, const char *part) {
     static const uint64_t width[] = {4, 1, 1, 4};
     char full[160];
-    snprintf(full, sizeof full, "%s%s", m->prefix, name);
+    snprintf(full, sizeof full, "%s%s%s", m->prefix, name, part);
     const Entry *entry = m->at < m->h.n_tensors ? m->table + m->at++ : NULL;
     if (!entry || strncmp(entry->name, full, sizeof entry->name) || entry->dtype != dtype || entry->rows != rows ||
         entry->cols != cols)
@@ -152,32 +137,24 @@ static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, 
     return m->bytes + entry->offset;
 }
 
-static const void *take_part(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *of, const char *part) {
-    char name[96];
-    snprintf(name, sizeof name, "%s.%s", of, part);
-    return take(m, dtype, rows, cols, name);
-}
-
 static Linear linear(Model *m, int rows, int cols, int quantized, int bias, const char *name) {
     Linear w = {0};
     w.rows = rows, w.cols = cols;
     if (quantized) {
-        w.q = take_part(m, I8, rows, cols, name, "weight");
+        w.q = take(m, I8, rows, cols, name, ".weight");
         uint64_t n_groups = m->at < m->h.n_tensors ? m->table[m->at].cols : 0;
         if (!n_groups || n_groups > (uint64_t)cols || cols % n_groups) broken(m, "scales do not divide a matrix");
         w.n_groups = (int)n_groups;
-        w.scale = take_part(m, F32, rows, n_groups, name, "scale");
-    } else {
-        w.f = take_part(m, F32, rows, cols, name, "weight");
-    }
-    if (bias) w.bias = take_part(m, F32, 1, rows, name, "bias");
+        w.scale = take(m, F32, rows, n_groups, name, ".scale");
+    } else w.f = take(m, F32, rows, cols, name, ".weight");
+    if (bias) w.bias = take(m, F32, 1, rows, name, ".bias");
     return w;
 }
 
 static Norm norm_of(Model *m, const char *name) {
     Norm norm = {0};
-    norm.weight = take_part(m, F32, 1, m->h.d_model, name, "weight");
-    if (m->h.norm == LAYER && m->h.bias) norm.bias = take_part(m, F32, 1, m->h.d_model, name, "bias");
+    norm.weight = take(m, F32, 1, m->h.d_model, name, ".weight");
+    if (m->h.norm == LAYER && m->h.bias) norm.bias = take(m, F32, 1, m->h.d_model, name, ".bias");
     return norm;
 }
 
@@ -193,19 +170,18 @@ static Mlp mlp_of(Model *m, int width, int bias, const char *name) {
 
 static void check_header(const Model *m) {
     const Header *h = &m->h;
-    const int32_t sizes[] = {h->vocab, h->context, h->n_layers, h->d_model, h->n_heads, h->n_kv_heads, h->head_dim,
-                             h->d_ff, h->d_expert, h->groups, h->k_groups, h->group_top, h->n_tokens};
-    const int32_t choices[][2] = {
-        {h->activation, 4}, {h->norm, 2}, {h->position, 2}, {h->qk_norm, 3}, {h->bias, 2}, {h->tied, 2},
-        {h->shared_gate, 2}, {h->score, 2}, {h->renormalize, 2}, {h->selection_bias, 2}, {h->int8, 2}, {h->split, 3},
-        {h->n_shared, MOST}, {h->eot, h->vocab}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i] < 1 || sizes[i] > MOST) broken(m, "a size in its header is out of range");
-    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
-        if (choices[i][0] < 0 || choices[i][0] >= choices[i][1]) broken(m, "a setting in its header is out of range");
-    if ((int64_t)h->n_heads * h->head_dim > MOST || h->n_heads % h->n_kv_heads || h->n_tokens > h->vocab ||
-        h->k_groups > h->groups || (h->position == ROPE && h->head_dim % 2) || h->d_ff > MOST / 2 ||
-        h->d_expert > MOST / 2 / (h->n_shared + 1) || (h->shared_gate && !h->n_shared))
+    const int32_t ranges[][3] = {
+        {h->vocab, 1, MOST}, {h->context, 1, MOST}, {h->n_layers, 1, MOST}, {h->d_model, 1, MOST},
+        {h->n_heads, 1, MOST}, {h->n_kv_heads, 1, MOST}, {h->head_dim, 1, MOST}, {h->d_ff, 1, MOST / 2},
+        {h->d_expert, 1, MOST}, {h->groups, 1, MOST}, {h->k_groups, 1, h->groups}, {h->group_top, 1, MOST},
+        {h->n_tokens, 1, h->vocab}, {h->n_shared, 0, MOST}, {h->eot, 0, h->vocab - 1}, {h->activation, 0, 3},
+        {h->norm, 0, 1}, {h->position, 0, 1}, {h->qk_norm, 0, 2}, {h->bias, 0, 1}, {h->tied, 0, 1},
+        {h->shared_gate, 0, 1}, {h->score, 0, 1}, {h->renormalize, 0, 1}, {h->selection_bias, 0, 1}, {h->int8, 0, 1},
+        {h->split, 0, 2}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (ranges[i][0] < ranges[i][1] || ranges[i][0] > ranges[i][2]) broken(m, "its header has a size out of range");
+    if ((int64_t)h->n_heads * h->head_dim > MOST || h->n_heads % h->n_kv_heads || (h->shared_gate && !h->n_shared) ||
+        (h->position == ROPE && h->head_dim % 2) || h->d_expert > MOST / 2 / (h->n_shared + 1))
         broken(m, "the sizes in its header do not fit together");
 }
 
@@ -220,8 +196,8 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     layer->v = linear(m, d_kv, d, h->int8, h->bias, "attn.v");
     layer->o = linear(m, d, d_q, h->int8, h->bias, "attn.o");
     if (h->qk_norm != QK_NONE) {
-        layer->q_norm = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_q, "attn.q_norm.weight");
-        layer->k_norm = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_kv, "attn.k_norm.weight");
+        layer->q_norm.weight = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_q, "attn.q_norm.weight", "");
+        layer->k_norm.weight = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_kv, "attn.k_norm.weight", "");
     }
     layer->mlp_norm = norm_of(m, "mlp_norm");
     layer->keys = allocate((uint64_t)h->context * d_kv, sizeof(float));
@@ -235,7 +211,7 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
         broken(m, "a layer chooses more experts than it has");
     layer->n_experts = (int)n_experts, layer->n_chosen = (int)n_chosen;
     layer->router = linear(m, layer->n_experts, d, 0, 0, "mlp.router");
-    if (h->selection_bias) layer->selection_bias = take(m, F32, 1, n_experts, "mlp.router.selection_bias");
+    if (h->selection_bias) layer->selection_bias = take(m, F32, 1, n_experts, "mlp.router.selection_bias", "");
     layer->experts = allocate(n_experts, sizeof(Mlp));
     for (int e = 0; e < layer->n_experts; e++) {
         char name[64];
@@ -246,32 +222,31 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     if (h->shared_gate) layer->shared_gate = linear(m, 1, d, 0, 0, "mlp.shared_gate");
 }
 
-static int compare_bytes(const unsigned char *a, uint32_t n_a, const unsigned char *b, uint32_t n_b) {
-    int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
-    return order ? order : (n_a > n_b) - (n_a < n_b);
-}
-
 static uint32_t begin_of(const Model *m, int token) { return token ? m->ends[token - 1] : 0; }
 
-static const Model *sorting; /* qsort has no argument for it */
+static int compare_token(const Model *m, int token, const unsigned char *bytes, uint32_t n) {
+    uint32_t length = m->ends[token] - begin_of(m, token);
+    int order = memcmp(m->token_bytes + begin_of(m, token), bytes, length < n ? length : n);
+    return order ? order : (length > n) - (length < n);
+}
 
+static const Model *sorting; /* qsort has no argument for it */
 static int compare_tokens(const void *a, const void *b) {
     int i = *(const int *)a, j = *(const int *)b;
-    const Model *m = sorting;
-    int order = compare_bytes(m->token_bytes + begin_of(m, i), m->ends[i] - begin_of(m, i),
-                              m->token_bytes + begin_of(m, j), m->ends[j] - begin_of(m, j));
+    uint32_t begin = begin_of(sorting, j);
+    int order = compare_token(sorting, i, sorting->token_bytes + begin, sorting->ends[j] - begin);
     return order ? order : (i > j) - (i < j);
 }
 
 static void load_tokenizer(Model *m) {
     const Header *h = &m->h;
-    m->ends = take(m, U32, 1, h->n_tokens, "tokenizer.ends");
+    m->ends = take(m, U32, 1, h->n_tokens, "tokenizer.ends", "");
     for (int i = 1; i < h->n_tokens; i++)
         if (m->ends[i] < m->ends[i - 1]) broken(m, "its tokens overlap");
-    m->token_bytes = take(m, U8, 1, m->ends[h->n_tokens - 1], "tokenizer.bytes");
-    m->mergeable = take(m, U8, 1, h->n_tokens, "tokenizer.mergeable");
+    m->token_bytes = take(m, U8, 1, m->ends[h->n_tokens - 1], "tokenizer.bytes", "");
+    m->mergeable = take(m, U8, 1, h->n_tokens, "tokenizer.mergeable", "");
     m->n_classes = m->at < h->n_tensors ? m->table[m->at].rows : 0;
-    m->classes = take(m, U32, m->n_classes, 3, "tokenizer.classes");
+    m->classes = take(m, U32, m->n_classes, 3, "tokenizer.classes", "");
     m->sorted = allocate(h->n_tokens, sizeof(int));
     for (int i = 0; i < h->n_tokens; i++)
         if (m->mergeable[i]) m->sorted[m->n_sorted++] = i;
@@ -311,18 +286,17 @@ static void load(Model *m, const char *path) {
     if (memcmp(h->magic, "SWITCHYD", 8)) refuse("%s is no model that python -m experiments.export wrote.", path);
     if (h->version != VERSION)
         refuse("%s is of version %u, and this program reads version %d: export both anew.", path, h->version, VERSION);
-    if (h->size != size)
-        refuse("%s is truncated or altered: it has %llu bytes, and had %llu when it was written.", path,
-               (unsigned long long)size, (unsigned long long)h->size);
+    if (h->size != size) refuse("%s is truncated or altered: its size is not what it was when it was written.", path);
     if (h->checksum != crc32(m->bytes + 16, size - 16)) refuse("%s is altered: its checksum is another.", path);
     if (h->n_tensors > (size - sizeof *h) / sizeof(Entry)) broken(m, "its table is too long");
     m->table = (const Entry *)(const void *)(m->bytes + sizeof *h);
     check_header(m);
     /* The tensors. */
-    const uint32_t *experts = take(m, U32, h->n_layers, 2, "experts_and_chosen");
+    const uint32_t *experts = take(m, U32, h->n_layers, 2, "experts_and_chosen", "");
     m->embed = linear(m, h->vocab, h->d_model, h->int8, 0, "embed");
-    if (h->position == LEARNED) m->positions = take(m, F32, h->context, h->d_model, "position.weight");
-    else m->cos = take(m, F32, h->context, h->head_dim / 2, "cos"), m->sin = take(m, F32, h->context, h->head_dim / 2, "sin");
+    if (h->position == LEARNED) m->positions = take(m, F32, h->context, h->d_model, "position.weight", "");
+    for (int i = 0; h->position == ROPE && i < 2; i++)
+        *(i ? &m->sin : &m->cos) = take(m, F32, h->context, h->head_dim / 2, i ? "sin" : "cos", "");
     m->layers = allocate(h->n_layers, sizeof(Layer));
     for (int i = 0; i < h->n_layers; i++) load_layer(m, i, experts[2 * i], experts[2 * i + 1]);
     m->prefix[0] = 0;
@@ -335,131 +309,99 @@ static void load(Model *m, const char *path) {
 
 /* --- The network */
 
-static float dot(const float *a, const float *b, int n) {
-    float lane[8] = {0}, sum = 0;
-    int i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int j = 0; j < 8; j++) lane[j] += a[i + j] * b[i + j];
-    for (; i < n; i++) sum += a[i] * b[i];
-    for (int j = 0; j < 8; j++) sum += lane[j];
-    return sum;
-}
-
-static float dot_int8(const int8_t *q, const float *scale, int n_groups, const float *x, int n) {
-    int size = n / n_groups;
-    float sum = 0;
-    for (int g = 0; g < n_groups; g++) {
-        float part = 0;
-        for (int i = g * size; i < (g + 1) * size; i++) part += (float)q[i] * x[i];
-        sum += part * scale[g];
-    }
-    return sum;
-}
-
-/* W x + b: (cols) -> (rows) */
+/* W x + b: (cols) -> (rows). A row is summed in 8 lanes, an int8 one group by group. */
 static void apply(const Linear *w, const float *x, float *y) {
     PARALLEL_FOR
     for (int r = 0; r < w->rows; r++) {
-        size_t row = (size_t)r;
-        float value = w->f ? dot(w->f + row * (size_t)w->cols, x, w->cols)
-                           : dot_int8(w->q + row * (size_t)w->cols, w->scale + row * (size_t)w->n_groups, w->n_groups,
-                                      x, w->cols);
-        y[r] = value + (w->bias ? w->bias[r] : 0);
+        size_t row = (size_t)r * w->cols;
+        float lane[8] = {0}, sum = w->bias ? w->bias[r] : 0;
+        int group = w->f ? w->cols : w->cols / w->n_groups;
+        for (int begin = 0; w->q && begin < w->cols; begin += group) {
+            float part = 0;
+            for (int i = begin; i < begin + group; i++) part += w->q[row + i] * x[i];
+            sum += part * w->scale[(size_t)r * w->n_groups + begin / group];
+        }
+        int i = 0;
+        for (; w->f && i + 8 <= w->cols; i += 8)
+            for (int j = 0; j < 8; j++) lane[j] += w->f[row + i + j] * x[i + j];
+        for (; w->f && i < w->cols; i++) sum += w->f[row + i] * x[i];
+        for (int j = 0; j < 8; j++) sum += lane[j];
+        y[r] = sum;
     }
 }
 
-static void rms(const float *x, const float *weight, float eps, int n, float *y) {
-    float factor = 1 / sqrtf(dot(x, x, n) / (float)n + eps);
-    for (int i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
-}
-
-static void normalize(const Model *m, const Norm *norm, const float *x, float *y) {
-    int n = m->h.d_model;
-    if (m->h.norm == RMS) {
-        rms(x, norm->weight, m->h.norm_eps, n, y);
-        return;
-    }
+/* y = x less its mean (for LAYER), over the root of its mean square, times the weight, plus the bias. */
+static void normalize(const Norm *norm, int kind, float eps, int n, const float *x, float *y) {
     double mean = 0, square = 0;
-    for (int i = 0; i < n; i++) mean += x[i];
-    mean /= n;
+    for (int i = 0; kind == LAYER && i < n; i++) mean += (double)x[i] / n;
     for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
-    double factor = 1 / sqrt(square / n + (double)m->h.norm_eps);
+    double factor = 1 / sqrt(square / n + eps);
     for (int i = 0; i < n; i++)
         y[i] = (float)((x[i] - mean) * factor) * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
 }
 
-/* Pairs (i, i + dim / 2) of every head, turned by the position's angles (Llama's layout). */
-static void rotate(const Model *m, float *x, int n_heads, int place) {
-    int half = m->h.head_dim / 2;
-    const float *cos = m->cos + (size_t)place * (size_t)half, *sin = m->sin + (size_t)place * (size_t)half;
-    for (int head = 0; head < n_heads; head++, x += 2 * half)
+/* Queries or keys of a token: their norm, over each head or all of them, then each head's pairs (i, i + dim / 2)
+   turned by the angles of its place (Llama's layout). */
+static void place_heads(const Model *m, const Norm *norm, float *x, int n_heads, int place) {
+    int dim = m->h.head_dim, half = dim / 2, width = m->h.qk_norm == QK_HEAD ? dim : dim * n_heads;
+    for (int i = 0; m->h.qk_norm != QK_NONE && i < dim * n_heads; i += width)
+        normalize(norm, RMS, m->h.norm_eps, width, x + i, x + i);
+    for (int head = 0; m->h.position == ROPE && head < n_heads; head++, x += dim)
         for (int i = 0; i < half; i++) {
-            float a = x[i], b = x[i + half];
-            x[i] = a * cos[i] - b * sin[i];
-            x[i + half] = b * cos[i] + a * sin[i];
+            float a = x[i], b = x[i + half], cos = m->cos[(size_t)place * half + i];
+            float sin = m->sin[(size_t)place * half + i];
+            x[i] = a * cos - b * sin, x[i + half] = b * cos + a * sin;
         }
 }
 
 static void softmax(float *x, int n) {
-    float largest = x[0], sum = 0;
-    for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    for (int i = 0; i < n; i++) sum += x[i] = expf(x[i] - largest);
+    float most = x[0], sum = 0;
+    for (int i = 1; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (int i = 0; i < n; i++) sum += x[i] = expf(x[i] - most);
     for (int i = 0; i < n; i++) x[i] /= sum;
 }
 
 static void attend(Model *m, Layer *layer, int at, int place) {
     const Header *h = &m->h;
-    int dim = h->head_dim, d_q = h->n_heads * dim, d_kv = h->n_kv_heads * dim, shared = h->n_heads / h->n_kv_heads;
-    float *key = layer->keys + (size_t)at * (size_t)d_kv, *value = layer->values + (size_t)at * (size_t)d_kv;
+    int dim = h->head_dim, shared = h->n_heads / h->n_kv_heads, n = at - m->start + 1;
+    size_t d_kv = (size_t)h->n_kv_heads * dim;
     /* Queries; keys and values into the cache. */
     apply(&layer->q, m->h_D, m->q);
-    apply(&layer->k, m->h_D, key);
-    apply(&layer->v, m->h_D, value);
-    if (h->qk_norm == QK_FULL) {
-        rms(m->q, layer->q_norm, h->norm_eps, d_q, m->q);
-        rms(key, layer->k_norm, h->norm_eps, d_kv, key);
-    }
-    for (int i = 0; h->qk_norm == QK_HEAD && i < h->n_heads; i++)
-        rms(m->q + i * dim, layer->q_norm, h->norm_eps, dim, m->q + i * dim);
-    for (int i = 0; h->qk_norm == QK_HEAD && i < h->n_kv_heads; i++)
-        rms(key + i * dim, layer->k_norm, h->norm_eps, dim, key + i * dim);
-    if (h->position == ROPE) rotate(m, m->q, h->n_heads, place), rotate(m, key, h->n_kv_heads, place);
+    apply(&layer->k, m->h_D, layer->keys + at * d_kv);
+    apply(&layer->v, m->h_D, layer->values + at * d_kv);
+    place_heads(m, &layer->q_norm, m->q, h->n_heads, place);
+    place_heads(m, &layer->k_norm, layer->keys + at * d_kv, h->n_kv_heads, place);
     /* Each head over its document so far. */
-    memset(m->attended, 0, (size_t)d_q * sizeof(float));
     for (int head = 0; head < h->n_heads; head++) {
-        const float *q = m->q + head * dim;
-        float *out = m->attended + head * dim;
-        size_t offset = (size_t)(head / shared * dim);
-        int n = at - m->start + 1;
-        for (int s = 0; s < n; s++)
-            m->att[s] = dot(q, layer->keys + (size_t)(m->start + s) * (size_t)d_kv + offset, dim) / sqrtf((float)dim);
+        float *q = m->q + head * dim, *out = m->attended + head * dim;
+        Linear keys = {layer->keys + m->start * d_kv + head / shared * dim, 0, 0, 0, 1, dim, 0};
+        const float *value = layer->values + m->start * d_kv + head / shared * dim;
+        for (int s = 0; s < n; s++, keys.f += d_kv) apply(&keys, q, m->att + s);
+        for (int s = 0; s < n; s++) m->att[s] /= sqrtf((float)dim);
         softmax(m->att, n);
-        for (int s = 0; s < n; s++) {
-            const float *v = layer->values + (size_t)(m->start + s) * (size_t)d_kv + offset;
-            for (int i = 0; i < dim; i++) out[i] += m->att[s] * v[i];
-        }
+        memset(out, 0, dim * sizeof *out);
+        for (int s = 0; s < n; s++, value += d_kv)
+            for (int i = 0; i < dim; i++) out[i] += m->att[s] * value[i];
     }
     apply(&layer->o, m->attended, m->y);
 }
 
 /* y += weight * down(act(up(x))) */
 static void add_mlp(Model *m, const Mlp *mlp, float weight) {
-    int width = mlp->down.cols;
-    float *z = m->z;
-    apply(&mlp->up, m->h_D, z);
-    for (int i = 0; i < width; i++) switch (m->h.activation) {
-        case SWIGLU: m->act[i] = z[i] / (1 + expf(-z[i])) * z[i + width]; break;
-        case GELU: m->act[i] = 0.5f * z[i] * (1 + erff(z[i] * 0.70710678f)); break;
-        case GELU_TANH:
-            m->act[i] = 0.5f * z[i] * (1 + tanhf(0.79788456f * (z[i] + 0.044715f * z[i] * z[i] * z[i])));
-            break;
-        default: m->act[i] = z[i] > 0 ? z[i] * z[i] : 0;
-        }
-    apply(&mlp->down, m->act, z);
-    for (int i = 0; i < m->h.d_model; i++) m->y[i] += weight * z[i];
+    int width = mlp->down.cols, activation = m->h.activation;
+    apply(&mlp->up, m->h_D, m->z);
+    for (int i = 0; i < width; i++) {
+        float z = m->z[i];
+        if (activation == SWIGLU) m->act[i] = z / (1 + expf(-z)) * m->z[i + width];
+        else if (activation == GELU) m->act[i] = 0.5f * z * (1 + erff(z * 0.70710678f));
+        else if (activation == GELU_TANH) m->act[i] = 0.5f * z * (1 + tanhf(0.79788456f * (z + 0.044715f * z * z * z)));
+        else m->act[i] = z > 0 ? z * z : 0;
+    }
+    apply(&mlp->down, m->act, m->z);
+    for (int i = 0; i < m->h.d_model; i++) m->y[i] += weight * m->z[i];
 }
 
-/* The index of the largest of x that is not -infinity, the first of equals; the first index where there is none. */
+/* The index of the largest of x, the first of equals. */
 static int largest(const float *x, int n) {
     int best = 0;
     for (int i = 1; i < n; i++)
@@ -472,40 +414,29 @@ static int largest(const float *x, int n) {
 static void route(Model *m, const Layer *layer) {
     const Header *h = &m->h;
     int n = layer->n_experts, members = n / h->groups;
-    float *outside = m->rank + n, sum = 0; /* outside: 1 for what may not be chosen any more */
-    apply(&layer->router, m->h_D, m->score);
-    memcpy(m->rank, m->score, (size_t)n * sizeof(float));
-    if (h->score == SOFTMAX) softmax(m->score, n);
-    for (int e = 0; h->score == SIGMOID && e < n; e++) m->score[e] = 1 / (1 + expf(-m->score[e]));
-    for (int e = 0; layer->selection_bias && e < n; e++) m->rank[e] = m->score[e] + layer->selection_bias[e];
-    memset(outside, 0, (size_t)n * sizeof(float));
-    if (h->groups > 1) {
-        /* A group's value is the sum of its best members; m->weight holds them until the weights are known. */
-        float *value = m->weight, *left = outside;
-        const float *by = layer->selection_bias ? m->rank : m->score;
-        for (int g = 0; g < h->groups; g++) {
-            memcpy(left, by + g * members, (size_t)members * sizeof(float));
-            value[g] = 0;
-            for (int i = 0; i < h->group_top && i < members; i++) {
-                int best = largest(left, members);
-                value[g] += left[best];
-                left[best] = -INFINITY;
-            }
-        }
-        for (int e = 0; e < n; e++) outside[e] = 1;
-        for (int i = 0; i < h->k_groups; i++) {
-            int best = largest(value, h->groups);
-            value[best] = -INFINITY;
-            for (int e = best * members; e < (best + 1) * members; e++) outside[e] = 0;
+    float sum = 0, *score = m->score, *rank = m->rank, *left = m->rank + n, *value = m->weight;
+    apply(&layer->router, m->h_D, rank);
+    memcpy(score, rank, n * sizeof *score);
+    if (h->score == SOFTMAX) softmax(score, n);
+    for (int e = 0; h->score == SIGMOID && e < n; e++) score[e] = 1 / (1 + expf(-score[e]));
+    for (int e = 0; layer->selection_bias && e < n; e++) rank[e] = score[e] + layer->selection_bias[e];
+    /* A group is worth the sum of its best members. Whoever has been taken, and who is left out, ranks at -infinity. */
+    memcpy(left, layer->selection_bias ? rank : score, n * sizeof *left);
+    for (int g = 0; h->groups > 1 && g < h->groups; g++) {
+        value[g] = 0;
+        for (int i = 0; i < h->group_top && i < members; i++) {
+            int best = g * members + largest(left + g * members, members);
+            value[g] += left[best], left[best] = -INFINITY;
         }
     }
+    memcpy(left, rank, n * sizeof *left);
+    for (int i = 0; h->groups > 1 && i < h->k_groups; i++) value[largest(value, h->groups)] = -INFINITY;
+    for (int e = 0; h->groups > 1 && e < n; e++)
+        if (value[e / members] != -INFINITY) left[e] = -INFINITY;
     for (int i = 0; i < layer->n_chosen; i++) {
-        int best = -1;
-        for (int e = 0; e < n; e++)
-            if (!outside[e] && (best < 0 || m->rank[e] > m->rank[best])) best = e;
-        best = best < 0 ? 0 : best; /* only where scores are NaN */
-        outside[best] = 1, m->chosen[i] = best, m->weight[i] = m->score[best];
-        sum += m->weight[i];
+        m->chosen[i] = largest(left, n);
+        left[m->chosen[i]] = -INFINITY;
+        sum += m->weight[i] = score[m->chosen[i]];
     }
     float over = !h->renormalize ? 1 : sum > FLT_MIN ? sum : FLT_MIN;
     for (int i = 0; i < layer->n_chosen; i++) m->weight[i] = m->weight[i] / over * h->scale;
@@ -515,37 +446,32 @@ static void route(Model *m, const Layer *layer) {
 static void forward(Model *m, int token, int at) {
     const Header *h = &m->h;
     const Linear *embed = &m->embed;
-    int d = h->d_model, place = at - m->start;
+    int d = h->d_model, place = at - m->start, n_groups = embed->n_groups;
+    size_t row = token;
     for (int i = 0; i < d; i++) {
-        size_t index = (size_t)token * (size_t)d + (size_t)i;
-        size_t group = embed->f ? 0 : (size_t)token * (size_t)embed->n_groups + (size_t)(i / (d / embed->n_groups));
-        m->x[i] = embed->f ? embed->f[index] : (float)embed->q[index] * embed->scale[group];
-        if (h->position == LEARNED) m->x[i] += m->positions[(size_t)place * (size_t)d + (size_t)i];
+        m->x[i] = embed->f ? embed->f[row * d + i]
+                           : embed->q[row * d + i] * embed->scale[row * n_groups + i / (d / n_groups)];
+        if (h->position == LEARNED) m->x[i] += m->positions[(size_t)place * d + i];
     }
     for (int l = 0; l < h->n_layers; l++) {
         Layer *layer = m->layers + l;
-        normalize(m, &layer->attn_norm, m->x, m->h_D);
+        normalize(&layer->attn_norm, h->norm, h->norm_eps, d, m->x, m->h_D);
         attend(m, layer, at, place);
+        for (int i = 0; i < d; i++) m->x[i] += m->y[i], m->y[i] = 0;
+        normalize(&layer->mlp_norm, h->norm, h->norm_eps, d, m->x, m->h_D);
+        /* The routed experts; the dense MLP or the shared experts, which take every token. */
+        if (layer->experts) route(m, layer);
+        for (int i = 0; i < layer->n_chosen; i++) add_mlp(m, layer->experts + m->chosen[i], m->weight[i]);
+        float gate = INFINITY;
+        if (layer->shared_gate.rows) apply(&layer->shared_gate, m->h_D, &gate);
+        if (layer->mlp.up.rows) add_mlp(m, &layer->mlp, 1 / (1 + expf(-gate)));
         for (int i = 0; i < d; i++) m->x[i] += m->y[i];
-        normalize(m, &layer->mlp_norm, m->x, m->h_D);
-        memset(m->y, 0, (size_t)d * sizeof(float));
-        if (layer->experts) {
-            route(m, layer);
-            if (m->show_experts) fprintf(stderr, "token %d id %d layer %d:", at, token, l);
-            for (int i = 0; i < layer->n_chosen; i++) {
-                if (m->show_experts) fprintf(stderr, " %d=%.6g", m->chosen[i], (double)m->weight[i]);
-                add_mlp(m, layer->experts + m->chosen[i], m->weight[i]);
-            }
-            if (m->show_experts) fputc('\n', stderr);
-        }
-        if (layer->mlp.up.rows) {
-            float gate = 0;
-            if (layer->shared_gate.rows) apply(&layer->shared_gate, m->h_D, &gate);
-            add_mlp(m, &layer->mlp, layer->shared_gate.rows ? 1 / (1 + expf(-gate)) : 1);
-        }
-        for (int i = 0; i < d; i++) m->x[i] += m->y[i];
+        if (!m->show_experts || !layer->experts) continue;
+        fprintf(stderr, "token %d id %d layer %d:", at, token, l);
+        for (int i = 0; i < layer->n_chosen; i++) fprintf(stderr, " %d=%.6g", m->chosen[i], m->weight[i]);
+        fputc('\n', stderr);
     }
-    normalize(m, &m->norm, m->x, m->h_D);
+    normalize(&m->norm, h->norm, h->norm_eps, d, m->x, m->h_D);
     apply(&m->head, m->h_D, m->logits);
     if (token == h->document_end) m->start = at + 1;
 }
@@ -554,14 +480,10 @@ static void forward(Model *m, int token, int at) {
 
 /* The mergeable token of these bytes, or -1. */
 static int token_of(const Model *m, const unsigned char *bytes, uint32_t n) {
-    int low = 0, high = m->n_sorted;
-    while (low < high) {
-        int middle = low + (high - low) / 2, token = m->sorted[middle];
-        uint32_t begin = begin_of(m, token);
-        int order = compare_bytes(m->token_bytes + begin, m->ends[token] - begin, bytes, n);
-        if (!order) return token;
-        if (order < 0) low = middle + 1;
-        else high = middle;
+    for (int low = 0, high = m->n_sorted; low < high;) {
+        int middle = low + (high - low) / 2, order = compare_token(m, m->sorted[middle], bytes, n);
+        if (!order) return m->sorted[middle];
+        *(order < 0 ? &low : &high) = middle + (order < 0);
     }
     return -1;
 }
@@ -580,8 +502,7 @@ static int encode_piece(const Model *m, const unsigned char *piece, uint32_t n, 
             if (token >= 0 && (lowest < 0 || token < lowest)) lowest = token, where = i;
         }
         if (lowest < 0) break;
-        memmove(begin + where + 1, begin + where + 2, (parts - where - 1) * sizeof *begin);
-        parts--;
+        memmove(begin + where + 1, begin + where + 2, (--parts - where) * sizeof *begin);
     }
     for (uint32_t i = 0; i < parts; i++) {
         ids[i] = token_of(m, piece + begin[i], begin[i + 1] - begin[i]);
@@ -594,20 +515,21 @@ static int encode_piece(const Model *m, const unsigned char *piece, uint32_t n, 
 /* The character at `text`, and its bytes; refuses what is not UTF-8. */
 static uint32_t character(const unsigned char *text, uint32_t n, uint32_t *length) {
     uint32_t lead = text[0], code;
-    *length = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : lead >= 0xE0 && lead < 0xF0 ? 3 : lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
-    if (!*length || *length > n) refuse("the prompt is not UTF-8.");
+    *length = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    int valid = *length && *length <= n;
     code = *length == 1 ? lead : lead & (0x7Fu >> *length);
-    for (uint32_t i = 1; i < *length; i++) {
-        if ((text[i] & 0xC0) != 0x80) refuse("the prompt is not UTF-8.");
+    for (uint32_t i = 1; valid && i < *length; i++) {
+        valid = (text[i] & 0xC0) == 0x80;
         code = code << 6 | (text[i] & 0x3F);
     }
+    if (!valid) refuse("the prompt is not UTF-8.");
     return code;
 }
 
 static int class_of(const Model *m, uint32_t code) {
-    for (uint64_t i = 0; i < m->n_classes; i++)
-        if (code >= m->classes[3 * i] && code <= m->classes[3 * i + 1]) return (int)m->classes[3 * i + 2];
-    return OTHER;
+    const uint32_t *row = m->classes, *end = row + 3 * m->n_classes;
+    while (row < end && (code < row[0] || code > row[1])) row += 3;
+    return row < end ? (int)row[2] : OTHER;
 }
 
 static int is_break(uint32_t code) { return code == '\r' || code == '\n'; }
@@ -616,31 +538,27 @@ static int is_break(uint32_t code) { return code == '\r' || code == '\n'; }
    '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,2}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+
    | \s++$ | \s*[\r\n] | \s+(?!\S) | \s */
 static int word(const uint32_t *code, const unsigned char *kind, int n) {
-    int i = 0;
+    int i = 0, after_break = 0;
     if (code[0] == '\'' && n > 1) {
-        uint32_t a = code[1] == 0x17F ? 's' : code[1] | 0x20, b = n > 2 ? code[2] | 0x20 : 0; /* U+017F folds to s */
-        if (code[1] < 0x80 || code[1] == 0x17F) {
-            if (a == 's' || a == 'd' || a == 'm' || a == 't') return 2;
-            if (n > 2 && code[2] < 0x80 && ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e'))) return 3;
-        }
+        int a = code[1] == 0x17F ? 's' : code[1] < 0x80 ? tolower((int)code[1]) : 0; /* U+017F is an s too */
+        int b = n > 2 && code[2] < 0x80 ? tolower((int)code[2]) : 0;
+        if (a == 's' || a == 'd' || a == 'm' || a == 't') return 2;
+        if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return 3;
     }
+    /* Letters, and one character before them; two digits; other characters, a space before and breaks behind them. */
     i = kind[0] != LETTER && kind[0] != NUMBER && !is_break(code[0]);
-    if (i < n && kind[i] == LETTER) {
-        while (i < n && kind[i] == LETTER) i++;
-        return i;
-    }
+    int first = i;
+    while (i < n && kind[i] == LETTER) i++;
+    if (i > first) return i;
     if (kind[0] == NUMBER) return n > 1 && kind[1] == NUMBER ? 2 : 1;
-    i = code[0] == ' ';
-    if (i < n && kind[i] == OTHER) {
-        while (i < n && kind[i] == OTHER) i++;
-        while (i < n && is_break(code[i])) i++;
-        return i;
-    }
-    int end = 0, after_break = 0;
-    for (; end < n && kind[end] == SPACE; end++)
-        if (is_break(code[end])) after_break = end + 1;
-    if (end == n) return n;
-    return after_break ? after_break : end > 1 ? end - 1 : 1;
+    i = first = code[0] == ' ';
+    while (i < n && kind[i] == OTHER) i++;
+    while (i > first && i < n && is_break(code[i])) i++;
+    if (i > first) return i;
+    /* Space: to the end, else to its last line break, else all but its last character. */
+    for (i = 0; i < n && kind[i] == SPACE; i++)
+        if (is_break(code[i])) after_break = i + 1;
+    return i == n ? n : after_break ? after_break : i > 1 ? i - 1 : 1;
 }
 
 /* Ids of a text; as many as it has bytes at most. */
@@ -649,8 +567,7 @@ static int encode(const Model *m, const char *text, int *ids) {
     const unsigned char *bytes = (const unsigned char *)text;
     uint32_t *code = allocate(n_bytes, sizeof *code), *begin = allocate((uint64_t)n_bytes + 1, sizeof *begin);
     unsigned char *kind = allocate(n_bytes, 1);
-    if (m->h.split == IDS_ONLY)
-        refuse("this tokenizer splits text by a pattern that is not in this program: give token ids (-i) for -p.");
+    if (m->h.split == IDS_ONLY && n_bytes) refuse("this tokenizer's way with text is not in run.c: give ids (-i).");
     for (uint32_t at = 0, length; at < n_bytes; at += length, n++) {
         begin[n] = at, code[n] = character(bytes + at, n_bytes - at, &length);
         kind[n] = (unsigned char)class_of(m, code[n]);
@@ -668,7 +585,6 @@ static int encode(const Model *m, const char *text, int *ids) {
 /* --- Choosing tokens */
 
 static uint64_t state;
-
 static double uniform(void) { /* [0, 1), splitmix64 */
     uint64_t z = state += 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -676,14 +592,10 @@ static double uniform(void) { /* [0, 1), splitmix64 */
     return (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0;
 }
 
-typedef struct {
-    double mass;
-    int token;
-} Candidate;
-
+typedef struct { double mass; int token; } Candidate;
 static int compare_candidates(const void *a, const void *b) {
     const Candidate *p = a, *q = b;
-    return p->mass != q->mass ? (p->mass < q->mass) - (p->mass > q->mass) : (p->token > q->token) - (p->token < q->token);
+    return p->mass != q->mass ? (p->mass < q->mass) - (p->mass > q->mass) : p->token - q->token;
 }
 
 /* softmax(logits / temperature), of it the smallest set of tokens whose mass is at least top_p, and one draw. */
@@ -707,25 +619,23 @@ static int choose(const Model *m, double temperature, double top_p, Candidate *c
 
 /* --- The command line */
 
-static double number(const char *option, const char *text, double low, double high) {
+static double number(const char *option, const char *text, double high, int whole) {
     char *end;
     double value = strtod(text, &end);
-    if (end == text || *end || !(value >= low && value <= high))
-        refuse("%s %s is not a number from %g to %g.", option, text, low, high);
+    if (end == text || *end || !(value >= 0 && value <= high) || (whole && value != floor(value)))
+        refuse("%s %s is not a %snumber from 0 to %g.", option, text, whole ? "whole " : "", high);
     return value;
 }
 
-static int *parse_ids(const Model *m, const char *text, int n_new, int *n) {
-    int *ids = allocate(strlen(text) + (uint64_t)n_new + 2, sizeof(int));
-    while (*text) {
-        char *end;
+static int parse_ids(const Model *m, const char *text, int *ids) {
+    int n = 0;
+    for (char *end; *text; text = end + strspn(end, " ,")) {
         long value = strtol(text, &end, 10);
         if (end == text || value < 0 || value >= m->h.vocab || (*end && *end != ' ' && *end != ','))
             refuse("-i takes ids from 0 to %d with spaces or commas between them, not %s.", m->h.vocab - 1, text);
-        ids[(*n)++] = (int)value;
-        for (text = end; *text == ' ' || *text == ',';) text++;
+        ids[n++] = (int)value;
     }
-    return ids;
+    return n;
 }
 
 static const char usage[] =
@@ -736,8 +646,7 @@ static const char usage[] =
     "  -n TOKENS      at most this many new tokens (200); the model may end the text earlier\n"
     "  -t, --top-p    temperature (0.8; 0 is greedy), and the mass of the most probable tokens to draw from (1)\n"
     "  --seed S       of the draws (0)\n"
-    "  --ids          print ids, not text\n"
-    "  --experts      print every token's experts and their weights, on stderr\n"
+    "  --ids, --experts  print ids, not text; and every token's experts and their weights, on stderr\n"
     "  --logits FILE  write the V logits before every choice, float32\n";
 
 int main(int argc, char **argv) {
@@ -745,48 +654,36 @@ int main(int argc, char **argv) {
     const char *prompt = "", *prompt_ids = NULL, *logits_path = NULL;
     double temperature = 0.8, top_p = 1;
     int n_new = 200, show_ids = 0, n = 0, read = 0, begin;
-    if (argc < 2 || argv[1][0] == '-') {
-        fputs(usage, stderr);
-        return 2;
-    }
+    if (argc < 2 || argv[1][0] == '-') return fputs(usage, stderr), 2;
     /* Options: those without a value, then those with one. */
     for (int i = 2; i < argc; i++) {
         const char *option = argv[i];
-        if (!strcmp(option, "--ids")) { show_ids = 1; continue; }
-        if (!strcmp(option, "--experts")) { m.show_experts = 1; continue; }
-        if (++i == argc) refuse("%s needs a value, or is no option: see run without arguments.", option);
-        if (!strcmp(option, "-p")) prompt = argv[i];
+        if (!strcmp(option, "--ids")) show_ids = 1;
+        else if (!strcmp(option, "--experts")) m.show_experts = 1;
+        else if (++i == argc) refuse("%s needs a value, or is no option: see run without arguments.", option);
+        else if (!strcmp(option, "-p")) prompt = argv[i];
         else if (!strcmp(option, "-i")) prompt_ids = argv[i];
-        else if (!strcmp(option, "-n")) n_new = (int)number(option, argv[i], 0, 1e8);
-        else if (!strcmp(option, "-t")) temperature = number(option, argv[i], 0, 1e30);
-        else if (!strcmp(option, "--top-p")) top_p = number(option, argv[i], 0, 1);
-        else if (!strcmp(option, "--seed")) state = (uint64_t)number(option, argv[i], 0, 9e15);
+        else if (!strcmp(option, "-n")) n_new = (int)number(option, argv[i], 1e8, 1);
+        else if (!strcmp(option, "-t")) temperature = number(option, argv[i], 1e30, 0);
+        else if (!strcmp(option, "--top-p")) top_p = number(option, argv[i], 1, 0);
+        else if (!strcmp(option, "--seed")) state = (uint64_t)number(option, argv[i], 9e15, 1);
         else if (!strcmp(option, "--logits")) logits_path = argv[i];
         else refuse("%s is no option: see run without arguments.", option);
     }
     /* The prompt; an empty one is a new document. */
     load(&m, argv[1]);
-    int *ids;
-    if (prompt_ids) {
-        ids = parse_ids(&m, prompt_ids, n_new, &n);
-    } else {
-        ids = allocate(strlen(prompt) + (uint64_t)n_new + 2, sizeof(int));
-        n = encode(&m, prompt, ids);
-    }
+    int *ids = allocate(strlen(prompt_ids ? prompt_ids : prompt) + (uint64_t)n_new + 2, sizeof(int));
+    n = prompt_ids ? parse_ids(&m, prompt_ids, ids) : encode(&m, prompt, ids);
     if (!n) ids[n++] = m.h.eot;
     FILE *logits = logits_path ? fopen(logits_path, "wb") : NULL;
     if (logits_path && !logits) refuse("%s cannot be written.", logits_path);
-    Candidate *candidates = allocate((uint64_t)m.h.vocab, sizeof *candidates);
+    Candidate *candidates = allocate(m.h.vocab, sizeof *candidates);
     begin = n > m.h.context ? n - m.h.context : 0;
     for (int i = 0; i < n_new; i++) {
         /* A full context keeps its last half, whose positions begin anew. */
-        if (n - begin > m.h.context) {
-            begin = n - (m.h.context > 1 ? m.h.context / 2 : 1);
-            read = m.start = 0;
-        }
+        if (n - begin > m.h.context) begin = n - (m.h.context > 1 ? m.h.context / 2 : 1), read = m.start = 0;
         for (; begin + read < n; read++) forward(&m, ids[begin + read], read);
-        if (logits && fwrite(m.logits, 4, (size_t)m.h.vocab, logits) != (size_t)m.h.vocab)
-            refuse("%s cannot be written.", logits_path);
+        if (logits) fwrite(m.logits, sizeof(float), m.h.vocab, logits);
         int token = choose(&m, temperature, top_p, candidates);
         if (token == m.h.eot) break;
         ids[n++] = token;
@@ -796,6 +693,5 @@ int main(int argc, char **argv) {
         fflush(stdout);
     }
     putchar('\n');
-    if (logits && fclose(logits)) refuse("%s cannot be written.", logits_path);
-    return 0;
+    if (logits && (ferror(logits) || fclose(logits))) refuse("%s cannot be written.", logits_path);
 }

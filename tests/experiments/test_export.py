@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -88,6 +89,8 @@ def test_a_folder_without_a_tokenizer_is_written_only_when_asked_for(export):
         ("which=step-5", "which=step-5 is not one of"),
         ("with_tokenizer=byte", "with_tokenizer=byte must be true or false"),
         ("form=gguf", "form is not a setting"),
+        ("format=gguf", "format=gguf is not one of transformers, c"),
+        ("dtype=int8", "dtype=int8 is for format=c"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_a_sentence(argument, message, export):
@@ -123,3 +126,32 @@ def test_a_router_of_ones_own_is_refused_without_an_option_that_there_is_not(pla
     assert (status, folder.exists()) == (2, False)
     assert err.startswith(f"error: run={run} has router.name={tree['router']['name']}, a class of one's own, which")
     assert "trust" not in err
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on the path")
+def test_a_trained_run_becomes_two_files_that_continue_text_as_it_does(export, trained):
+    before = files(trained)
+    folder, status, out, err = export("format=c")
+    assert (status, err) == (0, "")
+    assert files(trained) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["model.bin", "run.c"]
+    # The lines that the command prints make the program and run it.
+    compiling, running = (line.partition(":")[2] for line in out.splitlines()[1:3])
+    subprocess.run(compiling, shell=True, check=True)
+    assert subprocess.run(running, shell=True, capture_output=True, check=True).stdout
+    model, tokenizer, _ = load_run(trained)
+    for text in TEXTS:
+        command = [folder / "run", folder / "model.bin", "-p", text, "-n", "256", "-t", "0"]
+        said = subprocess.run(command, capture_output=True, check=True).stdout
+        ours = generate(model, tokenizer.encode(text), 256, temperature=0, eot=tokenizer.eot)
+        assert said == tokenizer.decode_bytes(ours) + b"\n"
+
+
+def test_what_the_program_has_not_is_refused_before_anything_is_written(export, tmp_path, corpus):
+    null = {"model.moe.n_null": 1, "train.steps": 1, "optim.warmup": 0}
+    train(settings(corpus, tmp_path / "null", null))
+    folder, status, _, err = export(f"run={tmp_path / 'null'}", "format=c")
+    assert (status, err.count("\n"), folder.exists()) == (2, 1, False)
+    assert err.startswith("error: model.moe.n_null=1 has no counterpart in run.c: accepted is 0.")
+    _, status, _, err = export("format=c", "with_tokenizer=false")
+    assert (status, err.startswith("error: with_tokenizer=false has no meaning for format=c")) == (2, True)

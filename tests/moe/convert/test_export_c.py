@@ -107,7 +107,7 @@ def test_tokens_logits_and_experts_are_the_models(shape, say, tmp_path):
     )  # fmt: skip
     new = list(generate(model, PROMPT, NEW, temperature=0, eot=256))
     assert ids_of(done) == new
-    assert len(new) == NEW and len(set(new)) > 4, "a model that stops or repeats itself shows little"
+    assert (len(new), len(set(new)) > 20) == (NEW, True), "a model that stops or repeats itself shows little"
     # Within the first window every logit and every expert is compared with one pass over it.
     window = [*PROMPT, *new][: model.cfg.context]
     with torch.no_grad():
@@ -182,12 +182,12 @@ TEXTS = [
 
 
 def tokenizers():
-    gpt2_like = Tokenizer("own", r"\p{L}+|\s|.", train(TokenizerConfig("byte"), []).ranks, {"<|endoftext|>": 256})
+    another = Tokenizer("own", r"\p{L}+|\s|.", train(TokenizerConfig("byte"), []).ranks, {"<|endoftext|>": 256})
     return {
         "byte": BYTES,
         "char": train(TokenizerConfig("char"), TEXTS[:5:2]),
         "bpe": train(TokenizerConfig("bpe", vocab_size=360), [text * 3 for text in TEXTS] + ["that thing " * 9] * 5),
-        "own": gpt2_like,
+        "own": another,
     }
 
 
@@ -210,7 +210,7 @@ def random_texts(n):
 
 def test_a_tokenizer_with_another_pattern_takes_ids_and_still_prints_text(say, program, tmp_path):
     tokenizer = tokenizers()["own"]
-    assert [export_c.encodes_text(each) for each in tokenizers().values()] == [True, True, True, False]
+    assert [export_c.encodes_text(known) for known in tokenizers().values()] == [True, True, True, False]
     assert BYTES.pattern == ONE_CHARACTER
     model = random_model(*SHAPES["cpu-nano"])
     done = say(model, "-i", "84 111", "-n", "5", "-t", "0", tokenizer=tokenizer)
@@ -218,7 +218,9 @@ def test_a_tokenizer_with_another_pattern_takes_ids_and_still_prints_text(say, p
     assert done.stdout == tokenizer.decode_bytes(new) + b"\n"
     done = subprocess.run([program, tmp_path / "two" / "model.bin", "-p", "To"], capture_output=True, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    assert b"give token ids (-i)" in done.stderr
+    assert b"give ids (-i)" in done.stderr
+    done = say(model, "-n", "5", "-t", "0", "--ids", tokenizer=tokenizer)
+    assert ids_of(done) == list(generate(model, [], 5, temperature=0, eot=256))
 
 
 def test_draws_have_the_models_distribution(say):
@@ -318,9 +320,10 @@ def test_a_file_that_is_not_whole_is_refused_in_a_sentence(damage, message, smal
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-t", "-1"), "-t -1 is not a number from 0"),
+        (("-t", "-1"), "-t -1 is not a number from 0 to 1e+30"),
         (("-t", "warm"), "-t warm is not a number"),
         (("--top-p", "nan"), "--top-p nan is not a number from 0 to 1"),
+        (("-n", "2.5"), "-n 2.5 is not a whole number from 0 to 1e+08"),
         (("-n",), "-n needs a value"),
         (("--top", "1"), "--top is no option"),
         (("-i", "257"), "-i takes ids from 0 to 256"),
