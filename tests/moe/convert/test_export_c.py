@@ -181,12 +181,15 @@ TEXTS = [
 ]
 
 
+MERGED = ["abbabaab babbaaab aabbbaba ", "abcbcabcab cababcbca bcabcacab "]
+
+
 def tokenizers():
     another = Tokenizer("own", r"\p{L}+|\s|.", train(TokenizerConfig("byte"), []).ranks, {"<|endoftext|>": 256})
     return {
         "byte": BYTES,
         "char": train(TokenizerConfig("char"), TEXTS[:5:2]),
-        "bpe": train(TokenizerConfig("bpe", vocab_size=360), [text * 3 for text in TEXTS] + ["that thing " * 9] * 5),
+        "bpe": train(TokenizerConfig("bpe", vocab_size=360), [text * 3 for text in [*TEXTS, "ſyſyſy ", *MERGED]]),
         "own": another,
     }
 
@@ -196,7 +199,7 @@ def test_text_becomes_the_tokenizers_ids(name, say):
     tokenizer = tokenizers()[name]
     cfg = dataclasses.replace(SHAPES["cpu-nano"][0], vocab_size=tokenizer.vocab_size)
     model = random_model(cfg, RouterConfig())
-    for text in [*TEXTS, *random_texts(8)]:
+    for text in [*TEXTS, *MERGED, *random_texts(8)]:
         done = say(model, "-p", text, "-n", "1", "--experts", tokenizer=tokenizer)
         ids = tokenizer.encode(text) or [tokenizer.eot]
         assert [token for token, _ in experts_shown(done)[0]] == ids, repr(text)
@@ -339,17 +342,33 @@ def test_an_argument_that_means_nothing_is_refused_in_a_sentence(arguments, mess
     assert done.stderr.startswith(f"error: {message}")
 
 
-def test_no_damage_to_a_file_makes_the_program_crash(small, program, tmp_path):
-    """Bytes flipped and files cut, with the checksum left wrong and made right, under both sanitizers."""
-    source, sanitized = program.parent / "two" / "run.c", tmp_path / "run"
+@pytest.fixture(scope="module")
+def survives(program, tmp_path_factory):
+    """(content) -> the exit status of the program under both sanitizers, which is an end and no crash."""
+    source, folder = program.parent / "two" / "run.c", tmp_path_factory.mktemp("sanitized")
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    if subprocess.run(["cc", *flags, *STRICT, source, "-o", sanitized, "-lm"], check=False).returncode:
+    if subprocess.run(["cc", *flags, *STRICT, source, "-o", folder / "run", "-lm"], check=False).returncode:
         pytest.skip("this C compiler has no sanitizers: -fsanitize=address,undefined")
     environment = os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0:exitcode=99"}
+
+    def call(content):
+        (folder / "model.bin").write_bytes(content)
+        command = [folder / "run", folder / "model.bin", "-p", "It's 12", "-n", "3", "--experts"]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert done.returncode in (0, 2), done.stderr[-2000:]
+        assert b"runtime error" not in done.stderr
+        assert done.returncode == 0 or re.search(rb"^error: .*\n\Z", done.stderr, re.MULTILINE)
+        return done.returncode
+
+    return call
+
+
+def test_no_damage_to_a_file_makes_the_program_crash(small, survives):
+    """Bytes flipped and files cut, with the checksum left wrong and made right."""
     draw = random.Random(0)
     table = struct.unpack_from("<Q", small, 24)[0] * export_c.ENTRY.size + export_c.HEADER.size
     codes = []
-    for trial in range(120):
+    for trial in range(100):
         content = bytearray(small)
         # Most flips are where the sizes are.
         for _ in range(draw.choice((1, 1, 2))):
@@ -357,13 +376,21 @@ def test_no_damage_to_a_file_makes_the_program_crash(small, program, tmp_path):
             content[place] = draw.choice((content[place] ^ 1 << draw.randrange(8), 0, 255, draw.randrange(256)))
         if trial % 6 == 0:
             content = content[: draw.randrange(len(content))]
-        if trial % 4 and len(content) >= 256:
+        if trial % 4 and len(content) >= export_c.HEADER.size:
             content = bytearray(export_c.seal(bytes(content)))
-        (tmp_path / "model.bin").write_bytes(content)
-        command = [sanitized, tmp_path / "model.bin", "-p", "It's 12", "-n", "3", "--experts"]
-        done = subprocess.run(command, capture_output=True, env=environment, check=False)
-        codes.append(done.returncode)
-        assert done.returncode in (0, 2), (trial, done.stderr[-2000:])
-        assert b"runtime error" not in done.stderr
-        assert done.returncode == 0 or re.search(rb"^error: .*\n\Z", done.stderr, re.MULTILINE)
+        codes.append(survives(content))
     assert min(codes.count(0), codes.count(2)) > 5, "the flips reach both ends"
+
+
+def test_no_number_in_a_header_or_table_makes_the_program_crash(small, survives):
+    """Each of them as it should not be, with the checksum right."""
+    entries = {}
+    for place in range(export_c.HEADER.size, len(small), export_c.ENTRY.size)[: struct.unpack_from("<Q", small, 24)[0]]:
+        name, _, _, _, _, offset = export_c.ENTRY.unpack_from(small, place)
+        entries[name.rstrip(b"\0").decode()] = place, offset
+    header = [(32 + 4 * i, value) for i in range(28) for value in (0, -1, 7, 2**31 - 1)]
+    experts = [(entries["experts_and_chosen"][1] + 4 * i, value) for i in range(4) for value in (0, 3, 5, -1)]
+    ends = [(entries["tokenizer.ends"][1] + 4 * i, value) for i in (4, 256) for value in (0, 2**30, -1)]
+    scale = [(entries["embed.scale"][0] + export_c.ENTRY.size - 16, value) for value in (0, 3, -1)]  # its columns
+    for place, value in [*header, *experts, *ends, *scale]:
+        survives(export_c.seal(small[:place] + struct.pack("<i", value) + small[place + 4 :]))
