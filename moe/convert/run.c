@@ -206,7 +206,7 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
         layer->mlp = mlp_of(m, h->d_ff, h->bias, "mlp");
         return;
     }
-    if (n_experts > MOST || n_chosen < 1 || n_chosen > n_experts || n_experts % h->groups ||
+    if (n_experts > MOST || n_chosen < 1 || n_experts % h->groups ||
         n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)
         broken(m, "a layer chooses more experts than it has");
     layer->n_experts = (int)n_experts, layer->n_chosen = (int)n_chosen;
