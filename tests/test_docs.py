@@ -48,6 +48,7 @@ SMALLER = {
     "compare": TRAINING,
     "coverage": "studies=20 out=rows.jsonl",
     "bench": BENCH,
+    "evaluate": "",
     "export": "",
     "generate": "max_new=3",
     "gpu_evidence": "--stage kernels",

@@ -31,6 +31,7 @@ RESAMPLES = 2000
 FEW = 10  # documents below which windows are resampled
 HURT = 10  # tokens that are named
 DRAWS = 3  # of random experts
+CELLS = 2**24  # units of several resamples at a time
 
 
 class Variant(NamedTuple):
@@ -177,28 +178,46 @@ def _all(losses: Losses) -> np.ndarray:
 
 
 def differences(losses: Losses, mask_T: np.ndarray) -> list[Difference]:
-    """Of the tokens in the mask, every variant's difference: the mean over tokens, and a bootstrap interval over units
-    (documents are drawn with all their tokens, 2000 times; the ratio of sums is the statistic). With few units
-    percentiles are too narrow, by what separates the normal from Student's t; they are widened by it (Hesterberg,
-    1411.5279, expanded percentiles)."""
+    """Of the tokens in the mask, every variant's difference: the mean over tokens, with its interval (`ratios`)."""
     unit_T, before_T, after_QT = losses.unit_T[mask_T], losses.before_T[mask_T], losses.after_QT[:, mask_T]
     _, unit_T, count_U = np.unique(unit_T, return_inverse=True, return_counts=True)
     n, n_tokens = len(count_U), len(unit_T)
     sums = lambda value_T: np.bincount(unit_T, value_T, minlength=n)
     before = float(before_T.mean(dtype=np.float64))
     risen_QU = np.stack([sums(after_T.astype(np.float64) - before_T) for after_T in after_QT])
-    mean_Q = risen_QU.sum(1) / n_tokens
-    low_Q, high_Q = mean_Q - math.inf, mean_Q + math.inf
-    if n > 1:
-        weight_UR = np.random.default_rng(n).multinomial(n, [1 / n] * n, RESAMPLES).T.astype(np.float64)
-        deviation_QR = risen_QU @ weight_UR / (count_U @ weight_UR) - mean_Q[:, None]
-        tail = (1 + CONFIDENCE) / 2
-        widen = stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail) * math.sqrt(n / (n - 1))
-        low_Q, high_Q = mean_Q + widen * np.quantile(deviation_QR, [1 - tail, tail], axis=1)
+    mean_Q, low_Q, high_Q = ratios(risen_QU, count_U)
     return [
         Difference(before, before + mean, mean, low, high, n_tokens, n)
         for mean, low, high in zip(mean_Q.tolist(), low_Q.tolist(), high_Q.tolist(), strict=True)
     ]
+
+
+def ratios(sum_QU: np.ndarray, count_U: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over counts with a 95% bootstrap interval over units, (Q,) each: a unit, such as a document, is drawn with
+    all that it has, 2000 times, and the ratio of sums is the statistic. With few units percentiles are too narrow, by
+    what separates the normal from Student's t; they are widened by it (Hesterberg, 1411.5279, expanded percentiles).
+    Infinite where there is a single unit, or a resample counts nothing."""
+    n = len(count_U)
+    value_Q = sum_QU.sum(1) / count_U.sum()
+    low_Q, high_Q = value_Q - math.inf, value_Q + math.inf
+    generator, at_once = np.random.default_rng(n), max(1, CELLS // n)
+    if n == 1:
+        return value_Q, low_Q, high_Q
+    # Resamples, a part at a time: of many units their weights are large.
+    sums, counts = [], []
+    for start in range(0, RESAMPLES, at_once):
+        weight_UR = generator.multinomial(n, [1 / n] * n, min(at_once, RESAMPLES - start)).T.astype(np.float64)
+        sums.append(sum_QU @ weight_UR)
+        counts.append(count_U @ weight_UR)
+    count_R = np.concatenate(counts)
+    if not count_R.all():
+        return value_Q, low_Q, high_Q
+    # Their percentiles, widened.
+    deviation_QR = np.concatenate(sums, 1) / count_R - value_Q[:, None]
+    tail = (1 + CONFIDENCE) / 2
+    widen = stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail) * math.sqrt(n / (n - 1))
+    low_Q, high_Q = value_Q + widen * np.quantile(deviation_QR, [1 - tail, tail], axis=1)
+    return value_Q, low_Q, high_Q
 
 
 def most_hurt(losses: Losses, q: int, most: int) -> list[Hurt]:

@@ -80,14 +80,7 @@ def trace_hf(source: Path, what: What, folder: Path, stream: bool = False, say: 
         model = Transformer(settings, router)
     check(f"hf={source}", model, router)
     # The text comes first: the weights may take long.
-    tokenizer = tokenizer_of(what, source, settings.vocab_size, say)
-    with tempfile.TemporaryDirectory() as place:
-        if tokenizer:
-            (Path(place) / "tokenizer").mkdir()
-            tokenizer.save(Path(place) / "tokenizer")
-        context = what.context or min(settings.context, LONGEST)
-        saved = TokenizerConfig("saved", path=place)
-        windows = windows_of(what, model.cfg, tokenizer, what.data or DataConfig(), saved, context, say)
+    tokenizer, windows = windows_of_hf(what, source, settings, say)
     about = about_of(str(source), "", model, tokenizer, windows, what, weights_in(source))
     if not stream:
         return trace_whole(folder, hf_weights.load(source).eval(), windows, about)
@@ -106,6 +99,20 @@ def windows_of_run(what: What, cfg: Config, tokenizer: Tokenizer, say: Say = ter
     return windows_of(what, cfg.model, tokenizer, data, settings, what.context or cfg.model.context, say)
 
 
+def windows_of_hf(
+    what: What, source: Path, model: ModelConfig, say: Say = terminal.say
+) -> tuple[Tokenizer | None, Windows]:
+    """The tokenizer of a folder of transformers, as in `tokenizer_of`, and the text that is asked for."""
+    tokenizer = tokenizer_of(what, source, model.vocab_size, say)
+    with tempfile.TemporaryDirectory() as place:
+        if tokenizer:
+            (Path(place) / "tokenizer").mkdir()
+            tokenizer.save(Path(place) / "tokenizer")
+        context = what.context or min(model.context, LONGEST)
+        saved = TokenizerConfig("saved", path=place)
+        return tokenizer, windows_of(what, model, tokenizer, what.data or DataConfig(), saved, context, say)
+
+
 def check(source: str, model: Transformer, router: RouterConfig) -> None:
     """Raise `BadInput` for a model without routes."""
     if model.cfg.moe is None:
@@ -122,7 +129,7 @@ def tokenizer_of(what: What, folder: Path, vocab_size: int, say: Say) -> Tokeniz
     except BadInput as error:
         if Path(what.text).suffix == ".npy":
             return None
-        raise BadInput(f"{str(error).rstrip('.')}; without it a trace takes token ids: text=IDS.npy.") from error
+        raise BadInput(f"{str(error).rstrip('.')}; without it the text is token ids: text=IDS.npy.") from error
     for difference in differences:
         say(f"warning: {difference}")
     if tokenizer.vocab_size > vocab_size:

@@ -1,5 +1,6 @@
 """A model used without training it.
 
 evaluate  loss and bits per byte, by domain; causality
+scores    the same of any text, with intervals over documents
 generate  sampling and next-token probabilities
 """

@@ -51,7 +51,7 @@ def evaluate(
     Bits per byte count the text's own bytes: the end-of-text token has none, and its loss counts."""
     context, split = model.cfg.context, dataset.split("val")
     device = next(model.parameters()).device
-    text = TextTally(dataset, device)
+    text = TextTally(dataset.domains, dataset.tokenizer.token_bytes, device)
     layers = [LayerTally(layer, model.cfg, dataset, device) for layer in moe_layers(model.cfg)]
     starts = validation_starts(split, context, n_tokens)
     for chunk in np.array_split(starts, math.ceil(len(starts) / batch_size)):
@@ -71,21 +71,23 @@ def evaluate(
 class TextTally:
     """Nats, tokens and bytes by domain, and the loss of every window, summed over batches on the device."""
 
-    def __init__(self, dataset: Dataset, device: torch.device) -> None:
-        self.domains = dataset.domains
-        self.bytes_V = torch.from_numpy(dataset.tokenizer.token_bytes).to(device)
-        zeros = lambda: torch.zeros(len(dataset.domains), dtype=torch.float64, device=device)
+    def __init__(self, domains: list[str], bytes_V: np.ndarray, device: torch.device) -> None:
+        """`bytes_V`: how many bytes of text each token is."""
+        self.domains = domains
+        self.bytes_V = torch.from_numpy(bytes_V).to(device)
+        zeros = lambda: torch.zeros(len(domains), dtype=torch.float64, device=device)
         self.nats, self.tokens, self.bytes = zeros(), zeros(), zeros()  # by domain
         self.windows: list[Tensor] = []
 
-    def add(self, logits_BSV: Tensor, targets_BS: Tensor, domain_BS: Tensor) -> None:
-        """A batch; `domain_BS` says whose text each target is."""
+    def add(self, logits_BSV: Tensor, targets_BS: Tensor, domain_BS: Tensor) -> Tensor:
+        """A batch; `domain_BS` says whose text each target is. Returns every target's nats, (B, S) float64."""
         domain_T = domain_BS.flatten().long()
         loss_BS = next_token_loss(logits_BSV, targets_BS, reduction="none").double()
         self.windows.append(loss_BS.mean(-1))
         self.nats.index_add_(0, domain_T, loss_BS.flatten())
         self.tokens.index_add_(0, domain_T, torch.ones_like(domain_T, dtype=torch.float64))
         self.bytes.index_add_(0, domain_T, self.bytes_V[targets_BS.flatten()].double())
+        return loss_BS
 
     def n_tokens(self) -> int:
         """Targets so far."""

@@ -160,7 +160,7 @@ def test_without_a_tokenizer_a_folder_takes_token_ids_and_says_so(theirs, tmp_pa
         _trace(monkeypatch, capsys, f"hf={folder}", f"out={tmp_path / 't'}")
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "has no tokenizer.json" in line
-    assert line.endswith("without it a trace takes token ids: text=IDS.npy.")
+    assert line.endswith("without it the text is token ids: text=IDS.npy.")
     ids = np.random.default_rng(0).integers(0, 256, 100).astype(np.uint16)
     np.save(tmp_path / "ids.npy", ids)
     _trace(monkeypatch, capsys, f"hf={folder}", f"out={tmp_path / 't'}", f"text={tmp_path / 'ids.npy'}", "context=16")
