@@ -83,6 +83,7 @@ def folder(tmp_path_factory):
         (domain / f"{i}.txt").write_text(f"{i} {paragraph}")
     (folder / ".venv").symlink_to(folder / "texts")
     (folder / "my_router.py").write_text(EXAMPLE)
+    shutil.copy(README, folder)
     return folder
 
 

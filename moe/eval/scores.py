@@ -106,9 +106,9 @@ def sums(
 ) -> Units:
     """A batch's targets summed by window, document and domain."""
     keys_3T = np.stack([window_BS, doc_BS, domain_BS]).reshape(3, -1)
-    keys_3U, unit_T, tokens_U = np.unique(keys_3T, axis=1, return_inverse=True, return_counts=True)
-    unit_T = unit_T.ravel()
-    return Units(*keys_3U, tokens_U, np.bincount(unit_T, nats_BS.ravel()), np.bincount(unit_T, bytes_BS.ravel()))
+    (window_U, doc_U, domain_U), unit_T, tokens_U = np.unique(keys_3T, axis=1, return_inverse=True, return_counts=True)
+    nats_U, bytes_U = (np.bincount(unit_T.ravel(), value_BS.ravel()) for value_BS in (nats_BS, bytes_BS))
+    return Units(window_U, doc_U, domain_U, tokens_U, nats_U, bytes_U)
 
 
 def scored(domain: str | None, score: Score, part: Units, by_document: bool, has_bytes: bool) -> Scored:
