@@ -54,6 +54,19 @@ def test_a_runs_own_validation_text_has_the_numbers_of_its_summary(run, tmp_path
     assert f"{val.bpb:.4f}" in row
 
 
+def test_a_router_that_chooses_among_a_batch_gets_the_batches_of_the_validation(corpus, tmp_path, monkeypatch, capsys):
+    changes = {
+        "router.name": "expert-choice",
+        "balance.aux": 0.0,
+        "balance.z": 0.0,
+        "train.steps": 2,
+        "optim.warmup": 0,
+    }
+    train(settings(corpus, str(tmp_path / "run"), changes | {"train.eval_tokens": 700}))
+    _evaluate(monkeypatch, capsys, f"run={tmp_path / 'run'}", "which=last", f"out={tmp_path / 'o'}")
+    assert _numbers(_lines(tmp_path / "o")) == _scores(read_summary(tmp_path / "run").val, 672)
+
+
 def test_any_checkpoint_has_the_numbers_that_were_logged_at_its_step(run, tmp_path, monkeypatch, capsys):
     logged = {line.step: line.val for line in read_metrics(run) if line.val}
     steps = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
