@@ -7,7 +7,7 @@ What each fault is: experiments/suites/faults.py. Healthy runs of five routers a
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
@@ -17,47 +17,42 @@ from experiments.suites.faults import STEPS, measure
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 
 
 @dataclass
 class AlarmsConfig:
     """How many runs of each kind."""
 
-    seeds: str = "0,1,2,3"  # of every fault and of every healthy router, with commas
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # of every fault and of every healthy router
     steps: int = STEPS  # of every run; of fewer than 150 nothing can be said
     out: str = ""  # a file of what every run was told, as JSON lines; "": none
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise BadInput(f"steps={self.steps} is out of range: accepted is at least 1.")
-        if not self.numbers():
-            raise BadInput(f"seeds={self.seeds} must be numbers with commas, such as 0,1,2,3.")
-
-    def numbers(self) -> list[int]:
-        """The seeds; none where they are not numbers."""
-        words = self.seeds.split(",")
-        return [int(word) for word in words] if all(word.strip().isdecimal() for word in words) else []
+        if not self.seeds or min(self.seeds) < 0:
+            raise BadInput(
+                f"seeds={self.seeds} is out of range: accepted are numbers of at least 0, such as [0,1,2,3]."
+            )
 
 
-@cli.command("alarms", AlarmsConfig, verbatim=("seeds", "out"))
+@cli.command("alarms", AlarmsConfig, verbatim=("out",))
 def main(cfg: AlarmsConfig) -> None:
     """Train, print, and keep."""
     words = [
-        f"{name}={getattr(cfg, name)}"
+        f"{name}={str(value).replace(' ', '')}"
         for name in ("seeds", "steps")
-        if getattr(cfg, name) != getattr(AlarmsConfig, name)
+        if (value := getattr(cfg, name)) != getattr(AlarmsConfig(), name)
     ]
     facts = {"command": command_line("alarms", *words, f"out={cfg.out}"), **machine.git_state()._asdict()}
-    rows = measure(cfg.numbers(), terminal.say, cfg.steps)
+    rows = measure(cfg.seeds, terminal.say, cfg.steps)
     tables.print_table(BY_FAULT, fault_rows(rows))
     tables.print_table(BY_ALARM, alarm_rows(rows))
     if cfg.out:
-        path = Path(cfg.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
         as_dict = lambda row: row._asdict() | {"alarms": [dataclasses.asdict(alarm) for alarm in row.alarms]}
-        write_atomically(path, "".join(to_text(as_dict(row) | facts) + "\n" for row in rows))
-        terminal.say(f"rows: {path}")
+        write_lines(Path(cfg.out), (as_dict(row) | facts for row in rows))
+        terminal.say(f"rows: {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from moe.config.run import Config, validate
 from moe.config.train import TrainConfig
 from moe.errors import BadInput
 from moe.run import machine, terminal
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 
 SUITES = ("train_step", "routing", "memory", "tracing", "watching", "page", "kernels", "layer", "tune")
 INSTEAD = (
@@ -205,9 +205,7 @@ def train_step(cfg: BenchConfig, device: torch.device) -> None:
     common = facts.facts(device) | {"threads": torch.get_num_threads()}
     rows = [row | common for row in train_step_suite.measured(settings)]
     tables.print_table(*train_step_suite.table(rows))
-    out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(to_text(row) + "\n" for row in rows))
+    write_lines(Path(cfg.out), rows)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from moe.eval.evaluate import causal_leak
 from moe.model.transformer import Transformer
 from moe.run import terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import read_records, to_text, write_atomically
+from moe.run.jsonl import read_records, write_atomically, write_lines
 from moe.run.load import load_run
 from moe.run.summary import Summary, read_metrics
 
@@ -122,8 +122,7 @@ def keep(path: Path, rows: list[Row], jobs: list[Job], new: list[Row]) -> list[R
     """Write the lines: of this study's runs alone, in its order. Returns them."""
     by_id = {row.id: row for row in [*rows, *new]}
     kept = [by_id[job.id] for job in jobs if job.id in by_id]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(to_text(dataclasses.asdict(row)) + "\n" for row in kept))
+    write_lines(path, map(dataclasses.asdict, kept))
     return kept
 
 

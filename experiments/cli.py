@@ -273,6 +273,11 @@ def keys_given() -> list[str]:
     return keys_of(HydraConfig.get().overrides.task)
 
 
+def gives(group: str) -> bool:
+    """Whether the command line of the running command gives a group, or one of its settings."""
+    return any(key == group or key.startswith(f"{group}.") for key in keys_given())
+
+
 def keys_of(overrides: Sequence[str]) -> list[str]:
     """The settings and groups that a command line's words give, by their keys."""
     return [override.lstrip("+~").partition("=")[0] for override in overrides]

@@ -15,7 +15,7 @@ from experiments.stats.simulation import simulate
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 
 
 @dataclass
@@ -47,10 +47,8 @@ def main(cfg: CoverageConfig) -> None:
     if cfg.out:
         words = [f"studies={cfg.studies}"] if cfg.studies != CoverageConfig.studies else []
         facts = {"command": command_line("coverage", *words, f"out={cfg.out}"), **machine.git_state()._asdict()}
-        path = Path(cfg.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(to_text(dataclasses.asdict(line) | facts) + "\n" for line in lines))
-        terminal.say(f"rows: {path}")
+        write_lines(Path(cfg.out), (dataclasses.asdict(line) | facts for line in lines))
+        terminal.say(f"rows: {cfg.out}")
 
 
 if __name__ == "__main__":

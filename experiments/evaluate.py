@@ -30,7 +30,7 @@ from moe.errors import BadInput
 from moe.eval.scores import Interval, Scored, score
 from moe.model import dispatch
 from moe.run import machine, terminal
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 from moe.run.load import find_checkpoint, load_run
 
 HEADINGS = ("text", "loss", "95% interval", "bits per byte", "95% interval", "tokens")
@@ -73,8 +73,7 @@ def main(cfg: EvaluateConfig) -> None:
     # What cannot be is refused before anything runs.
     if cfg.out and Path(cfg.out).exists():
         raise BadInput(f"out={cfg.out} exists: choose another, or move it away.")
-    given = any(key == "data" or key.startswith("data.") for key in cli.keys_given())
-    data = cfg.data if given else None
+    data = cfg.data if cli.gives("data") else None
     # Score, and say it.
     source = cfg.run or cfg.hf
     windows, rows = of_run(cfg, data) if cfg.run else of_hf(cfg, data)
@@ -84,7 +83,7 @@ def main(cfg: EvaluateConfig) -> None:
     tables.print_table(HEADINGS, [cells(row) for row in rows])
     if cfg.out:
         about = {"source": source, "checkpoint": checkpoint, "sampling": windows.sampling}
-        write(Path(cfg.out), "".join(to_text(about | vars(row)) + "\n" for row in rows))
+        write_lines(Path(cfg.out), (about | vars(row) for row in rows))
         terminal.say(f"lines: {cfg.out}")
 
 
@@ -118,15 +117,6 @@ def cells(row: Scored) -> tuple[str, ...]:
 def interval(of: Interval) -> str:
     """From and to, of what is known."""
     return f"{of.low:.4f} to {of.high:.4f}" if of.high < float("inf") else "unknown"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file and the folders it is in. Raises `BadInput` where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise BadInput(f"out={path} cannot be written ({error.strerror or error}).") from error
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ class InspectorConfig:
 def main(cfg: InspectorConfig) -> None:
     """Trace what is not traced yet, say what was seen, and write the page."""
     out = Path(cfg.out or f"{cfg.run}/inspector")
-    given = any(key == "data" or key.startswith("data.") for key in cli.keys_given())
-    what = What(cfg.text, cfg.tokens, data=cfg.data if given else None)
+    what = What(cfg.text, cfg.tokens, data=cfg.data if cli.gives("data") else None)
     if cfg.trace:
         looks = [look_at(Trace(Path(cfg.trace)), what, cfg)]
     elif cfg.hf:

@@ -29,7 +29,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer
 from moe.run import machine, terminal
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 from moe.run.load import find_checkpoint, load_run
 
 HEADINGS = ("", "before", "after", "difference", "95% interval", "tokens")
@@ -117,7 +117,7 @@ def main(cfg: InterveneConfig) -> None:
     show(told, batches, tokenizer)
     if cfg.out:
         about = {"run": cfg.run, "checkpoint": checkpoint, "sampling": windows.sampling}
-        write_atomically(Path(cfg.out), "".join(to_text(about | vars(effect)) + "\n" for effect in told))
+        write_lines(Path(cfg.out), (about | vars(effect) for effect in told))
         terminal.say(f"lines: {cfg.out}")
 
 

@@ -65,16 +65,16 @@ def sections() -> dict[str, str]:
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
         "alarms": alarms([json.loads(line) for line in (RESULTS / "alarms.jsonl").read_text().splitlines()]),
-        "page": answered(cases.read(RESULTS / "page.jsonl")),
+        "page": by_suite(page, "page"),
         "uneven": f"```\n{(RESULTS / 'uneven.txt').read_text()}```\n",
         "even": f"```\n{(RESULTS / 'even.txt').read_text()}```\n",
-        "watching": watched(cases.read(RESULTS / "watching.jsonl")),
+        "watching": by_suite(watching, "watching"),
         "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
         "trust": trust([json.loads(line) for line in (RESULTS / "trust.jsonl").read_text().splitlines()]),
         "caveats": markdown(trust_table.CANNOT, trust_table.caveat_rows(), 2),
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "streamed": streamed_presets(),
-        "tracing": traced(cases.read(RESULTS / "tracing.jsonl")),
+        "tracing": by_suite(tracing, "tracing"),
         "watch": f"```\n{(RESULTS / 'watch.txt').read_text()}```\n",
         "next": f"```\n{printed}```\n",
     }
@@ -155,18 +155,11 @@ def alarms(rows: list[dict[str, Any]]) -> str:
     return f"{by_fault}\n{by_alarm}\n`{rows[0]['command']}`, {commit(rows[0])}\n"
 
 
-def watched(rows: list[dict[str, Any]]) -> str:
-    """What looking on costs a step."""
-    first = rows[0]
-    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
-    return f"{markdown(watching.HEADINGS, map(watching.cells, rows))}\n`{first['command']}`; {where}\n"
-
-
-def answered(rows: list[dict[str, Any]]) -> str:
-    """How soon the inspector's page answers."""
-    first = rows[0]
-    where = f"{first['device']}, {commit(first)}"
-    return f"{markdown(page.HEADINGS, map(page.cells, rows))}\n`{first['command']}`; {where}\n"
+def by_suite(suite: Any, name: str) -> str:
+    """The rows of a suite, as its own table has them."""
+    rows = cases.read(RESULTS / f"{name}.jsonl")
+    where = f"{rows[0]['device']}, torch {rows[0]['versions']['torch']}, {commit(rows[0])}"
+    return f"{markdown(suite.HEADINGS, map(suite.cells, rows))}\n`{rows[0]['command']}`; {where}\n"
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:
@@ -180,13 +173,6 @@ def planned_memory(rows: list[dict[str, Any]]) -> str:
     table = markdown((*memory.HEADINGS, "by the others"), lines)
     where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
     return f"{table}\n{off}\n\n`{first['command']}`; {where}\n"
-
-
-def traced(rows: list[dict[str, Any]]) -> str:
-    """What traces took."""
-    first = rows[0]
-    where = f"{first['device']}, torch {first['versions']['torch']}, {commit(first)}"
-    return f"{markdown(tracing.HEADINGS, map(tracing.cells, rows))}\n`{first['command']}`; {where}\n"
 
 
 def streamed_presets() -> str:

@@ -26,7 +26,7 @@ from moe.errors import BadInput
 from moe.model import cost
 from moe.run import terminal
 from moe.run.command_line import command_line
-from moe.run.jsonl import read_records, to_text, write_atomically
+from moe.run.jsonl import read_records, write_atomically, write_lines
 
 EXPERIMENT = "scaling"
 PAGE = "docs/scaling.md"
@@ -174,8 +174,7 @@ def keep(path: Path, lines: list[Row], jobs: list[Job], new: list[Row]) -> list[
     """Write the lines, this family's first and in its order, other families' after them. Returns this family's."""
     by_id = {line.id: line for line in [*lines, *new]}
     kept = [by_id.pop(job.id) for job in jobs if job.id in by_id]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(to_text(dataclasses.asdict(line)) + "\n" for line in [*kept, *by_id.values()]))
+    write_lines(path, map(dataclasses.asdict, [*kept, *by_id.values()]))
     return kept
 
 

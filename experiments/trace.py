@@ -77,8 +77,7 @@ class TraceConfig:
 def main(cfg: TraceConfig) -> None:
     """Trace, and say what was written."""
     folder = Path(cfg.out)
-    given = any(key == "data" or key.startswith("data.") for key in cli.keys_given())
-    what = What(cfg.text, cfg.tokens, cfg.batch_size, cfg.context, cfg.data if given else None)
+    what = What(cfg.text, cfg.tokens, cfg.batch_size, cfg.context, cfg.data if cli.gives("data") else None)
     if cfg.records:
         writer = records.write_trace(Path(cfg.records), cfg.format, folder, cfg.n_experts)
     elif cfg.run:

@@ -53,7 +53,7 @@ SMALLER = {
     "generate": "max_new=3",
     "gpu_evidence": "--stage kernels",
     "import_hf": "",
-    "alarms": "seeds=0 steps=3 out=rows.jsonl",
+    "alarms": "seeds=[0] steps=3 out=rows.jsonl",
     "inspector": "tokens=64",
     "intervene": "tokens=64",
     "plan": "model.context=32 train.batch_size=2",

@@ -339,13 +339,10 @@
   }
 
   function drawDomains() {
-    const { domains, n_experts, k } = run();
-    const chance = k / n_experts[state.layer];
-    const { ofDomain } = loads[state.run];
-    const perToken = (d) => (k * ofDomain[state.layer][d] ? 1 : 0);
+    const { domains, n_experts } = run();
     $("domains-said").textContent = domains.length < 2
       ? "The text has one domain: there is nothing to compare."
-      : `Of ${layerName(state.layer)}: a row per domain, a column per expert. Without any preference an expert takes ${percent(chance)} of every domain’s tokens (K/E).`;
+      : `Of ${layerName(state.layer)}: a row per domain, a column per expert. 1 is no preference, whatever the expert’s load.`;
     maps.domain.draw(domains.length < 2 ? null : {
       rows: domains.length,
       columns: n_experts[state.layer],
@@ -354,9 +351,8 @@
       columnName: String,
       say: (d, e) => {
         const lift = domainLift(state.layer, d, e);
-        const share = perToken(d) ? (k * at("domain", state.layer, d, e)) / ofDomain[state.layer][d] : 0;
         const range = has("lift/low") ? ` (95% interval ${times(at("lift/low", state.layer, e, d) / run().scale)} to ${times(at("lift/high", state.layer, e, d) / run().scale)})` : "";
-        return `${domains[d]}, expert ${e}: takes ${percent(share)} of its tokens (K/E is ${percent(chance)}), ${lift === null ? "no rows" : times(lift)} times as often as anything${range}`;
+        return `${domains[d]}, expert ${e}: ${lift === null ? "no rows" : `taken ${times(lift)} times as often as anything`}${range}`;
       },
       chosen: null,
       marked: run().earned.filter((name) => name.layer === state.layer).map((name) => [name.domain, name.expert]),

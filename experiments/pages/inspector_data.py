@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.pages.inspector_tables import Look
 from experiments.pages.packed import Pack, index_kind
+from moe.analysis.history import spread
 from moe.analysis.inspection import Inspection, LayerView
 from moe.data.tokenizer import Tokenizer
 from moe.run.terminal import printable
@@ -68,7 +69,7 @@ def packed(pack: Pack, i: int, look: Look) -> dict[str, Any]:
         add(f"text/{name}", array)
     history = look.history
     if history and len(history.load_steps):
-        steps_N = thin(len(history.load_steps), HISTORY_BYTES // max(1, 2 * history.load_NLE[0].size))
+        steps_N = spread(range(len(history.load_steps)), HISTORY_BYTES // (2 * history.load_NLE[0].size))
         load_NLE = np.nan_to_num(history.load_NLE[steps_N])
         add("history/load", np.round(load_NLE * SCALE).clip(0, 2**16 - 1).astype(np.uint16))
         add("history/load_steps", np.array(history.load_steps, np.int32)[steps_N])
@@ -169,13 +170,8 @@ def text_rows(inspection: Inspection) -> np.ndarray:
     start_W = np.flatnonzero(np.diff(tokens.window, prepend=NONE))
     size = len(tokens.token) // len(start_W)
     bytes_of_token = 3 * routes.expert_TLK[0].size + 8
-    chosen = thin(len(start_W), max(1, TEXT_BYTES // (bytes_of_token * size)))
-    return np.flatnonzero(np.isin(tokens.window, tokens.window[start_W[chosen]]))
-
-
-def thin(n: int, most: int) -> np.ndarray:
-    """At most so many of n places, spread evenly."""
-    return np.linspace(0, n - 1, min(n, max(1, most))).round().astype(int)
+    start_W = np.array(spread(start_W.tolist(), TEXT_BYTES // (bytes_of_token * size)))
+    return np.flatnonzero(np.isin(tokens.window, tokens.window[start_W]))
 
 
 def text_arrays(inspection: Inspection, row_N: np.ndarray, strings: Strings) -> dict[str, np.ndarray]:

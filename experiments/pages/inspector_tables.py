@@ -210,12 +210,11 @@ def names_table(look: Look) -> SmallTable | None:
         (
             f"layer {layers[name.layer]}, expert {name.expert}", printable(domains[name.domain]),
             f"{name.lift:.1f} ({name.lift_low:.1f} to {name.lift_high:.1f})",
-            f"{name.share:.0%} ({name.share_low:.0%} to {name.share_high:.0%})", f"{name.p:.3f}",
-            f"{name.p_of_tokens:.3f}",
+            f"{name.p:.3f}", f"{name.p_of_tokens:.3f}",
         )
         for name in sorted(look.evidence.earned(), key=lambda name: -name.lift)
     ]  # fmt: skip
-    headings = ("expert", "domain", "times as often as anything", "of the domain’s tokens", "p", "p beyond tokens")
+    headings = ("expert", "domain", "times as often as anything", "p", "p beyond tokens")
     return SmallTable(headings, rows)
 
 

@@ -35,7 +35,7 @@ from experiments.suites.cases import Case, Wrong
 from experiments.suites.shapes import Shape
 from kernels import tuning
 from kernels.tuning import Tile
-from moe.run.jsonl import to_text, write_atomically
+from moe.run.jsonl import write_lines
 
 HEADINGS = ("use", "type", "load", "tile", "µs", "over the present")
 CHANGES = ("use", "type", "load", "present tile", "µs", "best tile", "µs", "is")
@@ -295,7 +295,7 @@ def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def conclude(rows: Sequence[dict[str, Any]], device: torch.device, path: Path) -> None:
     """Write the best tiles to `path`, print what would change against the present table, and count what was skipped."""
     chosen = best(rows)
-    write_atomically(path, "".join(to_text(row) + "\n" for row in chosen))
+    write_lines(path, chosen)
     changes = []
     for row in chosen:
         gain, old = row["present_us"] / row["us"], present(device, row["use"], row["type"], row["load"])

@@ -119,7 +119,7 @@ class Doctor:
     def __init__(self, fair: dict[int, float] | None = None) -> None:
         self.fair = fair or {}
         self.series: dict[tuple[str, int], _Series] = {}
-        self.losses: deque[float] = deque(maxlen=50)
+        self.losses: deque[float] = deque(maxlen=WINDOW)
         self.spiked = -math.inf  # step
 
     def catch_up(self, lines: Iterable[MetricsLine]) -> "Doctor":

@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
 
 def findings(inspection: Inspection) -> list[Finding]:
-    """What stands out, the worst first, at most the worst of a kind and layer."""
+    """What stands out, the worst first."""
     told = [finding for view in inspection.layers for finding in of_layer(view)]
     return sorted(told, key=lambda finding: -finding.severity)
 

@@ -3,15 +3,17 @@
 Letters beyond the glossary: L the MoE layers, N steps that have a record.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from moe.analysis.heat_map import ratios
 from moe.errors import BadInput
 from moe.run import jsonl
-from moe.run.summary import Alarm, read_metrics
+from moe.run.summary import Alarm, StepCounts, read_metrics
 
 T = TypeVar("T")
 
@@ -42,23 +44,19 @@ def read_history(folder: Path, most: int = 400) -> History:
     layers = [layer.layer for layer in routed[0].layers or []] if routed else []
     # Loads, of the steps that have them.
     path = folder / "routing" / "counts.jsonl"
-    records = thinned(jsonl.read_lines(path) if path.is_file() else [], most)
-    widths = [len(count_E) for count_E in records[0]["counts"]] if records else []
-    load_NLE = np.full((len(records), len(widths), max(widths, default=0)), np.nan)
-    for n, line in enumerate(records):
-        if [len(count_E) for count_E in line["counts"]] != widths:
-            raise BadInput(f"{path} is damaged: step {line['step']} has other layers or experts than the first.")
-        for i, count_E in enumerate(line["counts"]):
-            fair = sum(count_E) / widths[i]
-            load_NLE[n, i, : widths[i]] = np.array(count_E) / fair if fair else 0.0
+    records = spread(jsonl.read_records(StepCounts, path), most)
+    widths = [len(count_E) for count_E in records[0].counts] if records else []
+    for record in records:
+        if [len(count_E) for count_E in record.counts] != widths:
+            raise BadInput(f"{path} is damaged: step {record.step} has other layers or experts than the first.")
     # Metrics of the layers.
-    routed = thinned(routed, most)
+    routed = spread(routed, most)
     column = lambda name: np.array([[getattr(layer, name) for layer in line.layers or []] for line in routed])
     effective_NL = column("effective_experts") / np.array(widths or 1) if routed else np.zeros((0, 0))
     return History(
         layers=layers,
-        load_steps=[line["step"] for line in records],
-        load_NLE=load_NLE,
+        load_steps=[record.step for record in records],
+        load_NLE=np.stack([ratios(record.counts) for record in records]) if records else np.zeros((0, 0, 0)),
         steps=[line.step for line in routed],
         max_vio_NL=column("max_vio") if routed else np.zeros((0, 0)),
         effective_NL=effective_NL,
@@ -68,8 +66,7 @@ def read_history(folder: Path, most: int = 400) -> History:
     )
 
 
-def thinned(values: list[T], most: int) -> list[T]:
-    """At most so many of a list, spread evenly, the last among them."""
-    if len(values) <= most:
-        return values
-    return [values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int)]
+def spread(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of a list, at least one, spread evenly with both ends."""
+    places = np.linspace(0, len(values) - 1, min(len(values), max(1, most))).round().astype(int)
+    return [values[i] for i in places]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from moe.analysis import metrics, placement, specialisation
+from moe.analysis.history import spread
 from moe.analysis.trace import About, Trace
 from moe.errors import BadInput
 from moe.routing.contract import DROPPED
@@ -133,9 +134,8 @@ def read(trace: Trace, most: int) -> tuple[Tokens, Routes]:
     # Which windows: all of them, or as many as there is room for.
     start_W = np.flatnonzero(np.diff(columns["window"], prepend=-1))
     size = trace.n_tokens // len(start_W)
-    n_windows = min(len(start_W), max(1, most // max(1, size)))
-    chosen_W = np.linspace(0, len(start_W) - 1, n_windows).round().astype(int)
-    keep_T = np.isin(columns["window"], columns["window"][start_W[chosen_W]])
+    start_W = np.array(spread(start_W.tolist(), most // max(1, size)))
+    keep_T = np.isin(columns["window"], columns["window"][start_W])
     # Their routes, a part of the file at a time.
     n_layers, k = len(trace.about.layers), trace.about.k
     parts: list[tuple[np.ndarray, ...]] = []

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.analysis.decisions import router_information, top_k_mass
 from moe.analysis.effects import Effect, Variant, effects, every_expert, keep, measure
 from moe.analysis.interventions import Window, check
 from moe.analysis.redundancy import Redundancy, redundancy
@@ -45,11 +46,6 @@ class Probed:
     decided: list[Decided]
     over_time: OverTime | None  # None where the run has a single checkpoint
 
-    @property
-    def passes(self) -> int:
-        """Experts that were masked."""
-        return len(self.importance)
-
 
 def allowed(model: Transformer, variant: Variant) -> bool:
     """Whether the model can be run so."""
@@ -71,27 +67,21 @@ def keep_few(model: Transformer, windows: Sequence[Window], domains: list[str]) 
 
 @torch.inference_mode()
 def decided(model: Transformer, windows: Iterable[Window]) -> list[Decided]:
-    """Of every MoE layer, batch by batch: what its tokens' probabilities say."""
+    """Of every MoE layer what its tokens' probabilities say. Memory holds them: a float32 per token and expert, as
+    masking every expert has for the losses."""
     layers, routers = moe_layers(model.cfg), model.routers()
-    sums: dict[int, tuple[Tensor, float, float]] = {}  # of the probabilities (E,), of their entropies, of the K largest
-    n_tokens = dict.fromkeys(layers, 0)
+    probs: dict[int, list[Tensor]] = {}
     with Recorder(model, 1) as recorder:
         for read_BS1, *_ in windows:
             recorder.decided.clear()
             model(torch.from_numpy(read_BS1[:, :-1]).to(next(model.parameters()).device))
-            for layer, router, routing in zip(layers, routers, recorder.decided, strict=True):
-                if routing.logits_TE is None:
-                    continue
-                prob_TE = routing.prob_TE().double()
-                entropy = torch.special.entr(prob_TE).sum().item()
-                top = prob_TE.topk(min(router.k, prob_TE.shape[1])).values.sum().item()
-                before = sums.get(layer, (torch.zeros(prob_TE.shape[1], dtype=torch.float64), 0.0, 0.0))
-                sums[layer] = before[0] + prob_TE.sum(0).cpu(), before[1] + entropy, before[2] + top
-                n_tokens[layer] += len(prob_TE)
+            for layer, routing in zip(layers, recorder.decided, strict=True):
+                if routing.logits_TE is not None:
+                    probs.setdefault(layer, []).append(routing.prob_TE().float().cpu())
     told = []
-    for layer, (prob_E, entropy, top) in sums.items():
-        of_mean = torch.special.entr(prob_E / n_tokens[layer]).sum().item()
-        told.append(Decided(layer, of_mean - entropy / n_tokens[layer], top / n_tokens[layer], len(prob_E)))
+    for layer, parts in probs.items():
+        prob_TE, k = torch.cat(parts), min(routers[layers.index(layer)].k, parts[0].shape[1])
+        told.append(Decided(layer, router_information(prob_TE), top_k_mass(prob_TE, k), prob_TE.shape[1]))
     return told
 
 

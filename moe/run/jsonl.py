@@ -10,7 +10,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -87,6 +87,16 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # of a file system that cannot be written
             beside.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a file of these lines, whole or not at all, and the folders that it is in. Raises `BadInput` where that
+    cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(to_text(line) + "\n" for line in lines))
+    except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.pages.inspector_data import Strings, by_experts, packed, passages, shown, text_rows, thin
+from experiments.pages.inspector_data import Strings, by_experts, packed, passages, shown, text_rows
 from experiments.pages.inspector_tables import Look
 from experiments.pages.packed import Pack
 from moe.analysis.inspection import inspect
@@ -48,8 +48,6 @@ def test_whole_windows_are_shown_from_beginning_to_end(inspection, monkeypatch):
     assert (np.unique(windows, return_counts=True)[1] == WINDOW).all()
     assert (windows.min(), windows.max()) == (0, 19)
     assert len(windows) < 320
-    assert thin(10, 3).tolist() == [0, 4, 9]
-    assert thin(2, 5).tolist() == [0, 1]
 
 
 def test_layers_of_several_widths_become_one_array():

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.pages.inspector_page import as_json, render
 from experiments.pages.inspector_tables import Look, words
+from moe.analysis.evidence import weigh
 from moe.analysis.history import History
 from moe.analysis.inspection import inspect
 from moe.data.tokenizer import Tokenizer
@@ -266,6 +267,51 @@ def test_pairs_are_drawn_and_the_last_layer_has_none_after_it(page):
     page.select_option("#layer", "2")
     assert not page.locator("#pair-map").is_visible()
     assert page.locator("#pairs-said").inner_text() == "There is no MoE layer after this one."
+
+
+@needs_browser
+def test_a_domains_expert_is_marked_with_its_lift_and_interval_and_no_share_is_shown(chromium, tmp_path):
+    """In layer 1 expert 6 takes nothing but domain b, whose documents are a third of all."""
+    domain_D = np.arange(60) % 3
+    domain_T, doc_T = (np.repeat(column_D, 4 * WINDOW) for column_D in (domain_D, np.arange(60)))
+    expert_TLK = random_routes(len(doc_T), 2, 8, 1)
+    expert_TLK[:, 1] = np.where(expert_TLK[:, 1] == 6, 7, expert_TLK[:, 1])
+    expert_TLK[(domain_T == 1) & (np.random.default_rng(1).random(len(doc_T)) < 0.4), 1] = 6
+    trace = write_trace(tmp_path / "t", expert_TLK, domain=domain_T, doc=doc_T, domains=["a", "b", "c"])
+    inspection = inspect(trace)
+    path = tmp_path / "index.html"
+    path.write_text(render([Look("named", inspection, None, evidence=weigh(inspection))]), encoding="utf-8")
+    page = opened(chromium, path)
+    page.select_option("#layer", "1")
+    page.locator("#domain-map").focus()
+    for key in ["ArrowDown", *["ArrowRight"] * 6]:
+        page.keyboard.press(key)
+    said = page.locator("#domain-map-said").inner_text()
+    number, low, high = re.fullmatch(
+        r"b, expert 6: taken ([\d.]+) times as often as anything \(95% interval ([\d.]+) to ([\d.]+)\)", said
+    ).groups()
+    assert float(number) == 3.0
+    assert 2.5 < float(low) <= 3.0 <= float(high) < 3.5
+    assert page.said == []
+    # The dot, in the middle of its cell and of no other of the row.
+    dots = page.evaluate(
+        """() => {
+          const [map, over] = document.querySelectorAll("#domain-map canvas");
+          const ink = (c) => over.getContext("2d").getImageData(over.width - 44 * (8 - c) + 22, 26 * 1.5, 1, 1).data[3];
+          return [...Array(8).keys()].filter((c) => ink(c) > 0);
+        }"""
+    )
+    assert dots == [6]
+    rows = page.locator("table", has_text="p beyond tokens").locator("tbody tr").all_inner_texts()
+    assert [row.split("\t")[:2] for row in rows] == [["layer 1, expert 6", "b"]]
+    assert "May be called after b: it takes that 3.0 times" in _card(page, 6)
+    assert "K/E" not in page.locator("body").inner_text()
+
+
+def _card(page, expert):
+    page.fill("#number", str(expert))
+    page.locator("#number").press("Enter")
+    return page.locator("#card").inner_text()
 
 
 @needs_browser

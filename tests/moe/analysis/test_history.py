@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from moe.analysis.history import read_history, thinned
+from moe.analysis.history import read_history, spread
 from moe.errors import BadInput
 from moe.run.summary import Alarm, DomainScore, LayerMetrics, MetricsLine, Validation, line_to_json
 
@@ -43,7 +43,9 @@ def test_of_a_long_run_steps_are_spread_evenly_and_the_last_is_among_them(tmp_pa
     _write(tmp_path, {s: [[1, 1], [1, 1]] for s in range(1, 21)})
     history = read_history(tmp_path, most=5)
     assert history.load_steps == history.steps == [1, 6, 11, 15, 20]
-    assert thinned([1, 2, 3], 3) == [1, 2, 3]
+    assert spread([1, 2, 3], 3) == [1, 2, 3]
+    assert spread([1, 2, 3], 0) == [1]
+    assert spread([], 3) == []
 
 
 def test_layers_of_several_widths_are_padded(tmp_path):
