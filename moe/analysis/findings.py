@@ -15,53 +15,63 @@ TURNING = 0.5  # share of tokens whose margin is under CLOSE
 
 
 class Finding(NamedTuple):
-    """One thing that is not as it should be."""
+    """One thing that is not as it should be, in the layer where it is worst."""
 
     severity: int  # 3 experts are lost, 2 capacity is wasted, 1 to know when reading the figures
-    layer: int  # among all layers
+    kind: str
+    degree: float  # how bad it is, against others of the kind
     text: str
     advice: str  # what to try first; "" where nothing needs to be
 
 
 def findings(inspection: Inspection) -> list[Finding]:
-    """What stands out, the worst first."""
-    told = [finding for view in inspection.layers for finding in of_layer(view)]
+    """What stands out, the worst first: of every kind the worst layer's, with how many others it is so in."""
+    of_kind: dict[str, list[Finding]] = {}
+    for finding in (finding for view in inspection.layers for finding in of_layer(view)):
+        of_kind.setdefault(finding.kind, []).append(finding)
+    told = []
+    for alike in of_kind.values():
+        worst, n_others = max(alike, key=lambda finding: finding.degree), len(alike) - 1
+        also = f" So it is in {n_others} other layer{'s' if n_others > 1 else ''}." if n_others else ""
+        told.append(worst._replace(text=worst.text + also))
     return sorted(told, key=lambda finding: -finding.severity)
 
 
 def of_layer(view: LayerView) -> list[Finding]:
     """What stands out in one layer."""
-    told, layer, m = [], view.layer, view.metrics
-    count_E = view.rows_YE.sum(0)
-    tell = lambda severity, text, advice="": told.append(Finding(severity, layer, f"Layer {layer}: {text}", advice))
+    told: list[Finding] = []
+    m, count_E = view.metrics, view.rows_YE.sum(0)
+
+    def tell(severity: int, kind: str, degree: float, text: str, advice: str = "") -> None:
+        told.append(Finding(severity, kind, degree, f"Layer {view.layer}: {text}", advice))
+
     # Experts that are lost.
     if m.dead:
         numbers = [str(e) for e in range(view.n_experts) if not count_E[e]]
         more = ", …" if m.dead > 8 else ""
-        tell(
-            3,
-            f"{m.dead} of {view.n_experts} experts take no token ({', '.join(numbers[:8])}{more}).",
-            "raise balance.aux tenfold, or use router=sigmoid-bias, which balances by a bias",
-        )
+        text = f"{m.dead} of {view.n_experts} experts take no token ({', '.join(numbers[:8])}{more})."
+        tell(3, "dead", m.dead, text, "raise balance.aux tenfold, or use router=sigmoid-bias, which balances by a bias")
     elif view.starved:
-        advice = "raise balance.aux; or train on: a young router evens out"
-        tell(2, f"{view.starved} of {view.n_experts} experts take less than a tenth of a fair share.", advice)
+        text = f"{view.starved} of {view.n_experts} experts take less than a tenth of a fair share."
+        tell(2, "starved", view.starved, text, "raise balance.aux; or train on: a young router evens out")
     # Capacity that is wasted.
     if m.max_vio > SKEWED:
-        busiest = int(count_E.argmax())
-        tell(2, f"expert {busiest} takes {m.max_vio + 1:.1f} times its fair share.", "raise balance.aux")
+        text = f"expert {int(count_E.argmax())} takes {m.max_vio + 1:.1f} times its fair share."
+        tell(2, "skewed", m.max_vio, text, "raise balance.aux")
     if m.effective_experts < FEW * view.n_experts:
         text = f"the load is as if {m.effective_experts:.1f} of {view.n_experts} experts shared it evenly."
-        tell(2, text, "raise balance.aux, or lower optim.lr: routers that move fast collapse")
+        advice = "raise balance.aux, or lower optim.lr: routers that move fast collapse"
+        tell(2, "few", -m.effective_experts / view.n_experts, text, advice)
     if m.dropped:
-        tell(2, f"{m.dropped:.1%} of the rows find no room.", "raise balance.capacity, or leave it 0")
+        text = f"{m.dropped:.1%} of the rows find no room."
+        tell(2, "dropped", m.dropped, text, "raise balance.capacity, or leave it 0")
     # What to know when reading the figures.
     if view.entropy > UNDECIDED:
         text = f"the router prefers hardly any expert (token entropy is {view.entropy:.1%} of what no preference has)."
-        tell(1, text, "lower balance.aux or balance.z; what an expert takes says little here")
+        tell(1, "undecided", view.entropy, text, "lower balance.aux or balance.z")
     if view.close > TURNING:
         text = f"{view.close:.0%} of the choices are closer than {CLOSE} in probability: another dtype may turn them."
-        tell(1, text)
+        tell(1, "turning", view.close, text)
     return told
 
 

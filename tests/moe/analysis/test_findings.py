@@ -57,3 +57,13 @@ def test_starved_experts_and_lost_rows_are_said(tmp_path):
         "Layer 0: 1 of 8 experts take less than a tenth of a fair share."
     ]
     assert any(text == "Layer 0: 10.0% of the rows find no room." for _, text in told)
+
+
+def test_what_is_so_in_many_layers_is_said_once_of_the_worst(tmp_path):
+    expert_TLK = random_routes(T, 4, 8, 2)
+    for layer, dead in ((1, 2), (2, 5), (3, 1)):
+        expert_TLK[:, layer] = np.where(expert_TLK[:, layer] < dead, 7, expert_TLK[:, layer])
+    told, sentence = _texts(tmp_path, expert_TLK)
+    about_dead = [text for _, text in told if "take no token" in text]
+    assert about_dead == ["Layer 2: 5 of 8 experts take no token (0, 1, 2, 3, 4). So it is in 2 other layers."]
+    assert sentence.startswith(about_dead[0])
