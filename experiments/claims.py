@@ -26,7 +26,7 @@ from experiments.study.manifest import Job, config_of, finished, run_of
 from moe.analysis.decisions import agreement
 from moe.analysis.specialisation import information
 from moe.config.run import Config
-from moe.data.loader import validation_starts
+from moe.data.loader import validation_windows
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.errors import BadInput
@@ -161,7 +161,7 @@ def measure(job: Job, run: Path, cfg: Config, summary: Summary) -> Row:
 def windows(dataset: Dataset, context: int, n: int) -> torch.Tensor:
     """(n, context + 1) tokens of the validation text, spread over it."""
     split = dataset.split("val")
-    read_BS1, _ = split.read(validation_starts(split, context, n * context), context)
+    read_BS1, _ = split.read(validation_windows(split, context, n * context).start_W, context)
     return torch.from_numpy(read_BS1)
 
 

@@ -41,7 +41,7 @@ from moe.config.model import ModelConfig
 from moe.config.parse import ANY, Between, nearest, to_dict
 from moe.config.router import RouterConfig
 from moe.config.run import Config
-from moe.data.loader import validation_starts
+from moe.data.loader import validation_windows
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.errors import BadInput
@@ -242,7 +242,7 @@ def measure_leak(run_cfg: Config, dataset: Dataset) -> float:
     """`moe.eval.evaluate.causal_leak` of a finished run's last model, on two windows of the validation text."""
     model, _, cfg = load_run(Path(run_cfg.run), "last", run_cfg.trust or run_cfg.router.name)
     context, split = cfg.model.context, dataset.split("val")
-    read_BS1, _ = split.read(validation_starts(split, context, 2 * context), context)
+    read_BS1, _ = split.read(validation_windows(split, context, 2 * context).start_W, context)
     place = machine.choose_device(run_cfg.train.device)
     return causal_leak(model.to(place), torch.from_numpy(read_BS1[:, :-1]).to(place))
 

@@ -34,7 +34,6 @@ from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
-from moe.data.loader import Loader
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
@@ -44,7 +43,7 @@ from moe.run import machine, terminal
 from moe.run.folder import check_tokenizer, command_to_resume, create_folder
 from moe.run.load import load_run
 from moe.run.summary import read_summary
-from moe.train.loop import resolve
+from moe.train.loop import loader_of, resolve
 from moe.train.optimizer import build_optimizer
 from moe.train.state import State, save_checkpoint, seed_everything
 
@@ -226,8 +225,7 @@ def _initial_state(cfg: Config, tensors: Tensors, dataset: Dataset) -> State:
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(dataset.tokenizer.eot))
     load_model(model, tensors)
-    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.data_seed(), cfg.data.workers)
-    return State(model, build_optimizer(model, cfg.optim), loader)
+    return State(model, build_optimizer(model, cfg.optim), loader_of(cfg, dataset))
 
 
 if __name__ == "__main__":

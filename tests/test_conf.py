@@ -27,6 +27,7 @@ NEEDS = {
     "balance/bias": ["router=sigmoid-bias"],
     "balance/cv": ["router=noisy"],
     "data/text": ["data.path=texts"],
+    "data/chat": ["data.path=chats.jsonl"],
     "data/huggingface": ["data.path=some/dataset"],
     "tokenizer/saved": ["tokenizer.path=runs/NAME"],
 }

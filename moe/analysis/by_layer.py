@@ -122,7 +122,7 @@ def write(model: Transformer, windows: Iterable[Columns], between: Between, writ
     """The trace, token by token, from what the layers left; with the loss of every token."""
     head_VD = model.embed.weight if model.cfg.tie_embeddings else model.head.weight
     n_batches = len(between.states.places)
-    for i, (read_BS1, domain_BS, doc_BS, pos_BS) in enumerate(windows):
+    for i, (read_BS1, domain_BS, doc_BS, pos_BS, *_) in enumerate(windows):
         logits_BSV = F.linear(model.norm(torch.from_numpy(between.states[i])), head_VD)
         loss_BS = next_token_loss(logits_BSV, torch.from_numpy(read_BS1[:, 1:]), reduction="none")
         columns = (

@@ -112,7 +112,7 @@ def measure(model: Transformer, windows: Iterable[Window], domains: list[str], v
         check(model, variant.changes)
     device = next(model.parameters()).device
     parts, n_tokens, n_windows = [], 0, 0
-    for read_BS1, domain_BS, doc_BS, _ in windows:
+    for read_BS1, domain_BS, doc_BS, *_ in windows:
         tokens_BS, targets_BS = (torch.from_numpy(part).to(device) for part in (read_BS1[:, :-1], read_BS1[:, 1:]))
         with remember(model) as blocks:
             before_BS = _losses(model, tokens_BS, targets_BS)
@@ -252,7 +252,7 @@ def used(model: Transformer, windows: Iterable[Window], n_domains: int) -> list[
     device = next(model.parameters()).device
     layers: list[MoELayer] = [model.blocks[number].mlp for number in moe_layers(model.cfg)]  # type: ignore[misc]
     rows = [np.zeros((n_domains, layer.n_with_cheap), np.int64) for layer in layers]
-    for read_BS1, domain_BS, _, _ in windows:
+    for read_BS1, domain_BS, *_ in windows:
         with torch.inference_mode():
             routing = model(torch.from_numpy(read_BS1[:, :-1]).to(device)).routing
         domain_T = torch.from_numpy(domain_BS.ravel().astype(np.int64))

@@ -35,7 +35,7 @@ from moe.routing.contract import DROPPED, UNUSED, Router, Routing
 KINDS = ("mask", "drop", "swap", "force")
 
 # A batch of text as `moe.analysis.windows.Windows` gives it: tokens (n, S + 1), and domain, document, position (n, S)
-Window = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Window = tuple[np.ndarray, ...]
 Block = tuple[Tensor, LayerRouting | None]  # what one gives: states (B, S, D), and what its router did
 
 

@@ -158,13 +158,13 @@ def windows_of(
     if what.text:
         assert tokenizer, "a text needs a tokenizer"
         return of_text(path, tokenizer, *sizes)
-    return of_corpus(prepare(data, settings, say), *sizes)
+    return of_corpus(prepare(data, settings, say), *sizes, data.whole())
 
 
 def trace_whole(folder: Path, model: Transformer, windows: Windows, about: About) -> Writer:
     """Trace a model that is in memory."""
     with Writer(folder, about) as writer, Recorder(model, about.k) as recorder:
-        for read_BS1, domain_BS, doc_BS, pos_BS in windows:
+        for read_BS1, domain_BS, doc_BS, pos_BS, _ in windows:
             tokens_BS, targets_BS = read_BS1[:, :-1], read_BS1[:, 1:]
             columns = recorder.run(torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS))
             writer.add(Batch(tokens_BS, targets_BS, domain_BS, doc_BS, pos_BS, *columns))

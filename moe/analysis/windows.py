@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.data.loader import validation_starts
+from moe.data.loader import read_windows, validation_windows
 from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -19,35 +19,39 @@ TEXT = "text"  # the domain of a text of one's own
 LONGEST = 512  # tokens of a window of another library's model, if it is not said
 AT_ONCE = 1024  # tokens of a batch, if it is not said
 CHECKED = 1 << 20  # token ids that are looked at together
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Columns = tuple[np.ndarray, ...]
 
 
 @dataclass
 class Windows:
-    """What is traced. Iterating gives batches: tokens (n, S + 1), domain, document and position in it (n, S); and the
-    same ones every time."""
+    """What is traced. Iterating gives batches: tokens (n, S + 1), domain, document and position in it (n, S), and the
+    targets that count (n, S), −1 for others; and the same ones every time."""
 
     context: int  # S
     batch_size: int  # windows at a time; 0: as many as have `AT_ONCE` tokens
     starts: np.ndarray  # of every window, in tokens
-    read: Callable[[np.ndarray], Columns]  # a batch's windows, by their starts
+    read: Callable[[np.ndarray], Columns]  # a batch's windows, by their numbers
     domains: list[str]
     sampling: str  # which tokens of which text, in words
 
     def __iter__(self) -> Iterator[Columns]:
         n_windows = self.batch_size or max(1, AT_ONCE // self.context)
-        for chunk in np.array_split(self.starts, math.ceil(len(self.starts) / n_windows)):
+        for chunk in np.array_split(np.arange(len(self.starts)), math.ceil(len(self.starts) / n_windows)):
             yield self.read(chunk)
 
 
-def of_corpus(dataset: Dataset, context: int, batch_size: int, n_tokens: int) -> Windows:
-    """Windows spread evenly over the validation text, of at most `n_tokens`; 0: all of it. Raises `BadInput` for a
-    text that is shorter than one window."""
+def of_corpus(dataset: Dataset, context: int, batch_size: int, n_tokens: int, whole: bool = False) -> Windows:
+    """Windows spread evenly over the validation text, of at most `n_tokens`; 0: all of it. `whole`: of whole documents.
+    Raises `BadInput` for a text that is shorter than one window."""
     split = dataset.split("val")
-    starts = validation_starts(split, context, n_tokens or split.n_tokens)
-    sampling = f"{len(starts)} windows of {context} tokens, spread evenly over the validation text"
-    read = lambda chunk: (*split.read(chunk, context), *split.places(chunk, context))
-    return Windows(context, batch_size, starts, read, dataset.domains, sampling)
+    windows = validation_windows(split, context, n_tokens or split.n_tokens, whole)
+    sampling = f"{len(windows.start_W)} windows of {context} tokens, spread evenly over the validation text"
+
+    def read(chunk: np.ndarray) -> Columns:
+        tokens_BS1, targets_BS, domain_BS = read_windows(split, windows.take(chunk), context)
+        return tokens_BS1, domain_BS, *split.places(windows.start_W[chunk], context), targets_BS
+
+    return Windows(context, batch_size, windows.start_W, read, dataset.domains, sampling)
 
 
 def of_text(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, n_tokens: int) -> Windows:
@@ -99,9 +103,9 @@ def _document(
     starts = np.arange((length - 1) // context)[: n_tokens // context or None] * context
 
     def columns(chunk: np.ndarray) -> Columns:
-        place_BS = chunk[:, None] + np.arange(context)
-        tokens_BS1 = np.stack([read(int(start), int(start) + context + 1) for start in chunk]).astype(np.int64)
-        return tokens_BS1, np.zeros_like(place_BS), np.zeros_like(place_BS), place_BS
+        place_BS = starts[chunk][:, None] + np.arange(context)
+        tokens_BS1 = np.stack([read(int(start), int(start) + context + 1) for start in starts[chunk]]).astype(np.int64)
+        return tokens_BS1, np.zeros_like(place_BS), np.zeros_like(place_BS), place_BS, tokens_BS1[:, 1:]
 
     sampling = f"the first {len(starts) * context} tokens of {path.name}"
     return Windows(context, batch_size, starts, columns, [TEXT], sampling)

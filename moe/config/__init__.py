@@ -7,5 +7,6 @@ router   the router, and which of its settings mean something to which
 balance  what keeps the load even
 data     sources, cleaning, tokenizer
 train    schedule, batches, teacher, checkpoints, logs
+tune     which weights are trained
 run      all of them together: a whole run
 """

@@ -34,9 +34,10 @@ class CleanConfig:
 
 @dataclass
 class DataConfig:
-    # the project's own blend, files of yours, or a dataset
-    name: Annotated[str, OneOf("blend", "text", "huggingface")] = "blend"
-    path: str = ""  # text: a file, folder or glob; huggingface: a dataset name or folder
+    # the project's own blend, files of yours, a dataset, or conversations
+    name: Annotated[str, OneOf("blend", "text", "huggingface", "chat")] = "blend"
+    path: str = ""  # text and chat: a file, folder or glob; huggingface: a dataset name or folder
+    template: str = ""  # chat: a file with a Jinja template; "": the tokenizer's own, or the default
     domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
     # at most this much raw text per domain (decimal megabytes); 0: all of it
     max_mb: Annotated[float, Between(0, ANY)] = 4.0
@@ -53,13 +54,18 @@ class DataConfig:
     cache: str = ""  # prepared corpora; "": $SWITCHYARD_CACHE, else ~/.cache/switchyard
     workers: Annotated[int, Between(0, 256)] = 0  # loader processes; the batches do not depend on it
     # packed: a token attends to all of its window before it | separate: to its own document alone, in which its
-    # position is counted from 0 (from the window's start for one that began before it)
-    documents: Annotated[str, OneOf("packed", "separate")] = "packed"
+    # position is counted from 0 (from the window's start for one that began before it) | whole: that, and a window
+    # begins with a document; of those in it, the one that it cuts is learnt in another
+    documents: Annotated[str, OneOf("packed", "separate", "whole")] = "packed"
     clean: CleanConfig = field(default_factory=CleanConfig)
+
+    def whole(self) -> bool:
+        """Whether windows hold whole documents."""
+        return self.documents == "whole"
 
     def document_end(self, eot: int) -> int | None:
         """The token that a model has to know the end of a document by: `eot`, or None where they are packed."""
-        return eot if self.documents == "separate" else None
+        return None if self.documents == "packed" else eot
 
 
 def validate_tokenizer(cfg: TokenizerConfig) -> None:
@@ -78,6 +84,8 @@ def validate(cfg: DataConfig) -> None:
             raise BadInput(f"data.domains has {name!r}; the blend's domains are {', '.join(BLEND_DOMAINS)}.")
     if cfg.name == "blend" and cfg.path:
         raise BadInput(f"data.path={cfg.path} means nothing to data=blend: choose data=text or data=huggingface.")
+    if cfg.template and cfg.name != "chat":
+        raise BadInput(f"data.template={cfg.template} means nothing to data={cfg.name}: choose data=chat.")
     if cfg.name != "blend" and not cfg.path:
         raise BadInput(f"data.name={cfg.name} needs data.path: a file, a folder or a glob (or a dataset's name).")
     clean = cfg.clean

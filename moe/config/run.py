@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from moe.config import balance, data, model, train
+from moe.config import balance, data, model, train, tune
 from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import ModelConfig, entering, layer_moe, moe_layers
 from moe.config.parse import Between, OneOf, check_values, parse, to_dict
 from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
+from moe.config.tune import TuneConfig
 from moe.errors import BadInput
 
 # Where a run is kept, what it may import, how it is watched, how fast it reads and what it does about a document that
@@ -41,6 +42,7 @@ YOUNGER = (
     "source_state",
     "data.max_document_mb",
     "data.documents",
+    "data.template",
     "tokenizer.path",
     "seed_init",
     "seed_data",
@@ -50,6 +52,10 @@ YOUNGER = (
     "optim.ns_steps",
     "optim.adjust",
     "optim.average",
+    "tune.parts",
+    "tune.experts",
+    "tune.rank",
+    "tune.alpha",
 )
 
 
@@ -79,6 +85,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -115,6 +122,9 @@ def validate(cfg: Config) -> None:
     data.validate(cfg.data)
     data.validate_tokenizer(cfg.tokenizer)
     train.validate(cfg.optim, cfg.train)
+    tune.validate(cfg.tune, cfg.model)
+    if cfg.optim.name == "muon" and (cfg.tune.rank or cfg.tune.experts):
+        raise BadInput("optim.name=muon orthogonalises whole matrices: with tune.rank or tune.experts take adamw.")
 
     # A micro-batch must have room for the tokens of every expert.
     for moe in layers if cfg.balance.capacity else ():
@@ -173,4 +183,5 @@ def fingerprint(cfg: Config, younger: tuple[str, ...] = (), digits: int = 8) -> 
         group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))
         if key in FREE or group[name] == group_defaults[name]:
             del group[name]
+    tree = {name: value for name, value in tree.items() if value != {}}  # a whole group that is younger
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:digits]

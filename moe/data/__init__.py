@@ -7,6 +7,7 @@ unreadable what cannot be read, counted
 blend      the default corpus, in five domains
 clean      the counted cleaning pipeline
 tokenizer  byte, char, BPE trained here, pretrained
+chat       conversations as text, by a template
 learning   what a person sees of a tokenizer that is trained
 shards     packed, verified token files
 prepare    all of these once, into a folder

@@ -1,8 +1,9 @@
 """Batches out of a prepared corpus: windows in a shuffled order, each batch a pure function of (seed, step).
 
-Window i of a split is tokens [i*S, i*S + S + 1). Sample n = step*B + b is window `order[n % windows]` of epoch
-n // windows; the order is a permutation drawn from (seed, epoch). So a batch is the same for any number of workers, and
-after any interruption.
+Window i of a split is tokens [i*S, i*S + S + 1). With data.documents=whole it begins with a document instead, and what
+counts are the documents that fit into it, each in one window. Sample n = step*B + b is window `order[n % windows]` of
+epoch n // windows; the order is a permutation drawn from (seed, epoch). So a batch is the same for any number of
+workers, and after any interruption.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -23,45 +24,98 @@ from moe.data.shards import Split
 from moe.errors import BadInput
 
 PATIENCE = 60.0  # seconds without a batch after which the workers are given up
+NO_TARGET = -1  # a target that is not to be learnt
 LOOK = 5.0  # seconds between looks at whether they have been
 T = TypeVar("T")
 
 
 @dataclass
 class Batch:
-    """One step's input, and what it is to predict. The targets are the tokens one place further."""
+    """One step's input, and what it is to predict. The targets are the tokens one place further, or `NO_TARGET` where
+    there is nothing to learn."""
 
     tokens_BS: torch.Tensor  # int64
     targets_BS: torch.Tensor  # int64
     domain_BS: torch.Tensor  # uint8 (int32 for more than 256), the domain id of each target
 
 
+class Places(NamedTuple):
+    """Where windows of S + 1 tokens start in a split, and which of its tokens count in each, [first, last): (W,)."""
+
+    start_W: np.ndarray
+    first_W: np.ndarray
+    last_W: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Places":
+        """Those of these windows."""
+        return Places(*(column[index] for column in self))
+
+
+def every_window(split: Split, context: int, whole: bool = False) -> Places:
+    """All windows of a split, in its order. Raises `BadInput` for a split shorter than one window, and with `whole` for
+    a document that is longer.
+
+    whole: no document is cut. A window begins with one and has as many more as it has room for; the tokens behind the
+    last of them are the next one's, which counts in the next window. So there is no padding: experts see text alone."""
+    n_windows = _windows(split, context)
+    if not whole:
+        start_W = np.arange(n_windows) * context
+        return Places(start_W, start_W, start_W + context + 1)
+    length_D = split.lengths()
+    if (too_long := length_D > context + 1).any():
+        raise BadInput(
+            f"{too_long.sum()} of the {len(length_D)} documents of the {split.name} split are longer than "
+            f"model.context={context} (the longest has {length_D.max()} tokens): raise it to {length_D.max() - 1}, "
+            "shorten them, or cut them with data.documents=separate."
+        )
+    stop_D = np.cumsum(length_D)
+    firsts, lasts = [0], []
+    for stop, before in zip(stop_D.tolist(), (stop_D - length_D).tolist(), strict=True):
+        if stop - firsts[-1] > context + 1:
+            lasts.append(before)
+            firsts.append(before)
+    first_W, last_W = np.array(firsts), np.array([*lasts, split.n_tokens])
+    return Places(np.minimum(first_W, split.n_tokens - context - 1), first_W, last_W)
+
+
+def read_windows(split: Split, windows: Places, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens (n, S + 1), targets (n, S) and their domains (n, S), as in `Batch`."""
+    tokens, domain = split.read(windows.start_W, context)
+    targets, learnt = tokens[:, 1:], split.learnt(windows.start_W, context)
+    place = windows.start_W[:, None] + np.arange(1, context + 1)
+    counts = (windows.first_W[:, None] <= place) & (place < windows.last_W[:, None])
+    counts = counts if learnt is None else counts & learnt
+    return tokens, targets if counts.all() else np.where(counts, targets, NO_TARGET), domain
+
+
 class Loader:
     """Batches of B windows of S tokens in a shuffled order, each a pure function of (seed, step)."""
 
-    def __init__(self, split: Split, batch_size: int, context: int, seed: int, workers: int = 0) -> None:
-        """B = `batch_size`, S = `context`; `workers` processes read ahead and change nothing else.
-
-        Raises `BadInput` for a split shorter than one window."""
+    def __init__(
+        self, split: Split, batch_size: int, context: int, seed: int, workers: int = 0, whole: bool = False
+    ) -> None:
+        """B = `batch_size`, S = `context`; `workers` processes read ahead and change nothing else; `whole` as in
+        `every_window`, which says what is refused."""
         self.split, self.batch_size, self.context, self.seed, self.workers = split, batch_size, context, seed, workers
-        self.n_windows = _windows(split, context)
+        self.all = every_window(split, context, whole)
+        self.n_windows = len(self.all.start_W)
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`, from 0."""
         return _batch(*self.windows(step))
 
-    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of that batch, (B, S + 1) int64, and the domains of its targets, (B, S) as in `Batch`."""
+    def windows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """That batch, as from `read_windows`."""
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
         windows = [self._order(n // self.n_windows)[n % self.n_windows] for n in samples]
-        return self.split.read(np.array(windows) * self.context, self.context)
+        return read_windows(self.split, self.all.take(np.array(windows)), self.context)
 
     def iterate(self, from_step: int) -> Generator[Batch, None, None]:
         """Batches of `from_step`, `from_step` + 1, ... without end. Closing the iterator ends the workers. Raises
         `BadInput` where they cannot be started or give no batch for `PATIENCE` seconds."""
         # Workers hand over arrays: tensors would need shared memory and open files, which a machine may be short of.
-        batches: DataLoader[tuple[np.ndarray, np.ndarray]] = DataLoader(
+        batches: DataLoader[tuple[np.ndarray, np.ndarray, np.ndarray]] = DataLoader(
             range(from_step, sys.maxsize),  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=self.windows,  # type: ignore[arg-type]  # a sample is a step
@@ -130,12 +184,13 @@ class Loader:
         return self._orders[epoch]
 
 
-def validation_starts(split: Split, context: int, n_tokens: int) -> np.ndarray:
-    """(n,) starts of non-overlapping windows of S target tokens, spread evenly over the split: `n_tokens` // S of them,
-    at least one, or all windows if there are no more. Raises `BadInput` for a split shorter than one window."""
-    windows = _windows(split, context)
-    count = min(windows, max(1, n_tokens // context))
-    return np.arange(count) * windows // count * context
+def validation_windows(split: Split, context: int, n_tokens: int, whole: bool = False) -> Places:
+    """Windows of S target tokens, spread evenly over the split: `n_tokens` // S of them, at least one, or all windows
+    if there are no more. Raises `BadInput` as `every_window`."""
+    windows = every_window(split, context, whole)
+    n_windows = len(windows.start_W)
+    count = min(n_windows, max(1, n_tokens // context))
+    return windows.take(np.arange(count) * n_windows // count)
 
 
 def _windows(split: Split, context: int) -> int:
@@ -149,8 +204,8 @@ def _windows(split: Split, context: int) -> int:
     return windows
 
 
-def _batch(tokens: np.ndarray, domain: np.ndarray) -> Batch:
-    inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+def _batch(tokens: np.ndarray, targets: np.ndarray, domain: np.ndarray) -> Batch:
+    inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(targets)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(domain))
 
 

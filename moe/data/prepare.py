@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.parse import to_dict
 from moe.data import clean, sources
+from moe.data.chat import Template, template_of
 from moe.data.owner import remove_leftovers
 from moe.data.shards import FORMAT, MANIFEST, SPLITS, Dataset, publish
 from moe.data.sources import Document
@@ -80,8 +81,10 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     """Read, clean, split and tokenize into `folder`, which appears when it is whole. Raises as `prepare`."""
-    unreadable = Unreadable(data.on_error)
-    documents, steps = clean.clean(sources.documents(data, root, unreadable), data.clean, unreadable)
+    unreadable, template = Unreadable(data.on_error), _template(data, tokenizer) if data.name == "chat" else None
+    read = sources.documents(data, root, unreadable, template)
+    # A conversation is said as it is.
+    documents, steps = (list(read), []) if template else clean.clean(read, data.clean, unreadable)
     for step in steps:
         say(
             f"clean: {step.name}: {step.documents_in:,} -> {step.documents_out:,} documents, "
@@ -90,6 +93,8 @@ def _build(
     splits = split_documents(documents, data.val_fraction)
     record = {"settings": settings, "cleaning": [asdict(step) for step in steps]} | unreadable.record()
     learned = train(tokenizer, (document.text for document in splits["train"]), say)
+    if template:
+        learned.template = template.source
     try:
         publish(folder, splits, learned, record)
     except OSError as error:
@@ -100,12 +105,19 @@ def _build(
         ) from error
 
 
+def _template(data: DataConfig, tokenizer: TokenizerConfig) -> Template:
+    """How conversations are spelt: what the tokenizer would learn from them is not known yet."""
+    return template_of(data.template, None if tokenizer.name in ("bpe", "char") else train(tokenizer, []))
+
+
 def _settings(data: DataConfig, tokenizer: TokenizerConfig, root: Path) -> dict[str, Any]:
     """Everything that decides a prepared corpus' content."""
     settings: dict[str, Any] = {"data": to_dict(data), "tokenizer": to_dict(tokenizer), "format": FORMAT}
     # What a skipping preparation left out is in its manifest.
-    for where_or_how in ("cache", "workers", "on_error", "documents"):
+    for where_or_how in ("cache", "workers", "on_error", "documents", "template"):
         del settings["data"][where_or_how]
+    if data.name == "chat":
+        settings["data"]["template"] = _template(data, tokenizer).source
     if data.max_document_mb == DataConfig.max_document_mb:  # so were all corpora that are older than the setting
         del settings["data"]["max_document_mb"]
     settings |= {"source": sources.source_fingerprint(data, root), "clean": clean.fingerprint()}

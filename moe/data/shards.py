@@ -2,8 +2,10 @@
 
 A folder has, for each split, `train-00000.bin`: token ids (uint16, or uint32 when V > 65,536), documents back to back,
 each followed by the end-of-text token; and `train-00000.documents.npy`, (documents, 2) int64: where each document
-starts in its shard, and its domain's id. `manifest.json` has the vocabulary, the domains, what each split holds, how
-the text was cleaned, and every file's size and sha256; `manifest.json.sha256` its own. The tokenizer lies beside them.
+starts in its shard, and its domain's id. Of conversations there is `train-00000.learnt.npy` too, a bit for every token
+(numpy.packbits): 1 where it is the assistant's, which a model learns to say. `manifest.json` has the vocabulary, the
+domains, what each split holds, how the text was cleaned, and every file's size and sha256; `manifest.json.sha256` its
+own. The tokenizer lies beside them.
 
 A folder is built under a temporary name and renamed when complete: what exists is whole, whoever else was building. A
 damaged one is refused on opening: one flipped bit in a shard would otherwise train in silence.
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.data.chat import Rendered, Tokens, tokenize
 from moe.data.owner import temporary
 from moe.data.sources import Document
 from moe.data.tokenizer import Tokenizer
@@ -62,10 +65,12 @@ def _write(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer
     for name, documents in splits.items():
         shards: list[str] = []
         tokens_by_domain = np.zeros(len(domains), np.int64)
-        for tokens, table in _shards(documents, tokenizer, domains, dtype):
+        for tokens, table, learnt in _shards(documents, tokenizer, domains, dtype):
             shards.append(f"{name}-{len(shards):05d}")
             (folder / f"{shards[-1]}.bin").write_bytes(tokens.data)
             np.save(folder / f"{shards[-1]}.documents.npy", table, allow_pickle=False)
+            if not learnt.all():
+                np.save(folder / f"{shards[-1]}.learnt.npy", np.packbits(learnt), allow_pickle=False)
             np.add.at(tokens_by_domain, table[:, 1], np.diff(table[:, 0], append=len(tokens)))
         manifest["splits"][name] = _count(documents, domains, tokens_by_domain) | {"shards": shards}
     # Checksums of all that, and one of the checksums.
@@ -82,22 +87,36 @@ def _write(folder: Path, splits: dict[str, list[Document]], tokenizer: Tokenizer
 
 def _shards(
     documents: list[Document], tokenizer: Tokenizer, domains: list[str], dtype: np.dtype
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, (documents, 2) table) of each shard. A document is never cut; one longer than a shard has its own."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens, (documents, 2) table, which tokens are learnt) of each shard. A document is never cut; one longer than a
+    shard has its own."""
     pieces: list[np.ndarray] = []
+    learnt: list[np.ndarray] = []
     table: list[tuple[int, int]] = []
     domain_id = {domain: i for i, domain in enumerate(domains)}
     length = 0
     for group in _groups(documents):
-        for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group]), strict=True):
-            ids.append(tokenizer.eot)
-            if pieces and length + len(ids) > SHARD_TOKENS:
-                yield np.concatenate(pieces), np.array(table, np.int64)
-                pieces, table, length = [], [], 0
+        for document, tokens in zip(group, _encode(group, tokenizer), strict=True):
+            if pieces and length + len(tokens.ids) > SHARD_TOKENS:
+                yield np.concatenate(pieces), np.array(table, np.int64), np.concatenate(learnt)
+                pieces, table, learnt, length = [], [], [], 0
             table.append((length, domain_id[document.domain]))
-            pieces.append(np.array(ids, dtype))
-            length += len(ids)
-    yield np.concatenate(pieces), np.array(table, np.int64)
+            pieces.append(np.array(tokens.ids, dtype))
+            learnt.append(np.array(tokens.learnt, bool))
+            length += len(tokens.ids)
+    yield np.concatenate(pieces), np.array(table, np.int64), np.concatenate(learnt)
+
+
+def _encode(group: list[Document], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Every document's tokens with the end-of-text token, which is learnt where what is before it is."""
+    whole = iter(tokenizer.encode_batch([document.text for document in group if document.spans is None]))
+    for document in group:
+        if document.spans is None:
+            tokens = Tokens(ids := next(whole), [True] * len(ids))
+        else:
+            tokens = tokenize(Rendered(document.text, document.spans), tokenizer)
+        ends_learnt = not tokens.learnt or tokens.learnt[-1]
+        yield Tokens([*tokens.ids, tokenizer.eot], [*tokens.learnt, ends_learnt])
 
 
 def _groups(documents: list[Document]) -> Iterator[list[Document]]:
@@ -164,7 +183,7 @@ class Dataset:
     def _open(self, name: str) -> "Split":
         dtype = _dtype(self.manifest["vocab_size"])
         paths = [self.folder / f"{shard}.bin" for shard in self.manifest["splits"][name]["shards"]]
-        tables = []
+        tables, learnt = [], []
         for path in paths:
             if path.stat().st_size % dtype.itemsize:
                 raise _damaged(path, f"its {path.stat().st_size} bytes are not whole {dtype.name} tokens")
@@ -176,7 +195,9 @@ class Dataset:
             tables.append(
                 _read_table(path.with_suffix(".documents.npy"), tokens, self.tokenizer.eot, len(self.domains))
             )
-        split = Split(name, self.sha256, paths, dtype, tables)
+            bits = path.with_suffix(".learnt.npy")
+            learnt.append(_read_learnt(bits, len(tokens)) if bits.name in self.manifest["files"] else None)
+        split = Split(name, self.sha256, paths, dtype, tables, learnt)
         if split.n_tokens != self.manifest["splits"][name]["tokens"]:
             raise _damaged(
                 self.folder / MANIFEST, f"the {name} shards hold {split.n_tokens} tokens, not as many as it says"
@@ -187,9 +208,18 @@ class Dataset:
 class Split:
     """The tokens of one split, memory-mapped, as if its shards were one array of `n_tokens`."""
 
-    def __init__(self, name: str, dataset: str, paths: list[Path], dtype: np.dtype, tables: list[np.ndarray]) -> None:
-        """`dataset`: sha256 of the manifest. `tables`: each shard's (documents, 2) start and domain id."""
-        self._arguments = (name, dataset, paths, dtype, tables)
+    def __init__(
+        self,
+        name: str,
+        dataset: str,
+        paths: list[Path],
+        dtype: np.dtype,
+        tables: list[np.ndarray],
+        learnt: list[np.ndarray | None] | None = None,
+    ) -> None:
+        """`dataset`: sha256 of the manifest. `tables`: each shard's (documents, 2) start and domain id. `learnt`: a bit
+        for each of its tokens, None where all are learnt."""
+        self._arguments = (name, dataset, paths, dtype, tables, learnt)
         self.name = name
         self.dataset = dataset
         self._shards = [np.memmap(path, dtype, "r") for path in paths]
@@ -198,6 +228,7 @@ class Split:
         domains = np.concatenate([table[:, 1] for table in tables])
         self._domains = domains.astype(np.uint8 if domains.max() < 256 else np.int32)
         self.n_tokens = int(self._offsets[-1])
+        self._learnt = learnt if learnt and any(bits is not None for bits in learnt) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memory map is a copy of its content; a worker that does not fork opens the files itself.
@@ -214,6 +245,16 @@ class Split:
         targets = np.asarray(starts)[:, None] + np.arange(1, context + 1)
         return tokens, self._domains[np.searchsorted(self._starts, targets, side="right") - 1]
 
+    def learnt(self, starts: np.ndarray, context: int) -> np.ndarray | None:
+        """Which of the targets of `read` are learnt, (n, S) bool; None where all of the split's tokens are."""
+        if self._learnt is None:
+            return None
+        return np.stack([self._bits(int(start) + 1, int(start) + context + 1) for start in starts])
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, its end-of-text token included, in order."""
+        return np.diff(self._starts, append=self.n_tokens)
+
     def places(self, starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
         """The number of the document that each token is in, and its position there, from 0: (n, S) each, of the S
         tokens from each of `starts` (n,)."""
@@ -222,12 +263,29 @@ class Split:
         return document, token - self._starts[document]
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
+        pieces = [self._shards[i][first:last] for i, first, last in self._within(start, stop)]
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def _bits(self, start: int, stop: int) -> np.ndarray:
+        assert self._learnt is not None
+        pieces = []
+        for i, first, last in self._within(start, stop):
+            bits, byte = self._learnt[i], first // 8
+            if bits is None:
+                pieces.append(np.ones(last - first, bool))
+            else:
+                pieces.append(
+                    np.unpackbits(bits[byte : -(-last // 8)])[first - 8 * byte : last - 8 * byte].astype(bool)
+                )
+        return np.concatenate(pieces)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that these tokens lie in, and where in each: its number, from, to."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         last = int(np.searchsorted(self._offsets, stop, side="left"))
-        pieces = [
-            self._shards[i][max(0, start - self._offsets[i]) : stop - self._offsets[i]] for i in range(first, last)
-        ]
-        return np.concatenate(pieces, dtype=np.int64)
+        for i in range(first, last):
+            offset = int(self._offsets[i])
+            yield i, max(0, start - offset), min(stop - offset, len(self._shards[i]))
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
@@ -286,6 +344,19 @@ def _read_table(path: Path, tokens: np.ndarray, eot: int, n_domains: int) -> np.
     if len(unended):
         raise _damaged(path, f"document {unended[0]} does not end with the end-of-text token {eot}")
     return table
+
+
+def _read_learnt(path: Path, n_tokens: int) -> np.ndarray:
+    """A shard's bits, checked against its number of tokens."""
+    try:
+        bits = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"it is not a row of bits ({error})") from error
+    if bits.dtype != np.uint8 or bits.shape != (-(-n_tokens // 8),):
+        raise _damaged(
+            path, f"it is {bits.dtype} of shape {bits.shape} and should have a bit for each of {n_tokens} tokens"
+        )
+    return bits
 
 
 def _damaged(path: Path, what: str) -> BadInput:

@@ -1,8 +1,9 @@
 """Where text comes from: raw documents, each labelled with a domain, in an order that does not change.
 
-Three kinds of source, chosen by `data.name`: `blend` (blend.py), `text` (a file, a folder or a glob of .txt, .md,
-.html and .jsonl, also compressed) and `huggingface` (whatever `datasets` can load). Documents of the first two come in
-the order of the hash of their names, so that a size limit takes a sample spread over the whole source.
+Four kinds of source, chosen by `data.name`: `blend` (blend.py), `text` (a file, a folder or a glob of .txt, .md, .html
+and .jsonl, also compressed), `chat` (.jsonl of conversations, chat.py) and `huggingface` (whatever `datasets` can
+load). Documents of the first three come in the order of the hash of their names, so that a size limit takes a sample
+spread over the whole source.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 
 from moe.config.data import BLEND_DOMAINS, DataConfig
 from moe.data import blend, files
+from moe.data.chat import Template, messages_of
 from moe.data.unreadable import BadDocument, Unreadable
 from moe.errors import BadInput
 
@@ -37,15 +39,18 @@ class Document:
     text: str
     domain: str
     name: str
+    spans: tuple[tuple[int, int], ...] | None = None  # [from, to) of the characters that are learnt; None: all
 
 
-def documents(cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None) -> Iterator[Document]:
+def documents(
+    cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None, template: Template | None = None
+) -> Iterator[Document]:
     """Raw documents of the source that `cfg` names, before cleaning, always in the same order.
 
     At most `cfg.max_mb` decimal megabytes of UTF-8 per domain (0: all); the document that crosses the limit is cut
-    there. `cache` keeps what had to be fetched; `unreadable` counts what cannot be read. Raises `BadInput` for a source
-    that is missing, unreachable or empty, for too many domains, and at the end for what cannot be read, unless it is to
-    be skipped."""
+    there (a conversation is left out). `cache` keeps what had to be fetched; `unreadable` counts what cannot be read;
+    `template` spells conversations. Raises `BadInput` for a source that is missing, unreachable or empty, for too many
+    domains, and at the end for what cannot be read, unless it is to be skipped."""
     unreadable = Unreadable(cfg.on_error) if unreadable is None else unreadable
     limit = round(cfg.max_mb * 1e6)
     full: set[str] = set()  # domains that have reached the limit: the sources look here to stop reading early
@@ -55,6 +60,9 @@ def documents(cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None
             source = _blend(_domains(cfg), cache, full)
         case "text":
             source = _text(cfg, full, limit)
+        case "chat":
+            assert template is not None, "conversations need a template"
+            source = _chat(cfg, full, template)
         case _:
             source = _huggingface(cfg, full)
     size: Counter[str] = Counter()
@@ -70,6 +78,8 @@ def documents(cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None
         if limit and len(data) >= room:
             full.add(document.domain)
             text = data[:room].decode(errors="ignore")
+            if document.spans is not None and len(data) > room:
+                continue
         size[document.domain] += len(data)
         if len(size) > MOST_DOMAINS:
             raise BadInput(
@@ -77,7 +87,7 @@ def documents(cfg: DataConfig, cache: Path, unreadable: Unreadable | None = None
                 f"data.domain_field than {cfg.domain_field!r}, or put the files into fewer folders."
             )
         blank = blank and not text.strip()
-        yield Document(text, document.domain, document.name)
+        yield Document(text, document.domain, document.name, document.spans)
     unreadable.check()
     if blank:
         left_out = f", and {unreadable}" if unreadable.counts else ""
@@ -98,7 +108,7 @@ def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str
                 for package in ("sympy", "mpmath"):
                     blend.package_folder(package)
                     facts.append(importlib.metadata.version(package))
-        case "text":
+        case "text" | "chat":
             root, paths, faults = _files(cfg.path)
             facts += [files.readable(root.resolve().name), cfg.text_field, cfg.domain_field, _stamps(root, paths)]
             facts += [sorted(map(str, faults))] if faults else []
@@ -162,6 +172,39 @@ def _text(cfg: DataConfig, full: set[str], limit: int) -> Iterator[Document | Ba
             yield fault
 
 
+def _chat(cfg: DataConfig, full: set[str], template: Template) -> Iterator[Document | BadDocument]:
+    """Documents of `data=chat`: a conversation in every line of JSONL."""
+    root, paths, faults = _files(cfg.path)
+    yield from faults
+    for file in paths:
+        name = _name(root, file)
+        if files.suffix(file) != ".jsonl":
+            yield BadDocument(files.readable(file), "is no .jsonl, as conversations are", "of another kind")
+            continue
+        domain = files.readable(files.unpacked(file).stem)
+        for number, line in files.lines(file, _longest(cfg)):
+            where = f"{files.readable(file)}, line {number}"
+            try:
+                if line is None:
+                    raise files.too_large(where, _longest(cfg))
+                row = _json(line, where)
+                of_row = _field(row, "domain_field", cfg.domain_field, where) if cfg.domain_field else domain
+                if of_row not in full:
+                    yield _conversation(row, of_row, where, f"{name}:{number}", template)
+            except BadDocument as fault:
+                yield fault
+
+
+def _conversation(row: Any, domain: str, where: str, name: str, template: Template) -> Document:
+    """A document from a conversation. Raises `BadDocument`."""
+    messages = messages_of(row, where, template.specials)
+    try:
+        text, spans = template.render(messages)
+    except BadInput as error:
+        raise BadDocument(where, f": {str(error).rstrip('.')}", "that the template does not take") from error
+    return Document(text, domain, name, spans)
+
+
 def _longest(cfg: DataConfig) -> int:
     return round(cfg.max_document_mb * 1e6)
 
@@ -198,35 +241,39 @@ def _json(line: bytes, where: str) -> Any:
         raise BadDocument(where, "has a number of too many digits to be read", "with too long a number") from error
 
 
+def _field(row: Any, setting: str, key: str, where: str) -> str:
+    """The string under `key` of a row. Raises `BadDocument` for a row without it."""
+    label = f"the field {key!r} (data.{setting})"
+    if not isinstance(row, dict) or key not in row:
+        names = ", ".join(map(str, itertools.islice(row, 20))) if isinstance(row, dict) else ""
+        fields = f"its fields are {names}" if names else "it has none"
+        raise BadDocument(where, f"has no field {key!r} (data.{setting}); {fields}", f"without {key!r}")
+    value = row[key]
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise BadDocument(where, f": {label} must be a string, and is {kind}", f"with {key!r} {kind}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f": the field {key!r} holds half a surrogate pair at character {error.start}"
+        raise BadDocument(where, what, "with half a surrogate pair") from error
+    return value
+
+
 def _row(cfg: DataConfig, row: Any, where: str, domain: str, name: str) -> Document:
     """A document from a row's fields. Raises `BadDocument` for a row that is no object, for a field that is missing or
     no string of valid Unicode, and for a text that is too large."""
-
-    def field(setting: str, key: str) -> str:
-        value = row.get(key)
-        label = f"the field {key!r} (data.{setting})"
-        if key not in row:
-            fields = f"its fields are {', '.join(map(str, itertools.islice(row, 20)))}" if row else "it has none"
-            raise BadDocument(where, f"has no field {key!r} (data.{setting}); {fields}", f"without {key!r}")
-        if not isinstance(value, str):
-            kind = "null" if value is None else f"of type {type(value).__name__}"
-            raise BadDocument(where, f": {label} must be a string, and is {kind}", f"with {key!r} {kind}")
-        try:
-            size = len(value.encode())
-        except UnicodeEncodeError as error:
-            what = f": the field {key!r} holds half a surrogate pair at character {error.start}"
-            raise BadDocument(where, what, "with half a surrogate pair") from error
-        if _longest(cfg) and size > _longest(cfg):
-            raise files.too_large(where, _longest(cfg))
-        return value
 
     if not isinstance(row, dict):
         kind = type(row).__name__
         what = f"must be a JSON object with the field {cfg.text_field!r}, not {kind}"
         raise BadDocument(where, what, f"of type {kind} instead of an object")
     if cfg.domain_field:
-        domain = field("domain_field", cfg.domain_field)
-    return Document(field("text_field", cfg.text_field), domain, name)
+        domain = _field(row, "domain_field", cfg.domain_field, where)
+    text = _field(row, "text_field", cfg.text_field, where)
+    if _longest(cfg) and len(text.encode()) > _longest(cfg):
+        raise files.too_large(where, _longest(cfg))
+    return Document(text, domain, name)
 
 
 # ---------------------------------------------------------------- huggingface

@@ -38,7 +38,7 @@ GPT4_LIKE = (
 )
 LONGEST_SPACE = 2**19  # characters
 DOWNLOAD_SECONDS = 60.0
-HEADER, RANKS = "tokenizer.json", "ranks.tiktoken"
+HEADER, RANKS, TEMPLATE = "tokenizer.json", "ranks.tiktoken", "chat_template.jinja"
 
 
 class Tokenizer:
@@ -50,7 +50,10 @@ class Tokenizer:
     token_bytes  (V,) int32, UTF-8 bytes of each token; 0 for special and unused ids
     pattern, ranks, specials    how text is split; token bytes -> id; special tokens -> id
     fingerprint  sha256 (hex) of everything that decides an id: ranks, pattern, special tokens, kind
+    template     how conversations are spelt (moe/data/chat.py), where that is said; no part of the fingerprint
     """
+
+    template: str | None = None
 
     def __init__(
         self, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int], eot: int | None = None
@@ -74,8 +77,11 @@ class Tokenizer:
         for text, rank in specials.items():
             self._token[rank] = text.encode()
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens spelt in it are plain text. No end-of-text token is added."""
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """Ids of `text`; special tokens spelt in it are plain text, or with `specials` themselves. No end-of-text token
+        is added."""
+        if specials:
+            return self._encoding.encode(text, allowed_special="all")
         return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -93,10 +99,13 @@ class Tokenizer:
         return b"".join([self._token[i] for i in ids])
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `ranks.tiktoken` into an existing `folder`."""
+        """Write `tokenizer.json`, `ranks.tiktoken` and, where there is one, `chat_template.jinja` into an existing
+        `folder`."""
         (folder / RANKS).write_bytes(self._rank_file)
         header = self._header | {"sha256": self.fingerprint}
         (folder / HEADER).write_text(json.dumps(header, indent=1, sort_keys=True) + "\n")
+        if self.template is not None:
+            (folder / TEMPLATE).write_text(self.template, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -119,7 +128,10 @@ class Tokenizer:
             raise BadInput(f"{folder / RANKS} is damaged: its sha256 is not the one recorded in {HEADER}.")
         pairs = (line.split() for line in rank_file.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        return cls(header["name"], header["pattern"], ranks, header["specials"], header["eot"])
+        tokenizer = cls(header["name"], header["pattern"], ranks, header["specials"], header["eot"])
+        if (folder / TEMPLATE).is_file():
+            tokenizer.template = (folder / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+        return tokenizer
 
 
 def train(cfg: TokenizerConfig, texts: Iterable[str], say: Say | None = None) -> Tokenizer:

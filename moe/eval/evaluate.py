@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.analysis.metrics import layer_metrics
 from moe.config.model import ModelConfig, layer_moe, moe_layers
-from moe.data.loader import validation_starts
+from moe.data.loader import NO_TARGET, read_windows, validation_windows
 from moe.data.shards import Dataset
 from moe.model.layer import LayerRouting
 from moe.model.transformer import Transformer, next_token_loss
@@ -42,25 +42,28 @@ def evaluate(
     batch_size: int,
     backend: str,
     autocast: Callable[[], AbstractContextManager[Any]],
+    whole: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on `n_tokens` of the validation split, spread evenly over it: the same windows for every model with this
-    context. The model is in eval mode meanwhile: routers explore, and limit capacity, in training alone. None if
-    `stop()` turns true on the way.
+    context; with `whole` they hold whole documents. Of conversations only what the assistant says is scored. The model
+    is in eval mode meanwhile: routers explore, and limit capacity, in training alone. None if `stop()` turns true on
+    the way.
 
     Bits per byte count the text's own bytes: the end-of-text token has none, and its loss counts."""
     context, split = model.cfg.context, dataset.split("val")
     device = next(model.parameters()).device
     text = TextTally(dataset.domains, dataset.tokenizer.token_bytes, device)
     layers = [LayerTally(layer, model.cfg, dataset, device) for layer in moe_layers(model.cfg)]
-    starts = validation_starts(split, context, n_tokens)
-    for chunk in np.array_split(starts, math.ceil(len(starts) / batch_size)):
+    windows = validation_windows(split, context, n_tokens, whole)
+    for chunk in np.array_split(np.arange(len(windows.start_W)), math.ceil(len(windows.start_W) / batch_size)):
         if stop():
             return None
-        read_BS1, domain_BS = (torch.from_numpy(array).to(device) for array in split.read(chunk, context))
+        columns = read_windows(split, windows.take(chunk), context)
+        read_BS1, targets_BS, domain_BS = (torch.from_numpy(array).to(device) for array in columns)
         with eval_mode(model), autocast():
             output = model(read_BS1[:, :-1], backend=backend)
-        text.add(output.logits_BSV, read_BS1[:, 1:], domain_BS)
+        text.add(output.logits_BSV, targets_BS, domain_BS)
         for layer, routing in zip(layers, output.routing, strict=True):
             layer.add(routing, domain_BS)
     return Evaluation(
@@ -80,13 +83,14 @@ class TextTally:
         self.windows: list[Tensor] = []
 
     def add(self, logits_BSV: Tensor, targets_BS: Tensor, domain_BS: Tensor) -> Tensor:
-        """A batch; `domain_BS` says whose text each target is. Returns every target's nats, (B, S) float64."""
-        domain_T = domain_BS.flatten().long()
+        """A batch; `domain_BS` says whose text each target is. Returns every target's nats, (B, S) float64, 0 where
+        there is none to predict."""
+        domain_T, counts_BS = domain_BS.flatten().long(), (targets_BS != NO_TARGET).double()
         loss_BS = next_token_loss(logits_BSV, targets_BS, reduction="none").double()
-        self.windows.append(loss_BS.mean(-1))
+        self.windows.append(loss_BS.sum(-1) / counts_BS.sum(-1).clamp(min=1))
         self.nats.index_add_(0, domain_T, loss_BS.flatten())
-        self.tokens.index_add_(0, domain_T, torch.ones_like(domain_T, dtype=torch.float64))
-        self.bytes.index_add_(0, domain_T, self.bytes_V[targets_BS.flatten()].double())
+        self.tokens.index_add_(0, domain_T, counts_BS.flatten())
+        self.bytes.index_add_(0, domain_T, (self.bytes_V[targets_BS.clamp(min=0)] * counts_BS).flatten())
         return loss_BS
 
     def n_tokens(self) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from moe.analysis.effects import FEW, ratios
 from moe.analysis.windows import Windows
+from moe.data.loader import NO_TARGET
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.evaluate import TextTally, eval_mode
@@ -76,16 +77,17 @@ def score(
     if tokenizer:
         bytes_V[: tokenizer.vocab_size] = tokenizer.token_bytes
     text, parts, n_windows = TextTally(windows.domains, bytes_V, device), [], 0
-    for read_BS1, domain_BS, doc_BS, _ in windows:
+    for read_BS1, domain_BS, doc_BS, _, targets_BS in windows:
         tokens_BS1 = torch.from_numpy(read_BS1).to(device)
         with eval_mode(model), autocast():
             logits_BSV = model(tokens_BS1[:, :-1], backend=backend).logits_BSV
-        nats_BS = text.add(logits_BSV, tokens_BS1[:, 1:], torch.from_numpy(domain_BS).to(device))
+        nats_BS = text.add(logits_BSV, torch.from_numpy(targets_BS).to(device), torch.from_numpy(domain_BS).to(device))
         # `doc_BS` is of the tokens that are read: after the end of a text the next document's first is predicted.
         target_doc_BS = doc_BS + (read_BS1[:, :-1] == tokenizer.eot) if tokenizer else doc_BS
         window_BS = np.repeat(np.arange(n_windows, n_windows + len(read_BS1))[:, None], doc_BS.shape[1], 1)
         columns = window_BS, target_doc_BS, domain_BS, nats_BS.cpu().numpy(), bytes_V[read_BS1[:, 1:]]
-        parts.append(sums(*columns))
+        counts_BS = targets_BS != NO_TARGET
+        parts.append(sums(*(column[counts_BS] for column in columns)))
         n_windows += len(read_BS1)
     # The numbers are the tally's; the units are for their intervals.
     validation = text.validation()
@@ -102,12 +104,12 @@ def score(
 
 
 def sums(
-    window_BS: np.ndarray, doc_BS: np.ndarray, domain_BS: np.ndarray, nats_BS: np.ndarray, bytes_BS: np.ndarray
+    window_T: np.ndarray, doc_T: np.ndarray, domain_T: np.ndarray, nats_T: np.ndarray, bytes_T: np.ndarray
 ) -> Units:
     """A batch's targets summed by window, document and domain."""
-    keys_3T = np.stack([window_BS, doc_BS, domain_BS]).reshape(3, -1)
+    keys_3T = np.stack([window_T, doc_T, domain_T])
     (window_U, doc_U, domain_U), unit_T, tokens_U = np.unique(keys_3T, axis=1, return_inverse=True, return_counts=True)
-    nats_U, bytes_U = (np.bincount(unit_T.ravel(), value_BS.ravel()) for value_BS in (nats_BS, bytes_BS))
+    nats_U, bytes_U = (np.bincount(unit_T.ravel(), value_T) for value_T in (nats_T, bytes_T))
     return Units(window_U, doc_U, domain_U, tokens_U, nats_U, bytes_U)
 
 

@@ -6,6 +6,7 @@ dispatch     backends over the same expert weights
 layer        the MoE layer: route, limit, dispatch, combine
 depth        which tokens enter a block at all
 transformer  blocks and the whole model
+adapt        which of its weights are trained: parts, experts, low-rank changes
 cost         parameter and FLOP counts, the dense twin
 memory       what a training step asks for, walked without data
 """

@@ -28,7 +28,10 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of E routed experts; `dispatch.experts` applies them. Experts have no biases."""
+    """The weights of E routed experts; `dispatch.experts` applies them. Experts have no biases. `chosen`: the ones that
+    are trained, where not all are (adapt.py)."""
+
+    chosen: list[int] | None = None
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -38,11 +41,13 @@ class Experts(nn.Module):
 
     def gradient_norms(self) -> Tensor:
         """The norm of every expert's gradients, (E,) in float32 at least; 0 for those without any."""
-        dtype = torch.promote_types(self.w_up_EFD.dtype, torch.float32)
-        squares_E = torch.zeros(len(self.w_up_EFD), dtype=dtype, device=self.w_up_EFD.device)
-        for w in (self.w_up_EFD, self.w_down_EDF):
+        w_up_EFD = self.w_up_EFD
+        dtype = torch.promote_types(w_up_EFD.dtype, torch.float32)
+        squares_E = torch.zeros(len(w_up_EFD), dtype=dtype, device=w_up_EFD.device)
+        for w in self.parameters():
             if w.grad is not None:
-                squares_E = squares_E + torch.linalg.vector_norm(w.grad, dim=(1, 2), dtype=dtype).square()
+                squares = torch.linalg.vector_norm(w.grad, dim=(1, 2), dtype=dtype).square()
+                squares_E[slice(None) if self.chosen is None else self.chosen] += squares
         return squares_E.sqrt()
 
 

@@ -249,9 +249,11 @@ def hidden_matrices(model: Transformer) -> dict[str, int]:
 
 
 def next_token_loss(logits_BSV: Tensor, targets_BS: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per token, in float32 at least; reduction "none" keeps (B, S)."""
+    """Cross-entropy in nats per token, in float32 at least; reduction "none" keeps (B, S). A target of −1 counts
+    nothing."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    loss = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), targets_BS.flatten(), reduction=reduction)
+    logits_TV = logits_BSV.flatten(0, 1).to(dtype)
+    loss = F.cross_entropy(logits_TV, targets_BS.flatten(), reduction=reduction, ignore_index=-1)
     return loss.view(targets_BS.shape) if reduction == "none" else loss
 
 

@@ -16,7 +16,7 @@ from moe.config.parse import to_dict
 from moe.config.router import OWN, facts
 from moe.config.run import FREE, Config, build, fingerprint, is_among, may_change
 from moe.data.owner import temporary
-from moe.data.tokenizer import HEADER, RANKS, Tokenizer
+from moe.data.tokenizer import HEADER, RANKS, TEMPLATE, Tokenizer
 from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.command_line import command_line, override
@@ -91,7 +91,8 @@ def mend_folder(run: Path, cfg: Config, tokenizer: Tokenizer) -> None:
     """Write again what was deleted of that which `create_folder` wrote. Raises `BadInput` when it cannot be written."""
     try:
         (run / "tokenizer").mkdir(exist_ok=True)
-        if not all((run / "tokenizer" / name).exists() for name in (HEADER, RANKS)):
+        names = (HEADER, RANKS) if tokenizer.template is None else (HEADER, RANKS, TEMPLATE)
+        if not all((run / "tokenizer" / name).exists() for name in names):
             tokenizer.save(run / "tokenizer")
     except OSError as error:
         raise BadInput(f"{run / 'tokenizer'} cannot be written ({error.strerror or error}).") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from moe.config.run import Config
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
+from moe.model.adapt import merged
 from moe.model.transformer import Transformer, load_model
 from moe.run import checkpoint
 from moe.run.folder import check_unedited, read_config
@@ -29,7 +30,7 @@ def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple
     check_unedited(run, cfg, ("model", "router", "balance", "data.documents"))
     model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)).eval()
     try:
-        load_model(model, snapshot.model)
+        load_model(model, merged(snapshot.model))
     except BadInput as error:
         raise BadInput(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
     return model, tokenizer, cfg

@@ -21,13 +21,14 @@ from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.config.train import warmup_steps
-from moe.data.loader import Loader, validation_starts
+from moe.data.loader import Loader, validation_windows
 from moe.data.owner import remove_leftovers
 from moe.data.prepare import prepare
 from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
+from moe.model.adapt import adapt
 from moe.model.transformer import Transformer
 from moe.run import checkpoint, jsonl, machine, terminal
 from moe.run.folder import (
@@ -101,8 +102,8 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
             return summary
 
     # Everything else that may be refused, and only then the folder.
-    loader = Loader(dataset.split("train"), cfg.train.batch_size, cfg.model.context, cfg.data_seed(), cfg.data.workers)
-    validation_starts(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens)
+    loader = loader_of(cfg, dataset)
+    validation_windows(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens, cfg.data.whole())
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
     if cfg.log.experts:
@@ -116,6 +117,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
     model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.init_seed()).to(device)
+    adapt(model, cfg.tune, cfg.init_seed())
     state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
     if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
         start_from(state, cfg, dataset.tokenizer.fingerprint, say)
@@ -155,6 +157,13 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
         write_summary(folder, summary)
     say(f"run: {folder} is finished  val loss {summary.val.loss:.4f}  bits per byte {summary.val.bpb:.4f}")
     return summary
+
+
+def loader_of(cfg: Config, dataset: Dataset) -> Loader:
+    """The batches of a run. Raises `BadInput` for a text with which there is none."""
+    data = cfg.data
+    batch = cfg.train.batch_size, cfg.model.context
+    return Loader(dataset.split("train"), *batch, cfg.data_seed(), data.workers, data.whole())
 
 
 def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, say: Callable[[str], None]) -> Config:
@@ -222,6 +231,7 @@ def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluat
         batch_size=cfg.train.batch_size // cfg.train.accumulate,
         backend=cfg.dispatch,
         autocast=partial(autocast, cfg),
+        whole=cfg.data.whole(),
         stop=lambda: bool(stop.number),
     )
     if evaluation:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.config.run import Config
-from moe.data.loader import Batch, validation_starts
+from moe.data.loader import Batch, validation_windows
 from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, eval_mode
@@ -37,8 +37,8 @@ def check_validation(state: State, evaluation: Evaluation, cfg: Config, dataset:
         return
     # The first window that is not finite, looked into once more.
     split, context = dataset.split("val"), cfg.model.context
-    starts = validation_starts(split, context, cfg.train.eval_tokens)
-    tokens_1S = torch.from_numpy(split.read(starts[bad[:1]], context)[0][:, :-1])
+    windows = validation_windows(split, context, cfg.train.eval_tokens, cfg.data.whole())
+    tokens_1S = torch.from_numpy(split.read(windows.start_W[bad[:1]], context)[0][:, :-1])
     with eval_mode(state.model):
         place = first_bad_parameter(state.model) or first_bad_output(state.model, [tokens_1S], cfg)
     raise BadInput(

@@ -17,6 +17,7 @@ from moe.config.run import Config
 from moe.data.loader import Loader
 from moe.data.shards import Dataset
 from moe.errors import BadInput
+from moe.model.adapt import merged, unmerged
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import checkpoint, jsonl, machine
 from moe.train.average import Average
@@ -108,9 +109,11 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
             f"({tokenizer[:12]}): the two must read the same ids."
         )
     try:
-        load_model(state.model, snapshot.model)
         if cfg.source_state == "all":
+            load_model(state.model, snapshot.model)
             state.loader.check_state(meta["loader"])
+        else:
+            load_model(state.model, unmerged(state.model, merged(snapshot.model)))
     except BadInput as error:
         raise BadInput(f"{about} does not fit this run: {error}") from error
     if cfg.source_state == "weights":

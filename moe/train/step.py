@@ -16,7 +16,7 @@ from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.config.model import layer_moe, moe_layers
 from moe.config.router import facts
 from moe.config.run import Config
-from moe.data.loader import Batch
+from moe.data.loader import NO_TARGET, Batch
 from moe.errors import BadInput
 from moe.model.layer import LayerRouting, MoELayer
 from moe.model.transformer import Output, Transformer, next_token_loss
@@ -101,7 +101,8 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         if cfg.optim.clip:
             clip(state.model, gradients.norm, cfg.optim.clip)
         state.optimizer.step()
-        update_routers(state.model, gradients.routing, cfg.balance, progress)
+        if "router" in cfg.tune.trained():
+            update_routers(state.model, gradients.routing, cfg.balance, progress)
     else:
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         if cfg.train.non_finite == "stop" or state.skipped_in_a_row > MAX_SKIPPED:
@@ -160,7 +161,7 @@ def compute_gradients(
     instead of the routers' choice. `measured`: whether to look at how decided the routers are, and at every expert's
     gradients."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
-    steps = whole_step(model, batch, cfg, recorded)
+    steps, n_targets = whole_step(model, batch, cfg, recorded), targets_of_step(batch, n_micro)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
     layers: list[LayerTotals] = []
     for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
@@ -177,7 +178,7 @@ def compute_gradients(
             )
 
         # Losses by name: of the text, of the routers over all layers, of a teacher.
-        lm_loss = next_token_loss(output.logits_BSV, targets_BS.to(device))
+        lm_loss = text_loss(output.logits_BSV, targets_BS.to(device), n_targets)
         losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
         for routing in output.routing:
             losses |= {name: losses.get(name, 0.0) + value for name, value in routing.losses.items()}
@@ -215,6 +216,24 @@ def compute_gradients(
     weights = loss_weights(cfg, result.losses, progress)
     result.total = weights["lm"] * result.lm_loss + sum(weights[name] * value for name, value in result.losses.items())
     return result
+
+
+def targets_of_step(batch: Batch, n_micro: int) -> float | None:
+    """How many targets there are to learn in a micro-batch, the mean of the step's over all ranks; None where every
+    token has one."""
+    n_targets: float = int((batch.targets_BS.numpy() != NO_TARGET).sum())  # on the host, where batches are
+    if n_ranks() > 1:
+        n_targets = summed_over_ranks(torch.tensor(n_targets)).item() / n_ranks()
+    return None if n_targets == batch.targets_BS.numel() else n_targets / n_micro
+
+
+def text_loss(logits_BSV: Tensor, targets_BS: Tensor, n_targets: float | None) -> Tensor:
+    """A micro-batch's share of the step's loss in nats per target: the mean of the shares is the loss per target of the
+    whole step. (The mean of the micro-batches' own means would weigh a target more where there are few.) `n_targets`:
+    as from `targets_of_step`."""
+    if n_targets is None:
+        return next_token_loss(logits_BSV, targets_BS)
+    return next_token_loss(logits_BSV, targets_BS, reduction="none").sum() / max(1.0, n_targets)
 
 
 def micro_batches(

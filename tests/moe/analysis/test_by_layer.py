@@ -42,7 +42,7 @@ def test_a_trace_by_layer_has_the_files_of_the_whole_models(variant, dtype, tmp_
     model = load(folder).eval()
     about, routed, losses = _about(model.cfg, windows), [], []
     with Writer(tmp_path / "whole", about) as writer, Recorder(model, about.k) as recorder:
-        for read_BS1, *rest in windows:
+        for read_BS1, *rest, _ in windows:
             tokens_BS, targets_BS = read_BS1[:, :-1], read_BS1[:, 1:]
             columns = recorder.run(torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS))
             writer.add(Batch(tokens_BS, targets_BS, *rest, *columns))

@@ -22,7 +22,9 @@ def prepare_documents(tmp_path, monkeypatch):
     def build(documents: list[Document], /, tokenizer=BYTE, say=silent, **settings) -> Dataset:
         settings = {"cache": str(tmp_path), "clean": AS_IT_IS, "val_fraction": 0.2} | settings
         content = hashlib.sha256(repr(documents).encode()).hexdigest()
-        monkeypatch.setattr(moe.data.prepare.sources, "documents", lambda cfg, cache, unreadable: iter(documents))
+        monkeypatch.setattr(
+            moe.data.prepare.sources, "documents", lambda cfg, cache, unreadable, template=None: iter(documents)
+        )
         monkeypatch.setattr(moe.data.prepare.sources, "source_fingerprint", lambda cfg, cache, *readers: content)
         return prepare(DataConfig(**settings), tokenizer, say)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import moe.data.loader
-from moe.data.loader import Loader, validation_starts
+from moe.data.loader import NO_TARGET, Loader, every_window, read_windows, validation_windows
 from moe.data.shards import Dataset
+from moe.data.sources import Document
 from moe.errors import BadInput, of_the_machine
 from tests.moe.data.small_corpora import all_tokens, documents_of, same
 
@@ -154,15 +155,15 @@ def test_a_split_shorter_than_one_sequence_is_refused_with_its_length(dataset):
         with pytest.raises(BadInput, match=rf"the {name} split has {split.n_tokens} tokens.*model\.context=100000"):
             Loader(split, 8, 100_000, 0)
         with pytest.raises(BadInput, match=str(split.n_tokens)):
-            validation_starts(split, split.n_tokens, 1000)
-        assert len(validation_starts(split, split.n_tokens - 1, 1000)) == 1
+            validation_windows(split, split.n_tokens, 1000)
+        assert len(validation_windows(split, split.n_tokens - 1, 1000).start_W) == 1
 
 
 def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
     split, S = dataset.split("val"), 16
     windows = split.n_windows(S)
     for n_tokens, count in [(1, 1), (S, 1), (5 * S, 5), (5 * S + 3, 5), (10**9, windows), (windows * S, windows)]:
-        starts = validation_starts(split, S, n_tokens)
+        starts = validation_windows(split, S, n_tokens).start_W
         assert len(starts) == count
         assert (np.diff(starts) >= S).all()
         assert starts[-1] + S + 1 <= split.n_tokens
@@ -217,3 +218,45 @@ def test_workers_that_cannot_be_started_are_refused_with_what_they_need(dataset,
     monkeypatch.setattr(moe.data.loader.DataLoader, "__iter__", no_semaphore)
     with pytest.raises(BadInput, match=r"^data\.workers=2 cannot be started \(Function not implemented\): .*/dev/shm"):
         next(Loader(dataset.split("train"), 8, 64, 3, workers=2).iterate(0))
+
+
+def conversation(i: int) -> Document:
+    """A document of which the last word is learnt."""
+    text = f"question {i} " + "x" * (i * 7 % 23)
+    return Document(f"{text} answer{i}", "chat", str(i), ((len(text) + 1, len(text) + 8),))
+
+
+@pytest.mark.parametrize("context", [48, 60, 200])
+def test_whole_documents_are_each_learnt_once_and_never_cut(prepare_documents, context):
+    split = prepare_documents([conversation(i) for i in range(60)]).split("train")
+    windows = every_window(split, context, whole=True)
+    tokens, targets, _ = read_windows(split, windows, context)
+    stop_D = np.cumsum(split.lengths())
+    places = windows.start_W[:, None] + np.arange(1, context + 1)
+    learnt = split.learnt([0], split.n_tokens - 1)[0]
+    # By the definition: every learnt token is a target exactly once, and with it its whole document is in the window.
+    counted = np.bincount(places[targets != NO_TARGET], minlength=split.n_tokens)
+    np.testing.assert_array_equal(counted[1:], learnt)
+    for start, place in zip(
+        windows.start_W, [row[use] for row, use in zip(places, targets != NO_TARGET, strict=True)], strict=True
+    ):
+        document = np.searchsorted(stop_D, place, side="right")
+        first = stop_D[document] - split.lengths()[document]
+        assert (first >= start).all()
+        assert (stop_D[document] <= start + context + 1).all()
+    assert (tokens[:, 1:] == np.where(targets == NO_TARGET, tokens[:, 1:], targets)).all()
+
+
+def test_a_document_longer_than_a_window_is_refused_with_how_long_a_context_it_needs(prepare_documents):
+    split = prepare_documents([conversation(i) for i in range(60)]).split("train")
+    longest = split.lengths().max()
+    Loader(split, 2, longest - 1, 0, whole=True)
+    with pytest.raises(BadInput, match=rf"of the {len(split.lengths())} documents .*raise it to {longest - 1}"):
+        Loader(split, 2, longest - 2, 0, whole=True)
+
+
+def test_text_has_no_target_that_is_not_learnt(dataset):
+    split = dataset.split("train")
+    assert split.learnt([0], 8) is None
+    tokens, targets, _ = read_windows(split, every_window(split, 64), 64)
+    np.testing.assert_array_equal(targets, tokens[:, 1:])

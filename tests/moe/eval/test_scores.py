@@ -94,7 +94,7 @@ def test_sums_are_by_window_document_and_domain():
     window_BS, doc_BS = np.array([[0, 0, 0], [1, 1, 1]]), np.array([[4, 4, 5], [5, 5, 5]])
     domain_BS = np.array([[0, 0, 1], [1, 1, 1]], np.uint8)
     nats_BS, bytes_BS = np.arange(6.0).reshape(2, 3), np.arange(6).reshape(2, 3) * 10
-    units = sums(window_BS, doc_BS, domain_BS, nats_BS, bytes_BS)
+    units = sums(*(column.ravel() for column in (window_BS, doc_BS, domain_BS, nats_BS, bytes_BS)))
     assert [column.tolist() for column in units] == [
         [0, 0, 1], [4, 5, 5], [0, 1, 1], [2, 1, 3], [1, 2, 12], [10, 20, 120]
     ]  # fmt: skip

@@ -105,7 +105,7 @@ def test_a_run_of_separate_documents_is_validated_on_each_by_itself(documents):
     assert summary.dataset == documents["packed"][1].dataset  # the same windows
     cfg, eot = read_config(folder), load_run(folder)[1].eot
     split = prepare(cfg.data, cfg.tokenizer, silent).split("val")
-    starts = loader.validation_starts(split, cfg.model.context, cfg.train.eval_tokens)
+    starts = loader.validation_windows(split, cfg.model.context, cfg.train.eval_tokens).start_W
     windows = torch.from_numpy(split.read(starts, cfg.model.context)[0])
     model = load_run(folder, "last")[0].double()
     assert model.document_end == eot

@@ -396,3 +396,21 @@ def test_the_selection_bias_is_told_as_it_was_in_the_step(corpus):
     model.routers()[1].bias_E[2] = -0.5
     seen = [layer.seen["bias"].tolist() for layer in compute_gradients(model, batch, cfg).routing]
     assert seen == [[0.0] * 4, [0.0, 0.0, -0.5, 0.0]]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_the_loss_is_per_target_however_unevenly_micro_batches_have_them(parts, corpus):
+    cfg, model, batch = model_and_batch(corpus, DENSE | {"train.accumulate": parts, "train.batch_size": 8})
+    keep = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 0.9, 8)[:, None]
+    batch.targets_BS = torch.where(keep, batch.targets_BS, -1)
+    assert not keep[0].any()
+    found = compute_gradients(model, batch, cfg)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    # In one go, by the definition.
+    model.zero_grad()
+    log_prob = model(batch.tokens_BS).logits_BSV.log_softmax(-1)
+    loss = -log_prob.gather(-1, batch.targets_BS.clamp(min=0)[..., None])[..., 0][keep].mean()
+    loss.backward()
+    assert found.lm_loss == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-5, atol=1e-9, msg=name)
