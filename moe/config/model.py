@@ -48,6 +48,33 @@ class MoEConfig:
 
 
 @dataclass
+class RopeScaling:
+    """How RoPE's frequencies are changed so that a model reads further than it was trained to (`moe.model.rope`)."""
+
+    # none | linear (all divided by factor) | llama3 (the slow ones) | yarn (the slow ones; 2309.00071)
+    type: Annotated[str, OneOf("none", "linear", "llama3", "yarn")] = "none"
+    factor: Annotated[float, Between(1, ANY)] = 1.0  # what frequencies are divided by
+    original_context: Annotated[int, Between(0, MANY)] = 0  # llama3, yarn: the context before it was stretched
+    # llama3: frequencies that turn fewer times in it than low are divided, those that turn more than high are kept
+    low_freq_factor: Annotated[float, Between(1e-09, ANY)] = 1.0
+    high_freq_factor: Annotated[float, Between(1e-09, ANY)] = 4.0  # llama3: see low_freq_factor
+    beta_fast: Annotated[float, Between(1e-09, ANY)] = 32.0  # yarn: those that turn more often in it are kept
+    beta_slow: Annotated[float, Between(1e-09, ANY)] = 1.0  # yarn: those that turn less often are divided
+    truncate: bool = True  # yarn: both ends of the range between are rounded to whole channels, outwards
+    attention_factor: Annotated[float, Between(0, ANY)] = 0.0  # yarn: on cos and sin; 0: 1 + 0.1 ln(factor)
+
+
+# Which of these settings mean something to which type.
+_STRETCHED = ("type", "factor", "original_context")
+ROPE_READS = {
+    "none": ("type",),
+    "linear": ("type", "factor"),
+    "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
+    "yarn": (*_STRETCHED, "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+
+
+@dataclass
 class ModelConfig:
     """A decoder-only transformer. Zero means "derive it": n_kv_heads = n_heads, head_dim = d_model / n_heads, and
     vocab_size = the tokenizer's."""
@@ -66,6 +93,7 @@ class ModelConfig:
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
     position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rotary, or a learned vector per position
     rope_theta: Annotated[float, Between(1, ANY)] = 10000.0  # rope: base of the wavelengths
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
     qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
     bias: bool = False  # biases on every linear map and norm (GPT-2)
@@ -124,8 +152,33 @@ def validate(model: ModelConfig) -> None:
         )
     if model.position == "rope" and head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
+    _validate_rope_scaling(model, model.rope_scaling)
     if model.moe is not None:
         _validate_layers(model, model.moe)
+
+
+def _validate_rope_scaling(model: ModelConfig, scaling: RopeScaling) -> None:
+    """Refuse settings that the type does not read, and a scaling of positions that are learned."""
+    if scaling.type != "none" and model.position != "rope":
+        raise BadInput(f"model.rope_scaling.type={scaling.type} needs model.position=rope, not {model.position}.")
+    reads = ROPE_READS[scaling.type]
+    for name, default in dataclasses.asdict(RopeScaling()).items():
+        if name not in reads and (value := getattr(scaling, name)) != default:
+            raise BadInput(
+                f"model.rope_scaling.{name}={value} means nothing to model.rope_scaling.type={scaling.type}, which "
+                f"reads {', '.join(reads[1:]) or 'no other setting'}."
+            )
+    if "original_context" in reads and not scaling.original_context:
+        raise BadInput(
+            f"model.rope_scaling.type={scaling.type} needs model.rope_scaling.original_context, the context that the "
+            "model had before."
+        )
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if getattr(scaling, low) >= getattr(scaling, high):
+            raise BadInput(
+                f"model.rope_scaling.{low}={getattr(scaling, low)} must be below model.rope_scaling.{high}="
+                f"{getattr(scaling, high)}."
+            )
 
 
 def _validate_layers(model: ModelConfig, moe: MoEConfig) -> None:

@@ -40,6 +40,7 @@ RESUMABLE = (
 YOUNGER = (
     "source",
     "source_state",
+    "model.rope_scaling",
     "data.max_document_mb",
     "data.documents",
     "data.template",

@@ -7,12 +7,13 @@ coefficients, special token ids, generation defaults. transformers itself is not
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.config.model import ModelConfig, MoEConfig, head_dim, moe_layers
+from moe.config.model import ROPE_READS, ModelConfig, MoEConfig, head_dim, moe_layers
 from moe.config.parse import lookup, parse
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
@@ -100,6 +101,7 @@ FAMILIES = {
         written=_SILU,
     ),
 }
+_ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
 _NULLABLE = ("n_inner", "head_dim", "num_key_value_heads")  # null means: derive it
 
 # Keys of config.json that say nothing of the function from tokens to logits. Any other unknown key must be off.
@@ -170,7 +172,7 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     tree |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **family.written}
     tree |= {key: getattr(full, field) for field, key in family.keys.items()}
     if cfg.position == "rope":
-        tree["rope_theta"] = cfg.rope_theta
+        tree |= _rope_to_hf(cfg)
     if cfg.moe is not None:
         tree |= {key: getattr(cfg.moe, field) for field, key in family.moe.items()}
         if "norm_topk_prob" in family.defaults:
@@ -221,7 +223,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if model_type == "gpt2" and values["n_inner"] is None and isinstance(values["n_embd"], int):
         model["d_ff"] = 4 * values["n_embd"]
     if family.model["position"] == "rope":
-        model["rope_theta"] = _rope_theta(tree, take("rope_theta"))
+        model |= _pop_rope(tree, take("rope_theta"), values["max_position_embeddings"])
     _check_windows(tree, values, family.defaults.get("use_sliding_window", True))
     router = {"renormalize": take("norm_topk_prob") if "norm_topk_prob" in family.defaults else True}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
@@ -237,21 +239,78 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     return parsed, routing
 
 
-def _rope_theta(tree: dict[str, Any], theta: Any) -> Any:
-    """Pop the RoPE settings, which moved into a group of their own in transformers 5; any scaling is refused."""
-    for group in ("rope_scaling", "rope_parameters"):
-        rope = tree.pop(group, None) or {}
-        if not isinstance(rope, dict):
-            raise BadInput(f"{group}={rope!r} must be a group of settings.")
-        theta = rope.get("rope_theta", theta)
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "rope_theta": theta}
-        for key, value in rope.items():
-            if value is not None and (key not in plain or value != plain[key]):
-                raise BadInput(f"{group}.{key}={value!r} is not supported: accepted is rope_type=default, unscaled.")
+def _pop_rope(tree: dict[str, Any], theta: Any, context: Any) -> dict[str, Any]:
+    """Pop the RoPE settings: the base, and how it is scaled. They moved into a group of their own in transformers 5,
+    whose older name is still written; a folder may have both, if they say the same."""
+    told = {
+        group: _rope_group(group, rope, theta, context)
+        for group in ("rope_scaling", "rope_parameters")
+        if (rope := tree.pop(group, None)) is not None and rope != {}
+    }
+    if len(told) == 2 and told["rope_scaling"] != told["rope_parameters"]:
+        raise BadInput("rope_scaling and rope_parameters say different things: leave one of them out.")
     partial = tree.pop("partial_rotary_factor", None)
     if partial not in (None, 1.0):
         raise BadInput(f"partial_rotary_factor={partial!r} is not supported: accepted is 1.0, RoPE on every channel.")
-    return theta
+    return next(iter(told.values()), {"rope_theta": theta})
+
+
+def _rope_group(group: str, rope: Any, theta: Any, context: Any) -> dict[str, Any]:
+    """What rope_scaling or rope_parameters says, in this project's words."""
+    if not isinstance(rope, dict):
+        raise BadInput(f"{group}={rope!r} must be a group of settings.")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.pop("rope_type", rope.get("type", "default"))
+    rope.pop("type", None)
+    if kind not in _ROPE_KINDS:
+        raise BadInput(f"{group}.rope_type={kind!r} is not supported: accepted is {', '.join(_ROPE_KINDS)}.")
+    theta = rope.pop("rope_theta", theta)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise BadInput(f"{group}.partial_rotary_factor is not supported: accepted is 1.0, RoPE on every channel.")
+    # The settings have the same names here, but for two that are one number and one that may be left out.
+    read = set(ROPE_READS[_ROPE_KINDS[kind]])
+    scaling = {"type": _ROPE_KINDS[kind]}
+    if "original_context" in read:
+        scaling["original_context"] = rope.pop("original_max_position_embeddings", context)
+    if kind == "yarn":
+        scaling |= _yarn_defaults(rope, scaling["original_context"], context)
+    for key in rope.keys() & read:
+        scaling[key] = rope.pop(key)
+    if rope:
+        key, value = next(iter(rope.items()))
+        raise BadInput(f"{group}.{key}={value!r} means nothing to rope_type={kind}.")
+    if kind != "default" and "factor" not in scaling:
+        raise BadInput(f"{group}.factor is missing; every rope_type={kind} has it.")
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn_defaults(rope: dict[str, Any], original: Any, context: Any) -> dict[str, Any]:
+    """What yarn takes from other settings: the factor where it is left out, and the attention factor of DeepSeek's
+    mscale and mscale_all_dim, which are popped."""
+    numbers = {key: rope.pop(key, 0) for key in ("mscale", "mscale_all_dim")}
+    factor = rope.get("factor", context / original if isinstance(original, int) and original > 0 else None)
+    scale, scale_all = (value if isinstance(value, int | float) else 0 for value in numbers.values())
+    defaults = {} if factor is None else {"factor": factor}
+    if rope.get("attention_factor") == 0:
+        raise BadInput("attention_factor=0 of rope_type=yarn is not supported: accepted is a number above 0, or none.")
+    if scale and scale_all and "attention_factor" not in rope and isinstance(factor, int | float) and factor > 1:
+        grown = [0.1 * number * math.log(factor) + 1.0 for number in (scale, scale_all)]
+        defaults["attention_factor"] = grown[0] / grown[1]
+    return defaults
+
+
+def _rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """The RoPE settings as both of transformers' releases read them."""
+    scaling = cfg.rope_scaling
+    if scaling.type == "none":
+        return {"rope_theta": cfg.rope_theta}
+    told = {"rope_type": scaling.type, **{key: getattr(scaling, key) for key in ROPE_READS[scaling.type][1:]}}
+    if "original_context" in told:
+        told["original_max_position_embeddings"] = told.pop("original_context")
+    if not told.get("attention_factor", 1):
+        del told["attention_factor"]
+    both = {"rope_scaling": told, "rope_parameters": told | {"rope_theta": cfg.rope_theta}}
+    return {"rope_theta": cfg.rope_theta, **both}
 
 
 def _check_windows(tree: dict[str, Any], values: Mapping[str, Any], used: bool) -> None:

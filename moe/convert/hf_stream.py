@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe.config.model import head_dim
 from moe.convert.hf_config import family_of, read_config
 from moe.convert.hf_weights import DTYPES, check_tied, copy_into, headers, views_of, weight_files
 from moe.errors import BadInput
-from moe.model.attention import rotary
+from moe.model.rope import rotary
 from moe.model.transformer import Transformer
 
 
@@ -53,7 +52,7 @@ class Parts:
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from error
         if cfg.position == "rope":
-            self.model.cos_Sd, self.model.sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
+            self.model.cos_Sd, self.model.sin_Sd = rotary(cfg)
         self.places = {name: place for path in files for name, place in _places(path) if name in self.shapes}
 
     @contextmanager

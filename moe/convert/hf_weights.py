@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.config.model import ModelConfig, head_dim, is_moe_layer
+from moe.config.model import ModelConfig, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, family_of, read_config
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.model.attention import rotary
+from moe.model.rope import rotary
 from moe.model.transformer import Transformer
 from moe.run.jsonl import to_text
 
@@ -178,7 +178,7 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer
         if cfg.tie_embeddings:  # to_empty unties
             model.head.weight = model.embed.weight
         if cfg.position == "rope":
-            model.cos_Sd, model.sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
+            model.cos_Sd, model.sin_Sd = rotary(cfg)
         targets = views_of(shapes, model, family)
         for path in files:
             with safe_open(path, "pt") as file:

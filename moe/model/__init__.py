@@ -1,6 +1,7 @@
 """The network and what it costs, in the order it is built.
 
-attention    grouped-query attention, positions, KV cache
+rope         rotary positions, also stretched ones
+attention    grouped-query attention, documents, KV cache
 experts      the dense MLP, shared and routed experts
 dispatch     backends over the same expert weights
 layer        the MoE layer: route, limit, dispatch, combine

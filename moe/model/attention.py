@@ -1,6 +1,6 @@
-"""Causal grouped-query attention, rotary positions, documents within a window and the KV cache.
+"""Causal grouped-query attention, documents within a window and the KV cache.
 
-Letters beyond the glossary: d channels of a head (cos and sin have one entry for two of them).
+Letters beyond the glossary: d channels of a head.
 """
 
 import torch
@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moe.config.model import ModelConfig, head_dim
+from moe.model.rope import rotate
 
 
 class KVCache:
@@ -36,21 +37,6 @@ class KVCache:
         store = self.store[layer, :, :, :, :end]
         store[0, :, :, self.length :], store[1, :, :, self.length :] = k, v
         return store[0].to(k.dtype), store[1].to(v.dtype)
-
-
-def rotary(context: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (context, dim / 2) float32, of the angles position · theta^(−2i/dim) (RoFormer, 2104.09864).
-
-    1 / theta^(2i/dim), rounded as transformers rounds it: in the last bit another form of it turns far positions by
-    another angle."""
-    angle = torch.outer(torch.arange(context).float(), 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + dim/2), Llama's layout: (B, H, S, dim) -> the same, same dtype."""
-    a, b = x_BHSd.chunk(2, dim=-1)
-    return torch.cat((a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd), dim=-1).to(x_BHSd.dtype)
 
 
 def within_documents(tokens_BS: Tensor, document_end: int) -> tuple[Tensor, Tensor]:

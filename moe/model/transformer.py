@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.config.balance import BalanceConfig
-from moe.config.model import ModelConfig, head_dim, layer_moe, moe_layers
+from moe.config.model import ModelConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.model.attention import Attention, KVCache, rotary, within_documents
+from moe.model.attention import Attention, KVCache, within_documents
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP, Experts
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
+from moe.model.rope import rotary
 from moe.routing.contract import Router, Step
 
 
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
         if cfg.position == "learned":
             self.position = nn.Embedding(cfg.context, cfg.d_model)
         else:
-            cos_Sd, sin_Sd = rotary(cfg.context, head_dim(cfg), cfg.rope_theta)
+            cos_Sd, sin_Sd = rotary(cfg)
             self.register_buffer("cos_Sd", cos_Sd, persistent=False)
             self.register_buffer("sin_Sd", sin_Sd, persistent=False)
         self.blocks = nn.ModuleList(

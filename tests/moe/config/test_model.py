@@ -13,6 +13,27 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "kv heads": ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 must divide model.n_heads=4"),
     "more kv heads": ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 must divide model.n_heads=4"),
     "odd rotary": ({"model.head_dim": 7}, "model.position=rope needs an even head dimension, and here it is 7"),
+    "scaled positions that are learned": (
+        {"model.rope_scaling.type": "linear", "model.position": "learned"},
+        "model.rope_scaling.type=linear needs model.position=rope, not learned",
+    ),
+    "a number that nobody reads": (
+        {"model.rope_scaling.type": "linear", "model.rope_scaling.beta_fast": 8.0},
+        "model.rope_scaling.beta_fast=8.0 means nothing to model.rope_scaling.type=linear, which reads factor",
+    ),
+    "scaled by nothing": (
+        {"model.rope_scaling.factor": 2.0},
+        "model.rope_scaling.factor=2.0 means nothing to model.rope_scaling.type=none, which reads no other setting",
+    ),
+    "stretched from nowhere": (
+        {"model.rope_scaling.type": "yarn"},
+        "model.rope_scaling.type=yarn needs model.rope_scaling.original_context",
+    ),
+    "turned around": (
+        {"model.rope_scaling.type": "llama3", "model.rope_scaling.low_freq_factor": 4.0}
+        | {"model.rope_scaling.original_context": 64},
+        "model.rope_scaling.low_freq_factor=4.0 must be below model.rope_scaling.high_freq_factor=4.0",
+    ),
     "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
     "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),
     "a layer short": (

@@ -15,7 +15,7 @@ import torch
 
 from moe.config.balance import BalanceConfig
 from moe.config.data import TokenizerConfig
-from moe.config.model import ModelConfig, MoEConfig, moe_layers
+from moe.config.model import ModelConfig, MoEConfig, RopeScaling, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert import export_c
@@ -44,6 +44,7 @@ SHAPES = {
     "cpu-nano": (sizes(MoEConfig(8, 2, 64), n_heads=2, qk_norm="head"), RouterConfig()),
     "gpt2": (sizes(norm="layer", position="learned", bias=True, activation="gelu_tanh"), RouterConfig()),
     "llama": (sizes(n_kv_heads=2, tie_embeddings=False, rope_theta=5e5), RouterConfig()),
+    "yarn": (sizes(rope_theta=50.0, rope_scaling=RopeScaling("yarn", 4.0, 24)), RouterConfig()),
     "mixtral": (sizes(MoEConfig(8, 2, 96), n_kv_heads=2, tie_embeddings=False), RouterConfig()),
     "olmoe": (sizes(MoEConfig(16, 4, 32), qk_norm="full", tie_embeddings=False), RouterConfig(renormalize=False)),
     "qwen3-moe": (sizes(MoEConfig(16, 4, 32, every=2), n_kv_heads=2, head_dim=32, qk_norm="head"), RouterConfig()),

@@ -1,5 +1,6 @@
 """config.json both ways, with transformers' own config classes and parameter counts as the oracle."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from moe.config.model import ModelConfig, MoEConfig
+from moe.config.model import ModelConfig, MoEConfig, RopeScaling
 from moe.config.parse import parse
 from moe.config.router import RouterConfig
 from moe.convert.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
@@ -64,7 +66,7 @@ GPT2 = {"activation": "gelu_tanh", "norm": "layer", "position": "learned", "bias
 MODELS = {
     "gpt2": dataclasses.replace(SMALL, **GPT2),
     "llama": dataclasses.replace(SMALL, rope_theta=500.0),
-    "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10),
+    "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10, rope_scaling=RopeScaling("yarn", 4.0, 8)),
     "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
     "olmoe": dataclasses.replace(SMALL, qk_norm="full", moe=MoEConfig(4, 2, 48)),
     "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
@@ -79,7 +81,7 @@ def test_settings_survive_config_json_and_the_config_class_of_transformers(
     router = RouterConfig(renormalize=renormalize or family not in ("olmoe", "qwen3_moe"))
     cfg = MODELS[family]
     tree = config_to_hf(cfg, router)
-    transformers.AutoConfig.for_model(**tree).save_pretrained(tmp_path)
+    transformers.AutoConfig.for_model(**copy.deepcopy(tree)).save_pretrained(tmp_path)  # which writes into groups
     for back, routing in (config_from_hf(tree, "small"), read_config(tmp_path)):
         full = dataclasses.replace(cfg, name=back.name, n_kv_heads=back.n_kv_heads, head_dim=back.head_dim)
         assert back == full
@@ -108,10 +110,14 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_act": "gelu"}),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 5.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "short_factor": [1.0]}}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 10000.0}}),
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     ("llama", {"rope_scaling": 8}),
     ("llama", {"partial_rotary_factor": 0.5}),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
@@ -145,6 +151,7 @@ WORDS = {  # where the sentence names this project's setting, not the key
     "hidden_size": "model.d_model",
     "num_key_value_heads": "model.n_kv_heads",
     "num_experts_per_tok": "model.moe.k",
+    "rope_scaling": "model.rope_scaling",
 }
 
 
@@ -179,6 +186,49 @@ def test_what_changes_no_function_is_accepted(family: str, change: dict[str, Any
     tree = config_to_hf(MODELS[family], RouterConfig())
     changed = {key: value for key, value in (tree | change).items() if value is not None or key in ("rope_scaling",)}
     assert config_from_hf(changed, "small") == config_from_hf(tree, "small")
+
+
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"type": "linear", "factor": 2}, RopeScaling("linear", 2.0)),
+        ({"type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | SCALED, RopeScaling("llama3", 4, 8)),
+        ({"rope_type": "yarn", "rope_theta": 10000.0} | SCALED, RopeScaling("yarn", 4.0, 8)),
+        ({"type": "yarn", "factor": None, "original_max_position_embeddings": 8}, RopeScaling("yarn", 4.0, 8)),
+        ({"type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 32)),
+        ({"type": "yarn", "beta_fast": 16, "truncate": False} | SCALED,
+         RopeScaling("yarn", 4.0, 8, beta_fast=16.0, truncate=False)),
+        ({"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0} | SCALED,
+         RopeScaling("yarn", 4.0, 8, attention_factor=1.0)),
+        ({"type": "yarn", "mscale": 2.0} | SCALED, RopeScaling("yarn", 4.0, 8)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("group", ["rope_scaling", "rope_parameters"])
+def test_scaled_positions_are_read_in_either_place_and_written_in_both(
+    group: str, rope: dict[str, Any], scaling: RopeScaling, tmp_path: Path
+) -> None:
+    """And what is written says the same to transformers' config class as what was read."""
+    tree = config_to_hf(MODELS["llama"], RouterConfig()) | {"rope_theta": 10000.0}
+    cfg, router = config_from_hf(tree | {group: rope}, "small")
+    assert cfg.rope_scaling == scaling
+    written = config_to_hf(cfg, router)
+    assert config_from_hf(written, "small") == (cfg, router)
+    only = {key: value for key, value in written.items() if key not in ("rope_scaling", "rope_parameters")}
+    for name in ("rope_scaling", "rope_parameters"):
+        assert config_from_hf(only | {name: written[name]}, "small") == (cfg, router)
+    angles = [
+        LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(of)))(
+            torch.zeros(1), torch.arange(32)[None]
+        )
+        for of in (tree | {group: rope}, written)
+    ]
+    if rope.get("factor", 4.0) is not None:  # transformers' own check wants a number there
+        assert torch.equal(angles[0][0], angles[1][0])
+        assert torch.equal(angles[0][1], angles[1][1])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", '"llama"', "\udcff"])

@@ -21,7 +21,6 @@ from moe.convert.hf_weights import from_hf, load, save, tensor_map, to_hf
 from moe.data.tokenizer import END_OF_TEXT, Tokenizer, train
 from moe.errors import BadInput
 from moe.eval.generate import generate
-from moe.model.attention import rotary
 from moe.model.transformer import Transformer
 from tests.small_runs import left_by_others
 
@@ -36,6 +35,9 @@ LLAMA = {
     "max_position_embeddings": 32,
     "pad_token_id": None,  # OLMoE's default, 1, would stop the gradient of that token's embedding
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 50.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 50.0}
 GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
@@ -47,7 +49,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-theta": ("llama", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 100.0}}),
     "llama-heads": ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-2}),
+    "llama-linear": ("llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
+    "qwen3-yarn": ("qwen3", LLAMA | {"head_dim": 12, "rope_parameters": YARN}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
     "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
@@ -247,16 +252,6 @@ def test_the_balancing_loss_of_one_layer_times_k_is_that_of_transformers(tmp_pat
     (routing,) = load(tmp_path)(TOKENS_BS).routing
     assert expected > 3.01  # not the balanced case, in which everything agrees
     torch.testing.assert_close(3 * routing.aux, expected)
-
-
-def test_rotary_angles_equal_those_of_transformers_far_out() -> None:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = transformers.LlamaConfig(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(8192)[None])
-    ours = rotary(8192, 128, 5e5)
-    assert torch.equal(torch.cat([ours[0]] * 2, -1), cos[0])
-    assert torch.equal(torch.cat([ours[1]] * 2, -1), sin[0])
 
 
 def test_every_tensor_is_mapped_exactly_once() -> None:

@@ -1,4 +1,4 @@
-"""Attention against loops over positions and heads, rotary angles, and the cache."""
+"""Attention against loops over positions and heads, and the cache."""
 
 import cmath
 import math
@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from moe.model.attention import Attention, KVCache, rotary, rotate, within_documents
+from moe.model.attention import Attention, KVCache, within_documents
+from moe.model.rope import rotary
 
 
 def _attention(cfg, seed=0):
@@ -64,27 +65,10 @@ def _naive(module, cfg, x, rope):
 def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position):
     cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True)
     module, x = _attention(cfg), torch.randn(5, 12, dtype=torch.float64)
-    rope = tuple(each[:5].double() for each in rotary(16, 4, cfg.rope_theta)) if position == "rope" else None
+    rope = tuple(each[:5].double() for each in rotary(cfg)) if position == "rope" else None
     with torch.no_grad():
         # The angles are made in float32.
         torch.testing.assert_close(module(x[None], rope, 0)[0], _naive(module, cfg, x, rope), rtol=1e-6, atol=1e-6)
-
-
-def test_rotary_scores_depend_on_the_distance_alone():
-    cos, sin = (each.double() for each in rotary(32, 8, 10000.0))
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, 32, 8)
-    score = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]
-    for distance in range(-5, 6):
-        diagonal = score.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
-
-
-def test_rotation_keeps_the_length_and_the_dtype():
-    cos, sin = rotary(16, 8, 10000.0)
-    x = torch.randn(2, 3, 16, 8)
-    torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
-    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
-    assert torch.equal(rotate(x, cos, sin)[:, :, 0], x[:, :, 0])  # position 0 turns nothing
 
 
 @pytest.mark.parametrize("n_kv_heads", [0, 1, 2])
