@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.analysis.trace import Batch, Recorder, Writer
 from moe.analysis.windows import Columns
+from moe.config.model import window_of
 from moe.errors import BadInput
+from moe.model.attention import within_window
 from moe.model.layer import LayerInput
 from moe.model.transformer import Transformer, next_token_loss
 
@@ -94,7 +96,7 @@ def trace_by_layer(
             for layer, block in enumerate(model.blocks):
                 say(f"trace: layer {layer + 1} of {len(model.blocks)}")
                 with held(block):
-                    pass_block(model, block, windows, between, recorder)
+                    pass_block(model, layer, windows, between, recorder)
         except OSError as error:
             raise BadInput(f"{between.folder} cannot be written ({error.strerror or error}).") from error
         with held(model.norm, model.embed if model.cfg.tie_embeddings else model.head):
@@ -102,14 +104,16 @@ def trace_by_layer(
 
 
 def pass_block(
-    model: Transformer, block: nn.Module, windows: Iterable[Columns], between: Between, recorder: Recorder
+    model: Transformer, layer: int, windows: Iterable[Columns], between: Between, recorder: Recorder
 ) -> None:
     """All tokens through one block: their states are replaced, and what its router decided is kept."""
     for i, (read_BS1, *_) in enumerate(windows):
         tokens_BS = _tokens(read_BS1)
-        rope = tuple(angles[: tokens_BS.shape[1]].unsqueeze(-3) for angles in (model.cos_Sd, model.sin_Sd))
+        length = tokens_BS.shape[1]
+        rope = tuple(angles[:length].unsqueeze(-3) for angles in (model.cos_Sd, model.sin_Sd))
+        mask = within_window(0, length, window_of(model.cfg, layer), tokens_BS.device, None)
         x_BSD = torch.from_numpy(between.states[i])
-        x_BSD, routing = block(x_BSD, rope, "torch", None, LayerInput(tokens_T=tokens_BS.flatten()))
+        x_BSD, routing = model.blocks[layer](x_BSD, rope, "torch", None, LayerInput(tokens_T=tokens_BS.flatten()), mask)
         between.states[i] = x_BSD.numpy()
         if routing is not None:
             columns = recorder.columns(routing, recorder.decided.pop(), tokens_BS.numel())

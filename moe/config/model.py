@@ -96,6 +96,8 @@ class ModelConfig:
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
     qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
+    window: Annotated[int, Between(0, MANY)] = 0  # positions that a token attends to, its own included; 0: all
+    window_layers: list[int] = field(default_factory=list)  # layers (from 0) with that window; empty: every layer
     bias: bool = False  # biases on every linear map and norm (GPT-2)
     tie_embeddings: bool = True  # the output map is the embedding
     init_std: Annotated[float, Between(0, 10)] = 0.02  # standard deviation of initial weights
@@ -112,6 +114,11 @@ def entering(moe: MoEConfig, length: int) -> int:
 def head_dim(model: ModelConfig) -> int:
     """Channels of one attention head."""
     return model.head_dim or model.d_model // model.n_heads
+
+
+def window_of(model: ModelConfig, layer: int) -> int:
+    """How many positions a token attends to in this layer (from 0), its own included; 0: all before it."""
+    return model.window if layer in (model.window_layers or (layer,)) else 0
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
@@ -153,6 +160,13 @@ def validate(model: ModelConfig) -> None:
     if model.position == "rope" and head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
     _validate_rope_scaling(model, model.rope_scaling)
+    layers = model.window_layers
+    if layers and not model.window:
+        raise BadInput(f"model.window_layers={layers} means nothing to model.window=0: set the window too.")
+    if layers != sorted({*layers} & {*range(model.n_layers)}):
+        raise BadInput(
+            f"model.window_layers={layers} must be layers in rising order, from 0 to {model.n_layers - 1}, each once."
+        )
     if model.moe is not None:
         _validate_layers(model, model.moe)
 

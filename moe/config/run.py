@@ -41,6 +41,8 @@ YOUNGER = (
     "source",
     "source_state",
     "model.rope_scaling",
+    "model.window",
+    "model.window_layers",
     "data.max_document_mb",
     "data.documents",
     "data.template",

@@ -1,6 +1,7 @@
 """A model into another form.
 
-hf_config     transformers' model families: config.json to settings and back
+hf_families   transformers' model families: what each fixes, what it leaves open
+hf_config     their config.json to settings and back
 hf_tokenizer  tokenizer.json to ids equal to its own, and back
 hf_weights    weights from and to transformers' folders
 hf_stream     the same folders one layer at a time, in less memory than they take

@@ -44,7 +44,8 @@ _ACTIVATIONS, _NORMS, _POSITIONS = ("swiglu", "gelu", "gelu_tanh", "relu2"), ("r
 _QK_NORMS, _SCORES = ("none", "head", "full"), ("softmax", "sigmoid")
 _IDS_ONLY, _CHARACTERS, _WORDS = range(3)
 _SPLITS = {ONE_CHARACTER: _CHARACTERS, GPT4_LIKE: _WORDS}
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
+_OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {"model.window": (0,)}
+_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "router.name": _SCORES,
     "router.logits": ("linear",),
     "router.gradient": ("exact",),
@@ -72,9 +73,7 @@ class Stored(NamedTuple):
 
 def check(cfg: Config) -> None:
     """Refuse a run whose model run.c does not compute. Raises `BadInput` naming the first such setting."""
-    if cfg.model.moe is None:
-        return
-    for path, accepted in _ACCEPTED.items():
+    for path, accepted in (_OF_EVERY_MODEL | (_OF_EXPERTS if cfg.model.moe else {})).items():
         value = lookup(cfg, path)
         if value not in accepted:
             choices = " or ".join(str(choice).lower() for choice in accepted)

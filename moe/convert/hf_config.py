@@ -1,8 +1,8 @@
-"""The model families of transformers that this model contains, and their config.json.
+"""config.json of transformers' model families, to settings and back; hf_families.py has the families.
 
-Six are spoken: GPT-2, Llama, Qwen3, Mixtral, OLMoE and Qwen3-MoE. A setting that this model has no place for is refused
-by name, never ignored. Left aside is what is no part of the function from tokens to logits: dropout rates, loss
-coefficients, special token ids, generation defaults. transformers itself is not needed.
+A setting that this model has no place for is refused by name, never ignored. Left aside is what is no part of the
+function from tokens to logits: dropout rates, loss coefficients, special token ids, generation defaults. transformers
+itself is not needed.
 """
 
 import dataclasses
@@ -11,104 +11,24 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from moe.config.model import ROPE_READS, ModelConfig, MoEConfig, head_dim, moe_layers
+from moe.config.model import ROPE_READS, ModelConfig, MoEConfig, head_dim, moe_layers, window_of
 from moe.config.parse import lookup, parse
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
+from moe.convert.hf_families import FAMILIES, USUAL, Family
 from moe.errors import BadInput
 
-
-class Family(NamedTuple):
-    """One architecture of transformers in this project's words."""
-
-    architecture: str
-    model: dict[str, Any]  # settings of ModelConfig that it fixes
-    keys: dict[str, str]  # settings of ModelConfig that it leaves open -> their keys in config.json
-    moe: dict[str, str]  # the same for MoEConfig; none for a dense family
-    defaults: dict[str, Any]  # what a missing key means; one without a default must be there
-    written: dict[str, Any]  # keys that are the same in every folder written
-
-
-_ROPE = {"activation": "swiglu", "norm": "rms", "position": "rope", "bias": False}
-_SILU = {"hidden_act": "silu"}
-_SIZES = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range"}
-_KEYS = _SIZES | {
-    "context": "max_position_embeddings",
-    "n_layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "d_ff": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-}
-_GPT2_KEYS = _SIZES | {
-    "context": "n_positions",
-    "n_layers": "n_layer",
-    "d_model": "n_embd",
-    "n_heads": "n_head",
-    "d_ff": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-}
-_OLMOE_KEYS = {field: key for field, key in _KEYS.items() if field != "head_dim"}
-_MIXTRAL_MOE = {"n_experts": "num_local_experts", "k": "num_experts_per_tok", "d_expert": "intermediate_size"}
-_OLMOE_MOE = _MIXTRAL_MOE | {"n_experts": "num_experts"}
-_QWEN3_MOE = _OLMOE_MOE | {"d_expert": "moe_intermediate_size", "every": "decoder_sparse_step"}
-_LLAMA = {"head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
-_LLAMA |= {"rms_norm_eps": 1e-6, "num_key_value_heads": None}
-_QWEN3 = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"} | {"use_sliding_window": False}
-
-FAMILIES = {
-    "gpt2": Family(
-        architecture="GPT2LMHeadModel",
-        model={"activation": "gelu_tanh", "norm": "layer", "position": "learned", "bias": True, "qk_norm": "none"},
-        keys=_GPT2_KEYS,
-        moe={},
-        defaults={
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-        },
-        written={"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    ),
-    "llama": Family("LlamaForCausalLM", _ROPE | {"qk_norm": "none"}, _KEYS, {}, _LLAMA, _SILU),
-    "qwen3": Family("Qwen3ForCausalLM", _ROPE | {"qk_norm": "head"}, _KEYS, {}, _QWEN3 | {"head_dim": 128}, _SILU),
-    "mixtral": Family(
-        architecture="MixtralForCausalLM",
-        model=_ROPE | {"qk_norm": "none"},
-        keys=_KEYS,
-        moe=_MIXTRAL_MOE,
-        defaults=_QWEN3 | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "use_sliding_window": True},
-        written=_SILU,
-    ),
-    "olmoe": Family(
-        architecture="OlmoeForCausalLM",
-        model=_ROPE | {"qk_norm": "full"},
-        keys=_OLMOE_KEYS,
-        moe=_OLMOE_MOE,
-        defaults=_LLAMA | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
-        written=_SILU,
-    ),
-    "qwen3_moe": Family(
-        architecture="Qwen3MoeForCausalLM",
-        model=_ROPE | {"qk_norm": "head"},
-        keys=_KEYS,
-        moe=_QWEN3_MOE,
-        defaults=_QWEN3 | {"decoder_sparse_step": 1, "norm_topk_prob": False},
-        written=_SILU,
-    ),
-}
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _NULLABLE = ("n_inner", "head_dim", "num_key_value_heads")  # null means: derive it
 
 # Keys of config.json that say nothing of the function from tokens to logits. Any other unknown key must be off.
 _BOOKKEEPING = re.compile(
     r"_.*|architectures|model_type|transformers_version|(torch_)?dtype|use_cache|return_dict|output_.*|problem_type"
     r"|id2label|label2id|num_labels|tokenizer_class|(bos|eos|pad|sep|unk)_token_id|task_specific_params|n_ctx|summary_.*"
-    r"|attention_dropout|(resid|embd|attn)_pdrop|router_aux_loss_coef|pretraining_tp|max_window_layers"
+    r"|attention_dropout|(resid|embd|attn)_pdrop|router_aux_loss_coef|pretraining_tp"
 )
 
 
@@ -139,15 +59,14 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[name]
     required: dict[str, Any] = {}
     if family.moe:
-        required = {"model.moe.n_shared": 0, "router.name": "softmax", "router.selection_bias": False}
-        required |= {"router.scale": 1.0, "router.groups": 1, "router.logits": "linear", "router.gradient": "exact"}
-        required |= {"router.input": "own", "router.shared": False, "model.moe.shared_gate": False}
-        required |= {f"model.moe.{key}": [] for key in ("widths", "n_experts_by_layer", "k_by_layer")}
-        required |= {f"model.moe.{key}": 0 for key in ("n_null", "n_copy", "n_constant")} | {"model.moe.depth": 1.0}
-        if name == "mixtral":
-            required["router.renormalize"] = True
-        if "every" not in family.moe:
-            required |= {"model.moe.every": 1, "model.moe.first_dense": 0}
+        # What it leaves open; leading dense layers may also be a list of them.
+        left_open = {f"model.moe.{field}" for field in family.moe} | {f"router.{field}" for field in family.router}
+        left_open |= {"model.moe.first_dense"} if "every" in family.moe else set()
+        required = {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
+    if family.windows == "none":
+        required["model.window"] = 0
+    if family.windows in ("none", "all"):
+        required["model.window_layers"] = []
     required |= {f"model.{field}": value for field, value in family.model.items()}
     if name == "gpt2":
         required["model.n_kv_heads"] = cfg.n_heads
@@ -172,11 +91,10 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     tree |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **family.written}
     tree |= {key: getattr(full, field) for field, key in family.keys.items()}
     if cfg.position == "rope":
-        tree |= _rope_to_hf(cfg)
+        tree |= _rope_to_hf(cfg) | _windows_to_hf(cfg, family)
     if cfg.moe is not None:
         tree |= {key: getattr(cfg.moe, field) for field, key in family.moe.items()}
-        if "norm_topk_prob" in family.defaults:
-            tree["norm_topk_prob"] = router.renormalize
+        tree |= {key: getattr(router, field) for field, key in family.router.items()}
         if "every" in family.moe:
             tree["mlp_only_layers"] = list(range(min(cfg.moe.first_dense, cfg.n_layers)))
     return tree
@@ -185,7 +103,7 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
 def read_config(folder: Path) -> tuple[ModelConfig, RouterConfig]:
     """The settings in folder/config.json, whatever release of transformers wrote it, named after the folder.
 
-    Raises `BadInput` for a model_type outside the six families and for every setting that this model does not have."""
+    Raises `BadInput` for a model_type outside the families and for every setting that this model does not have."""
     path = folder / "config.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -204,7 +122,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         raise BadInput(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}.")
     # Every key that this model reads, under the spelling of the family; what is read is taken out of the tree.
     family, tree = FAMILIES[model_type], dict(tree)
-    known = {*family.keys.values(), *family.moe.values()}
+    known = {*family.keys.values(), *family.moe.values(), *family.router.values()}
     for alias, key in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
         if key in known and key not in tree and alias in tree:  # both spellings are written
             tree[key] = tree.pop(alias)
@@ -224,13 +142,16 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         model["d_ff"] = 4 * values["n_embd"]
     if family.model["position"] == "rope":
         model |= _pop_rope(tree, take("rope_theta"), values["max_position_embeddings"])
-    _check_windows(tree, values, family.defaults.get("use_sliding_window", True))
-    router = {"renormalize": take("norm_topk_prob") if "norm_topk_prob" in family.defaults else True}
+    model |= _pop_windows(tree, model, family)
+    router = {path.removeprefix("router."): value for path, value in family.fixed.items() if path.startswith("router.")}
+    router |= {field: values[key] for field, key in family.router.items()}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
     # Whatever is left must be off, and what was read must be valid settings.
     _check_off(tree, model_type)
     if family.moe:
-        model["moe"] = parse(MoEConfig, {field: values[key] for field, key in family.moe.items()}, "model.moe.")
+        moe = {path.removeprefix("model.moe."): value for path, value in family.fixed.items() if "moe" in path}
+        moe |= {field: values[key] for field, key in family.moe.items()}
+        model["moe"] = parse(MoEConfig, moe, "model.moe.")
     parsed = parse(ModelConfig, model | family.model | {"name": name}, "model.")
     routing = parse(RouterConfig, router, "router.")
     validate(Config(model=parsed, router=routing))
@@ -313,19 +234,72 @@ def _rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": cfg.rope_theta, **both}
 
 
-def _check_windows(tree: dict[str, Any], values: Mapping[str, Any], used: bool) -> None:
-    """Pop the sliding-window settings; a window is refused unless it is switched off or as long as the context.
-
-    used: what a missing use_sliding_window means."""
-    window, used = tree.pop("sliding_window", None), tree.pop("use_sliding_window", used)
-    context = values.get("max_position_embeddings")
-    if used and window is not None and not (isinstance(context, int) and isinstance(window, int) and window >= context):
+def _pop_windows(tree: dict[str, Any], model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Pop the sliding-window settings: the window, and the layers that have it. One that is switched off, or as long as
+    the context, is none."""
+    names = ("sliding_window", "use_sliding_window", "max_window_layers")
+    usual = family.defaults.get
+    window, used, bound = (
+        tree.pop(key, usual(key, default)) for key, default in zip(names, (None, True, 0), strict=True)
+    )
+    kinds, n_layers, context = tree.pop("layer_types", None), model["n_layers"], model["context"]
+    if not isinstance(n_layers, int):
+        return {}  # refused when it is parsed
+    # Which layers: by a list of kinds, or by the family's rule.
+    on = bool(used and window)
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == n_layers and set(kinds) <= {FULL, SLIDING}):
+        raise BadInput(f"layer_types={kinds!r} is not supported: accepted is {FULL} or {SLIDING} for every layer.")
+    if kinds is not None:
+        layers = [layer for layer, kind in enumerate(kinds) if kind == SLIDING]
+    else:
+        layers = _windowed(family.windows, n_layers, bound) if on else []
+    if layers and not on:
+        raise BadInput(f"layer_types={kinds!r} has {SLIDING}, and sliding_window={window!r} is switched off.")
+    if not on or (isinstance(window, int) and isinstance(context, int) and window >= context):
+        return {}
+    # What the family cannot have.
+    if layers and family.windows == "none":
         raise BadInput(
             f"sliding_window={window!r} is not supported: accepted is null, or at least the context of {context}."
         )
-    kinds = tree.pop("layer_types", None)
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise BadInput(f"layer_types={kinds!r} is not supported: accepted is full_attention in every layer.")
+    if family.windows == "all" and bound:
+        raise BadInput(
+            f"max_window_layers={bound!r} means another thing in every release of transformers: accepted is 0."
+        )
+    if family.windows == "all" and len(layers) < n_layers:
+        raise BadInput(f"layer_types={kinds!r} is not supported: accepted is {SLIDING} in every layer.")
+    return {"window": window, "window_layers": [] if len(layers) == n_layers else layers} if layers else {}
+
+
+def _windowed(windows: str, n_layers: int, bound: Any) -> list[int]:
+    """The layers that have a window where no list says so. Raises `BadInput` for a bound that is no number."""
+    if type(bound) is not int:
+        raise BadInput(f"max_window_layers={bound!r} must be a whole number.")
+    match windows:
+        case "from":
+            return list(range(bound, n_layers))
+        case "every other":
+            return list(range(0, min(bound, n_layers), 2))
+        case _:
+            return list(range(n_layers))
+
+
+def _windows_to_hf(cfg: ModelConfig, family: Family) -> dict[str, Any]:
+    """The sliding-window settings, for releases that read lists of layers and for older ones."""
+    if family.windows == "none":
+        return {}
+    switch = "use_sliding_window" in family.defaults
+    if not cfg.window:
+        return {} if switch else {"sliding_window": None}
+    told = {"sliding_window": cfg.window} | ({"use_sliding_window": True} if switch else {})
+    if family.windows == "all":
+        return told
+    kinds = [SLIDING if window_of(cfg, layer) else FULL for layer in range(cfg.n_layers)]
+    return (
+        told
+        | {"layer_types": kinds}
+        | ({"max_window_layers": kinds.index(SLIDING)} if family.windows == "from" else {})
+    )
 
 
 def _check_off(tree: Mapping[str, Any], model_type: str) -> None:

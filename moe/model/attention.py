@@ -51,6 +51,17 @@ def within_documents(tokens_BS: Tensor, document_end: int) -> tuple[Tensor, Tens
     return index_S - start_BS, attends_BSS[:, None]
 
 
+def within_window(past: int, end: int, window: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
+    """Which keys the queries at positions past, past + 1, … end − 1 may attend to: the last `window` up to their own,
+    and none that `mask` forbids. (1 or B, 1, S, end) bool; `mask` itself where none is further away than that, and for
+    window 0, which is none."""
+    if not window or end <= window:
+        return mask
+    distance = torch.arange(past, end, device=device)[:, None] - torch.arange(end, device=device)
+    near = ((distance >= 0) & (distance < window))[None, None]
+    return near if mask is None else near & mask
+
+
 def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm` computed in its weight's dtype: under autocast a projection is bf16 and the fused norm wants one dtype."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)  # type: ignore[arg-type]

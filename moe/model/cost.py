@@ -70,7 +70,7 @@ def flops(
 
     2 per weight of every matmul that a token passes (router and vocabulary projection included, embeddings not), and
     4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B)
-    nor made less by data.documents=separate, which masks what it computes.
+    nor made less by data.documents=separate or a window, which mask what is computed.
     The gradients of a matmul cost twice as much, or as much where only one of its sides has one. What a backend adds
     to fill tiles is not counted, nor that expert choice rounds K·T/E up.
 

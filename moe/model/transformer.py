@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.config.balance import BalanceConfig
-from moe.config.model import ModelConfig, layer_moe, moe_layers
+from moe.config.model import ModelConfig, layer_moe, moe_layers, window_of
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
-from moe.model.attention import Attention, KVCache, within_documents
+from moe.model.attention import Attention, KVCache, within_documents, within_window
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP, Experts
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.window = layer, window_of(cfg, layer)
         self.attn_norm = norm(cfg)
         self.attn = Attention(cfg)
         self.mlp_norm = norm(cfg)
@@ -82,7 +82,7 @@ class Block(nn.Module):
                 cos, sin = (angles.expand(b, 1, s, -1)[row_B1, 0, place_BJ][:, None] for angles in rope)
                 rope = cos, sin
             if mask is not None:
-                mask = mask[row_B1[:, :, None], 0, place_BJ[:, :, None], place_BJ[:, None]][:, None]
+                mask = mask.expand(b, 1, s, s)[row_B1[:, :, None], 0, place_BJ[:, :, None], place_BJ[:, None]][:, None]
             h_BSD = self.attend(entry.take(x_BSD).view(b, -1, d), rope, None, mask=mask)
         else:
             enters_BS = torch.zeros(b * s, dtype=torch.bool, device=x_BSD.device).index_fill(0, entry.token_I, True)
@@ -172,6 +172,7 @@ class Transformer(nn.Module):
             read_BS = tokens_BS if cache is None else cache.read(tokens_BS)
             place_BS, mask = within_documents(read_BS, self.document_end)
             place, mask = place_BS[:, past:], mask[:, :, past:]
+        windowed = within_window(past, end, self.cfg.window, tokens_BS.device, mask)
         # Embed; positions are added here, or turn queries and keys in every block.
         x_BSD, rope = self.embed(tokens_BS), None
         if self.cfg.position == "learned":
@@ -194,7 +195,7 @@ class Transformer(nn.Module):
                     recorded_TK=recorded[n_before] if recorded is not None else None,
                     watched=watched,
                 )
-            arguments = (x_BSD, rope, backend, cache, layer_input, mask)
+            arguments = (x_BSD, rope, backend, cache, layer_input, windowed if block.window else mask)
             if checkpoint_activations:
                 x_BSD, report = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -13,6 +13,18 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "kv heads": ({"model.n_kv_heads": 3}, "model.n_kv_heads=3 must divide model.n_heads=4"),
     "more kv heads": ({"model.n_kv_heads": 8}, "model.n_kv_heads=8 must divide model.n_heads=4"),
     "odd rotary": ({"model.head_dim": 7}, "model.position=rope needs an even head dimension, and here it is 7"),
+    "layers with no window": (
+        {"model.window_layers": [1]},
+        "model.window_layers=[1] means nothing to model.window=0: set the window too",
+    ),
+    "a window in no layer": (
+        {"model.window": 8, "model.window_layers": [1, 4]},
+        "model.window_layers=[1, 4] must be layers in rising order, from 0 to 3, each once",
+    ),
+    "windows out of order": (
+        {"model.window": 8, "model.window_layers": [1, 0]},
+        "model.window_layers=[1, 0] must be layers in rising order",
+    ),
     "scaled positions that are learned": (
         {"model.rope_scaling.type": "linear", "model.position": "learned"},
         "model.rope_scaling.type=linear needs model.position=rope, not learned",

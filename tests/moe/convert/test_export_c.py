@@ -273,6 +273,15 @@ def test_a_setting_that_the_program_does_not_have_is_refused_by_name(changes, me
     export_c.check(dataclasses.replace(cfg, model=sizes()))  # a dense model has no router
 
 
+@pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, 8)])
+@pytest.mark.parametrize("change", [{"window": 8}])
+def test_attention_that_the_program_does_not_have_is_refused_by_name_with_or_without_experts(change, moe):
+    export_c.check(Config(model=sizes(moe)))
+    ((name, value),) = change.items()
+    with pytest.raises(BadInput, match=f"model.{name}={value} has no counterpart in run.c"):
+        export_c.check(Config(model=sizes(moe, **change)))
+
+
 @pytest.mark.parametrize(
     ("change", "dtype", "message"),
     [

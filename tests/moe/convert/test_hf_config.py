@@ -12,7 +12,7 @@ import transformers
 import yaml
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from moe.config.model import ModelConfig, MoEConfig, RopeScaling
+from moe.config.model import ModelConfig, MoEConfig, RopeScaling, window_of
 from moe.config.parse import parse
 from moe.config.router import RouterConfig
 from moe.convert.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
@@ -135,8 +135,15 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"model_type": ["llama"]}),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("qwen3", {"layer_types": 3}),
-    ("qwen3", {"sliding_window": 16, "use_sliding_window": True}),
-    ("mixtral", {"sliding_window": 16}),
+    ("qwen3", {"sliding_window": -1, "use_sliding_window": True, "max_window_layers": 0}),
+    ("qwen3", {"sliding_window": "16", "use_sliding_window": True, "max_window_layers": 0}),
+    ("qwen3", {"max_window_layers": "all", "sliding_window": 16, "use_sliding_window": True}),
+    ("qwen3", {"sliding_window_pattern": 4}),
+    ("llama", {"sliding_window": 16}),
+    ("olmoe", {"sliding_window": 16}),
+    ("qwen3_moe", {"max_window_layers": 2, "sliding_window": 16, "use_sliding_window": True}),
+    ("mixtral", {"layer_types": ["sliding_attention", *["full_attention"] * 3], "sliding_window": 16}),
+    ("mixtral", {"layer_types": ["chunked_attention"] * 4, "sliding_window": 16}),
     ("mixtral", {"router_jitter_noise": 0.1}),
     ("mixtral", {"num_experts_per_tok": 5}),
     ("mixtral", {"mlp_only_layers": [0]}),
@@ -152,6 +159,7 @@ WORDS = {  # where the sentence names this project's setting, not the key
     "num_key_value_heads": "model.n_kv_heads",
     "num_experts_per_tok": "model.moe.k",
     "rope_scaling": "model.rope_scaling",
+    "sliding_window": "model.window",
 }
 
 
@@ -186,6 +194,39 @@ def test_what_changes_no_function_is_accepted(family: str, change: dict[str, Any
     tree = config_to_hf(MODELS[family], RouterConfig())
     changed = {key: value for key, value in (tree | change).items() if value is not None or key in ("rope_scaling",)}
     assert config_from_hf(changed, "small") == config_from_hf(tree, "small")
+
+
+KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "told", "layers"),
+    [
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}, [2, 3]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, [0, 1, 2, 3]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 4}, None),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": KINDS}, [0, 2]),
+        ("qwen3", {"use_sliding_window": False, "max_window_layers": 2}, None),
+        ("qwen3_moe", {"use_sliding_window": True}, [0, 1, 2, 3]),
+        ("qwen3_moe", {}, None),
+        ("mixtral", {}, [0, 1, 2, 3]),
+        ("mixtral", {"sliding_window": None}, None),
+    ],
+    ids=str,
+)
+def test_the_layers_with_a_window_are_those_of_transformers(
+    family: str, told: dict[str, Any], layers: list[int] | None
+) -> None:
+    tree = config_to_hf(MODELS[family], RouterConfig()) | {"sliding_window": 16} | told
+    cfg, router = config_from_hf(tree, "small")
+    assert [layer for layer in range(4) if window_of(cfg, layer)] == (layers or [])
+    assert {window_of(cfg, layer) for layer in layers or []} <= {16}
+    written = config_to_hf(cfg, router)
+    assert config_from_hf(written, "small") == (cfg, router)
+    for of in (tree, written):
+        theirs = transformers.AutoConfig.for_model(**copy.deepcopy(of))
+        kinds = getattr(theirs, "layer_types", ["sliding_attention" if theirs.sliding_window else "full_attention"] * 4)
+        assert [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"] == (layers or [])
 
 
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 8}
@@ -259,6 +300,8 @@ def test_a_missing_key_is_refused_by_name() -> None:
         ({"norm": "layer"}, {}, {}, "model.norm=layer"),
         ({"position": "learned"}, {}, {}, "model.position=learned"),
         ({"qk_norm": "full"}, {"every": 2}, {}, "model.moe.every=2"),
+        ({"qk_norm": "full", "window": 8}, {}, {}, "model.window=8"),
+        ({"window": 8, "window_layers": [1]}, {}, {}, r"model.window_layers=\[1\]"),
         ({"qk_norm": "full", "head_dim": 16}, {}, {}, "model.head_dim=16"),
         ({"qk_norm": "none"}, {}, {"renormalize": False}, "router.renormalize=False"),
     ],

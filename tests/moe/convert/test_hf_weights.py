@@ -40,6 +40,7 @@ LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 50.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 50.0}
 GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 
@@ -53,10 +54,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
     "qwen3-yarn": ("qwen3", LLAMA | {"head_dim": 12, "rope_parameters": YARN}),
+    "qwen3-windows": ("qwen3", LLAMA | WINDOW | {"max_window_layers": 1}),
+    "qwen3-alternating": ("qwen3", LLAMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-window": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": 5}),
     "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
     "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
     "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe-window": ("qwen3_moe", QWEN3_MOE | WINDOW),
     "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
     "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
     "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
@@ -107,6 +112,16 @@ def test_logits_and_every_gradient_equal_those_of_transformers(variant: str, tmp
         found = to_hf(grads, model.cfg, family, stacked=True)
         assert found.keys() == expected.keys()
         assert {name: e for name in found if (e := error(found[name], expected[name])) > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_generation_with_a_cache_is_that_of_transformers(variant: str, tmp_path: Path) -> None:
+    hf = theirs(variant).eval()
+    hf.save_pretrained(tmp_path)
+    hf.generation_config.eos_token_id = None  # to the end of the context
+    prompt = TOKENS_BS[:1, :4]
+    expected = hf.generate(prompt, max_new_tokens=27, do_sample=False, pad_token_id=0)[0, 4:].tolist()
+    assert list(generate(load(tmp_path).eval(), prompt[0].tolist(), 27, temperature=0, eot=-1)) == expected
 
 
 def random_model(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, RouterConfig]:

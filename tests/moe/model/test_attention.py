@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moe.model.attention import Attention, KVCache, within_documents
+from moe.model.attention import Attention, KVCache, within_documents, within_window
 from moe.model.rope import rotary
 
 
@@ -51,8 +51,9 @@ def _naive(module, cfg, x, rope):
         heads = []
         for h in range(cfg.n_heads):
             query = head(q, h, module.q_norm)[s]
-            keys = head(k, h // group, module.k_norm)[: s + 1]
-            values = head(v, h // group, None, turn=False)[: s + 1]
+            first = max(0, s + 1 - cfg.window) if cfg.window else 0
+            keys = head(k, h // group, module.k_norm)[first : s + 1]
+            values = head(v, h // group, None, turn=False)[first : s + 1]
             weight = torch.stack([query @ key / math.sqrt(d) for key in keys]).softmax(0)
             heads.append(sum(w * value for w, value in zip(weight, values, strict=True)))
         out.append(module.o(torch.cat(heads)))
@@ -62,13 +63,16 @@ def _naive(module, cfg, x, rope):
 @pytest.mark.parametrize("n_kv_heads", [0, 1, 2, 4])
 @pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position):
-    cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True)
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position, window):
+    cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True, window=window)
     module, x = _attention(cfg), torch.randn(5, 12, dtype=torch.float64)
     rope = tuple(each[:5].double() for each in rotary(cfg)) if position == "rope" else None
     with torch.no_grad():
         # The angles are made in float32.
-        torch.testing.assert_close(module(x[None], rope, 0)[0], _naive(module, cfg, x, rope), rtol=1e-6, atol=1e-6)
+        mask = within_window(0, 5, window, x.device, None)
+        y = module(x[None], rope, 0, mask=mask)[0]
+        torch.testing.assert_close(y, _naive(module, cfg, x, rope), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_kv_heads", [0, 1, 2])
@@ -104,3 +108,14 @@ def test_a_token_may_attend_to_its_document_up_to_itself_and_the_end_token_belon
     assert place_BS.tolist() == [[i for document in documents for i in range(len(document))]] * 2
     allowed = [[key for key in document if key <= query] for document in documents for query in document]
     assert [row_S.nonzero().flatten().tolist() for row_S in attends_B1SS[1, 0]] == allowed
+
+
+def test_a_window_narrows_what_a_mask_allows_and_is_none_where_nothing_is_as_far_away():
+    device = torch.device("cpu")
+    mask = torch.rand(2, 1, 3, 8) > 0.3
+    expected = [[s - 4 < key <= s for key in range(8)] for s in (5, 6, 7)]
+    assert within_window(5, 8, 4, device, None)[0, 0].tolist() == expected
+    assert torch.equal(within_window(5, 8, 4, device, mask), mask & torch.tensor(expected))
+    for window in (0, 8, 9):
+        assert within_window(5, 8, window, device, None) is None
+        assert within_window(5, 8, window, device, mask) is mask

@@ -11,7 +11,7 @@ from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig, entering
 from moe.config.router import RouterConfig
 from moe.model import cost
-from moe.model.attention import KVCache, within_documents
+from moe.model.attention import KVCache, within_documents, within_window
 from moe.model.depth import DepthRouter
 from moe.model.layer import LayerInput
 from moe.model.transformer import Block
@@ -127,6 +127,25 @@ def test_of_separate_documents_the_tokens_that_enter_see_those_of_their_own(mode
             for y_D, s in zip(y_SD, at, strict=True):
                 gate = 1 / (1 + math.exp(-_score(model.blocks[1].depth.score, x_SD[s])))
                 expected[s] = (1 - gate) * x_SD[s] + gate * y_D
+        torch.testing.assert_close(out[b], expected, **EXACT)
+
+
+@CAUSAL
+@TRAINING
+def test_a_window_counts_the_tokens_that_pass_by_too(model, training, depth_causal):
+    """A token sees those that enter among the 4 positions up to its own: each by itself, with no others beside it."""
+    model = model(depth_causal=depth_causal).train(training)
+    x, plain = _x(), _plain(model)
+    rope = tuple(angles[:11].double()[None] for angles in (model.cos_Sd, model.sin_Sd))
+    mask = within_window(0, 11, 4, x.device, None)
+    out, _ = model.blocks[1](x, rope, "torch", None, LayerInput(_ids(x).flatten()), mask)
+    for b, x_SD in enumerate(x):
+        entered, expected = _entering(model, x_SD), x_SD.clone()
+        for s in entered:
+            at = [key for key in entered if s - 4 < key <= s]
+            y_SD = plain(x_SD[at][None], (model.cos_Sd[at].double(), model.sin_Sd[at].double()), "torch", None)[0][0]
+            gate = 1 / (1 + math.exp(-_score(model.blocks[1].depth.score, x_SD[s])))
+            expected[s] = (1 - gate) * x_SD[s] + gate * y_SD[-1]
         torch.testing.assert_close(out[b], expected, **EXACT)
 
 

@@ -120,6 +120,8 @@ VARIANTS = {
     "olmoe": dict(qk_norm="full", tie_embeddings=False, n_kv_heads=0),
     "qwen3": dict(qk_norm="head", head_dim=6),
     "relu2, one kv head": dict(activation="relu2", n_kv_heads=1),
+    "windows": dict(window=4),
+    "a window in one layer": dict(window=2, window_layers=[1], position="learned"),
     "derived head size": dict(head_dim=0, n_heads=3, n_kv_heads=0),
 }
 EXPERTS = {
@@ -223,6 +225,18 @@ def test_a_cache_knows_the_documents_of_what_it_holds(make_model, variant):
             cache = KVCache(model.cfg, 2, torch.float64, tokens.device)
             parts = [model(part, cache=cache).logits_BSV for part in tokens.split(pieces, 1)]
             torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("layers", "reach"), [([], 4), ([0], 12), ([1], 12)])
+def test_a_token_reaches_as_far_as_the_windows_of_all_layers_together(make_model, layers, reach):
+    """Two layers with windows of 3: two positions back, and from there two more. With one without, to the beginning."""
+    model, states, tokens = make_model(window=3, window_layers=layers), [], _windows()
+    model.embed.register_forward_hook(lambda module, inputs, output: states.append(output))
+    logits = model(tokens).logits_BSV
+    for s in range(13):
+        (gradient,) = torch.autograd.grad(logits[0, s].square().sum(), states[0], retain_graph=True)
+        reached = gradient[0].abs().amax(-1).nonzero().flatten().tolist()
+        assert reached == list(range(max(0, s - reach), s + 1))
 
 
 def test_packed_documents_are_one_causal_text_without_a_mask(make_model, monkeypatch):

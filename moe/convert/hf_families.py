@@ -1,0 +1,140 @@
+"""The model families of transformers that this model contains: a table of what each fixes and what it leaves open.
+
+A family is named by its model_type. hf_config.py reads and writes its config.json by this table, hf_weights.py its
+tensors. A setting without a row is at its default in every family: what this model has beyond them has no counterpart.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers in this project's words."""
+
+    architecture: str
+    model: dict[str, Any]  # settings of ModelConfig that it fixes
+    keys: dict[str, str]  # settings of ModelConfig that it leaves open -> their keys in config.json
+    moe: dict[str, str]  # the same for MoEConfig; none for a dense family
+    defaults: dict[str, Any]  # what a missing key means; one without a default must be there
+    written: dict[str, Any]  # keys that are the same in every folder written
+    router: dict[str, str] = field(default_factory=dict)  # the same as keys, for RouterConfig
+    # settings of router and model.moe that are not as in `USUAL`, by their dotted keys
+    fixed: dict[str, Any] = field(default_factory=dict)
+    # which layers have a sliding window, where nothing else says so:
+    # none | all | from (those from max_window_layers on) | every other (of those below max_window_layers)
+    windows: str = "none"
+
+
+# What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
+USUAL: dict[str, Any] = {
+    "router.name": "softmax",
+    "router.selection_bias": False,
+    "router.renormalize": True,
+    "router.scale": 1.0,
+    "router.groups": 1,
+    "router.logits": "linear",
+    "router.gradient": "exact",
+    "router.input": "own",
+    "router.shared": False,
+    "model.moe.n_shared": 0,
+    "model.moe.shared_gate": False,
+    "model.moe.widths": [],
+    "model.moe.n_experts_by_layer": [],
+    "model.moe.k_by_layer": [],
+    "model.moe.n_null": 0,
+    "model.moe.n_copy": 0,
+    "model.moe.n_constant": 0,
+    "model.moe.depth": 1.0,
+    "model.moe.every": 1,
+    "model.moe.first_dense": 0,
+}
+
+_ROPE = {"activation": "swiglu", "norm": "rms", "position": "rope", "bias": False}
+_SILU = {"hidden_act": "silu"}
+_SIZES = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range"}
+_KEYS = _SIZES | {
+    "context": "max_position_embeddings",
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+_GPT2_KEYS = _SIZES | {
+    "context": "n_positions",
+    "n_layers": "n_layer",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "d_ff": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+}
+_OLMOE_KEYS = {name: key for name, key in _KEYS.items() if name != "head_dim"}
+_MIXTRAL_MOE = {"n_experts": "num_local_experts", "k": "num_experts_per_tok", "d_expert": "intermediate_size"}
+_OLMOE_MOE = _MIXTRAL_MOE | {"n_experts": "num_experts"}
+_QWEN3_MOE = _OLMOE_MOE | {"d_expert": "moe_intermediate_size", "every": "decoder_sparse_step"}
+_RENORMALIZE = {"renormalize": "norm_topk_prob"}
+
+# What missing keys mean.
+_LLAMA = {"head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
+_LLAMA |= {"rms_norm_eps": 1e-6, "num_key_value_heads": None}
+_QWEN3 = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_QWEN3 |= {"use_sliding_window": False, "sliding_window": 4096}
+_MAX_WINDOW_LAYERS = {"max_window_layers": 28}
+
+FAMILIES = {
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        model={"activation": "gelu_tanh", "norm": "layer", "position": "learned", "bias": True, "qk_norm": "none"},
+        keys=_GPT2_KEYS,
+        moe={},
+        defaults={
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+        },
+        written={"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "llama": Family("LlamaForCausalLM", _ROPE | {"qk_norm": "none"}, _KEYS, {}, _LLAMA, _SILU),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        model=_ROPE | {"qk_norm": "head"},
+        keys=_KEYS,
+        moe={},
+        defaults=_QWEN3 | _MAX_WINDOW_LAYERS | {"head_dim": 128},
+        written=_SILU,
+        windows="from",
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_KEYS,
+        moe=_MIXTRAL_MOE,
+        defaults={key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        written=_SILU,
+        windows="all",
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        model=_ROPE | {"qk_norm": "full"},
+        keys=_OLMOE_KEYS,
+        moe=_OLMOE_MOE,
+        defaults=_LLAMA | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        written=_SILU,
+        router=_RENORMALIZE,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        model=_ROPE | {"qk_norm": "head"},
+        keys=_KEYS,
+        moe=_QWEN3_MOE,
+        defaults=_QWEN3 | {"decoder_sparse_step": 1, "norm_topk_prob": False},
+        written=_SILU,
+        router=_RENORMALIZE,
+        windows="all",
+    ),
+}
