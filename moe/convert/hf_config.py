@@ -42,7 +42,7 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
         if bool(family.moe) == (cfg.moe is not None):
             differences[name] = [
                 f"{path}={value} has no counterpart in transformers: the nearest family, {name}, has {path}={needed}."
-                for path, needed in _required(name, cfg).items()
+                for path, needed in _required(name, cfg, router).items()
                 if (value := lookup(settings, path)) != needed
             ]
     # The QK norm is a family's mark: of two that are equally near, the one that shares it.
@@ -54,7 +54,7 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
     return nearest
 
 
-def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
+def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     """What a model of cfg's sizes must have, by dotted path, to be of family `name`."""
     family = FAMILIES[name]
     required: dict[str, Any] = {}
@@ -63,6 +63,10 @@ def _required(name: str, cfg: ModelConfig) -> dict[str, Any]:
         left_open = {f"model.moe.{field}" for field in family.moe} | {f"router.{field}" for field in family.router}
         left_open |= {"model.moe.first_dense"} if "every" in family.moe else set()
         required = {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
+        if router.groups == 1:  # nobody asks how a group's score is made
+            required.pop("router.group_top", None)
+        if "n_shared_experts" in family.moe.values() and cfg.moe is not None:
+            required["model.moe.n_shared"] = max(1, cfg.moe.n_shared)  # its classes have at least one
     if family.windows == "none":
         required["model.window"] = 0
     if family.windows in ("none", "all"):
@@ -101,7 +105,13 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, RouterConfig]:
-    """The settings in folder/config.json, whatever release of transformers wrote it, named after the folder.
+    """The settings of `read_folder`, which raises the same."""
+    return read_folder(folder)[1:]
+
+
+def read_folder(folder: Path) -> tuple[str, ModelConfig, RouterConfig]:
+    """The family of folder/config.json and its settings, whatever release of transformers wrote it, named after the
+    folder. The family is what names the folder's tensors, also where the settings are those of a plainer one.
 
     Raises `BadInput` for a model_type outside the families and for every setting that this model does not have."""
     path = folder / "config.json"
@@ -110,9 +120,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, RouterConfig]:
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as JSON ({error}): give a folder that save_pretrained wrote.") from error
     try:
-        return config_from_hf(tree, folder.resolve().name)
+        cfg, router = config_from_hf(tree, folder.resolve().name)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+    return tree["model_type"], cfg, router
 
 
 def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:

@@ -75,13 +75,19 @@ _OLMOE_KEYS = {name: key for name, key in _KEYS.items() if name != "head_dim"}
 _MIXTRAL_MOE = {"n_experts": "num_local_experts", "k": "num_experts_per_tok", "d_expert": "intermediate_size"}
 _OLMOE_MOE = _MIXTRAL_MOE | {"n_experts": "num_experts"}
 _QWEN3_MOE = _OLMOE_MOE | {"d_expert": "moe_intermediate_size", "every": "decoder_sparse_step"}
+_DOTS1_MOE = _QWEN3_MOE | {"n_experts": "n_routed_experts", "n_shared": "n_shared_experts"}
+_DOTS1_MOE = {name: key for name, key in _DOTS1_MOE.items() if name != "every"} | {
+    "first_dense": "first_k_dense_replace"
+}
 _RENORMALIZE = {"renormalize": "norm_topk_prob"}
+_DOTS1_ROUTER = _RENORMALIZE | {"scale": "routed_scaling_factor", "groups": "n_group", "k_groups": "topk_group"}
+_BIASED_SIGMOID = {"router.name": "sigmoid", "router.selection_bias": True, "router.group_top": 2}
 
 # What missing keys mean.
-_LLAMA = {"head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
-_LLAMA |= {"rms_norm_eps": 1e-6, "num_key_value_heads": None}
-_QWEN3 = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
-_QWEN3 |= {"use_sliding_window": False, "sliding_window": 4096}
+_ALWAYS = {"head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
+_ALWAYS |= {"rms_norm_eps": 1e-6}
+_LLAMA = _ALWAYS | {"num_key_value_heads": None}
+_QWEN3 = _ALWAYS | {"use_sliding_window": False, "sliding_window": 4096}
 _MAX_WINDOW_LAYERS = {"max_window_layers": 28}
 
 FAMILIES = {
@@ -113,8 +119,7 @@ FAMILIES = {
         model=_ROPE | {"qk_norm": "none"},
         keys=_KEYS,
         moe=_MIXTRAL_MOE,
-        defaults={key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
-        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        defaults=_ALWAYS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         written=_SILU,
         windows="all",
     ),
@@ -136,5 +141,20 @@ FAMILIES = {
         written=_SILU,
         router=_RENORMALIZE,
         windows="all",
+    ),
+    # DeepSeek-V3's experts on Qwen3's attention. Like ours, the release that the tests install chooses within a token's
+    # groups alone; older ones gave the experts of the other groups a score of 0, which is above a negative biased one.
+    "dots1": Family(
+        architecture="Dots1ForCausalLM",
+        model=_ROPE | {"qk_norm": "head"},
+        keys=_KEYS,
+        moe=_DOTS1_MOE,
+        defaults=_ALWAYS
+        | {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+        | {"norm_topk_prob": False, "sliding_window": 4096, "max_window_layers": 62},
+        written=_SILU,
+        router=_DOTS1_ROUTER,
+        fixed=_BIASED_SIGMOID,
+        windows="from",
     ),
 }

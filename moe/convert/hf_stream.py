@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe.convert.hf_config import family_of, read_config
+from moe.convert.hf_config import read_folder
 from moe.convert.hf_weights import DTYPES, check_tied, copy_into, headers, views_of, weight_files
 from moe.errors import BadInput
 from moe.model.rope import rotary
@@ -41,8 +41,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        cfg, router = read_config(folder)
-        self.family = family_of(cfg, router)
+        self.family, cfg, router = read_folder(folder)
         files = weight_files(folder)
         self.shapes, _ = headers(files)
         with torch.device("meta"):

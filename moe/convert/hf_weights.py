@@ -24,7 +24,7 @@ from torch import Tensor
 from moe.config.model import ModelConfig, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
-from moe.convert.hf_config import config_to_hf, family_of, read_config
+from moe.convert.hf_config import config_to_hf, read_folder
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -34,6 +34,9 @@ from moe.run.jsonl import to_text
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# What a family calls the shared experts.
+_SHARED = {"dots1": "shared_experts"}
 
 # Constants that old folders hold among the weights.
 _CONSTANT = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
@@ -67,15 +70,15 @@ def tensor_map(
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
         for ours, theirs in names.items():
             yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"]]
-        # A dense MLP's gate and up projection are one tensor here and two there.
         if not is_moe_layer(cfg, layer):
-            w_gate_FD, w_up_FD = state[f"{a}mlp.up.weight"].chunk(2)
-            yield f"{b}mlp.gate_proj.weight", [w_gate_FD]
-            yield f"{b}mlp.up_proj.weight", [w_up_FD]
-            yield f"{b}mlp.down_proj.weight", [state[f"{a}mlp.down.weight"]]
+            yield from _mlp_map(state, f"{a}mlp", f"{b}mlp")
             continue
-        # The router and its experts, stacked or one by one.
+        # The router, experts for every token, and the routed ones, stacked or one by one.
         yield f"{b}{mlp}.gate.weight", [state[f"{a}mlp.router.w_ED"]]
+        if f"{a}mlp.router.bias_E" in state:  # no gradient has it
+            yield f"{b}{mlp}.gate.e_score_correction_bias", [state[f"{a}mlp.router.bias_E"]]
+        if f"{a}mlp.shared.up.weight" in state:
+            yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED[family]}")
         w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
         if stacked:
             yield f"{b}mlp.experts.gate_up_proj", [w_up_EFD]
@@ -85,6 +88,14 @@ def tensor_map(
         for projection, w in ((gate, w_gate_EFD), (up, w_up_EFD), (down, w_down_EDF)):
             for e, w_e in enumerate(w):
                 yield f"{b}{mlp}.experts.{e}.{projection}.weight", [w_e]
+
+
+def _mlp_map(state: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[tuple[str, list[Tensor]]]:
+    """A dense MLP, whose gate and up projection are one tensor here and two there."""
+    w_gate_FD, w_up_FD = state[f"{ours}.up.weight"].chunk(2)
+    yield f"{theirs}.gate_proj.weight", [w_gate_FD]
+    yield f"{theirs}.up_proj.weight", [w_up_FD]
+    yield f"{theirs}.down_proj.weight", [state[f"{ours}.down.weight"]]
 
 
 def _gpt2_map(state: Mapping[str, Tensor], cfg: ModelConfig) -> Iterator[tuple[str, list[Tensor]]]:
@@ -161,13 +172,12 @@ def check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
 
 @torch.no_grad()
 def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
-    """The model in a folder that transformers (or `save`) wrote, on the CPU; its settings are `read_config`'s.
+    """The model in a folder that transformers (or `save`) wrote, on the CPU; its settings are `read_folder`'s.
 
     Tensors are read one at a time into the model's own memory, so the peak is the model and one tensor. dtype None
     keeps the folder's (the widest, where it mixes several). Everything is checked against the files' headers before
     memory is asked for. Raises `BadInput` naming the setting, file or tensor; pickled weights are never opened."""
-    cfg, router = read_config(folder)
-    family = family_of(cfg, router)
+    family, cfg, router = read_folder(folder)
     files = weight_files(folder)
     shapes, widest = headers(files)
     try:

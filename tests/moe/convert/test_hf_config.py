@@ -70,7 +70,16 @@ MODELS = {
     "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
     "olmoe": dataclasses.replace(SMALL, qk_norm="full", moe=MoEConfig(4, 2, 48)),
     "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
+    "dots1": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(8, 2, 24, n_shared=2, first_dense=1)),
 }
+
+# The routers of families whose router is not softmax.
+ROUTERS = {"dots1": RouterConfig("sigmoid", selection_bias=True, scale=2.5, groups=4, k_groups=2)}
+
+
+def router_of(family: str, renormalize: bool = True) -> RouterConfig:
+    free = "renormalize" in FAMILIES[family].router
+    return dataclasses.replace(ROUTERS.get(family, RouterConfig()), renormalize=renormalize or not free)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -78,8 +87,7 @@ MODELS = {
 def test_settings_survive_config_json_and_the_config_class_of_transformers(
     family: str, renormalize: bool, tmp_path: Path
 ) -> None:
-    router = RouterConfig(renormalize=renormalize or family not in ("olmoe", "qwen3_moe"))
-    cfg = MODELS[family]
+    cfg, router = MODELS[family], router_of(family, renormalize)
     tree = config_to_hf(cfg, router)
     transformers.AutoConfig.for_model(**copy.deepcopy(tree)).save_pretrained(tmp_path)  # which writes into groups
     for back, routing in (config_from_hf(tree, "small"), read_config(tmp_path)):
@@ -92,9 +100,10 @@ def test_settings_survive_config_json_and_the_config_class_of_transformers(
 @pytest.mark.parametrize("family", MODELS)
 def test_every_default_of_the_config_class_is_our_default(family: str) -> None:
     """A key that is absent must mean what transformers takes it to mean."""
-    tree = config_to_hf(MODELS[family], RouterConfig())
+    tree = config_to_hf(MODELS[family], router_of(family))
     for key in FAMILIES[family].defaults.keys() & tree.keys():
-        short = {each: value for each, value in tree.items() if each != key}
+        without = {key} | ({"topk_group"} if key == "n_group" else set())  # which is at most as many
+        short = {each: value for each, value in tree.items() if each not in without}
         full = json.loads(transformers.AutoConfig.for_model(**short).to_json_string(use_diff=False))
         assert config_to_hf(*config_from_hf(short, "small")) == config_to_hf(*config_from_hf(full, "small")), key
 
@@ -152,6 +161,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}),
     ("qwen3_moe", {"mlp_only_layers": ["0"]}),
     ("qwen3_moe", {"shared_expert_intermediate_size": 24}),
+    ("dots1", {"n_shared_experts": None}),
+    ("dots1", {"n_group": 3}),
+    ("dots1", {"topk_group": 5}),
+    ("dots1", {"n_routed_experts": 2}),
+    ("dots1", {"scoring_func": "softmax"}),
+    ("dots1", {"decoder_sparse_step": 2}),
 ]
 WORDS = {  # where the sentence names this project's setting, not the key
     "n_positions": "model.context",
@@ -159,13 +174,17 @@ WORDS = {  # where the sentence names this project's setting, not the key
     "num_key_value_heads": "model.n_kv_heads",
     "num_experts_per_tok": "model.moe.k",
     "rope_scaling": "model.rope_scaling",
+    "n_shared_experts": "model.moe.n_shared",
+    "n_routed_experts": "router.groups",
+    "n_group": "router.groups",
+    "topk_group": "router.k_groups",
     "sliding_window": "model.window",
 }
 
 
 @pytest.mark.parametrize(("family", "change"), REFUSED, ids=lambda each: each if isinstance(each, str) else str(each))
 def test_what_this_model_does_not_have_is_refused_by_name(family: str, change: dict[str, Any], tmp_path: Path) -> None:
-    tree = config_to_hf(MODELS[family], RouterConfig())
+    tree = config_to_hf(MODELS[family], router_of(family))
     config_from_hf(tree, "small")  # accepted without the change
     (tmp_path / "config.json").write_text(json.dumps(tree | change))
     with pytest.raises(BadInput) as caught:
@@ -191,7 +210,7 @@ def test_what_this_model_does_not_have_is_refused_by_name(family: str, change: d
     ids=str,
 )
 def test_what_changes_no_function_is_accepted(family: str, change: dict[str, Any]) -> None:
-    tree = config_to_hf(MODELS[family], RouterConfig())
+    tree = config_to_hf(MODELS[family], router_of(family))
     changed = {key: value for key, value in (tree | change).items() if value is not None or key in ("rope_scaling",)}
     assert config_from_hf(changed, "small") == config_from_hf(tree, "small")
 
@@ -217,7 +236,7 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
 def test_the_layers_with_a_window_are_those_of_transformers(
     family: str, told: dict[str, Any], layers: list[int] | None
 ) -> None:
-    tree = config_to_hf(MODELS[family], RouterConfig()) | {"sliding_window": 16} | told
+    tree = config_to_hf(MODELS[family], router_of(family)) | {"sliding_window": 16} | told
     cfg, router = config_from_hf(tree, "small")
     assert [layer for layer in range(4) if window_of(cfg, layer)] == (layers or [])
     assert {window_of(cfg, layer) for layer in layers or []} <= {16}
@@ -281,7 +300,7 @@ def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_missing_key_is_refused_by_name() -> None:
     for family, cfg in MODELS.items():
-        tree = config_to_hf(cfg, RouterConfig())
+        tree = config_to_hf(cfg, router_of(family))
         for key in FAMILIES[family].keys.values() - FAMILIES[family].defaults.keys():
             with pytest.raises(BadInput, match=key):
                 config_from_hf({each: value for each, value in tree.items() if each != key}, "small")

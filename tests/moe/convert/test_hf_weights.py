@@ -40,6 +40,9 @@ LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 50.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 50.0}
 GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DOTS1 = LLAMA | {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2}
+DOTS1 |= {"head_dim": 12, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+GROUPS = {"n_group": 4, "topk_group": 2}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
@@ -65,6 +68,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
     "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
     "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
+    "dots1": ("dots1", DOTS1 | GROUPS),
+    "dots1-window": ("dots1", DOTS1 | {"sliding_window": 5, "max_window_layers": 1, "norm_topk_prob": False}),
 }
 TOKENS_BS = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -80,6 +85,9 @@ def theirs(variant: str) -> Any:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(0.25 * noise if p.dim() > 1 or name.endswith("bias") else 1 + 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -124,6 +132,10 @@ def test_greedy_generation_with_a_cache_is_that_of_transformers(variant: str, tm
     assert list(generate(load(tmp_path).eval(), prompt[0].tolist(), 27, temperature=0, eot=-1)) == expected
 
 
+def selection_biases(model: Transformer) -> list[Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("bias_E")]
+
+
 def random_model(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, RouterConfig]:
     """This project's model with the settings of a variant and weights of its own."""
     model_type, settings = VARIANTS[variant]
@@ -132,8 +144,8 @@ def random_model(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tran
     model = Transformer(cfg, router).initialize(3).to(dtype)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=generator)
+        for values in (*model.parameters(), *selection_biases(model)):
+            values += 0.2 * torch.randn(values.shape, generator=generator)
     return model, router
 
 
@@ -273,7 +285,9 @@ def test_every_tensor_is_mapped_exactly_once() -> None:
     """Writing 1 into every view of the map leaves no element of the model untouched and touches none twice."""
     for variant in VARIANTS:
         model, router = random_model(variant)
-        state = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        state = {name: torch.zeros_like(p) for name, p in model.state_dict().items()}
+        if model.cfg.tie_embeddings:
+            del state["head.weight"]
         for stacked in (False, True):
             for _, views in tensor_map(state, model.cfg, family_of(model.cfg, router), stacked):
                 for view in views:
