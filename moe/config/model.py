@@ -99,6 +99,7 @@ class ModelConfig:
     window: Annotated[int, Between(0, MANY)] = 0  # positions that a token attends to, its own included; 0: all
     window_layers: list[int] = field(default_factory=list)  # layers (from 0) with that window; empty: every layer
     bias: bool = False  # biases on every linear map and norm (GPT-2)
+    attn_bias: Annotated[str, OneOf("none", "qkv", "all")] = "none"  # biases of attention's maps; all where bias is
     tie_embeddings: bool = True  # the output map is the embedding
     init_std: Annotated[float, Between(0, 10)] = 0.02  # standard deviation of initial weights
     moe: MoEConfig | None = None  # null: a dense model
@@ -114,6 +115,11 @@ def entering(moe: MoEConfig, length: int) -> int:
 def head_dim(model: ModelConfig) -> int:
     """Channels of one attention head."""
     return model.head_dim or model.d_model // model.n_heads
+
+
+def attn_bias(model: ModelConfig) -> str:
+    """Which of attention's linear maps have biases: none, qkv or all."""
+    return "all" if model.bias else model.attn_bias
 
 
 def window_of(model: ModelConfig, layer: int) -> int:
@@ -160,6 +166,10 @@ def validate(model: ModelConfig) -> None:
     if model.position == "rope" and head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
     _validate_rope_scaling(model, model.rope_scaling)
+    if model.bias and model.attn_bias != "none":
+        raise BadInput(
+            f"model.attn_bias={model.attn_bias} means nothing to model.bias=true, which gives every map one."
+        )
     layers = model.window_layers
     if layers and not model.window:
         raise BadInput(f"model.window_layers={layers} means nothing to model.window=0: set the window too.")

@@ -43,6 +43,7 @@ YOUNGER = (
     "model.rope_scaling",
     "model.window",
     "model.window_layers",
+    "model.attn_bias",
     "data.max_document_mb",
     "data.documents",
     "data.template",

@@ -44,7 +44,10 @@ _ACTIVATIONS, _NORMS, _POSITIONS = ("swiglu", "gelu", "gelu_tanh", "relu2"), ("r
 _QK_NORMS, _SCORES = ("none", "head", "full"), ("softmax", "sigmoid")
 _IDS_ONLY, _CHARACTERS, _WORDS = range(3)
 _SPLITS = {ONE_CHARACTER: _CHARACTERS, GPT4_LIKE: _WORDS}
-_OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {"model.window": (0,)}
+_OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {
+    "model.window": (0,),
+    "model.attn_bias": ("none",),
+}
 _OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "router.name": _SCORES,
     "router.logits": ("linear",),

@@ -21,6 +21,7 @@ from moe.convert.hf_families import FAMILIES, USUAL, Family
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
+SHARED_WIDTH = "shared_expert_intermediate_size"  # the width of all shared experts together
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _NULLABLE = ("n_inner", "head_dim", "num_key_value_heads")  # null means: derive it
 
@@ -65,12 +66,14 @@ def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, An
         required = {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
         if router.groups == 1:  # nobody asks how a group's score is made
             required.pop("router.group_top", None)
-        if "n_shared_experts" in family.moe.values() and cfg.moe is not None:
+        if {"n_shared_experts", SHARED_WIDTH} & {*family.moe.values()} and cfg.moe is not None:
             required["model.moe.n_shared"] = max(1, cfg.moe.n_shared)  # its classes have at least one
     if family.windows == "none":
         required["model.window"] = 0
     if family.windows in ("none", "all"):
         required["model.window_layers"] = []
+    if cfg.attn_bias != family.bias[1]:
+        required["model.attn_bias"] = "none"
     required |= {f"model.{field}": value for field, value in family.model.items()}
     if name == "gpt2":
         required["model.n_kv_heads"] = cfg.n_heads
@@ -96,9 +99,13 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     tree |= {key: getattr(full, field) for field, key in family.keys.items()}
     if cfg.position == "rope":
         tree |= _rope_to_hf(cfg) | _windows_to_hf(cfg, family)
+    if family.bias[0]:
+        tree[family.bias[0]] = cfg.attn_bias != "none"
     if cfg.moe is not None:
         tree |= {key: getattr(cfg.moe, field) for field, key in family.moe.items()}
         tree |= {key: getattr(router, field) for field, key in family.router.items()}
+        if SHARED_WIDTH in tree:
+            tree[SHARED_WIDTH] *= cfg.moe.d_expert
         if "every" in family.moe:
             tree["mlp_only_layers"] = list(range(min(cfg.moe.first_dense, cfg.n_layers)))
     return tree
@@ -154,6 +161,8 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if family.model["position"] == "rope":
         model |= _pop_rope(tree, take("rope_theta"), values["max_position_embeddings"])
     model |= _pop_windows(tree, model, family)
+    if family.bias[0]:
+        model["attn_bias"] = _bias(family, tree.pop(family.bias[0], family.defaults.get(family.bias[0], False)))
     router = {path.removeprefix("router."): value for path, value in family.fixed.items() if path.startswith("router.")}
     router |= {field: values[key] for field, key in family.router.items()}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
@@ -162,6 +171,8 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if family.moe:
         moe = {path.removeprefix("model.moe."): value for path, value in family.fixed.items() if "moe" in path}
         moe |= {field: values[key] for field, key in family.moe.items()}
+        if SHARED_WIDTH in values:
+            moe["n_shared"] = _n_shared(values[SHARED_WIDTH], moe["d_expert"])
         model["moe"] = parse(MoEConfig, moe, "model.moe.")
     parsed = parse(ModelConfig, model | family.model | {"name": name}, "model.")
     routing = parse(RouterConfig, router, "router.")
@@ -280,6 +291,23 @@ def _pop_windows(tree: dict[str, Any], model: Mapping[str, Any], family: Family)
     if family.windows == "all" and len(layers) < n_layers:
         raise BadInput(f"layer_types={kinds!r} is not supported: accepted is {SLIDING} in every layer.")
     return {"window": window, "window_layers": [] if len(layers) == n_layers else layers} if layers else {}
+
+
+def _bias(family: Family, given: Any) -> str:
+    """Which of attention's maps have biases."""
+    key, where = family.bias
+    if not isinstance(given, bool):
+        raise BadInput(f"{key}={given!r} must be true or false.")
+    return where if given else "none"
+
+
+def _n_shared(width: Any, d_expert: Any) -> int:
+    """How many shared experts of the routed ones' width are one of this width."""
+    if not isinstance(width, int) or not isinstance(d_expert, int) or width < 1 or d_expert < 1 or width % d_expert:
+        raise BadInput(
+            f"{SHARED_WIDTH}={width!r} is not supported: accepted is a multiple of moe_intermediate_size={d_expert!r}."
+        )
+    return width // d_expert
 
 
 def _windowed(windows: str, n_layers: int, bound: Any) -> list[int]:

@@ -24,6 +24,8 @@ class Family:
     # which layers have a sliding window, where nothing else says so:
     # none | all | from (those from max_window_layers on) | every other (of those below max_window_layers)
     windows: str = "none"
+    # the key that gives attention biases, and to which maps (`ModelConfig.attn_bias`); "": it has none, or fixes them
+    bias: tuple[str, str] = ("", "none")
 
 
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
@@ -50,6 +52,7 @@ USUAL: dict[str, Any] = {
     "model.moe.first_dense": 0,
 }
 
+_BIAS = ("attention_bias", "all")
 _ROPE = {"activation": "swiglu", "norm": "rms", "position": "rope", "bias": False}
 _SILU = {"hidden_act": "silu"}
 _SIZES = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range"}
@@ -104,7 +107,16 @@ FAMILIES = {
         },
         written={"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
-    "llama": Family("LlamaForCausalLM", _ROPE | {"qk_norm": "none"}, _KEYS, {}, _LLAMA, _SILU),
+    "llama": Family("LlamaForCausalLM", _ROPE | {"qk_norm": "none"}, _KEYS, {}, _LLAMA, _SILU, bias=_BIAS),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        model=_ROPE | {"qk_norm": "none", "attn_bias": "qkv"},
+        keys=_KEYS,
+        moe={},
+        defaults=_QWEN3 | _MAX_WINDOW_LAYERS,
+        written=_SILU,
+        windows="from",
+    ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         model=_ROPE | {"qk_norm": "head"},
@@ -113,6 +125,7 @@ FAMILIES = {
         defaults=_QWEN3 | _MAX_WINDOW_LAYERS | {"head_dim": 128},
         written=_SILU,
         windows="from",
+        bias=_BIAS,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -131,6 +144,19 @@ FAMILIES = {
         defaults=_LLAMA | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
         written=_SILU,
         router=_RENORMALIZE,
+        bias=_BIAS,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_KEYS,
+        moe=_QWEN3_MOE | {"n_shared": "shared_expert_intermediate_size"},  # there a width, a multiple of F
+        defaults=_QWEN3 | _MAX_WINDOW_LAYERS | {"decoder_sparse_step": 1, "norm_topk_prob": False, "qkv_bias": True},
+        written=_SILU,
+        router=_RENORMALIZE,
+        fixed={"model.moe.shared_gate": True},
+        windows="every other",
+        bias=("qkv_bias", "qkv"),
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -141,6 +167,7 @@ FAMILIES = {
         written=_SILU,
         router=_RENORMALIZE,
         windows="all",
+        bias=_BIAS,
     ),
     # DeepSeek-V3's experts on Qwen3's attention. Like ours, the release that the tests install chooses within a token's
     # groups alone; older ones gave the experts of the other groups a score of 0, which is above a negative biased one.
@@ -156,5 +183,6 @@ FAMILIES = {
         router=_DOTS1_ROUTER,
         fixed=_BIASED_SIGMOID,
         windows="from",
+        bias=_BIAS,
     ),
 }

@@ -36,7 +36,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What a family calls the shared experts.
-_SHARED = {"dots1": "shared_experts"}
+_SHARED = {"qwen2_moe": "shared_expert", "dots1": "shared_experts"}
 
 # Constants that old folders hold among the weights.
 _CONSTANT = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
@@ -70,6 +70,8 @@ def tensor_map(
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
         for ours, theirs in names.items():
             yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"]]
+            if f"{a}{ours}.bias" in state:
+                yield f"{b}{theirs}.bias", [state[f"{a}{ours}.bias"]]
         if not is_moe_layer(cfg, layer):
             yield from _mlp_map(state, f"{a}mlp", f"{b}mlp")
             continue
@@ -79,6 +81,8 @@ def tensor_map(
             yield f"{b}{mlp}.gate.e_score_correction_bias", [state[f"{a}mlp.router.bias_E"]]
         if f"{a}mlp.shared.up.weight" in state:
             yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED[family]}")
+        if cfg.moe is not None and cfg.moe.shared_gate:
+            yield f"{b}{mlp}.shared_expert_gate.weight", [state[f"{a}mlp.shared_gate.weight"]]
         w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
         if stacked:
             yield f"{b}mlp.experts.gate_up_proj", [w_up_EFD]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe.config.model import ModelConfig, head_dim
+from moe.config.model import ModelConfig, attn_bias, head_dim
 from moe.model.rope import rotate
 
 
@@ -77,10 +77,11 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.d_head = cfg, head_dim(cfg)
         d_q, d_kv = cfg.n_heads * self.d_head, (cfg.n_kv_heads or cfg.n_heads) * self.d_head
-        self.q = nn.Linear(cfg.d_model, d_q, bias=cfg.bias)
-        self.k = nn.Linear(cfg.d_model, d_kv, bias=cfg.bias)
-        self.v = nn.Linear(cfg.d_model, d_kv, bias=cfg.bias)
-        self.o = nn.Linear(d_q, cfg.d_model, bias=cfg.bias)
+        biases = attn_bias(cfg)
+        self.q = nn.Linear(cfg.d_model, d_q, bias=biases != "none")
+        self.k = nn.Linear(cfg.d_model, d_kv, bias=biases != "none")
+        self.v = nn.Linear(cfg.d_model, d_kv, bias=biases != "none")
+        self.o = nn.Linear(d_q, cfg.d_model, bias=biases == "all")
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if cfg.qk_norm != "none":

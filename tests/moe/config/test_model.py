@@ -25,6 +25,10 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"model.window": 8, "model.window_layers": [1, 0]},
         "model.window_layers=[1, 0] must be layers in rising order",
     ),
+    "biases twice": (
+        {"model.bias": True, "model.attn_bias": "qkv"},
+        "model.attn_bias=qkv means nothing to model.bias=true, which gives every map one",
+    ),
     "scaled positions that are learned": (
         {"model.rope_scaling.type": "linear", "model.position": "learned"},
         "model.rope_scaling.type=linear needs model.position=rope, not learned",

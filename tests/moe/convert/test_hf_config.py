@@ -67,8 +67,10 @@ MODELS = {
     "gpt2": dataclasses.replace(SMALL, **GPT2),
     "llama": dataclasses.replace(SMALL, rope_theta=500.0),
     "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10, rope_scaling=RopeScaling("yarn", 4.0, 8)),
+    "qwen2": dataclasses.replace(SMALL, attn_bias="qkv", window=8, window_layers=[0, 2]),
     "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
     "olmoe": dataclasses.replace(SMALL, qk_norm="full", moe=MoEConfig(4, 2, 48)),
+    "qwen2_moe": dataclasses.replace(SMALL, attn_bias="qkv", moe=MoEConfig(4, 2, 24, n_shared=2, shared_gate=True)),
     "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
     "dots1": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(8, 2, 24, n_shared=2, first_dense=1)),
 }
@@ -97,12 +99,15 @@ def test_settings_survive_config_json_and_the_config_class_of_transformers(
         assert routing == router
 
 
+GOES_WITH = {"n_group": "topk_group", "use_sliding_window": "layer_types"}  # what makes no sense without the other
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_every_default_of_the_config_class_is_our_default(family: str) -> None:
     """A key that is absent must mean what transformers takes it to mean."""
     tree = config_to_hf(MODELS[family], router_of(family))
     for key in FAMILIES[family].defaults.keys() & tree.keys():
-        without = {key} | ({"topk_group"} if key == "n_group" else set())  # which is at most as many
+        without = {key, GOES_WITH.get(key)}
         short = {each: value for each, value in tree.items() if each not in without}
         full = json.loads(transformers.AutoConfig.for_model(**short).to_json_string(use_diff=False))
         assert config_to_hf(*config_from_hf(short, "small")) == config_to_hf(*config_from_hf(full, "small")), key
@@ -117,7 +122,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"n_positions": 0}),
     ("gpt2", {"rope_theta": 10000.0}),
     ("llama", {"hidden_act": "gelu"}),
-    ("llama", {"attention_bias": True}),
+    ("llama", {"attention_bias": 1}),
+    ("qwen2", {"attention_bias": True}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 36}),
+    ("mixtral", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}),
@@ -311,6 +320,8 @@ def test_a_missing_key_is_refused_by_name() -> None:
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
         ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
+        ({"qk_norm": "none", "attn_bias": "qkv"}, {"shared_gate": True}, {}, "model.moe.n_shared=0"),
+        ({"qk_norm": "none", "attn_bias": "all"}, {}, {}, "model.attn_bias=all"),
         ({}, {}, {"name": "sigmoid"}, "router.name=sigmoid"),
         ({}, {}, {"selection_bias": True}, "router.selection_bias=True"),
         ({}, {}, {"scale": 2.5}, "router.scale=2.5"),

@@ -46,6 +46,7 @@ GROUPS = {"n_group": 4, "topk_group": 2}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
+QWEN2_MOE = QWEN3_MOE | {"shared_expert_intermediate_size": 48, "norm_topk_prob": True}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
@@ -55,7 +56,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-heads": ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-2}),
     "llama-linear": ("llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
     "llama-llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama-biases": ("llama", LLAMA | {"attention_bias": True}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2-window": ("qwen2", LLAMA | WINDOW | {"max_window_layers": 1, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
+    "qwen3-biases": ("qwen3", LLAMA | {"attention_bias": True}),
     "qwen3-yarn": ("qwen3", LLAMA | {"head_dim": 12, "rope_parameters": YARN}),
     "qwen3-windows": ("qwen3", LLAMA | WINDOW | {"max_window_layers": 1}),
     "qwen3-alternating": ("qwen3", LLAMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
@@ -63,6 +68,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": 5}),
     "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
     "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
+    "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
+    "qwen2_moe-windows": ("qwen2_moe", QWEN2_MOE | WINDOW | {"qkv_bias": False, "mlp_only_layers": [0]}),
     "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
     "qwen3_moe-window": ("qwen3_moe", QWEN3_MOE | WINDOW),
     "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),

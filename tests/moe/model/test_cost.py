@@ -73,7 +73,8 @@ def _active(cfg):
     for layer in range(cfg.n_layers):
         total += 2 * norm + d * (d_q + 2 * d_kv) + d_q * d
         total += {"none": 0, "head": 2 * dim, "full": d_q + d_kv}[cfg.qk_norm]
-        total += d_q + 2 * d_kv + d if cfg.bias else 0
+        total += d_q + 2 * d_kv if cfg.bias or cfg.attn_bias != "none" else 0
+        total += d if cfg.bias or cfg.attn_bias == "all" else 0
         routed = moe is not None and layer >= moe.first_dense and layer % moe.every == moe.every - 1
         if routed:
             total += d * moe.n_experts + matrices * d * moe.d_expert * (moe.k + moe.n_shared)
@@ -97,8 +98,9 @@ def test_active_parameters_of_presets_are_the_closed_form(name):
     ids=["shared", "every", "first_dense"],
 )
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_active_parameters_of_patterns_are_the_closed_form(model_config, moe, activation):
-    cfg = model_config(n_layers=4, moe=moe, activation=activation)
+@pytest.mark.parametrize("attn_bias", ["none", "qkv", "all"])
+def test_active_parameters_of_patterns_are_the_closed_form(model_config, moe, activation, attn_bias):
+    cfg = model_config(n_layers=4, moe=moe, activation=activation, attn_bias=attn_bias)
     assert cost.size(cfg).active == _active(cfg)
 
 
