@@ -44,7 +44,7 @@ class EvaluateConfig:
 
     run: str = ""  # a run's folder
     which: str = "best"  # run: best (lowest validation loss) | last | step-N
-    hf: str = ""  # instead of a run: a folder of transformers, of any family that import_hf reads
+    hf: str = ""  # instead of a run: a folder of transformers, of any family that convert reads
     text: str = ""  # a file of UTF-8 text, one document, or of token ids (.npy); "": the validation text of `data`
     data: DataConfig = field(default_factory=DataConfig)  # a corpus; not given: the run's own, or the blend
     tokens: int = AS_VALIDATED  # at most so many, spread evenly; 0: all; -1: as the run's validation, of hf 100,000

@@ -143,7 +143,7 @@ def asked(trace: Trace, what: What, cfg: InspectorConfig) -> tuple[Probed | None
     if not cfg.run:
         return (
             None,
-            "Not asked: that takes a run, which python -m experiments.import_hf makes of transformers’ folders.",
+            "Not asked: that takes a run, which python -m experiments.convert makes of transformers’ folders.",
         )
     tokens = (PROBED if n_experts <= FEW else 0) if cfg.probe == -1 else cfg.probe
     if not tokens:

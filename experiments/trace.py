@@ -40,7 +40,7 @@ class TraceConfig:
 
     run: str = ""  # a run's folder
     which: str = "best"  # run: best (lowest validation loss) | last | step-N
-    hf: str = ""  # instead of a run: a folder of transformers, of any family with experts that import_hf reads
+    hf: str = ""  # instead of a run: a folder of transformers, of any family with experts that convert reads
     stream: bool = False  # hf: one layer in memory at a time
     records: str = ""  # instead of a run: a file that a serving engine or Megatron recorded
     format: str = ""  # records: sglang | vllm | megatron

@@ -1,37 +1,39 @@
-"""A transformers folder's model, of which one part at a time has memory: for folders that are larger than it.
+"""A transformers folder's model in less memory than it takes: tensor by tensor, or part by part.
+
+    tensors = Parts(Path("OLMoE-1B-7B")).tensors()
+    tensors["blocks.3.mlp.experts.w_up_EFD"]  # read now, and kept by nobody here
 
     folder = Parts(Path("OLMoE-1B-7B"))
     with folder.held(folder.model.blocks[3]):
         ...  # this block computes; all others have shapes alone
 
-What a part holds when it is held is what `hf_weights.load` would have given it, bit by bit. Files are read, not mapped:
-what was read of them does not stay in the process.
+What is read is what `hf_weights.load` would have given, bit by bit.
 """
 
-import json
-import math
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe.convert.hf_config import read_folder
-from moe.convert.hf_weights import DTYPES, check_tied, copy_into, headers, views_of, weight_files
+from moe.convert.hf_weights import DTYPES, check_equal, check_tied, copy_into, places, views_of, weight_files
 from moe.errors import BadInput
 from moe.model.rope import rotary
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, model_tensors
+from moe.run import streamed
+from moe.run.streamed import Tensors
 
 
-class Place(NamedTuple):
-    """Where a tensor's bytes are."""
+class Piece(NamedTuple):
+    """What a folder's tensor gives to one of this model's: some of its last dimension, and the view that it fills."""
 
-    path: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    name: str
+    columns: slice
+    view: Tensor  # without memory
 
 
 class Parts:
@@ -42,8 +44,8 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.family, cfg, router = read_folder(folder)
-        files = weight_files(folder)
-        self.shapes, _ = headers(files)
+        self.places = places(weight_files(folder))
+        self.shapes = {name: place.shape for name, place in self.places.items()}
         with torch.device("meta"):
             self.model = Transformer(cfg, router).eval()
         try:
@@ -52,7 +54,6 @@ class Parts:
             raise BadInput(f"{folder}: {error}") from error
         if cfg.position == "rope":
             self.model.cos_Sd, self.model.sin_Sd = rotary(cfg)
-        self.places = {name: place for path in files for name, place in _places(path) if name in self.shapes}
 
     @contextmanager
     @torch.no_grad()
@@ -75,26 +76,30 @@ class Parts:
 
     def read(self, name: str) -> Tensor:
         """A tensor of the folder, in its own dtype. Raises `BadInput` where the file ends before it does."""
-        path, start, dtype, shape = self.places[name]
-        data = bytearray(math.prod(shape) * dtype.itemsize)
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                n_read = file.readinto(data)
-        except OSError as error:
-            raise BadInput(f"{path} cannot be read ({error.strerror or error}).") from error
-        if n_read < len(data):
-            raise BadInput(f"{path} ends in the middle of the tensor {name}.")
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+        return streamed.read(name, self.places[name])
 
+    def tensors(self) -> Tensors:
+        """This model's tensors, a tied one once, in the widest dtype of the folder's. Reading one reads those of the
+        folder that fill it; raises `BadInput` as `read`, and for a head that is not the embedding it is tied to."""
+        widest = functools.reduce(torch.promote_types, [DTYPES[place.dtype] for place in self.places.values()])
+        meta = {name: tensor.to(widest) for name, tensor in model_tensors(self.model).items()}
+        # A folder's tensor is a view of one of this model's, or several side by side: which, their memory says.
+        name_of = {tensor.untyped_storage()._cdata: name for name, tensor in model_tensors(self.model).items()}
+        head = "lm_head.weight" if self.model.cfg.tie_embeddings else None  # only compared
+        pieces: dict[str, list[Piece]] = {name: [] for name in meta}
+        for name, views in views_of(self.shapes, self.model, self.family).items():
+            end = 0
+            for view in views if name != head else ():
+                start, end = end, end + view.shape[-1]
+                pieces[name_of[view.untyped_storage()._cdata]].append(Piece(name, slice(start, end), view))
 
-def _places(path: Path) -> Iterator[tuple[str, Place]]:
-    """Where a file's tensors are. Its header is 8 bytes of length and JSON, which `headers` has checked."""
-    with open(path, "rb") as file:
-        n_bytes = int.from_bytes(file.read(8), "little")
-        tree: dict[str, Any] = json.loads(file.read(n_bytes))
-    tree.pop("__metadata__", None)
-    for name, entry in tree.items():
-        if entry["dtype"] in DTYPES:  # the others are constants that the model has itself
-            start = 8 + n_bytes + entry["data_offsets"][0]
-            yield name, Place(path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        def read(name: str) -> Tensor:
+            ours = torch.empty(meta[name].shape, dtype=widest)
+            for piece in pieces[name]:
+                view = ours.as_strided(piece.view.size(), piece.view.stride(), piece.view.storage_offset())
+                view.copy_(self.read(piece.name)[..., piece.columns])
+            if name == "embed.weight" and head in self.shapes:
+                check_equal(self.read(head).to(widest), ours)
+            return ours
+
+        return Tensors(meta, read)

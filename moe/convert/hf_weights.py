@@ -8,17 +8,18 @@ One map serves both directions: `tensor_map` names, for every tensor of the fold
 that hold it. Reading copies into the views, writing copies out of them.
 """
 
+import functools
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.config.model import ModelConfig, is_moe_layer
@@ -30,10 +31,12 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.model.rope import rotary
 from moe.model.transformer import Transformer
+from moe.run import streamed
 from moe.run.jsonl import to_text
+from moe.run.streamed import Place, Tensors
 
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: dtype for name, dtype in streamed.DTYPES.items() if dtype.is_floating_point}
 
 # What a family calls the shared experts.
 _SHARED = {"qwen2_moe": "shared_expert", "dots1": "shared_experts"}
@@ -169,9 +172,13 @@ def copy_into(tensor: Tensor, views: list[Tensor]) -> None:
 def check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
     """Raise `BadInput` where a folder's head is not the embedding, although the settings say so."""
     if model.cfg.tie_embeddings and "lm_head.weight" in targets:
-        (head_VD,) = targets["lm_head.weight"]
-        if not torch.equal(head_VD, model.embed.weight):
-            raise BadInput("tensor lm_head.weight differs from the embedding, although tie_word_embeddings is true.")
+        check_equal(targets["lm_head.weight"][0], model.embed.weight)
+
+
+def check_equal(head_VD: Tensor, embed_VD: Tensor) -> None:
+    """Raise `BadInput` where a head is not the embedding that it is tied to."""
+    if not torch.equal(head_VD, embed_VD):
+        raise BadInput("tensor lm_head.weight differs from the embedding, although tie_word_embeddings is true.")
 
 
 @torch.no_grad()
@@ -226,30 +233,28 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Name and shape of every tensor, and the widest dtype, without reading one. Raises `BadInput` for a file that is
-    not whole, a dtype that is not in `DTYPES`, and a tensor that stands in two files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    widest: torch.dtype | None = None
+    """Name and shape of every tensor, and the widest dtype, without reading one. Raises `BadInput` as `places` does."""
+    told = places(files)
+    dtypes = [DTYPES[place.dtype] for place in told.values()] or [torch.float32]
+    return {name: place.shape for name, place in told.items()}, functools.reduce(torch.promote_types, dtypes)
+
+
+def places(files: list[Path]) -> dict[str, Place]:
+    """Where every tensor of the files is, without reading one. Raises `BadInput` for a file that is not whole, a dtype
+    that is not in `DTYPES`, a tensor that stands in two files, and files without any."""
+    told: dict[str, Place] = {}
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                told = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{path} is not a whole safetensors file ({error}).") from error
-        for name, (shape, dtype) in told.items():
+        for name, place in streamed.places(path).items():
             if _CONSTANT.fullmatch("." + name):
                 continue
-            if dtype not in DTYPES:
-                raise BadInput(f"{path}: tensor {name} is {dtype}; accepted are {', '.join(DTYPES)}.")
-            if name in shapes:
+            if place.dtype not in DTYPES:
+                raise BadInput(f"{path}: tensor {name} is {place.dtype}; accepted are {', '.join(DTYPES)}.")
+            if name in told:
                 raise BadInput(f"{path}: tensor {name} is in an earlier file too.")
-            shapes[name] = shape
-            widest = DTYPES[dtype] if widest is None else torch.promote_types(widest, DTYPES[dtype])
-    return shapes, widest or torch.float32
+            told[name] = place
+    return told
 
 
-@torch.no_grad()
 def save(
     model: Transformer,
     router: RouterConfig,
@@ -257,38 +262,48 @@ def save(
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
+    """`save_tensors` of a model in memory."""
+    save_tensors(streamed.in_memory(model.state_dict()), model.cfg, router, tokenizer, folder, shard_bytes)
+
+
+@torch.no_grad()
+def save_tensors(
+    tensors: Tensors,
+    cfg: ModelConfig,
+    router: RouterConfig,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads and that `load` reads back bit by
-    bit, in the model's own dtype, in files of at most about `shard_bytes`; and `tokenizer`, which AutoTokenizer loads.
+    bit, in the tensors' own dtype, in files of at most `shard_bytes` or of one tensor; and `tokenizer`, which
+    AutoTokenizer loads. In memory are the experts of two layers, or an embedding.
 
     tokenizer None: a folder without one, for which AutoTokenizer makes an empty one without a word. The folder appears
     whole or not at all. Raises `BadInput` for a model of no family, a tokenizer that transformers cannot have or that
     has more tokens than the model, a folder that exists and is not empty, or one that cannot be written."""
     # What cannot be written is refused before anything is.
-    dtype = model.embed.weight.dtype
-    tree = config_to_hf(model.cfg, router) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    tree = config_to_hf(cfg, router) | {"torch_dtype": str(tensors.dtype).removeprefix("torch.")}
     ends: dict[str, int] = {}
     if tokenizer:
         hf_tokenizer.check(tokenizer)
-        if tokenizer.vocab_size > model.cfg.vocab_size:
-            raise BadInput(
-                f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {model.cfg.vocab_size}."
-            )
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise BadInput(f"the tokenizer's {tokenizer.vocab_size} tokens are more than the model's {cfg.vocab_size}.")
         ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     refuse_existing(folder)
     # Everything under a temporary name, which is renamed when all is there.
-    views = dict(tensor_map(model.state_dict(), model.cfg, tree["model_type"]))
     beside = temporary(folder)
     remove_leftovers(folder.parent)
     try:
         beside.mkdir(parents=True)
-        _write_shards(beside, views, shard_bytes)
+        _write_shards(beside, tensors, cfg, tree["model_type"], shard_bytes)
         _write_json(beside / "config.json", tree | ends)
         if tokenizer:
             _write_json(beside / "generation_config.json", ends)
-            hf_tokenizer.save_tokenizer(tokenizer, beside, model.cfg.context)
+            hf_tokenizer.save_tokenizer(tokenizer, beside, cfg.context)
         os.rename(beside, folder)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder} cannot be written ({error}).") from error
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror or error}).") from error
     finally:  # after the rename there is nothing left to remove
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -303,24 +318,28 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     path.write_text(to_text(dict(tree), indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, views: Mapping[str, list[Tensor]], shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and their index; one shard at a time is copied."""
-    size = lambda name: sum(view.nbytes for view in views[name])
+def _write_shards(folder: Path, tensors: Tensors, cfg: ModelConfig, family: str, shard_bytes: int) -> None:
+    """model.safetensors, or numbered shards and their index."""
+    # Which tensor goes into which file; the files' order is the map's.
+    meta = {name: torch.cat(views, dim=-1) for name, views in tensor_map(tensors.meta, cfg, family)}
+    total = sum(tensor.nbytes for tensor in meta.values())
+    streamed.check_room(folder, total)
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in views:
-        if shards[-1] and filled + size(name) > shard_bytes:
+    for name, tensor in meta.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size(name)
+        filled += tensor.nbytes
+    # File by file, and the index.
+    mapped = tensor_map(tensors, cfg, family)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        # cat copies, so that no two tensors of a file share memory, which safetensors refuses.
-        tensors = {name: torch.cat(views[name], dim=-1).cpu().contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        joined = (torch.cat(views, dim=-1) for _, views in islice(mapped, len(names)))
+        streamed.write(folder / file, {name: meta[name] for name in names}, joined)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(size, views))}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)

@@ -9,7 +9,7 @@ Letters beyond the glossary: R the rank · C experts that are trained · O and I
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,9 @@ def adapt(model: Transformer, cfg: TuneConfig, seed: int = 0) -> Transformer:
     # Freeze; what changes in a way of its own is put in its place.
     trained, chosen = cfg.trained(), cfg.chosen(model.cfg)
     for name, p in list(model.named_parameters()):
-        whole = name.endswith(("w_up_EFD", "w_down_EDF")) or not (chosen and part_of(name) == "experts")
-        p.requires_grad_(p.requires_grad and part_of(name) in trained and whole)
+        is_stack = name.endswith(("w_up_EFD", "w_down_EDF"))
+        left_out = chosen and part_of(name) == "experts" and not is_stack
+        p.requires_grad_(p.requires_grad and part_of(name) in trained and not left_out)
     for path, module, name in list(matrices(model)):
         if part_of(f"{path}.{name}") not in trained:
             continue
@@ -139,20 +140,27 @@ def matrices(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
 def merged(tensors: Tensors) -> Tensors:
     """A model's tensors as they are without `adapt`: every W computed from what was trained of it. Others are the same
     objects."""
-    plain: Tensors = {}
-    changed: dict[str, Tensors] = {}
-    for name, tensor in tensors.items():
-        if match := ADAPTER.fullmatch(name):
-            module, weight, kind = match.groups()
-            changed.setdefault(f"{module}.{weight}", {})[kind.removeprefix("0.")] = tensor
-        else:
-            plain[name] = tensor
-    for name, of in changed.items():
-        if "base" in of:
-            plain[name] = of["base"].index_copy(0, of["expert_C"], of["original"])
-        else:
-            plain[name] = low_rank(of["original"], of["a"], of["b"], float(of["scale"]), of.get("expert_C"))
-    return plain
+    return {name: whole({kind: tensors[key] for kind, key in of.items()}) for name, of in pieces(tensors).items()}
+
+
+def pieces(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the tensors of these names are of: for each of the plain model its pieces' names by their kind, "original"
+    alone where nothing changes it."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = ADAPTER.fullmatch(name)
+        module, weight, kind = match.groups() if match else ("", "", "original")
+        found.setdefault(f"{module}.{weight}" if match else name, {})[kind.removeprefix("0.")] = name
+    return found
+
+
+def whole(of: Tensors) -> Tensor:
+    """A tensor from its pieces, by their kind."""
+    if "base" in of:
+        return of["base"].index_copy(0, of["expert_C"], of["original"])
+    if "a" in of:
+        return low_rank(of["original"], of["a"], of["b"], float(of["scale"]), of.get("expert_C"))
+    return of["original"]
 
 
 def unmerged(model: Transformer, tensors: Tensors) -> Tensors:
@@ -161,9 +169,9 @@ def unmerged(model: Transformer, tensors: Tensors) -> Tensors:
     result = dict(tensors)
     for name in [name for name in state if name.endswith(".original")]:
         module, weight = name.removesuffix(".original").split(".parametrizations.")
-        whole, place = result.pop(f"{module}.{weight}"), f"{module}.parametrizations.{weight}.0"
+        given, place = result.pop(f"{module}.{weight}"), f"{module}.parametrizations.{weight}.0"
         result |= {key: value for key, value in state.items() if key.startswith(f"{place}.")}
-        result[name] = whole
+        result[name] = given
         if f"{place}.base" in state:
-            result |= {f"{place}.base": whole, name: whole[state[f"{place}.expert_C"].to(whole.device)]}
+            result |= {f"{place}.base": given, name: given[state[f"{place}.expert_C"].to(given.device)]}
     return result

@@ -7,7 +7,7 @@ depth.py.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -267,7 +267,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return state
 
 
-def load_model(model: Transformer, tensors: dict[str, Tensor]) -> None:
+def load_model(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `model_tensors`. Raises `BadInput` when names or shapes differ."""
     tensors = dict(tensors)
     if model.cfg.tie_embeddings:

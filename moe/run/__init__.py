@@ -6,6 +6,7 @@ trust         whose code a stored run may have imported
 jsonl         lines appended, files replaced in one move
 summary       what a run says of itself in numbers: a metrics line, and the summary at its end
 checkpoint    atomic, verified snapshots
+streamed      safetensors files, one tensor in memory at a time
 command_line  what to type, quoted
 load          a run's model, read back
 source        what a run takes of the settings of the one whose weights it starts from

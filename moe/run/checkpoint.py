@@ -21,7 +21,7 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ from torch import Tensor
 from moe.config.run import Config, build
 from moe.data.owner import remove_leftovers, temporary
 from moe.errors import BadInput
+from moe.run import streamed
 from moe.run.jsonl import finite, to_text
+from moe.run.streamed import Tensors
 
 FORMAT = 1  # of the folder; a reader refuses any other
 META = "meta.json"
@@ -51,7 +53,7 @@ class Snapshot:
     """The state of a training run after `step` optimiser steps: all that a bitwise resume needs."""
 
     step: int
-    model: dict[str, Tensor]
+    model: Mapping[str, Tensor]  # `Tensors`: read while it is written, so that it may be larger than memory
     optimizer: dict[str, Tensor]  # flat names: "exp_avg/blocks.0.attn.q.weight"
     meta: dict[str, Any]  # plain JSON: config, schedule, loader state, Python's and NumPy's RNG, versions
     rng: dict[str, Tensor]  # torch RNG states, uint8: "cpu", "cuda:0", ...
@@ -96,7 +98,7 @@ def save(
     # All that is to be written, in memory, and the room it takes.
     meta = _encode_meta(snapshot.meta)
     tensors = {file: _storable(getattr(snapshot, part)) for part, file in TENSORS.items()}
-    needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + len(meta) + _MARGIN
+    needed = sum(_nbytes(group) for group in tensors.values()) + len(meta) + _MARGIN
 
     # Write under a temporary name, and rename only what is whole and durable.
     try:
@@ -229,16 +231,25 @@ def _encode_meta(meta: dict[str, Any]) -> bytes:
     return text.encode()
 
 
-def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
+def _storable(group: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(group, Tensors):
+        return group
     return {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
 
 
-def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: bytes, step: int, score: float | None) -> None:
+def _nbytes(group: Mapping[str, Tensor]) -> int:
+    return group.nbytes if isinstance(group, Tensors) else sum(tensor.nbytes for tensor in group.values())
+
+
+def _write(folder: Path, tensors: dict[str, Mapping[str, Tensor]], meta: bytes, step: int, score: float | None) -> None:
     """Fill `folder` and make it durable; the manifest comes last."""
     (folder / META).write_bytes(meta)
     mode = stat.S_IMODE(os.stat(folder / META).st_mode)
     for file, group in tensors.items():
-        save_file(group, folder / file)
+        if isinstance(group, Tensors):
+            streamed.write(folder / file, group.meta, group.values())
+        else:
+            save_file(dict(group), folder / file)
         os.chmod(folder / file, mode)  # safetensors makes files that only their owner may read
     files = {}
     for file in sorted(FILES):

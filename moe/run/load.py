@@ -2,14 +2,20 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from moe.config.run import Config
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.model.adapt import merged
-from moe.model.transformer import Transformer, load_model
-from moe.run import checkpoint
+from moe.model import adapt
+from moe.model.transformer import Transformer, load_model, model_tensors
+from moe.run import checkpoint, streamed
 from moe.run.folder import check_unedited, read_config
+from moe.run.streamed import Tensors
+
+FITTED = ("model", "router", "balance", "data.documents")  # the settings that weights are weights of
 
 
 def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple[Transformer, Tokenizer, Config]:
@@ -21,19 +27,52 @@ def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple
     cfg = read_config(run, trust)
     path = find_checkpoint(run / "checkpoints", which)
     snapshot = checkpoint.load(path)
-    tokenizer = Tokenizer.load(run / "tokenizer")
-    if tokenizer.fingerprint != snapshot.meta["tokenizer"]:
-        raise BadInput(
-            f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
-            f"{snapshot.meta['tokenizer']}: put that one back, or choose another run."
-        )
-    check_unedited(run, cfg, ("model", "router", "balance", "data.documents"))
+    tokenizer = _its_tokenizer(run, path, snapshot.meta)
+    check_unedited(run, cfg, FITTED)
     model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)).eval()
     try:
-        load_model(model, merged(snapshot.model))
+        load_model(model, adapt.merged(snapshot.model))
     except BadInput as error:
         raise BadInput(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
     return model, tokenizer, cfg
+
+
+def open_run(run: Path, which: str = "best", key: str = "run") -> tuple[Tensors, Tokenizer, Config]:
+    """What `load_run` gives, but for the model: its tensors, each read when it is asked for. Raises `BadInput` as that
+    does; `key` is the setting that names the folder."""
+    cfg = read_config(run, key=key)
+    path = find_checkpoint(run / "checkpoints", which)
+    checkpoint.verify(path)
+    tensors = _whole(streamed.opened(path / checkpoint.TENSORS["model"]))
+    tokenizer = _its_tokenizer(run, path, checkpoint.meta_of(path))
+    check_unedited(run, cfg, FITTED)
+    # Every tensor of the model is there, and no other.
+    with torch.device("meta"):
+        expected = model_tensors(Transformer(cfg.model, cfg.router, cfg.balance))
+    for name in dict.fromkeys([*expected, *tensors]):
+        here, needed = (tuple(group[name].shape) if name in group else None for group in (tensors.meta, expected))
+        if here != needed:
+            said = f"has shape {here}, and the settings say {needed}" if here and needed else "is not part of the model"
+            raise BadInput(f"{path}: the weight {name} {said if here is not None else 'is missing'}.")
+    return tensors, tokenizer, cfg
+
+
+def _whole(tensors: Tensors) -> Tensors:
+    """The tensors of the plain model, whatever was trained of it."""
+    pieces = adapt.pieces(tensors)
+    meta = {name: tensors.meta[of.get("base", of["original"])] for name, of in pieces.items()}
+    return Tensors(meta, lambda name: adapt.whole({kind: tensors[key] for kind, key in pieces[name].items()}))
+
+
+def _its_tokenizer(run: Path, path: Path, meta: dict[str, Any]) -> Tokenizer:
+    """The run's tokenizer, with which its checkpoint `path` was trained, as the meta says. Raises `BadInput`."""
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise BadInput(
+            f"{run / 'tokenizer'} has fingerprint {tokenizer.fingerprint}, and {path} was trained with the tokenizer "
+            f"{meta['tokenizer']}: put that one back, or choose another run."
+        )
+    return tokenizer
 
 
 def find_source(source: str) -> Path:

@@ -174,7 +174,7 @@ def test_a_model_that_transformers_made_becomes_a_page(theirs, tmp_path, monkeyp
         assert shown.startswith("To be, or not to be")
         buttons = page.locator("#strip tbody tr").first.locator("td:nth-child(2) button").all_inner_texts()
         assert buttons == [str(e) for e in trace.experts()[0, 0]]
-        assert page.get_by_text("python -m experiments.import_hf makes").is_visible()
+        assert page.get_by_text("python -m experiments.convert makes").is_visible()
         assert page.get_by_text("No expert is named here").is_visible()
         assert page.said == []
 

@@ -10,6 +10,7 @@ from moe.convert.hf_families import FAMILIES
 from moe.convert.hf_stream import Parts
 from moe.convert.hf_weights import load
 from moe.errors import BadInput
+from moe.model.transformer import model_tensors
 from tests.moe.convert.test_hf_weights import VARIANTS, theirs
 
 MOE = [name for name, (family, _) in VARIANTS.items() if FAMILIES[family].moe]
@@ -36,6 +37,20 @@ def test_every_part_holds_what_the_whole_model_has(variant: str, tmp_path: Path)
     assert seen == whole.state_dict().keys() - tied
     assert torch.equal(parts.model.cos_Sd, whole.cos_Sd)
     assert torch.equal(parts.model.sin_Sd, whole.sin_Sd)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_every_tensor_that_is_read_by_itself_is_the_whole_models(variant: str, stacked: bool, tmp_path: Path) -> None:
+    theirs(variant).to(torch.bfloat16).save_pretrained(
+        tmp_path, max_shard_size="15KB", save_original_format=not stacked
+    )
+    whole, tensors = load(tmp_path, None), Parts(tmp_path).tensors()
+    assert tensors.keys() == model_tensors(whole).keys()
+    for name, tensor in model_tensors(whole).items():
+        assert torch.equal(tensors[name], tensor), name
+        assert tensors[name].dtype == tensors.meta[name].dtype == torch.bfloat16
+        assert tensors.meta[name].shape == tensor.shape
 
 
 def test_a_part_is_let_go_where_what_it_is_used_for_fails(tmp_path: Path) -> None:
@@ -81,6 +96,9 @@ def test_a_head_that_is_not_the_embedding_is_refused_where_the_settings_tie_them
         if refused:
             with pytest.raises(BadInput, match="tie_word_embeddings"), parts.held(parts.model.embed):
                 pass
+            with pytest.raises(BadInput, match="tie_word_embeddings"):
+                parts.tensors()["embed.weight"]
         else:
             with parts.held(parts.model.embed):
                 assert torch.equal(parts.model.embed.weight, head)
+            assert torch.equal(parts.tensors()["embed.weight"], head)

@@ -408,7 +408,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe.convert.hf_weights.save_file", full)
+    monkeypatch.setattr("moe.convert.hf_weights.streamed.write", full)
     with pytest.raises(BadInput, match="No space left"):
         save(model, router, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,8 +1,10 @@
 """What a checkpoint promises in ordinary use: everything comes back as it was, and the right ones are kept."""
 
+import dataclasses
 import json
 import os
 import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from moe.errors import BadInput
 from moe.run import checkpoint
 from moe.run.checkpoint import Snapshot
+from moe.run.streamed import Tensors
 from moe.train import state as state_module
 from tests.small_runs import left_by_others
 
@@ -119,6 +122,22 @@ def test_metadata_that_json_would_alter_is_refused_before_anything_is_written(tm
     with pytest.raises(ValueError):
         checkpoint.save(tmp_path / "root", Snapshot(1, {}, {}, meta, {}), keep=1)
     assert not (tmp_path / "root").exists()
+
+
+def test_a_model_that_is_read_while_it_is_written_is_the_same_checkpoint_with_one_tensor_in_memory(tmp_path):
+    whole = snapshot(1)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def read(name: str) -> torch.Tensor:
+        assert [tensor for tensor in alive if tensor() is not None] == [], "an earlier one is still held"
+        tensor = whole.model[name].clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    lazy = Tensors({name: tensor.to("meta") for name, tensor in whole.model.items()}, read)
+    path = checkpoint.save(tmp_path, dataclasses.replace(whole, model=lazy), keep=1)
+    assert len(alive) == 2
+    assert_same_bits(checkpoint.load(path), whole)
 
 
 def test_tensors_that_share_memory_are_refused_and_leave_nothing(tmp_path):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from moe.config.data import TokenizerConfig
 from moe.data.tokenizer import train
 from moe.errors import BadInput
+from moe.model.transformer import model_tensors
 from moe.run import checkpoint
-from moe.run.load import load_run
+from moe.run.load import load_run, open_run
 from tests.small_models import BYTES, tiny
 
 
@@ -24,6 +25,42 @@ def test_a_run_loads_with_the_weights_of_the_checkpoint_asked_for(made_run, whic
     assert model.head.weight is model.embed.weight
     assert tokenizer.fingerprint == BYTES.fingerprint
     assert cfg.model == tiny()
+
+
+def test_a_run_that_is_opened_has_the_weights_tokenizer_and_settings_of_one_that_is_loaded(made_run):
+    for which in ("best", "last"):
+        model, tokenizer, cfg = load_run(made_run, which)
+        tensors, its_tokenizer, its_config = open_run(made_run, which)
+        assert tensors.keys() == model_tensors(model).keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in model_tensors(model).items())
+        assert (its_tokenizer.fingerprint, its_config) == (tokenizer.fingerprint, cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("norm.weight"), "the weight norm.weight is missing"),
+        (lambda tensors: tensors.update(more=torch.ones(1)), "the weight more is not part of the model"),
+        (
+            lambda tensors: tensors.update({"norm.weight": torch.ones(3)}),
+            r"norm.weight has shape \(3,\), and",
+        ),
+    ],
+)
+def test_opening_a_checkpoint_that_does_not_fit_is_refused_by_the_weights_name(change, message, run):
+    snapshot = checkpoint.load(run / "checkpoints" / "step-00000009")
+    change(snapshot.model)
+    shutil.rmtree(run / "checkpoints")
+    checkpoint.save(run / "checkpoints", snapshot, keep=1)
+    with pytest.raises(BadInput, match=message):
+        open_run(run)
+
+
+def test_opening_a_damaged_checkpoint_is_refused(run):
+    path = run / "checkpoints" / "step-00000009" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(BadInput, match=r"model\.safetensors: altered since it was written"):
+        open_run(run, "step-9")
 
 
 def test_the_best_of_one_checkpoint_is_that_one_whether_it_has_a_score_or_not(run):
