@@ -9,7 +9,7 @@ Letters beyond the glossary: R the rank · C experts that are trained · O and I
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def matrices(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
             yield path, module, "weight"
 
 
-def merged(tensors: Tensors) -> Tensors:
+def merged(tensors: Mapping[str, Tensor]) -> Tensors:
     """A model's tensors as they are without `adapt`: every W computed from what was trained of it. Others are the same
     objects."""
     return {name: whole({kind: tensors[key] for kind, key in of.items()}) for name, of in pieces(tensors).items()}
@@ -146,12 +146,12 @@ def merged(tensors: Tensors) -> Tensors:
 def pieces(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """What the tensors of these names are of: for each of the plain model its pieces' names by their kind, "original"
     alone where nothing changes it."""
-    found: dict[str, dict[str, str]] = {}
+    by_name: dict[str, dict[str, str]] = {}
     for name in names:
         match = ADAPTER.fullmatch(name)
         module, weight, kind = match.groups() if match else ("", "", "original")
-        found.setdefault(f"{module}.{weight}" if match else name, {})[kind.removeprefix("0.")] = name
-    return found
+        by_name.setdefault(f"{module}.{weight}" if match else name, {})[kind.removeprefix("0.")] = name
+    return by_name
 
 
 def whole(of: Tensors) -> Tensor:
