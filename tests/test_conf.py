@@ -28,6 +28,7 @@ NEEDS = {
     "balance/cv": ["router=noisy"],
     "data/text": ["data.path=texts"],
     "data/chat": ["data.path=chats.jsonl"],
+    "experiment/sft": ["data.path=chats.jsonl"],
     "data/huggingface": ["data.path=some/dataset"],
     "tokenizer/saved": ["tokenizer.path=runs/NAME"],
 }
@@ -91,7 +92,7 @@ def test_a_model_is_named_as_its_file_and_leaves_nothing_to_an_earlier_choice(pa
 def test_every_experiment_composes_and_changes_something(compose):
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         if "study:" not in path.read_text():  # those are composed in tests/experiments/study/test_compose.py
-            assert compose(f"experiment={path.stem}") != compose(), path
+            assert compose(f"experiment={path.stem}", *NEEDS.get(name_of(path), [])) != compose(), path
 
 
 def test_every_choice_of_a_name_has_a_file():

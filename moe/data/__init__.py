@@ -8,6 +8,7 @@ blend      the default corpus, in five domains
 clean      the counted cleaning pipeline
 tokenizer  byte, char, BPE trained here, pretrained
 chat       conversations as text, by a template
+instructions  questions with answers, made of the corpora and of small tasks
 learning   what a person sees of a tokenizer that is trained
 shards     packed, verified token files
 prepare    all of these once, into a folder

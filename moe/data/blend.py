@@ -59,14 +59,14 @@ def texts(domain: str, domains: Sequence[str], cache: Path) -> Iterator[tuple[st
         case "verse":
             parts = dict(poems(fetch_sdist(cache, domains)))
         case "code":
-            parts, extract = _python_files(Path(sysconfig.get_path("stdlib")), "stdlib"), code_without_docstrings
+            parts, extract = python_files(Path(sysconfig.get_path("stdlib")), "stdlib"), code_without_docstrings
         case "docs":
             from pydoc_data.topics import topics  # 0.7 MB of text that only this domain needs
 
-            parts = _python_files(Path(sysconfig.get_path("stdlib")), "stdlib")
+            parts = python_files(Path(sysconfig.get_path("stdlib")), "stdlib")
             parts |= {f"topics/{name}": text for name, text in topics.items()}
         case _:
-            parts = _python_files(package_folder("sympy"), "sympy") | _python_files(package_folder("mpmath"), "mpmath")
+            parts = python_files(package_folder("sympy"), "sympy") | python_files(package_folder("mpmath"), "mpmath")
     for name in sorted(parts, key=hash_order):
         part = parts[name]
         text = part if isinstance(part, str) else extract(part.read_bytes())
@@ -196,7 +196,7 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _python_files(root: Path, prefix: str) -> dict[str, str | Path]:
+def python_files(root: Path, prefix: str) -> dict[str, str | Path]:
     """Python files below `root` by name, without the folders that are `SKIPPED`."""
     paths: dict[str, str | Path] = {}
     for folder, subfolders, files in os.walk(root):
@@ -210,17 +210,17 @@ def _python_files(root: Path, prefix: str) -> dict[str, str | Path]:
 
 def docstrings(source: bytes) -> str:
     """All docstrings of a Python file, dedented, in the order of the source; "" if it is not Python in UTF-8."""
-    return "\n\n".join(text for node, _ in _documented(source) or [] if (text := ast.get_docstring(node)))
+    return "\n\n".join(text for node, _ in documented(source) or [] if (text := ast.get_docstring(node)))
 
 
 def code_without_docstrings(source: bytes) -> str:
     """A Python file without its docstrings, otherwise unchanged; "" if it is not Python in UTF-8."""
     source = source.removeprefix(codecs.BOM_UTF8)
-    documented = _documented(source)
-    if documented is None:
+    pairs = documented(source)
+    if pairs is None:
         return ""
     lines = source.splitlines(keepends=True)
-    for node, docstring in reversed(documented):
+    for node, docstring in reversed(pairs):
         first, last = docstring.lineno - 1, (docstring.end_lineno or docstring.lineno) - 1
         before, after = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
         needed = b"..." if len(node.body) == 1 or after.strip() else b""  # a body must not become empty
@@ -229,7 +229,7 @@ def code_without_docstrings(source: bytes) -> str:
     return b"".join(lines).decode()
 
 
-def _documented(source: bytes) -> list[tuple[Documented, ast.stmt]] | None:
+def documented(source: bytes) -> list[tuple[Documented, ast.stmt]] | None:
     """What has a docstring, with the docstring's statement, in the order of the source; None if this does not parse."""
     collecting = gc.isenabled()
     gc.disable()  # a syntax tree is many objects without a cycle: collecting while it grows takes most of the time
@@ -243,11 +243,11 @@ def _documented(source: bytes) -> list[tuple[Documented, ast.stmt]] | None:
     finally:
         if collecting:
             gc.enable()
-    documented: list[tuple[Documented, ast.stmt]] = []
+    pairs: list[tuple[Documented, ast.stmt]] = []
     while waiting:
         node = waiting.pop()
         for block in ("body", "orelse", "handlers", "finalbody", "cases"):  # statements only: ten times quicker
             waiting.extend(part for part in getattr(node, block, ()) if isinstance(part, ast.AST))
         if isinstance(node, Documented) and ast.get_docstring(node, clean=False) is not None:
-            documented.append((node, node.body[0]))
-    return sorted(documented, key=lambda pair: (pair[1].lineno, pair[1].col_offset))
+            pairs.append((node, node.body[0]))
+    return sorted(pairs, key=lambda pair: (pair[1].lineno, pair[1].col_offset))
