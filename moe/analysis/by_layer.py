@@ -23,7 +23,7 @@ from moe.config.model import window_of
 from moe.errors import BadInput
 from moe.model.attention import within_window
 from moe.model.layer import LayerInput
-from moe.model.transformer import Transformer, next_token_loss
+from moe.model.transformer import Transformer, divided, next_token_loss
 
 Hold = Callable[..., AbstractContextManager[None]]  # (parts of the model) -> they have their weights inside
 DECIDED = ("expert", "weight", "margin", "entropy")
@@ -92,7 +92,7 @@ def trace_by_layer(
         try:
             with held(model.embed):
                 for read_BS1, *_ in windows:
-                    between.states.append(model.embed(_tokens(read_BS1)).numpy())
+                    between.states.append(model.embedded(_tokens(read_BS1)).numpy())
             for layer, block in enumerate(model.blocks):
                 say(f"trace: layer {layer + 1} of {len(model.blocks)}")
                 with held(block):
@@ -127,7 +127,7 @@ def write(model: Transformer, windows: Iterable[Columns], between: Between, writ
     head_VD = model.embed.weight if model.cfg.tie_embeddings else model.head.weight
     n_batches = len(between.states.places)
     for i, (read_BS1, domain_BS, doc_BS, pos_BS, *_) in enumerate(windows):
-        logits_BSV = F.linear(model.norm(torch.from_numpy(between.states[i])), head_VD)
+        logits_BSV = divided(model.cfg, F.linear(model.norm(torch.from_numpy(between.states[i])), head_VD))
         loss_BS = next_token_loss(logits_BSV, torch.from_numpy(read_BS1[:, 1:]), reduction="none")
         columns = (
             np.stack([arrays[layer * n_batches + i] for layer in range(len(writer.about.layers))], 1)

@@ -100,6 +100,10 @@ class ModelConfig:
     window_layers: list[int] = field(default_factory=list)  # layers (from 0) with that window; empty: every layer
     bias: bool = False  # biases on every linear map and norm (GPT-2)
     attn_bias: Annotated[str, OneOf("none", "qkv", "all")] = "none"  # biases of attention's maps; all where bias is
+    embed_scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # on what the embedding gives (Granite, muP)
+    residual_scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # on what attention and MLP add to the stream
+    attn_scale: Annotated[float, Between(0, ANY)] = 0.0  # on the scores of attention; 0: 1 / sqrt(head_dim)
+    logit_divisor: Annotated[float, Between(1e-09, ANY)] = 1.0  # of the logits
     tie_embeddings: bool = True  # the output map is the embedding
     init_std: Annotated[float, Between(0, 10)] = 0.02  # standard deviation of initial weights
     moe: MoEConfig | None = None  # null: a dense model

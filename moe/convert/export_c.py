@@ -47,6 +47,10 @@ _SPLITS = {ONE_CHARACTER: _CHARACTERS, GPT4_LIKE: _WORDS}
 _OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {
     "model.window": (0,),
     "model.attn_bias": ("none",),
+    "model.embed_scale": (1.0,),
+    "model.residual_scale": (1.0,),
+    "model.attn_scale": (0.0,),
+    "model.logit_divisor": (1.0,),
 }
 _OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "router.name": _SCORES,

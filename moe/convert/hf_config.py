@@ -17,11 +17,12 @@ from moe.config.model import ROPE_READS, ModelConfig, MoEConfig, head_dim, moe_l
 from moe.config.parse import lookup, parse
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
-from moe.convert.hf_families import FAMILIES, USUAL, Family
+from moe.convert.hf_families import FAMILIES, PLAIN, USUAL, Family
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
 SHARED_WIDTH = "shared_expert_intermediate_size"  # the width of all shared experts together
+ATTN_SCALE = "attention_multiplier"
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 _NULLABLE = ("n_inner", "head_dim", "num_key_value_heads")  # null means: derive it
 
@@ -72,6 +73,7 @@ def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, An
         required["model.window"] = 0
     if family.windows in ("none", "all"):
         required["model.window_layers"] = []
+    required |= {f"model.{field}": value for field, value in PLAIN.items() if field not in family.keys}
     if cfg.attn_bias != family.bias[1]:
         required["model.attn_bias"] = "none"
     required |= {f"model.{field}": value for field, value in family.model.items()}
@@ -99,6 +101,8 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     tree |= {key: getattr(full, field) for field, key in family.keys.items()}
     if cfg.position == "rope":
         tree |= _rope_to_hf(cfg) | _windows_to_hf(cfg, family)
+    if tree.get(ATTN_SCALE) == 0:
+        tree[ATTN_SCALE] = full.head_dim**-0.5
     if family.bias[0]:
         tree[family.bias[0]] = cfg.attn_bias != "none"
     if cfg.moe is not None:
@@ -176,6 +180,8 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         model["moe"] = parse(MoEConfig, moe, "model.moe.")
     parsed = parse(ModelConfig, model | family.model | {"name": name}, "model.")
     routing = parse(RouterConfig, router, "router.")
+    if parsed.attn_scale == head_dim(parsed) ** -0.5:
+        parsed.attn_scale = 0.0  # as it is without
     validate(Config(model=parsed, router=routing))
     if parsed.moe is not None and dense:
         _set_first_dense(parsed, parsed.moe, dense)

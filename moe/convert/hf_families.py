@@ -28,6 +28,9 @@ class Family:
     bias: tuple[str, str] = ("", "none")
 
 
+# What these settings of the model are unless a family fixes them otherwise or leaves them open.
+PLAIN: dict[str, Any] = {"embed_scale": 1.0, "residual_scale": 1.0, "attn_scale": 0.0, "logit_divisor": 1.0}
+
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
 USUAL: dict[str, Any] = {
     "router.name": "softmax",
@@ -65,6 +68,12 @@ _KEYS = _SIZES | {
     "head_dim": "head_dim",
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
+}
+_CONSTANTS = {
+    "embed_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attn_scale": "attention_multiplier",
+    "logit_divisor": "logits_scaling",
 }
 _GPT2_KEYS = _SIZES | {
     "context": "n_positions",
@@ -135,6 +144,15 @@ FAMILIES = {
         defaults=_ALWAYS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         written=_SILU,
         windows="all",
+    ),
+    "granitemoe": Family(
+        architecture="GraniteMoeForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_KEYS | _CONSTANTS,
+        moe=_MIXTRAL_MOE,
+        defaults=_LLAMA | dict.fromkeys(_CONSTANTS.values(), 1.0),
+        written=_SILU,
+        bias=_BIAS,
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",

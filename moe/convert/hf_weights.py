@@ -52,7 +52,8 @@ def tensor_map(
     dimension, are it.
 
     state: this model's tensors by name (weights, or gradients). `stacked`: the experts of a layer as two tensors
-    (E, 2F, D) and (E, D, F), as transformers 5 holds them in memory; otherwise one by one, as folders hold them."""
+    (E, 2F, D) and (E, D, F), as transformers 5 holds them in memory; otherwise as folders hold them, which is one by
+    one, but for Granite's, where they are stacked under names of their own."""
     # Outside of the blocks.
     if not cfg.tie_embeddings:
         yield "lm_head.weight", [state["head.weight"]]
@@ -66,8 +67,9 @@ def tensor_map(
     names |= {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
     if cfg.qk_norm != "none":
         names |= {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
-    mixtral = family == "mixtral" and not stacked
-    mlp = "block_sparse_moe" if mixtral else "mlp"
+    mixtral, granite = family == "mixtral" and not stacked, family == "granitemoe"
+    mlp = "block_sparse_moe" if mixtral or granite else "mlp"
+    router = "gate" if not granite else "router" if stacked else "router.layer"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for layer in range(cfg.n_layers):
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
@@ -79,7 +81,7 @@ def tensor_map(
             yield from _mlp_map(state, f"{a}mlp", f"{b}mlp")
             continue
         # The router, experts for every token, and the routed ones, stacked or one by one.
-        yield f"{b}{mlp}.gate.weight", [state[f"{a}mlp.router.w_ED"]]
+        yield f"{b}{mlp}.{router}.weight", [state[f"{a}mlp.router.w_ED"]]
         if f"{a}mlp.router.bias_E" in state:  # no gradient has it
             yield f"{b}{mlp}.gate.e_score_correction_bias", [state[f"{a}mlp.router.bias_E"]]
         if f"{a}mlp.shared.up.weight" in state:
@@ -87,9 +89,9 @@ def tensor_map(
         if cfg.moe is not None and cfg.moe.shared_gate:
             yield f"{b}{mlp}.shared_expert_gate.weight", [state[f"{a}mlp.shared_gate.weight"]]
         w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
-        if stacked:
-            yield f"{b}mlp.experts.gate_up_proj", [w_up_EFD]
-            yield f"{b}mlp.experts.down_proj", [w_down_EDF]
+        if stacked or granite:
+            yield f"{b}{mlp}.{'experts.gate_up_proj' if stacked else 'input_linear.weight'}", [w_up_EFD]
+            yield f"{b}{mlp}.{'experts.down_proj' if stacked else 'output_linear.weight'}", [w_down_EDF]
             continue
         w_gate_EFD, w_up_EFD = w_up_EFD.chunk(2, dim=1)
         for projection, w in ((gate, w_gate_EFD), (up, w_up_EFD), (down, w_down_EDF)):

@@ -120,6 +120,7 @@ class Attention(nn.Module):
                 keys_BS = cache.keys[layer, :, : past + q.shape[2]]
             mask = mask & keys_BS[:, None, None]
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and not past, enable_gqa=k.shape[1] != q.shape[1]
-        )
+            q, k, v, attn_mask=mask, is_causal=mask is None and not past, scale=self.cfg.attn_scale or None,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )  # fmt: skip
         return self.o(rearrange(y, "b h s d -> b s (h d)"))

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window = layer, window_of(cfg, layer)
+        self.layer, self.window, self.residual_scale = layer, window_of(cfg, layer), cfg.residual_scale
         self.attn_norm = norm(cfg)
         self.attn = Attention(cfg)
         self.mlp_norm = norm(cfg)
@@ -100,15 +100,19 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """x + attention(norm(x))."""
-        return x_BSD + self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS, mask)
+        return self.add(x_BSD, self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS, mask))
 
     def feed(self, x_BSD: Tensor, backend: str, layer_input: LayerInput) -> tuple[Tensor, LayerRouting | None]:
         """x + mlp(norm(x)), and what the router did, if there is one."""
         h_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoELayer):
             y_BSD, report = self.mlp(h_BSD, backend, layer_input)
-            return x_BSD + y_BSD, report
-        return x_BSD + self.mlp(h_BSD), None
+            return self.add(x_BSD, y_BSD), report
+        return self.add(x_BSD, self.mlp(h_BSD)), None
+
+    def add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        """x + y, y scaled where the model says so (Granite)."""
+        return x_BSD + (y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale)
 
 
 class Transformer(nn.Module):
@@ -174,7 +178,7 @@ class Transformer(nn.Module):
             place, mask = place_BS[:, past:], mask[:, :, past:]
         windowed = within_window(past, end, self.cfg.window, tokens_BS.device, mask)
         # Embed; positions are added here, or turn queries and keys in every block.
-        x_BSD, rope = self.embed(tokens_BS), None
+        x_BSD, rope = self.embedded(tokens_BS), None
         if self.cfg.position == "learned":
             x_BSD = x_BSD + self.position.weight[place]
         else:  # (1, S, d) or (B, 1, S, d), for every head
@@ -205,7 +209,12 @@ class Transformer(nn.Module):
         # Logits.
         if cache is not None:
             cache.length = end
-        return Output(self.head(self.norm(x_BSD)), routing)
+        return Output(divided(self.cfg, self.head(self.norm(x_BSD))), routing)
+
+    def embedded(self, tokens_BS: Tensor) -> Tensor:
+        """What enters the first block, positions apart: (B, S) -> (B, S, D)."""
+        x_BSD = self.embed(tokens_BS)
+        return x_BSD if self.cfg.embed_scale == 1 else x_BSD * self.cfg.embed_scale
 
     def routers(self) -> list[Router]:
         """The router of every MoE layer, in order: one and the same where it is shared."""
@@ -234,6 +243,11 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
         return self
+
+
+def divided(cfg: ModelConfig, logits_BSV: Tensor) -> Tensor:
+    """What the output map gives as logits: divided by a constant, where the model has one (Granite)."""
+    return logits_BSV if cfg.logit_divisor == 1 else logits_BSV / cfg.logit_divisor
 
 
 def hidden_matrices(model: Transformer) -> dict[str, int]:

@@ -48,6 +48,9 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.meta
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
 
