@@ -93,6 +93,7 @@ class ModelConfig:
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
     position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rotary, or a learned vector per position
     rope_theta: Annotated[float, Between(1, ANY)] = 10000.0  # rope: base of the wavelengths
+    rope_fraction: Annotated[float, Between(1e-09, 1)] = 1.0  # rope: of a head's channels, its first ones, that turn
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     # none | head (one weight per head channel, Qwen3) | full (over all heads, OLMoE)
     qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
@@ -119,6 +120,11 @@ def entering(moe: MoEConfig, length: int) -> int:
 def head_dim(model: ModelConfig) -> int:
     """Channels of one attention head."""
     return model.head_dim or model.d_model // model.n_heads
+
+
+def rope_dim(model: ModelConfig) -> int:
+    """How many of a head's channels, its first ones, turn with the position."""
+    return int(head_dim(model) * model.rope_fraction)
 
 
 def attn_bias(model: ModelConfig) -> str:
@@ -158,6 +164,15 @@ def layer_moe(model: ModelConfig, layer: int) -> MoEConfig:
 
 def validate(model: ModelConfig) -> None:
     """Refuse shapes that do not fit together. Raises `BadInput`."""
+    _validate_attention(model)
+    _validate_rope(model)
+    _validate_rope_scaling(model, model.rope_scaling)
+    if model.moe is not None:
+        _validate_layers(model, model.moe)
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    """Refuse heads that do not divide, biases given twice, and windows of layers that there are not."""
     if not model.head_dim and model.d_model % model.n_heads:
         raise BadInput(
             f"model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}: "
@@ -167,9 +182,6 @@ def validate(model: ModelConfig) -> None:
         raise BadInput(
             f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads} (or be 0 for all of them)."
         )
-    if model.position == "rope" and head_dim(model) % 2:
-        raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
-    _validate_rope_scaling(model, model.rope_scaling)
     if model.bias and model.attn_bias != "none":
         raise BadInput(
             f"model.attn_bias={model.attn_bias} means nothing to model.bias=true, which gives every map one."
@@ -181,8 +193,22 @@ def validate(model: ModelConfig) -> None:
         raise BadInput(
             f"model.window_layers={layers} must be layers in rising order, from 0 to {model.n_layers - 1}, each once."
         )
-    if model.moe is not None:
-        _validate_layers(model, model.moe)
+
+
+def _validate_rope(model: ModelConfig) -> None:
+    """Refuse an odd number of channels that turn, and a fraction of learned positions."""
+    if model.position != "rope":
+        if model.rope_fraction != 1:
+            raise BadInput(
+                f"model.rope_fraction={model.rope_fraction} needs model.position=rope, not {model.position}."
+            )
+    elif head_dim(model) % 2:
+        raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
+    elif rope_dim(model) % 2 or not rope_dim(model):
+        raise BadInput(
+            f"model.rope_fraction={model.rope_fraction} of a head dimension of {head_dim(model)} are {rope_dim(model)} "
+            "channels: it must be an even number of at least 2."
+        )
 
 
 def _validate_rope_scaling(model: ModelConfig, scaling: RopeScaling) -> None:

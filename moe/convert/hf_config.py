@@ -21,6 +21,7 @@ from moe.convert.hf_families import FAMILIES, PLAIN, USUAL, Family
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
+QK_NORM = "use_qk_norm"  # whether there is a norm per head
 SHARED_WIDTH = "shared_expert_intermediate_size"  # the width of all shared experts together
 ATTN_SCALE = "attention_multiplier"
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
@@ -30,7 +31,7 @@ _NULLABLE = ("n_inner", "head_dim", "num_key_value_heads")  # null means: derive
 _BOOKKEEPING = re.compile(
     r"_.*|architectures|model_type|transformers_version|(torch_)?dtype|use_cache|return_dict|output_.*|problem_type"
     r"|id2label|label2id|num_labels|tokenizer_class|(bos|eos|pad|sep|unk)_token_id|task_specific_params|n_ctx|summary_.*"
-    r"|attention_dropout|(resid|embd|attn)_pdrop|router_aux_loss_coef|pretraining_tp"
+    r"|attention_dropout|(resid|embd|attn)_pdrop|router_aux_loss_coef|pretraining_tp|num_nextn_predict_layers|num_mtp_layers"
 )
 
 
@@ -49,7 +50,7 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
             ]
     # The QK norm is a family's mark: of two that are equally near, the one that shares it.
     nearest = min(
-        differences, key=lambda name: (len(differences[name]), FAMILIES[name].model["qk_norm"] != cfg.qk_norm)
+        differences, key=lambda name: (len(differences[name]), FAMILIES[name].model.get("qk_norm") != cfg.qk_norm)
     )
     if differences[nearest]:
         raise BadInput(differences[nearest][0])
@@ -76,6 +77,8 @@ def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, An
     required |= {f"model.{field}": value for field, value in PLAIN.items() if field not in family.keys}
     if cfg.attn_bias != family.bias[1]:
         required["model.attn_bias"] = "none"
+    if QK_NORM in family.keys.values() and cfg.qk_norm == "full":
+        required["model.qk_norm"] = "head"
     required |= {f"model.{field}": value for field, value in family.model.items()}
     if name == "gpt2":
         required["model.n_kv_heads"] = cfg.n_heads
@@ -101,6 +104,8 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     tree |= {key: getattr(full, field) for field, key in family.keys.items()}
     if cfg.position == "rope":
         tree |= _rope_to_hf(cfg) | _windows_to_hf(cfg, family)
+    if QK_NORM in tree:
+        tree[QK_NORM] = cfg.qk_norm == "head"
     if tree.get(ATTN_SCALE) == 0:
         tree[ATTN_SCALE] = full.head_dim**-0.5
     if family.bias[0]:
@@ -163,10 +168,13 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if model_type == "gpt2" and values["n_inner"] is None and isinstance(values["n_embd"], int):
         model["d_ff"] = 4 * values["n_embd"]
     if family.model["position"] == "rope":
-        model |= _pop_rope(tree, take("rope_theta"), values["max_position_embeddings"])
+        model |= _pop_rope(tree, take("rope_theta"), model)
+    if QK_NORM in values:
+        model["qk_norm"] = _switched(QK_NORM, values[QK_NORM], "head")
     model |= _pop_windows(tree, model, family)
     if family.bias[0]:
-        model["attn_bias"] = _bias(family, tree.pop(family.bias[0], family.defaults.get(family.bias[0], False)))
+        key, where = family.bias
+        model["attn_bias"] = _switched(key, tree.pop(key, family.defaults.get(key, False)), where)
     router = {path.removeprefix("router."): value for path, value in family.fixed.items() if path.startswith("router.")}
     router |= {field: values[key] for field, key in family.router.items()}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
@@ -188,11 +196,13 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     return parsed, routing
 
 
-def _pop_rope(tree: dict[str, Any], theta: Any, context: Any) -> dict[str, Any]:
-    """Pop the RoPE settings: the base, and how it is scaled. They moved into a group of their own in transformers 5,
-    whose older name is still written; a folder may have both, if they say the same."""
+def _pop_rope(tree: dict[str, Any], theta: Any, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Pop the RoPE settings: the base, how it is scaled, and of how many channels. They moved into a group of their own
+    in transformers 5, whose older name is still written; a folder may have both, if they say the same.
+
+    model: what was read already, with a rope_fraction where the family has one."""
     told = {
-        group: _rope_group(group, rope, theta, context)
+        group: _rope_group(group, rope, theta, model)
         for group in ("rope_scaling", "rope_parameters")
         if (rope := tree.pop(group, None)) is not None and rope != {}
     }
@@ -204,18 +214,18 @@ def _pop_rope(tree: dict[str, Any], theta: Any, context: Any) -> dict[str, Any]:
     return next(iter(told.values()), {"rope_theta": theta})
 
 
-def _rope_group(group: str, rope: Any, theta: Any, context: Any) -> dict[str, Any]:
+def _rope_group(group: str, rope: Any, theta: Any, model: Mapping[str, Any]) -> dict[str, Any]:
     """What rope_scaling or rope_parameters says, in this project's words."""
     if not isinstance(rope, dict):
         raise BadInput(f"{group}={rope!r} must be a group of settings.")
-    rope = {key: value for key, value in rope.items() if value is not None}
+    rope, context = {key: value for key, value in rope.items() if value is not None}, model["context"]
     kind = rope.pop("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
     if kind not in _ROPE_KINDS:
         raise BadInput(f"{group}.rope_type={kind!r} is not supported: accepted is {', '.join(_ROPE_KINDS)}.")
-    theta = rope.pop("rope_theta", theta)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise BadInput(f"{group}.partial_rotary_factor is not supported: accepted is 1.0, RoPE on every channel.")
+    theta, fraction = rope.pop("rope_theta", theta), rope.pop("partial_rotary_factor", model.get("rope_fraction", 1.0))
+    if "rope_fraction" not in model and fraction != 1.0:
+        raise BadInput(f"{group}.partial_rotary_factor={fraction!r} is not supported: accepted is 1.0, every channel.")
     # The settings have the same names here, but for two that are one number and one that may be left out.
     read = set(ROPE_READS[_ROPE_KINDS[kind]])
     scaling = {"type": _ROPE_KINDS[kind]}
@@ -230,7 +240,8 @@ def _rope_group(group: str, rope: Any, theta: Any, context: Any) -> dict[str, An
         raise BadInput(f"{group}.{key}={value!r} means nothing to rope_type={kind}.")
     if kind != "default" and "factor" not in scaling:
         raise BadInput(f"{group}.factor is missing; every rope_type={kind} has it.")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    partial = {"rope_fraction": fraction} if "rope_fraction" in model else {}
+    return {"rope_theta": theta, "rope_scaling": scaling} | partial
 
 
 def _yarn_defaults(rope: dict[str, Any], original: Any, context: Any) -> dict[str, Any]:
@@ -258,6 +269,8 @@ def _rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         told["original_max_position_embeddings"] = told.pop("original_context")
     if not told.get("attention_factor", 1):
         del told["attention_factor"]
+    if cfg.rope_fraction != 1:
+        told["partial_rotary_factor"] = cfg.rope_fraction
     both = {"rope_scaling": told, "rope_parameters": told | {"rope_theta": cfg.rope_theta}}
     return {"rope_theta": cfg.rope_theta, **both}
 
@@ -299,12 +312,11 @@ def _pop_windows(tree: dict[str, Any], model: Mapping[str, Any], family: Family)
     return {"window": window, "window_layers": [] if len(layers) == n_layers else layers} if layers else {}
 
 
-def _bias(family: Family, given: Any) -> str:
-    """Which of attention's maps have biases."""
-    key, where = family.bias
+def _switched(key: str, given: Any, word: str) -> str:
+    """What is switched on by a key, or none."""
     if not isinstance(given, bool):
         raise BadInput(f"{key}={given!r} must be true or false.")
-    return where if given else "none"
+    return word if given else "none"
 
 
 def _n_shared(width: Any, d_expert: Any) -> int:

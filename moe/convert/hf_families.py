@@ -30,6 +30,7 @@ class Family:
 
 # What these settings of the model are unless a family fixes them otherwise or leaves them open.
 PLAIN: dict[str, Any] = {"embed_scale": 1.0, "residual_scale": 1.0, "attn_scale": 0.0, "logit_divisor": 1.0}
+PLAIN |= {"rope_fraction": 1.0}
 
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
 USUAL: dict[str, Any] = {
@@ -202,5 +203,20 @@ FAMILIES = {
         fixed=_BIASED_SIGMOID,
         windows="from",
         bias=_BIAS,
+    ),
+    # Dots1's experts; its attention has a norm and biases where told, and turns half of the channels unless told.
+    "glm4_moe": Family(
+        architecture="Glm4MoeForCausalLM",
+        model=_ROPE,
+        keys=_KEYS | {"rope_fraction": "partial_rotary_factor", "qk_norm": "use_qk_norm"},
+        moe=_DOTS1_MOE,
+        defaults=_ALWAYS
+        | {"partial_rotary_factor": 0.5, "use_qk_norm": False, "rms_norm_eps": 1e-5, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"n_shared_experts": 1},
+        written=_SILU | {"num_nextn_predict_layers": 0},
+        router=_DOTS1_ROUTER,
+        fixed=_BIASED_SIGMOID,
+        bias=("attention_bias", "qkv"),
     ),
 }

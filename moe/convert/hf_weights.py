@@ -39,7 +39,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {name: dtype for name, dtype in streamed.DTYPES.items() if dtype.is_floating_point}
 
 # What a family calls the shared experts.
-_SHARED = {"qwen2_moe": "shared_expert", "dots1": "shared_experts"}
+_SHARED = {"qwen2_moe": "shared_expert", "dots1": "shared_experts", "glm4_moe": "shared_experts"}
 
 # Constants that old folders hold among the weights.
 _CONSTANT = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
@@ -151,6 +151,8 @@ def views_of(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: 
     prefix = "transformer." if family == "gpt2" else "model."
     targets = {}
     for name, shape in shapes.items():
+        if _predicts_further(name, model.cfg, family):
+            continue
         # A folder of the bare model, without the language-model head's class around it, has no prefix.
         full = name if name.startswith((prefix, "lm_head.")) else prefix + name
         views = missing.pop(full, None)
@@ -163,6 +165,13 @@ def views_of(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: 
     if missing:
         raise BadInput(f"tensor {next(iter(missing))} is missing; a {family} with these settings has it.")
     return targets
+
+
+def _predicts_further(name: str, cfg: ModelConfig, family: str) -> bool:
+    """Whether a tensor is of the layers that some folders have behind the last one, to guess the token after the next:
+    no part of the function from tokens to logits."""
+    layer = re.match(r"(model\.)?layers\.(\d+)\.", name)
+    return family == "glm4_moe" and layer is not None and int(layer[2]) >= cfg.n_layers
 
 
 def copy_into(tensor: Tensor, views: list[Tensor]) -> None:

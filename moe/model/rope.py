@@ -1,6 +1,6 @@
 """Rotary positions (RoFormer, 2104.09864), and what stretches them to longer contexts.
 
-Letters beyond the glossary: d channels of a head (cos and sin have one entry for two of them).
+Letters beyond the glossary: d channels of a head that turn (cos and sin have one entry for two of them).
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe.config.model import ModelConfig, RopeScaling, head_dim
+from moe.config.model import ModelConfig, RopeScaling, rope_dim
 
 
 def rotary(cfg: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
 
     1 / theta^(2i/d), rounded as transformers rounds it: in the last bit another form of it turns far positions by
     another angle. So are the changes of it."""
-    scaling, dim = cfg.rope_scaling, head_dim(cfg)
+    scaling, dim = cfg.rope_scaling, rope_dim(cfg)
     power_d = cfg.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
     match scaling.type:
         case "linear":  # positions lie closer
@@ -71,7 +71,10 @@ def _yarn(power_d: Tensor, scaling: RopeScaling, theta: float, dim: int) -> Tens
     return 1.0 / (scaling.factor * power_d) * (1 - kept_d) + 1.0 / power_d * kept_d
 
 
-def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Rotate channel pairs (i, i + d/2), Llama's layout: (B, H, S, d) -> the same, same dtype."""
-    a, b = x_BHSd.chunk(2, dim=-1)
-    return torch.cat((a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd), dim=-1).to(x_BHSd.dtype)
+def rotate(x_BHS: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + d/2), Llama's layout: (B, H, S, channels) -> the same, same dtype. Channels beyond
+    the first d stay as they are."""
+    dim = 2 * cos_Sd.shape[-1]
+    (a, b), kept = x_BHS[..., :dim].chunk(2, dim=-1), x_BHS[..., dim:]
+    parts = (a * cos_Sd - b * sin_Sd, b * cos_Sd + a * sin_Sd)
+    return torch.cat((*parts, kept) if kept.shape[-1] else parts, dim=-1).to(x_BHS.dtype)

@@ -25,6 +25,15 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"model.window": 8, "model.window_layers": [1, 0]},
         "model.window_layers=[1, 0] must be layers in rising order",
     ),
+    "an odd number turns": (
+        {"model.rope_fraction": 0.2, "model.head_dim": 16},
+        "model.rope_fraction=0.2 of a head dimension of 16 are 3 channels: it must be an even number of at least 2",
+    ),
+    "none turns": ({"model.rope_fraction": 0.01, "model.head_dim": 16}, "model.rope_fraction=0.01 of a head dimension"),
+    "a fraction of learned positions": (
+        {"model.rope_fraction": 0.5, "model.position": "learned"},
+        "model.rope_fraction=0.5 needs model.position=rope, not learned",
+    ),
     "biases twice": (
         {"model.bias": True, "model.attn_bias": "qkv"},
         "model.attn_bias=qkv means nothing to model.bias=true, which gives every map one",

@@ -76,10 +76,19 @@ MODELS = {
     "qwen2_moe": dataclasses.replace(SMALL, attn_bias="qkv", moe=MoEConfig(4, 2, 24, n_shared=2, shared_gate=True)),
     "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
     "dots1": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(8, 2, 24, n_shared=2, first_dense=1)),
+    "glm4_moe": dataclasses.replace(
+        SMALL,
+        qk_norm="head",
+        attn_bias="qkv",
+        rope_fraction=0.5,
+        rope_scaling=RopeScaling("linear", 2.0),
+        moe=MoEConfig(8, 2, 24, n_shared=2, first_dense=2),
+    ),
 }
 
 # The routers of families whose router is not softmax.
-ROUTERS = {"dots1": RouterConfig("sigmoid", selection_bias=True, scale=2.5, groups=4, k_groups=2)}
+GROUPED = RouterConfig("sigmoid", selection_bias=True, scale=2.5, groups=4, k_groups=2)
+ROUTERS = {"dots1": GROUPED, "glm4_moe": GROUPED}
 
 
 def router_of(family: str, renormalize: bool = True) -> RouterConfig:
@@ -177,6 +186,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("granitemoe", {"attention_multiplier": "0.1"}),
     ("granitemoe", {"sliding_window": 16}),
     ("mixtral", {"residual_multiplier": 0.5}),
+    ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_scaling": None, "rope_parameters": None}),
+    ("glm4_moe", {"use_qk_norm": None}),
     ("dots1", {"n_shared_experts": None}),
     ("dots1", {"n_group": 3}),
     ("dots1", {"topk_group": 5}),
@@ -190,6 +201,7 @@ WORDS = {  # where the sentence names this project's setting, not the key
     "num_key_value_heads": "model.n_kv_heads",
     "num_experts_per_tok": "model.moe.k",
     "rope_scaling": "model.rope_scaling",
+    "partial_rotary_factor": "model.rope_fraction",
     "logits_scaling": "model.logit_divisor",
     "attention_multiplier": "model.attn_scale",
     "n_shared_experts": "model.moe.n_shared",
@@ -329,6 +341,7 @@ def test_a_missing_key_is_refused_by_name() -> None:
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
         ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
+        ({"rope_fraction": 0.5}, {}, {}, "model.rope_fraction=0.5"),
         ({"residual_scale": 0.5}, {}, {}, "model.residual_scale=0.5"),
         ({"qk_norm": "none", "attn_bias": "qkv"}, {"shared_gate": True}, {}, "model.moe.n_shared=0"),
         ({"qk_norm": "none", "attn_bias": "qkv"}, {}, {}, "model.attn_bias=qkv"),

@@ -35,6 +35,14 @@ def test_scores_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
 
 
+def test_of_a_fraction_the_first_channels_turn_as_if_they_were_the_head_and_the_rest_stays():
+    whole, half = ModelConfig(context=32, head_dim=8), ModelConfig(context=32, head_dim=16, rope_fraction=0.5)
+    x = torch.randn(2, 3, 32, 16)
+    turned = rotate(x, *rotary(half))
+    assert torch.equal(turned[..., :8], rotate(x[..., :8], *rotary(whole)))
+    assert torch.equal(turned[..., 8:], x[..., 8:])
+
+
 def test_rotation_keeps_the_length_and_the_dtype():
     cos, sin = rotary(SMALL)
     x = torch.randn(2, 3, 32, 8)

@@ -50,7 +50,7 @@ def test_safetensors_reads_what_is_written_of_views_and_in_any_order(path):
 def test_a_tensor_is_read_when_it_is_asked_for_and_not_before():
     asked = []
     tensors = Tensors({name: torch.empty(2, device="meta") for name in "ab"}, lambda name: asked.append(name) or name)
-    assert (list(tensors), len(tensors), "a" in tensors.meta, asked) == (["a", "b"], 2, True, [])
+    assert (list(tensors), len(tensors), "a" in tensors, "c" in tensors, asked) == (["a", "b"], 2, True, False, [])
     assert (tensors["b"], asked) == ("b", ["b"])
 
 
