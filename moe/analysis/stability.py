@@ -70,10 +70,11 @@ def lookahead(model: Transformer, windows: Iterable[Window]) -> list[Lookahead]:
     _check(model)
     numbers, routers = moe_layers(model.cfg), model.routers()
     device = next(model.parameters()).device
-    streams: list[Tensor] = []  # of one pass, what enters the norm before each MoE
+    streams: list[Tensor] = []  # of one pass, what enters each MoE, before its norm where that is what it reads
+    entering = [block.mlp_norm if block.norm_first else block.mlp for block in (model.blocks[n] for n in numbers)]
     hooks = [
-        model.blocks[number].mlp_norm.register_forward_pre_hook(lambda module, given: streams.append(given[0]))  # type: ignore[union-attr, operator]
-        for number in numbers
+        module.register_forward_pre_hook(lambda module, given: streams.append(given[0]))  # type: ignore[union-attr, operator]
+        for module in entering
     ]
     kept = [i for i in range(1, len(numbers)) if model.depths()[i] is model.depths()[i - 1] is None]
     early: dict[int, list[Tensor]] = {i: [] for i in kept}
@@ -90,7 +91,7 @@ def lookahead(model: Transformer, windows: Iterable[Window]) -> list[Lookahead]:
                 # A router that reads the layer before anyway is given what it reads.
                 state_TD = report[i - 1].state_TD if layer.reads_previous else None
                 if state_TD is None:
-                    state_TD = block.mlp_norm(before[i - 1]).flatten(0, 1)  # type: ignore[operator]
+                    state_TD = (block.mlp_norm(before[i - 1]) if block.norm_first else before[i - 1]).flatten(0, 1)  # type: ignore[operator]
                 decided = routers[i](state_TD, "torch", Context(tokens_BS.flatten(), len(tokens_BS)))
                 actual[i].append(_experts(report[i], tokens_BS.numel()))
                 early[i].append(_experts(decided, tokens_BS.numel(), routers[i].n_experts))

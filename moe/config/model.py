@@ -91,6 +91,8 @@ class ModelConfig:
     activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = "swiglu"  # of every MLP and expert
     norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # root mean square, or mean and variance
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
+    # before | after attention and MLP: of what they read, or of what they add to the stream (OLMo 2)
+    norm_at: Annotated[str, OneOf("before", "after")] = "before"
     position: Annotated[str, OneOf("rope", "learned")] = "rope"  # rotary, or a learned vector per position
     rope_theta: Annotated[float, Between(1, ANY)] = 10000.0  # rope: base of the wavelengths
     rope_fraction: Annotated[float, Between(1e-09, 1)] = 1.0  # rope: of a head's channels, its first ones, that turn
@@ -183,9 +185,7 @@ def _validate_attention(model: ModelConfig) -> None:
             f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads} (or be 0 for all of them)."
         )
     if model.bias and model.attn_bias != "none":
-        raise BadInput(
-            f"model.attn_bias={model.attn_bias} means nothing to model.bias=true, which gives every map one."
-        )
+        raise BadInput(f"model.attn_bias={model.attn_bias} means nothing to model.bias=true, which gives all maps one.")
     layers = model.window_layers
     if layers and not model.window:
         raise BadInput(f"model.window_layers={layers} means nothing to model.window=0: set the window too.")

@@ -40,6 +40,7 @@ RESUMABLE = (
 YOUNGER = (
     "source",
     "source_state",
+    "model.norm_at",
     "model.rope_fraction",
     "model.rope_scaling",
     "model.window",

@@ -46,6 +46,7 @@ _IDS_ONLY, _CHARACTERS, _WORDS = range(3)
 _SPLITS = {ONE_CHARACTER: _CHARACTERS, GPT4_LIKE: _WORDS}
 _OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {
     "model.window": (0,),
+    "model.norm_at": ("before",),
     "model.rope_fraction": (1.0,),
     "model.attn_bias": ("none",),
     "model.embed_scale": (1.0,),

@@ -30,7 +30,7 @@ class Family:
 
 # What these settings of the model are unless a family fixes them otherwise or leaves them open.
 PLAIN: dict[str, Any] = {"embed_scale": 1.0, "residual_scale": 1.0, "attn_scale": 0.0, "logit_divisor": 1.0}
-PLAIN |= {"rope_fraction": 1.0}
+PLAIN |= {"rope_fraction": 1.0, "norm_at": "before"}
 
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
 USUAL: dict[str, Any] = {
@@ -137,6 +137,15 @@ FAMILIES = {
         windows="from",
         bias=_BIAS,
     ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        model=_ROPE | {"qk_norm": "full", "norm_at": "after"},
+        keys=_OLMOE_KEYS,
+        moe={},
+        defaults=_LLAMA | {"rms_norm_eps": 1e-5},
+        written=_SILU,
+        bias=_BIAS,
+    ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         model=_ROPE | {"qk_norm": "none"},
@@ -161,6 +170,16 @@ FAMILIES = {
         keys=_OLMOE_KEYS,
         moe=_OLMOE_MOE,
         defaults=_LLAMA | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        written=_SILU,
+        router=_RENORMALIZE,
+        bias=_BIAS,
+    ),
+    "flex_olmo": Family(
+        architecture="FlexOlmoForCausalLM",
+        model=_ROPE | {"qk_norm": "full", "norm_at": "after"},
+        keys=_OLMOE_KEYS,
+        moe=_OLMOE_MOE,
+        defaults=_LLAMA | {"rope_theta": 5e5, "norm_topk_prob": False},
         written=_SILU,
         router=_RENORMALIZE,
         bias=_BIAS,

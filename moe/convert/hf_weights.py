@@ -64,6 +64,8 @@ def tensor_map(
     yield "model.norm.weight", [state["norm.weight"]]
     # What the families call the parts of a block.
     names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if cfg.norm_at == "after":
+        names = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
     names |= {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
     if cfg.qk_norm != "none":
         names |= {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}

@@ -1,6 +1,6 @@
 """The decoder-only transformer, dense or Mixture-of-Experts, read top to bottom: initialisation, block, model, loss.
 
-tokens (B, S) -> embedding (+ learned positions) -> L blocks of pre-norm attention and MLP or MoE -> norm -> logits.
+tokens (B, S) -> embedding (+ learned positions) -> L blocks of norms, attention and MLP or MoE -> norm -> logits.
 Letters beyond the glossary: d channels of a head and J tokens of a sequence that enter a block, as in attention.py and
 depth.py.
 """
@@ -43,11 +43,12 @@ def norm(cfg: ModelConfig) -> nn.Module:
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), the MLP dense or routed; where it has a depth router, for some
-    tokens only."""
+    tokens only. With norm_at=after, x + norm(attention(x)) and x + norm(mlp(x))."""
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, balance: BalanceConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.residual_scale = layer, window_of(cfg, layer), cfg.residual_scale
+        self.norm_first = cfg.norm_at == "before"
         self.attn_norm = norm(cfg)
         self.attn = Attention(cfg)
         self.mlp_norm = norm(cfg)
@@ -100,15 +101,18 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """x + attention(norm(x))."""
-        return self.add(x_BSD, self.attn(self.attn_norm(x_BSD), rope, self.layer, cache, keys_BS, mask))
+        h_BSD = self.attn_norm(x_BSD) if self.norm_first else x_BSD
+        y_BSD = self.attn(h_BSD, rope, self.layer, cache, keys_BS, mask)
+        return self.add(x_BSD, y_BSD if self.norm_first else self.attn_norm(y_BSD))
 
     def feed(self, x_BSD: Tensor, backend: str, layer_input: LayerInput) -> tuple[Tensor, LayerRouting | None]:
         """x + mlp(norm(x)), and what the router did, if there is one."""
-        h_BSD = self.mlp_norm(x_BSD)
+        h_BSD, report = self.mlp_norm(x_BSD) if self.norm_first else x_BSD, None
         if isinstance(self.mlp, MoELayer):
             y_BSD, report = self.mlp(h_BSD, backend, layer_input)
-            return self.add(x_BSD, y_BSD), report
-        return self.add(x_BSD, self.mlp(h_BSD)), None
+        else:
+            y_BSD = self.mlp(h_BSD)
+        return self.add(x_BSD, y_BSD if self.norm_first else self.mlp_norm(y_BSD)), report
 
     def add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         """x + y, y scaled where the model says so (Granite)."""

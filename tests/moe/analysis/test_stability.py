@@ -30,9 +30,10 @@ def _shared(one_TK, other_TK):
     return np.mean([len(one & other) / len(one) for one, other in zip(*sets, strict=True) if one])
 
 
-def test_lookahead_is_the_router_on_the_stream_of_the_layer_before(make_model):
-    """By hand: embedding, attention, the second layer's norm and router on the first one's stream."""
-    model, windows = make_model(RouterConfig()).eval().requires_grad_(False), _windows()
+@pytest.mark.parametrize("norm_at", ["before", "after"])
+def test_lookahead_is_the_router_on_the_stream_of_the_layer_before(make_model, norm_at):
+    """By hand: embedding, attention, the second layer's norm where it has one, its router, the first one's stream."""
+    model, windows = make_model(RouterConfig(), norm_at=norm_at).eval().requires_grad_(False), _windows()
     for block in model.blocks:
         block.mlp_norm.weight.normal_(generator=torch.Generator().manual_seed(block.layer))
     early, actual = [], []
@@ -40,7 +41,8 @@ def test_lookahead_is_the_router_on_the_stream_of_the_layer_before(make_model):
         tokens_BS = torch.from_numpy(read_BS1[:, :-1])
         rope = tuple(angles[:16].unsqueeze(-3) for angles in (model.cos_Sd, model.sin_Sd))
         stream_BSD = model.blocks[0].attend(model.embed(tokens_BS), rope, None)
-        state_TD = model.blocks[1].mlp_norm(stream_BSD).flatten(0, 1)
+        norm = model.blocks[1].mlp_norm if norm_at == "before" else torch.nn.Identity()
+        state_TD = norm(stream_BSD).flatten(0, 1)
         early.append((state_TD @ model.routers()[1].w_ED.T).topk(3).indices)
         actual.append(model(tokens_BS).routing[1].expert)
     (told,) = lookahead(model, windows)

@@ -36,7 +36,7 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     ),
     "biases twice": (
         {"model.bias": True, "model.attn_bias": "qkv"},
-        "model.attn_bias=qkv means nothing to model.bias=true, which gives every map one",
+        "model.attn_bias=qkv means nothing to model.bias=true, which gives all maps one",
     ),
     "scaled positions that are learned": (
         {"model.rope_scaling.type": "linear", "model.position": "learned"},

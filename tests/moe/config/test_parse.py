@@ -67,6 +67,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "model.norm": ("rmss", "rms"),
     "model.position": ("ropee", "rope"),
     "model.qk_norm": ("heads", "head"),
+    "model.norm_at": ("afer", "after"),
     "model.attn_bias": ("qkvo", "qkv"),
     "model.rope_scaling.type": ("yarm", "yarn"),
     "model.moe.depth_causal": ("predict", "predictor"),

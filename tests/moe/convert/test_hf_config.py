@@ -69,6 +69,8 @@ MODELS = {
     "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10, rope_scaling=RopeScaling("yarn", 4.0, 8)),
     "qwen2": dataclasses.replace(SMALL, attn_bias="qkv", window=8, window_layers=[0, 2]),
     "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
+    "olmo2": dataclasses.replace(SMALL, qk_norm="full", norm_at="after"),
+    "flex_olmo": dataclasses.replace(SMALL, qk_norm="full", norm_at="after", moe=MoEConfig(4, 2, 48)),
     "granitemoe": dataclasses.replace(
         SMALL, embed_scale=12.0, residual_scale=0.22, attn_scale=0.015625, logit_divisor=6.0, moe=MoEConfig(4, 2, 48)
     ),
@@ -188,6 +190,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"residual_multiplier": 0.5}),
     ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_scaling": None, "rope_parameters": None}),
     ("glm4_moe", {"use_qk_norm": None}),
+    ("olmo2", {"sliding_window": 16}),
+    ("flex_olmo", {"clip_qkv": 8.0}),
     ("dots1", {"n_shared_experts": None}),
     ("dots1", {"n_group": 3}),
     ("dots1", {"topk_group": 5}),
@@ -341,6 +345,7 @@ def test_a_missing_key_is_refused_by_name() -> None:
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
         ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
+        ({"norm_at": "after"}, {"every": 2}, {}, "model.norm_at=after"),
         ({"rope_fraction": 0.5}, {}, {}, "model.rope_fraction=0.5"),
         ({"residual_scale": 0.5}, {}, {}, "model.residual_scale=0.5"),
         ({"qk_norm": "none", "attn_bias": "qkv"}, {"shared_gate": True}, {}, "model.moe.n_shared=0"),
@@ -370,5 +375,5 @@ def test_a_model_of_no_family_is_refused_by_its_first_foreign_setting(
 
 def test_a_dense_model_of_no_family_is_refused() -> None:
     for change in ({"qk_norm": "full"}, {"n_heads": 3, "n_kv_heads": 3, "head_dim": 8}, {"norm": "layer"}):
-        with pytest.raises(BadInput, match=r"no counterpart in transformers: the nearest family, llama"):
+        with pytest.raises(BadInput, match=r"no counterpart in transformers: the nearest family, (llama|olmo2)"):
             family_of(dataclasses.replace(SMALL, **change), RouterConfig())

@@ -123,6 +123,7 @@ VARIANTS = {
     "qwen2": dict(attn_bias="qkv", n_kv_heads=1),
     "granite": dict(embed_scale=3.0, residual_scale=0.5, attn_scale=0.2, logit_divisor=2.0),
     "glm4": dict(rope_fraction=0.5, head_dim=8),
+    "olmo2": dict(norm_at="after", qk_norm="full"),
     "windows": dict(window=4),
     "a window in one layer": dict(window=2, window_layers=[1], position="learned"),
     "derived head size": dict(head_dim=0, n_heads=3, n_kv_heads=0),
