@@ -262,9 +262,10 @@ def compose(name: str, schema: type, overrides: list[str], number: int = 0) -> D
         files = ", ".join(word for word in overrides if (CONF / word.partition("=")[0]).is_dir())
         raise BadInput(f"a file of conf/ holds no settings ({files}): {first_line(error)}.") from None
     except (AssertionError, AttributeError):  # OmegaConf's, for settings of a group that is null
+        group = "model.latent" if any(key.startswith("model.latent") for key in keys_of(overrides)) else "model.moe"
         raise BadInput(
-            "model.moe is null here, and its settings cannot be given one by one: leave them out, choose a model with "
-            "experts, or give model.moe in a file of conf/experiment."
+            f"{group} is null here, and its settings cannot be given one by one: leave them out, choose a model that "
+            f"has them, or give {group} in a file of conf/experiment."
         ) from None
 
 

@@ -75,6 +75,21 @@ ROPE_READS = {
 
 
 @dataclass
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): the keys and values of all heads are made from one short
+    vector per token, and one key that positions turn is common to all heads."""
+
+    kv_rank: Annotated[int, Between(1, 10_000_000)] = 512  # length of the vector that keys and values are made from
+    q_rank: Annotated[int, Between(0, 10_000_000)] = 0  # the same for queries; 0: they are made from the state itself
+    # channels of a head's query and key: those that positions do not turn, and those that they do
+    nope_dim: Annotated[int, Between(1, 100_000)] = 128
+    rope_dim: Annotated[int, Between(2, 100_000)] = 64  # see nope_dim
+    v_dim: Annotated[int, Between(1, 100_000)] = 128  # channels of a head's value
+    # rope_scaling.type=yarn: scores are multiplied by (1 + 0.1 · mscale · ln(factor))² (DeepSeek's mscale_all_dim)
+    mscale: Annotated[float, Between(0, 1000)] = 0.0
+
+
+@dataclass
 class ModelConfig:
     """A decoder-only transformer. Zero means "derive it": n_kv_heads = n_heads, head_dim = d_model / n_heads, and
     vocab_size = the tokenizer's."""
@@ -101,6 +116,7 @@ class ModelConfig:
     qk_norm: Annotated[str, OneOf("none", "head", "full")] = "none"
     window: Annotated[int, Between(0, MANY)] = 0  # positions that a token attends to, its own included; 0: all
     window_layers: list[int] = field(default_factory=list)  # layers (from 0) with that window; empty: every layer
+    latent: LatentConfig | None = None  # null: every head of keys and values has its own projection (grouped-query)
     bias: bool = False  # biases on every linear map and norm (GPT-2)
     attn_bias: Annotated[str, OneOf("none", "qkv", "all")] = "none"  # biases of attention's maps; all where bias is
     embed_scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # on what the embedding gives (Granite, muP)
@@ -120,13 +136,15 @@ def entering(moe: MoEConfig, length: int) -> int:
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Channels of one attention head."""
+    """Channels of one attention head's queries and keys."""
+    if model.latent is not None:
+        return model.latent.nope_dim + model.latent.rope_dim
     return model.head_dim or model.d_model // model.n_heads
 
 
 def rope_dim(model: ModelConfig) -> int:
-    """How many of a head's channels, its first ones, turn with the position."""
-    return int(head_dim(model) * model.rope_fraction)
+    """How many of a head's channels turn with the position: its first ones, with latent attention its last."""
+    return model.latent.rope_dim if model.latent is not None else int(head_dim(model) * model.rope_fraction)
 
 
 def attn_bias(model: ModelConfig) -> str:
@@ -175,7 +193,9 @@ def validate(model: ModelConfig) -> None:
 
 def _validate_attention(model: ModelConfig) -> None:
     """Refuse heads that do not divide, biases given twice, and windows of layers that there are not."""
-    if not model.head_dim and model.d_model % model.n_heads:
+    if model.latent is not None:
+        _validate_latent(model)
+    elif not model.head_dim and model.d_model % model.n_heads:
         raise BadInput(
             f"model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}: "
             "choose heads that divide it, or set model.head_dim."
@@ -201,6 +221,13 @@ def _validate_rope(model: ModelConfig) -> None:
         if model.rope_fraction != 1:
             raise BadInput(
                 f"model.rope_fraction={model.rope_fraction} needs model.position=rope, not {model.position}."
+            )
+    elif model.latent is not None:
+        if model.rope_fraction != 1:
+            raise BadInput(f"model.rope_fraction={model.rope_fraction} means nothing to model.latent: leave it 1.")
+        if model.latent.rope_dim % 2:
+            raise BadInput(
+                f"model.position=rope needs an even model.latent.rope_dim, and here it is {rope_dim(model)}."
             )
     elif head_dim(model) % 2:
         raise BadInput(f"model.position=rope needs an even head dimension, and here it is {head_dim(model)}.")
@@ -233,6 +260,20 @@ def _validate_rope_scaling(model: ModelConfig, scaling: RopeScaling) -> None:
                 f"model.rope_scaling.{low}={getattr(scaling, low)} must be below model.rope_scaling.{high}="
                 f"{getattr(scaling, high)}."
             )
+
+
+def _validate_latent(model: ModelConfig) -> None:
+    """Refuse settings that latent attention does not read, or that are not read without others."""
+    latent, kind = model.latent, model.rope_scaling.type
+    if latent is not None and latent.mscale and kind != "yarn":
+        raise BadInput(f"model.latent.mscale={latent.mscale} needs model.rope_scaling.type=yarn, and it is {kind}.")
+    accepted: dict[str, tuple[object, ...]] = {"position": ("rope",), "qk_norm": ("none",), "bias": (False,)}
+    accepted |= {"head_dim": (0,), "n_kv_heads": (0, model.n_heads), "attn_bias": ("none",), "attn_scale": (0.0,)}
+    for name, values in accepted.items():
+        value = getattr(model, name)
+        if value not in values:
+            choices = " or ".join(str(choice).lower() for choice in values)
+            raise BadInput(f"model.{name}={value} has no meaning with model.latent: accepted is {choices}.")
 
 
 def _validate_layers(model: ModelConfig, moe: MoEConfig) -> None:

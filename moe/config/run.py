@@ -50,6 +50,7 @@ YOUNGER = (
     "model.residual_scale",
     "model.attn_scale",
     "model.logit_divisor",
+    "model.latent",
     "data.max_document_mb",
     "data.documents",
     "data.template",

@@ -48,6 +48,7 @@ _OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {
     "model.window": (0,),
     "model.norm_at": ("before",),
     "model.rope_fraction": (1.0,),
+    "model.latent": (None,),
     "model.attn_bias": ("none",),
     "model.embed_scale": (1.0,),
     "model.residual_scale": (1.0,),

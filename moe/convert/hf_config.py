@@ -60,12 +60,12 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
 def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     """What a model of cfg's sizes must have, by dotted path, to be of family `name`."""
     family = FAMILIES[name]
-    required: dict[str, Any] = {}
+    required: dict[str, Any] = {"model.latent": None}
     if family.moe:
         # What it leaves open; leading dense layers may also be a list of them.
         left_open = {f"model.moe.{field}" for field in family.moe} | {f"router.{field}" for field in family.router}
         left_open |= {"model.moe.first_dense"} if "every" in family.moe else set()
-        required = {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
+        required |= {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
         if router.groups == 1:  # nobody asks how a group's score is made
             required.pop("router.group_top", None)
         if {"n_shared_experts", SHARED_WIDTH} & {*family.moe.values()} and cfg.moe is not None:

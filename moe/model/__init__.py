@@ -2,6 +2,7 @@
 
 rope         rotary positions, also stretched ones
 attention    grouped-query attention, documents, KV cache
+latent       multi-head latent attention
 experts      the dense MLP, shared and routed experts
 dispatch     backends over the same expert weights
 layer        the MoE layer: route, limit, dispatch, combine

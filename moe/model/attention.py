@@ -13,13 +13,17 @@ from moe.model.rope import rotate
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far; `length` of them are filled.
+    """What attention keeps of every layer for the positions seen so far; `length` of them are filled.
 
-    Preallocated for `context` positions: a step writes in place. Memory: 2·L·B·context·n_kv_heads·head_dim elements."""
+    Keys and values of every head: 2·L·B·context·n_kv_heads·head_dim elements. With latent attention what all heads'
+    keys and values are made from, and the one rope key: L·B·context·(kv_rank + rope_dim). Preallocated for `context`
+    positions: a step writes in place."""
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (cfg.n_layers, 2, batch, cfg.n_kv_heads or cfg.n_heads, cfg.context, head_dim(cfg))
-        self.store = torch.zeros(shape, dtype=dtype, device=device)
+        heads, channels = cfg.n_kv_heads or cfg.n_heads, 2 * head_dim(cfg)
+        if cfg.latent is not None:
+            heads, channels = 1, cfg.latent.kv_rank + cfg.latent.rope_dim
+        self.store = torch.zeros((cfg.n_layers, batch, heads, cfg.context, channels), dtype=dtype, device=device)
         self.keys = torch.ones((cfg.n_layers, batch, cfg.context), dtype=torch.bool, device=device)  # see `Attention`
         self.tokens = torch.zeros((batch, cfg.context), dtype=torch.int64, device=device)  # see `read`
         self.length = 0
@@ -30,13 +34,21 @@ class KVCache:
         self.tokens[:, self.length : end] = tokens_BS
         return self.tokens[:, :end]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, kv heads, S, head_dim) of layer `layer` behind what is there; returns all keys and values so
-        far. `length` is advanced by the model once every layer has written."""
-        end = self.length + k.shape[2]
-        store = self.store[layer, :, :, :, :end]
-        store[0, :, :, self.length :], store[1, :, :, self.length :] = k, v
-        return store[0].to(k.dtype), store[1].to(v.dtype)
+    def extend(self, layer: int, kept_BHSd: Tensor) -> Tensor:
+        """Write what layer `layer` keeps of these positions, (B, heads, S, channels), behind what is there; returns all
+        so far. `length` is advanced by the model once every layer has written."""
+        store = self.store[layer, :, :, : self.length + kept_BHSd.shape[2]]
+        store[:, :, self.length :] = kept_BHSd
+        return store.to(kept_BHSd.dtype)
+
+    def attended(self, layer: int, keys_BS: Tensor | None) -> Tensor | None:
+        """Which positions so far are attended to in layer `layer`, where `keys_BS` (B, S) says it of these; see
+        `Attention`."""
+        if keys_BS is None:
+            return None
+        end = self.length + keys_BS.shape[1]
+        self.keys[layer, :, self.length : end] = keys_BS
+        return self.keys[layer, :, :end]
 
 
 def within_documents(tokens_BS: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +72,17 @@ def within_window(past: int, end: int, window: int, device: torch.device, mask: 
     distance = torch.arange(past, end, device=device)[:, None] - torch.arange(end, device=device)
     near = ((distance >= 0) & (distance < window))[None, None]
     return near if mask is None else near & mask
+
+
+def visible(q_BHSd: Tensor, past: int, keys_BS: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which keys a query may attend to, for queries behind `past` positions: (B or 1, 1, S, all keys) bool, or None
+    where there is no need to say: all up to its own position of S without a past, or all for a last one alone.
+
+    keys_BS, mask: as of `Attention`, of all keys."""
+    s = q_BHSd.shape[2]
+    if mask is None and (keys_BS is not None or (past and s > 1)):  # causal, shifted by the past
+        mask = torch.ones(s, past + s, dtype=torch.bool, device=q_BHSd.device).tril(past)[None, None]
+    return mask if mask is None or keys_BS is None else mask & keys_BS[:, None, None]
 
 
 def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
@@ -108,17 +131,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         past = 0
         if cache is not None:
-            past = cache.length
-            k, v = cache.extend(layer, k, v)
+            past, keys_BS = cache.length, cache.attended(layer, keys_BS)
+            k, v = cache.extend(layer, torch.cat((k, v), -1)).chunk(2, -1)
         if mask is not None:  # torch's memory-efficient kernel takes a mask, but wants a key head for every head
             k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
-        elif keys_BS is not None or (past and q.shape[2] > 1):  # causal, shifted by the past
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
-        if keys_BS is not None and mask is not None:
-            if cache is not None:
-                cache.keys[layer, :, past : past + q.shape[2]] = keys_BS
-                keys_BS = cache.keys[layer, :, : past + q.shape[2]]
-            mask = mask & keys_BS[:, None, None]
+        mask = visible(q, past, keys_BS, mask)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and not past, scale=self.cfg.attn_scale or None,
             enable_gqa=k.shape[1] != q.shape[1],

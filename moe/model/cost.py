@@ -52,6 +52,19 @@ def mlp_size(cfg: ModelConfig, width: float) -> float:
     return (up_width(cfg, 1) + 1) * width * cfg.d_model
 
 
+def attention_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """Channels in and out of every projection of one attention layer. A latent's second half is as in training: keys
+    and values are made from it (generation with a cache spares that, see `moe.model.latent`)."""
+    d, heads, latent = cfg.d_model, cfg.n_heads, cfg.latent
+    d_q = heads * head_dim(cfg)
+    if latent is None:
+        d_kv = (cfg.n_kv_heads or heads) * head_dim(cfg)
+        return [(d, d_q), (d, d_kv), (d, d_kv), (d_q, d)]
+    queries = [(d, latent.q_rank), (latent.q_rank, d_q)] if latent.q_rank else [(d, d_q)]
+    keys = [(d, latent.kv_rank + latent.rope_dim), (latent.kv_rank, heads * (latent.nope_dim + latent.v_dim))]
+    return [*queries, *keys, (heads * latent.v_dim, d)]
+
+
 def expert_width(moe: MoEConfig) -> float:
     """F, on average where experts differ."""
     return sum(moe.widths) / len(moe.widths) if moe.widths else moe.d_expert
@@ -69,8 +82,8 @@ def flops(
     """FLOPs per token at sequence length `context` (0: the model's own).
 
     2 per weight of every matmul that a token passes (router and vocabulary projection included, embeddings not), and
-    4·S·H·head_dim per layer for attention scores and values, not halved for causality (PaLM, 2204.02311, appendix B)
-    nor made less by data.documents=separate or a window, which mask what is computed.
+    2·S·H·(channels of a query + those of a value) per layer for attention scores and values, not halved for causality
+    (PaLM, 2204.02311, appendix B) nor made less by data.documents=separate or a window, which mask what is computed.
     The gradients of a matmul cost twice as much, or as much where only one of its sides has one. What a backend adds
     to fill tiles is not counted, nor that expert choice rounds K·T/E up.
 
@@ -80,9 +93,10 @@ def flops(
     slots and back counts like its scores. A block that only some tokens enter counts by their share, and its attention
     is over as many positions; in evaluation attention is computed for all and masked, and the share is about that."""
     router = router or RouterConfig()
-    d, s, d_heads = cfg.d_model, context or cfg.context, cfg.n_heads * head_dim(cfg)
-    d_kv = (cfg.n_kv_heads or cfg.n_heads) * head_dim(cfg)
-    projections, scores = 2 * (2 * d * d_heads + 2 * d * d_kv), 4 * s * d_heads
+    d, s = cfg.d_model, context or cfg.context
+    projections = 2 * sum(n_in * n_out for n_in, n_out in attention_matrices(cfg))
+    d_value = cfg.latent.v_dim if cfg.latent is not None else head_dim(cfg)
+    scores = 2 * s * cfg.n_heads * (head_dim(cfg) + d_value)
     # What costs as much in both modes, with both gradients; then what evaluation, and what forward and backward add.
     common, evaluation, forward, backward = 2.0 * d * cfg.vocab_size, 0.0, 0.0, 0.0
     for layer in range(cfg.n_layers):

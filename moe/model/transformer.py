@@ -22,6 +22,7 @@ from moe.errors import BadInput
 from moe.model.attention import Attention, KVCache, within_documents, within_window
 from moe.model.depth import DepthRouter
 from moe.model.experts import MLP, Experts
+from moe.model.latent import LatentAttention
 from moe.model.layer import LayerInput, LayerRouting, MoELayer
 from moe.model.rope import rotary
 from moe.routing.contract import Router, Step
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.layer, self.window, self.residual_scale = layer, window_of(cfg, layer), cfg.residual_scale
         self.norm_first = cfg.norm_at == "before"
         self.attn_norm = norm(cfg)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg) if cfg.latent is None else LatentAttention(cfg)
         self.mlp_norm = norm(cfg)
         routed = moe_layers(cfg)
         self.mlp: MoELayer | MLP
@@ -260,8 +261,8 @@ def hidden_matrices(model: Transformer) -> dict[str, int]:
     matrix consists: two where swiglu's gate lies on the up projection."""
     names = {}
     for prefix, module in model.blocks.named_modules(prefix="blocks"):
-        if isinstance(module, Attention | MLP | Experts):
-            gated = not isinstance(module, Attention) and module.activation == "swiglu"
+        if isinstance(module, Attention | LatentAttention | MLP | Experts):
+            gated = isinstance(module, MLP | Experts) and module.activation == "swiglu"
             for name, p in module.named_parameters():
                 if p.dim() >= 2:
                     names[f"{prefix}.{name}"] = 2 if gated and name in ("up.weight", "w_up_EFD") else 1

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moe.config.model import entering, head_dim, is_moe_layer, layer_moe
+from moe.config.model import entering, is_moe_layer, layer_moe
 from moe.config.run import Config
-from moe.model.cost import expert_width
+from moe.model.cost import attention_matrices, expert_width
 from moe.model.experts import up_width
 
 ROUNDS = 3  # of timings, whose median counts, after one that does not
@@ -77,14 +77,12 @@ def matmuls(cfg: Config) -> Counter[Matmul]:
     """The matmuls of one step's forward passes and how many of each, experts as if all were equally busy."""
     model, n_micro = cfg.model, cfg.train.accumulate
     n_sequences, d = cfg.train.batch_size // n_micro, model.d_model
-    d_q, d_kv = model.n_heads * head_dim(model), (model.n_kv_heads or model.n_heads) * head_dim(model)
     n_of: Counter[Matmul] = Counter()
     for layer in range(model.n_layers):
         moe = layer_moe(model, layer) if is_moe_layer(model, layer) else None
         tokens = n_sequences * (entering(moe, model.context) if moe else model.context)
-        # Queries and the output, keys and values; then the MLP, or the experts.
-        n_of += Counter({Matmul(tokens, d, d_q): 1, Matmul(tokens, d_q, d): 1})
-        n_of[Matmul(tokens, d, d_kv)] += 2
+        # Attention's projections; then the MLP, or the experts.
+        n_of += Counter(Matmul(tokens, n_in, n_out) for n_in, n_out in attention_matrices(model))
         mlps = [(1, tokens, model.d_ff)]
         if moe is not None:
             mlps = [(moe.n_experts, max(1, tokens * moe.k // moe.n_experts), round(expert_width(moe)))]

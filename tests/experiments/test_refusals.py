@@ -44,6 +44,8 @@ REFUSED = {
     "model.moe=null model.moe.k=2": "model.moe is null here",
     "model=gpt2 model.moe.k=2": "model.moe is null here",
     "model=gpt2 model.moe={k:2}": "model.moe is null here",
+    "model.latent.kv_rank=2": "model.latent is null here",
+    "model=cpu-latent model.n_kv_heads=2": "model.n_kv_heads=2 has no meaning with model.latent: accepted is 0 or 4.",
     # sweeps
     "seed=0,1": "seed=0,1 has several values: add --multirun",
     "router=softmax,sigmoid": "router=softmax,sigmoid has several values: add --multirun",

@@ -4,6 +4,7 @@ import pytest
 
 from tests.moe.config.refusals import refusal
 
+LATENT = {"model.latent": {"kv_rank": 8}}
 IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
     "tokens pass by no layer": (
         {"model.moe.depth": 0.5, "model.moe.depth_every": 5},
@@ -58,6 +59,22 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"model.rope_scaling.type": "llama3", "model.rope_scaling.low_freq_factor": 4.0}
         | {"model.rope_scaling.original_context": 64},
         "model.rope_scaling.low_freq_factor=4.0 must be below model.rope_scaling.high_freq_factor=4.0",
+    ),
+    "latent kv heads": ({**LATENT, "model.n_kv_heads": 2}, "model.n_kv_heads=2 has no meaning with model.latent: "),
+    "latent head": (
+        {**LATENT, "model.head_dim": 8},
+        "model.head_dim=8 has no meaning with model.latent: accepted is 0",
+    ),
+    "latent norm": ({**LATENT, "model.qk_norm": "head"}, "model.qk_norm=head has no meaning with model.latent: "),
+    "latent bias": ({**LATENT, "model.bias": True}, "model.bias=True has no meaning with model.latent: "),
+    "latent positions": ({**LATENT, "model.position": "learned"}, "model.position=learned has no meaning with "),
+    "a scale of nothing": (
+        {"model.latent": {"mscale": 1.0}},
+        "model.latent.mscale=1.0 needs model.rope_scaling.type=yarn, and it is none",
+    ),
+    "odd latent": (
+        {"model.latent": {"rope_dim": 7}},
+        "model.position=rope needs an even model.latent.rope_dim, and here it is 7",
     ),
     "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
     "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),

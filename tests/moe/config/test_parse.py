@@ -169,7 +169,7 @@ def test_every_number_has_bounds_and_every_bound_and_choice_a_setting():
 @pytest.mark.parametrize("path", list(BOUNDS))
 def test_bounds_contain_the_default(path):
     low, high = BOUNDS[path]
-    assert low <= parse.lookup(build(tree({})), path) <= high
+    assert low <= parse.lookup(build(tree({"model.latent": {}})), path) <= high
 
 
 ROUND_TRIP = {

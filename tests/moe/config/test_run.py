@@ -68,7 +68,7 @@ def _other(value):
 
 @pytest.mark.parametrize("path", fields(Config))
 def test_the_fingerprint_sees_what_decides_the_result_and_nothing_else(path):
-    cfg = build(tree({}))
+    cfg = build(tree({"model.latent": {}}))
     before = fingerprint(cfg)
     group, _, key = path.rpartition(".")
     owner = parse.lookup(cfg, group) if group else cfg

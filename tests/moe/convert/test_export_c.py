@@ -15,7 +15,7 @@ import torch
 
 from moe.config.balance import BalanceConfig
 from moe.config.data import TokenizerConfig
-from moe.config.model import ModelConfig, MoEConfig, RopeScaling, moe_layers
+from moe.config.model import LatentConfig, ModelConfig, MoEConfig, RopeScaling, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert import export_c
@@ -284,6 +284,11 @@ def test_attention_that_the_program_does_not_have_is_refused_by_name_with_or_wit
     ((name, value),) = change.items()
     with pytest.raises(BadInput, match=f"model.{name}={value} has no counterpart in run.c"):
         export_c.check(Config(model=sizes(moe, **change)))
+
+
+def test_latent_attention_is_refused_in_a_dense_model_too():
+    with pytest.raises(BadInput, match=r"model\.latent=.* has no counterpart in run\.c: accepted is none"):
+        export_c.check(Config(model=sizes(latent=LatentConfig())))
 
 
 @pytest.mark.parametrize(

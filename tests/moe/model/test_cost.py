@@ -12,7 +12,7 @@ from kernels import reference
 from kernels.reference import activate
 from moe.analysis.metrics import layer_metrics
 from moe.config.balance import BalanceConfig, rows_vary
-from moe.config.model import MoEConfig, layer_moe
+from moe.config.model import LatentConfig, MoEConfig, layer_moe
 from moe.config.router import RouterConfig
 from moe.config.run import build
 from moe.errors import BadInput
@@ -66,13 +66,19 @@ def _active(cfg):
     d, moe = cfg.d_model, cfg.moe
     dim = cfg.head_dim or d // cfg.n_heads
     d_q, d_kv = dim * cfg.n_heads, dim * (cfg.n_kv_heads or cfg.n_heads)
+    attention = d * (d_q + 2 * d_kv) + d_q * d + {"none": 0, "head": 2 * dim, "full": d_q + d_kv}[cfg.qk_norm]
+    if cfg.latent is not None:
+        heads, latent = cfg.n_heads, cfg.latent
+        d_q, rank = heads * (latent.nope_dim + latent.rope_dim), latent.q_rank
+        attention = d * rank + rank + rank * d_q if rank else d * d_q
+        attention += d * (latent.kv_rank + latent.rope_dim) + latent.kv_rank
+        attention += latent.kv_rank * heads * (latent.nope_dim + latent.v_dim) + heads * latent.v_dim * d
     matrices = 3 if cfg.activation == "swiglu" else 2
     norm = d * (2 if cfg.norm == "layer" and cfg.bias else 1)
     total = cfg.vocab_size * d * (1 if cfg.tie_embeddings else 2) + norm
     total += cfg.context * d if cfg.position == "learned" else 0
     for layer in range(cfg.n_layers):
-        total += 2 * norm + d * (d_q + 2 * d_kv) + d_q * d
-        total += {"none": 0, "head": 2 * dim, "full": d_q + d_kv}[cfg.qk_norm]
+        total += 2 * norm + attention
         total += d_q + 2 * d_kv if cfg.bias or cfg.attn_bias != "none" else 0
         total += d if cfg.bias or cfg.attn_bias == "all" else 0
         routed = moe is not None and layer >= moe.first_dense and layer % moe.every == moe.every - 1
@@ -117,6 +123,8 @@ FLOP_MODELS = {
     "dense": dict(moe=None),
     "gelu, learned, one kv head": dict(moe=None, activation="gelu", position="learned", n_kv_heads=1),
     "moe": {},
+    "latent": dict(latent=LatentConfig(5, 0, 3, 4, 7), head_dim=0, n_kv_heads=0),
+    "latent queries too": dict(latent=LatentConfig(5, 6, 3, 4, 2), head_dim=0, n_kv_heads=0),
     "shared, every other, untied": dict(
         n_layers=4, tie_embeddings=False, moe=MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2, every=2)
     ),

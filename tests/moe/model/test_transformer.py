@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe.config.model import ModelConfig, MoEConfig
+from moe.config.model import LatentConfig, ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.model.attention import KVCache
 from moe.model.cost import dense_twin
@@ -127,6 +127,8 @@ VARIANTS = {
     "windows": dict(window=4),
     "a window in one layer": dict(window=2, window_layers=[1], position="learned"),
     "derived head size": dict(head_dim=0, n_heads=3, n_kv_heads=0),
+    "latent": dict(head_dim=0, n_kv_heads=0, latent=LatentConfig(5, 0, 3, 4, 7)),
+    "latent queries too": dict(head_dim=0, n_kv_heads=0, n_heads=5, latent=LatentConfig(5, 6, 3, 4, 7)),
 }
 EXPERTS = {
     "dense": None,

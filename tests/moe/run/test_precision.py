@@ -71,6 +71,17 @@ def test_the_matmuls_are_the_models_own():
     }  # fmt: skip
 
 
+def test_two_projections_of_one_shape_are_two():
+    """Heads as wide as the model, and latent attention."""
+    square = {"head_dim": 4, "n_kv_heads": 0, "moe": None, "n_layers": 1}
+    assert matmuls(build({"model": SHAPE | square, "train": {"batch_size": 4}}))[Matmul(64, 12, 12)] == 4
+    latent = {"kv_rank": 5, "q_rank": 6, "nope_dim": 3, "rope_dim": 4, "v_dim": 7}
+    found = matmuls(build({"model": SHAPE | square | {"head_dim": 0, "latent": latent}, "train": {"batch_size": 4}}))
+    attention = [(12, 6), (6, 21), (12, 9), (5, 30), (21, 12)]
+    mlp = [(12, 40), (20, 12), (12, 50)]
+    assert found == {Matmul(64, *channels): 1 for channels in (*attention, *mlp)}
+
+
 def test_a_large_matmul_is_timed_by_fewer_rows_of_it_and_counted_whole():
     cfg = build({"model": SHAPE | {"moe": None, "vocab_size": 10**6}, "train": {"batch_size": 4096}})
     largest, asked = max(matmuls(cfg), key=Matmul.size), []
