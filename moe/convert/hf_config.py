@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.config.model import ROPE_READS, ModelConfig, MoEConfig, head_dim, moe_layers, window_of
+from moe.config.model import ROPE_READS, LatentConfig, ModelConfig, MoEConfig, head_dim, moe_layers, window_of
 from moe.config.parse import lookup, parse
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.hf_families import FAMILIES, PLAIN, USUAL, Family
+from moe.convert.hf_latent import latent_to_hf, pop_latent
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
@@ -48,9 +49,11 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
                 for path, needed in _required(name, cfg, router).items()
                 if (value := lookup(settings, path)) != needed
             ]
-    # The QK norm is a family's mark: of two that are equally near, the one that shares it.
+    # Latent attention is a family's mark, and of two that are equally near the QK norm.
+    far = lambda name: bool(FAMILIES[name].latent) != (cfg.latent is not None)
     nearest = min(
-        differences, key=lambda name: (len(differences[name]), FAMILIES[name].model.get("qk_norm") != cfg.qk_norm)
+        differences,
+        key=lambda name: (far(name), len(differences[name]), FAMILIES[name].model.get("qk_norm") != cfg.qk_norm),
     )
     if differences[nearest]:
         raise BadInput(differences[nearest][0])
@@ -60,7 +63,7 @@ def family_of(cfg: ModelConfig, router: RouterConfig) -> str:
 def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     """What a model of cfg's sizes must have, by dotted path, to be of family `name`."""
     family = FAMILIES[name]
-    required: dict[str, Any] = {"model.latent": None}
+    required: dict[str, Any] = {"model.latent": (cfg.latent or LatentConfig()) if family.latent else None}
     if family.moe:
         # What it leaves open; leading dense layers may also be a list of them.
         left_open = {f"model.moe.{field}" for field in family.moe} | {f"router.{field}" for field in family.router}
@@ -82,9 +85,9 @@ def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, An
     required |= {f"model.{field}": value for field, value in family.model.items()}
     if name == "gpt2":
         required["model.n_kv_heads"] = cfg.n_heads
-    if "head_dim" not in family.keys:
+    if "head_dim" not in family.keys and not family.latent:
         required["model.head_dim"] = cfg.d_model // cfg.n_heads
-    if name == "llama":  # its config class insists, although its head_dim is free
+    if name in ("llama", "deepseek_v2"):  # its config class insists, although the size of a head is free
         required["model.d_model"] = cfg.d_model // cfg.n_heads * cfg.n_heads
     return required
 
@@ -110,6 +113,9 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         tree[ATTN_SCALE] = full.head_dim**-0.5
     if family.bias[0]:
         tree[family.bias[0]] = cfg.attn_bias != "none"
+    if cfg.latent is not None:
+        tree |= {key: getattr(cfg.latent, field) for field, key in family.latent.items()}
+        tree |= latent_to_hf(cfg, router, name)
     if cfg.moe is not None:
         tree |= {key: getattr(cfg.moe, field) for field, key in family.moe.items()}
         tree |= {key: getattr(router, field) for field, key in family.router.items()}
@@ -149,7 +155,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         raise BadInput(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}.")
     # Every key that this model reads, under the spelling of the family; what is read is taken out of the tree.
     family, tree = FAMILIES[model_type], dict(tree)
-    known = {*family.keys.values(), *family.moe.values(), *family.router.values()}
+    known = {*family.keys.values(), *family.moe.values(), *family.router.values(), *family.latent.values()}
     for alias, key in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
         if key in known and key not in tree and alias in tree:  # both spellings are written
             tree[key] = tree.pop(alias)
@@ -167,6 +173,11 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     model = {field: values[key] for field, key in family.keys.items() if (key not in _NULLABLE or values[key])}
     if model_type == "gpt2" and values["n_inner"] is None and isinstance(values["n_embd"], int):
         model["d_ff"] = 4 * values["n_embd"]
+    router = {path.removeprefix("router."): value for path, value in family.fixed.items() if path.startswith("router.")}
+    router |= {field: values[key] for field, key in family.router.items()}
+    if family.latent:
+        latent = {field: values[key] for field, key in family.latent.items()}
+        model["latent"] = pop_latent(tree, model_type, latent, router)
     if family.model["position"] == "rope":
         model |= _pop_rope(tree, take("rope_theta"), model)
     if QK_NORM in values:
@@ -175,8 +186,6 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if family.bias[0]:
         key, where = family.bias
         model["attn_bias"] = _switched(key, tree.pop(key, family.defaults.get(key, False)), where)
-    router = {path.removeprefix("router."): value for path, value in family.fixed.items() if path.startswith("router.")}
-    router |= {field: values[key] for field, key in family.router.items()}
     dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
     # Whatever is left must be off, and what was read must be valid settings.
     _check_off(tree, model_type)
@@ -271,6 +280,8 @@ def _rope_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         del told["attention_factor"]
     if cfg.rope_fraction != 1:
         told["partial_rotary_factor"] = cfg.rope_fraction
+    if cfg.latent is not None and cfg.latent.mscale:
+        told["mscale_all_dim"] = cfg.latent.mscale
     both = {"rope_scaling": told, "rope_parameters": told | {"rope_theta": cfg.rope_theta}}
     return {"rope_theta": cfg.rope_theta, **both}
 

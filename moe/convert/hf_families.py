@@ -19,6 +19,7 @@ class Family:
     defaults: dict[str, Any]  # what a missing key means; one without a default must be there
     written: dict[str, Any]  # keys that are the same in every folder written
     router: dict[str, str] = field(default_factory=dict)  # the same as keys, for RouterConfig
+    latent: dict[str, str] = field(default_factory=dict)  # the same for LatentConfig; none without latent attention
     # settings of router and model.moe that are not as in `USUAL`, by their dotted keys
     fixed: dict[str, Any] = field(default_factory=dict)
     # which layers have a sliding window, where nothing else says so:
@@ -95,6 +96,8 @@ _DOTS1_MOE = {name: key for name, key in _DOTS1_MOE.items() if name != "every"} 
 _RENORMALIZE = {"renormalize": "norm_topk_prob"}
 _DOTS1_ROUTER = _RENORMALIZE | {"scale": "routed_scaling_factor", "groups": "n_group", "k_groups": "topk_group"}
 _BIASED_SIGMOID = {"router.name": "sigmoid", "router.selection_bias": True, "router.group_top": 2}
+_LATENT = {"kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank", "nope_dim": "qk_nope_head_dim"}
+_LATENT |= {"rope_dim": "qk_rope_head_dim", "v_dim": "v_head_dim"}
 
 # What missing keys mean.
 _ALWAYS = {"head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
@@ -102,6 +105,7 @@ _ALWAYS |= {"rms_norm_eps": 1e-6}
 _LLAMA = _ALWAYS | {"num_key_value_heads": None}
 _QWEN3 = _ALWAYS | {"use_sliding_window": False, "sliding_window": 4096}
 _MAX_WINDOW_LAYERS = {"max_window_layers": 28}
+_DEEPSEEK = {key: value for key, value in _LLAMA.items() if key != "head_dim"} | {"q_lora_rank": 1536}
 
 FAMILIES = {
     "gpt2": Family(
@@ -237,5 +241,31 @@ FAMILIES = {
         router=_DOTS1_ROUTER,
         fixed=_BIASED_SIGMOID,
         bias=("attention_bias", "qkv"),
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_OLMOE_KEYS,
+        moe=_DOTS1_MOE,
+        defaults=_DEEPSEEK
+        | {"routed_scaling_factor": 1.0, "n_group": None, "topk_group": None}
+        | {"n_shared_experts": 2, "first_k_dense_replace": 0},
+        written=_SILU,
+        router={name: key for name, key in _DOTS1_ROUTER.items() if name != "renormalize"},
+        latent=_LATENT,
+        fixed={"router.renormalize": False, "router.group_top": 1},
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_OLMOE_KEYS,
+        moe=_DOTS1_MOE,
+        defaults=_DEEPSEEK
+        | {"num_key_value_heads": 128, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 3, "norm_topk_prob": True},
+        written=_SILU,
+        router=_DOTS1_ROUTER,
+        latent=_LATENT,
+        fixed=_BIASED_SIGMOID,
     ),
 }

@@ -38,8 +38,14 @@ from moe.run.streamed import Place, Tensors
 SHARD_BYTES = 5_000_000_000
 DTYPES = {name: dtype for name, dtype in streamed.DTYPES.items() if dtype.is_floating_point}
 
-# What a family calls the shared experts.
-_SHARED = {"qwen2_moe": "shared_expert", "dots1": "shared_experts", "glm4_moe": "shared_experts"}
+# What a family calls the shared experts, if not shared_experts.
+_SHARED = {"qwen2_moe": "shared_expert"}
+
+# What DeepSeek-V2 and -V3 call the parts of latent attention, and those of queries that are made from a latent too.
+_LATENT = {"attn.kv_down": "self_attn.kv_a_proj_with_mqa", "attn.kv_norm": "self_attn.kv_a_layernorm"}
+_LATENT |= {"attn.kv": "self_attn.kv_b_proj", "attn.q": "self_attn.q_proj", "attn.o": "self_attn.o_proj"}
+_LATENT_QUERIES = {"attn.q_down": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm"}
+_LATENT_QUERIES |= {"attn.q": "self_attn.q_b_proj"}
 
 # Constants that old folders hold among the weights.
 _CONSTANT = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
@@ -66,7 +72,10 @@ def tensor_map(
     names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if cfg.norm_at == "after":
         names = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
-    names |= {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
+    if cfg.latent is None:
+        names |= {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
+    else:
+        names |= _LATENT | (_LATENT_QUERIES if cfg.latent.q_rank else {})
     if cfg.qk_norm != "none":
         names |= {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
     mixtral, granite = family == "mixtral" and not stacked, family == "granitemoe"
@@ -87,7 +96,7 @@ def tensor_map(
         if f"{a}mlp.router.bias_E" in state:  # no gradient has it
             yield f"{b}{mlp}.gate.e_score_correction_bias", [state[f"{a}mlp.router.bias_E"]]
         if f"{a}mlp.shared.up.weight" in state:
-            yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED[family]}")
+            yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED.get(family, 'shared_experts')}")
         if cfg.moe is not None and cfg.moe.shared_gate:
             yield f"{b}{mlp}.shared_expert_gate.weight", [state[f"{a}mlp.shared_gate.weight"]]
         w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]

@@ -12,7 +12,7 @@ import transformers
 import yaml
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from moe.config.model import LatentConfig, ModelConfig, MoEConfig, RopeScaling, window_of
+from moe.config.model import ModelConfig, MoEConfig, RopeScaling, window_of
 from moe.config.parse import parse
 from moe.config.router import RouterConfig
 from moe.convert.hf_config import FAMILIES, config_from_hf, config_to_hf, family_of, read_config
@@ -32,12 +32,19 @@ PRESETS = {  # name: (family, parameters)
     "mixtral-8x7b": ("mixtral", 46_702_792_704),
     "olmoe-1b-7b": ("olmoe", 6_919_161_856),
     "qwen3-30b-a3b": ("qwen3_moe", 30_532_122_624),
+    "deepseek-v2-lite": ("deepseek_v2", 15_706_484_224),
+    "deepseek-v3": ("deepseek_v3", 671_026_404_352),
+}
+ROUTERS_OF_PRESETS = {
+    "olmoe-1b-7b": RouterConfig(renormalize=False),
+    "deepseek-v2-lite": RouterConfig(renormalize=False),
+    "deepseek-v3": RouterConfig("sigmoid", selection_bias=True, groups=8, k_groups=4, scale=2.5),
 }
 
 
 def preset(name: str) -> tuple[ModelConfig, RouterConfig]:
     cfg = parse(ModelConfig, yaml.safe_load((CONF / f"{name}.yaml").read_text()))
-    return cfg, RouterConfig(renormalize=name != "olmoe-1b-7b")
+    return cfg, ROUTERS_OF_PRESETS.get(name, RouterConfig())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -344,7 +351,6 @@ def test_a_missing_key_is_refused_by_name() -> None:
     ("model", "moe", "router", "path"),
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
-        ({"latent": LatentConfig(), "n_kv_heads": 0}, {}, {}, "model.latent="),
         ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
         ({"norm_at": "after"}, {"every": 2}, {}, "model.norm_at=after"),
         ({"rope_fraction": 0.5}, {}, {}, "model.rope_fraction=0.5"),

@@ -49,6 +49,11 @@ GRANITEMOE |= {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits
 OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 QWEN2_MOE = QWEN3_MOE | {"shared_expert_intermediate_size": 48, "norm_topk_prob": True}
+DEEPSEEK = LLAMA | {"num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1}
+DEEPSEEK |= {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+DEEPSEEK |= {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
+MSCALE = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
@@ -81,6 +86,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-window": ("qwen3_moe", QWEN3_MOE | WINDOW),
     "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
     "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "deepseek_v2-lite": ("deepseek_v2", DEEPSEEK | MSCALE | {"q_lora_rank": None}),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK | GROUPED | {"rms_norm_eps": 1e-2}),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK | MSCALE | {"n_group": 4, "topk_group": 2}),
+    "deepseek_v3-raw": ("deepseek_v3", DEEPSEEK | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
     "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
     "dots1": ("dots1", DOTS1 | GROUPS),
     "dots1-window": ("dots1", DOTS1 | {"sliding_window": 5, "max_window_layers": 1, "norm_topk_prob": False}),
@@ -110,9 +119,9 @@ def theirs(variant: str) -> Any:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(0.25 * noise if p.dim() > 1 or name.endswith("bias") else 1 + 0.3 * noise)
-        for name, buffer in model.named_buffers():
+        for name, buffer in model.named_buffers():  # above 0: see moe/convert/hf_latent.py
             if name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator))
+                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator).abs())
     return model
 
 
@@ -155,7 +164,10 @@ def test_greedy_generation_with_a_cache_is_that_of_transformers(variant: str, tm
     hf.generation_config.eos_token_id = None  # to the end of the context
     prompt = TOKENS_BS[:1, :4]
     expected = hf.generate(prompt, max_new_tokens=27, do_sample=False, pad_token_id=0)[0, 4:].tolist()
-    assert list(generate(load(tmp_path).eval(), prompt[0].tolist(), 27, temperature=0, eot=-1)) == expected
+    model = load(tmp_path).eval()
+    for use_cache in (True, False) if model.cfg.latent else (True,):
+        said = generate(model, prompt[0].tolist(), 27, temperature=0, eot=-1, use_cache=use_cache)
+        assert list(said) == expected
 
 
 def selection_biases(model: Transformer) -> list[Tensor]:
@@ -191,7 +203,9 @@ def test_a_saved_folder_loads_in_transformers_and_computes_the_same(variant: str
 TEXTS = ["To be, or not to be, that is the question.", "naïve café 漢字 😀 1234  \n\n x"] * 5
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "llama-heads", "qwen3", "mixtral", "olmoe", "qwen3_moe-first-dense"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "llama-heads", "qwen3", "mixtral", "olmoe", "qwen3_moe-first-dense", "deepseek_v3"]
+)
 def test_a_saved_folder_reads_and_says_in_transformers_what_it_does_here(variant: str, tmp_path: Path) -> None:
     """In the folder of each family, whose tokenizer's class transformers would otherwise choose by its name."""
     tokenizer = train(TokenizerConfig("bpe", 270), TEXTS)

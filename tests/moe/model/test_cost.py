@@ -35,6 +35,8 @@ PUBLISHED = {
     "mixtral-8x7b": 46_702_792_704,
     "olmoe-1b-7b": 6_919_161_856,
     "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_404_352,
 }
 PRESETS_OF_ROUTERS = presets_of_routers()
 MATCHES = ("active_params", "total_params", "flops")
