@@ -31,6 +31,11 @@ NEEDS = {
     "experiment/sft": ["data.path=chats.jsonl"],
     "data/huggingface": ["data.path=some/dataset"],
     "tokenizer/saved": ["tokenizer.path=runs/NAME"],
+    "data/preferences": ["data.path=pairs.jsonl"],
+    "data/prompts": ["data.path=prompts.jsonl"],
+    "experiment/dpo": ["source=runs/NAME", "data.path=pairs.jsonl"],
+    "experiment/reward": ["source=runs/NAME", "data.path=pairs.jsonl"],
+    "experiment/grpo": ["source=runs/NAME", "data.path=prompts.jsonl"],
 }
 
 

@@ -8,5 +8,6 @@ balance  what keeps the load even
 data     sources, cleaning, tokenizer
 train    schedule, batches, teacher, checkpoints, logs
 tune     which weights are trained
+objective  what a run minimises
 run      all of them together: a whole run
 """

@@ -34,9 +34,9 @@ class CleanConfig:
 
 @dataclass
 class DataConfig:
-    # the project's own blend, files of yours, a dataset, or conversations
-    name: Annotated[str, OneOf("blend", "text", "huggingface", "chat")] = "blend"
-    path: str = ""  # text and chat: a file, folder or glob; huggingface: a dataset name or folder
+    # the project's own blend, files of yours, a dataset, conversations, or prompts with answers (moe/data/answers.py)
+    name: Annotated[str, OneOf("blend", "text", "huggingface", "chat", "preferences", "prompts")] = "blend"
+    path: str = ""  # huggingface: a dataset name or folder; all others: a file, folder or glob
     template: str = ""  # chat: a file with a Jinja template; "": the tokenizer's own, or the default
     domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
     # at most this much raw text per domain (decimal megabytes); 0: all of it

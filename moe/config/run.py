@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from moe.config import balance, data, model, train, tune
+from moe.config import balance, data, model, objective, train, tune
 from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import ModelConfig, entering, layer_moe, moe_layers
+from moe.config.objective import ObjectiveConfig
 from moe.config.parse import Between, OneOf, check_values, parse, to_dict
 from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
@@ -34,6 +35,7 @@ RESUMABLE = (
     "checkpoint",
     "distill.teacher",
     "balance.recorded",
+    "objective.judge",
     "tokenizer.path",
 )
 # Settings younger than some runs: at their defaults no part of the hash, so that those runs' folders keep their names.
@@ -67,6 +69,7 @@ YOUNGER = (
     "tune.experts",
     "tune.rank",
     "tune.alpha",
+    "objective",
 )
 
 
@@ -97,6 +100,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -136,6 +140,10 @@ def validate(cfg: Config) -> None:
     tune.validate(cfg.tune, cfg.model)
     if cfg.optim.name == "muon" and (cfg.tune.rank or cfg.tune.experts):
         raise BadInput("optim.name=muon orthogonalises whole matrices: with tune.rank or tune.experts take adamw.")
+    objective.validate(cfg.objective, cfg.source, cfg.model, cfg.router, cfg.balance, cfg.data, cfg.train)
+    if cfg.objective.name != "lm" and (cfg.distill.teacher or cfg.log.experts):
+        key = f"distill.teacher={cfg.distill.teacher}" if cfg.distill.teacher else "log.experts=true"
+        raise BadInput(f"{key} has no meaning for objective.name={cfg.objective.name}: leave it out.")
 
     # A micro-batch must have room for the tokens of every expert.
     for moe in layers if cfg.balance.capacity else ():

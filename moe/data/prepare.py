@@ -170,7 +170,7 @@ def split_documents(documents: list[Document], val_fraction: float) -> dict[str,
     splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
     hashed = [(_text_sha256(document), document) for document in documents]
     for digest, document in sorted(hashed, key=lambda pair: (pair[0], pair[1].domain, pair[1].name)):
-        splits["val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"].append(document)
+        splits["val" if _is_low(digest, val_fraction) else "train"].append(document)
     for name in SPLITS:
         if not splits[name]:
             raise BadInput(
@@ -178,6 +178,15 @@ def split_documents(documents: list[Document], val_fraction: float) -> dict[str,
                 f"data.val_fraction={val_fraction:g}; {_another_fraction(sorted(digest for digest, _ in hashed))}."
             )
     return splits
+
+
+def held_out(text: str, val_fraction: float) -> bool:
+    """Whether a document of this text is in the validation split."""
+    return _is_low(hashlib.sha256(text.encode()).digest(), val_fraction)
+
+
+def _is_low(digest: bytes, val_fraction: float) -> bool:
+    return int.from_bytes(digest[:8]) < val_fraction * 2**64
 
 
 def _another_fraction(digests: list[bytes]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config.data import BLEND_DOMAINS, DataConfig
-from moe.data import blend, files
+from moe.data import answers, blend, files
 from moe.data.chat import Template, messages_of
 from moe.data.unreadable import BadDocument, Unreadable
 from moe.errors import BadInput
@@ -63,6 +63,8 @@ def documents(
         case "chat":
             assert template is not None, "conversations need a template"
             source = _chat(cfg, full, template)
+        case "preferences" | "prompts":
+            source = _answers(cfg)
         case _:
             source = _huggingface(cfg, full)
     size: Counter[str] = Counter()
@@ -112,6 +114,9 @@ def source_fingerprint(cfg: DataConfig, cache: Path, readers: Sequence[int | str
             root, paths, faults = _files(cfg.path)
             facts += [files.readable(root.resolve().name), cfg.text_field, cfg.domain_field, _stamps(root, paths)]
             facts += [sorted(map(str, faults))] if faults else []
+        case "preferences" | "prompts":
+            root, paths, _ = _files(cfg.path)
+            facts += [files.readable(root.resolve().name), _stamps(root, paths)]
         case _:
             local = files.expand(cfg.path)
             paths = [path for path in [local, *files.walk(local, [])] if path.is_file()]
@@ -203,6 +208,12 @@ def _conversation(row: Any, domain: str, where: str, name: str, template: Templa
     except BadInput as error:
         raise BadDocument(where, f": {str(error).rstrip('.')}", "that the template does not take") from error
     return Document(text, domain, name, spans)
+
+
+def _answers(cfg: DataConfig) -> Iterator[Document | BadDocument]:
+    """Prompts with their chosen or right answers."""
+    for row in answers.read_rows(cfg):
+        yield row if isinstance(row, BadDocument) else Document(row.text(), row.domain, row.where)
 
 
 def _longest(cfg: DataConfig) -> int:

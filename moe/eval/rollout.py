@@ -116,6 +116,20 @@ def rollout(
     return Rollout(tokens_BS1[:, :n_places], answer_BS1[:, :n_places], log_prob_BS1[:, :n_places], stopped_B, experts)
 
 
+def last_place(marked_BS: Tensor) -> Tensor:
+    """(B, S) bool -> (B,) int64, the last place that is marked in each row, 0 where none is."""
+    place_S = torch.arange(marked_BS.shape[1], device=marked_BS.device)
+    return torch.where(marked_BS, place_S, 0).amax(-1)
+
+
+@torch.no_grad()
+def judged(judge: Transformer, answers: Rollout, backend: str = "torch") -> Tensor:
+    """What a reward model gives every answer, read to its last token: (B,) float64 on the CPU."""
+    device = judge.embed.weight.device
+    state_BSD, _ = judge.states(answers.tokens_BS1.to(device), backend=backend)
+    return judge.rewards(state_BSD, last_place(answers.answer_BS1).to(device)).double().cpu()
+
+
 def check_recordable(model: Transformer) -> None:
     """Refuse a model whose choices have no place for each token. Raises `BadInput`."""
     if not model.cfg.moe:

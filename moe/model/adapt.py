@@ -30,6 +30,7 @@ PARTS_BY_NAME = (
     ("experts", re.compile(r"blocks\.\d+\.mlp\.(experts|cheap)\..*|blocks\.\d+\.mlp\.default_ED")),
     ("mlp", re.compile(r"blocks\.\d+\.mlp\..*")),
     ("embeddings", re.compile(r"(embed|position|head)\..*")),
+    ("reward", re.compile(r"reward\..*")),  # a reward model's head, always trained
 )
 
 
@@ -101,7 +102,7 @@ def adapt(model: Transformer, cfg: TuneConfig, seed: int = 0) -> Transformer:
     for name, p in list(model.named_parameters()):
         is_stack = name.endswith(("w_up_EFD", "w_down_EDF"))
         left_out = chosen and part_of(name) == "experts" and not is_stack
-        p.requires_grad_(p.requires_grad and part_of(name) in trained and not left_out)
+        p.requires_grad_(p.requires_grad and part_of(name) in (*trained, "reward") and not left_out)
     for path, module, name in list(matrices(model)):
         if part_of(f"{path}.{name}") not in trained:
             continue

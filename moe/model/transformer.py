@@ -8,7 +8,7 @@ depth.py.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
 
     Weights are uninitialised until `initialize` or a checkpoint fills them. `cfg.vocab_size` must be set. Where there
     is a `document_end`, a token attends to its own document alone, in which its position is counted; that token ends
-    each one (data.documents=separate)."""
+    each one (data.documents=separate). `reward`: with a head that gives a text a number, beside the one of tokens."""
 
     cos_Sd: Tensor
     sin_Sd: Tensor
@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         router: RouterConfig,
         balance: BalanceConfig | None = None,
         document_end: int | None = None,
+        reward: bool = False,
     ) -> None:
         super().__init__()
         self.cfg, self.router, self.document_end = cfg, router, document_end
@@ -153,8 +154,21 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.reward = nn.Linear(cfg.d_model, 1, bias=False) if reward else None
 
-    def forward(
+    def forward(self, tokens_BS: Tensor, **settings: Any) -> Output:
+        """Logits of the next token at every place; `settings` as in `states`."""
+        x_BSD, routing = self.states(tokens_BS, **settings)
+        return Output(divided(self.cfg, self.head(x_BSD)), routing)
+
+    def rewards(self, x_BSD: Tensor, last_B: Tensor) -> Tensor:
+        """What a reward model (objective.name=reward) gives every row, read up to place `last_B`: (B, S, D) of
+        `states`, (B,) -> (B,)."""
+        assert self.reward is not None, "a model without a reward head gives no rewards"
+        row_B = torch.arange(len(last_B), device=last_B.device)
+        return self.reward(x_BSD[row_B, last_B])[:, 0]  # type: ignore[no-any-return]
+
+    def states(
         self,
         tokens_BS: Tensor,
         *,
@@ -164,8 +178,10 @@ class Transformer(nn.Module):
         steps: Sequence[Step] | None = None,
         recorded: Sequence[Tensor] | None = None,
         watched: bool = False,
-    ) -> Output:
-        """With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
+    ) -> tuple[Tensor, list[LayerRouting]]:
+        """The states that logits are made of, (B, S, D), and what the routers did.
+
+        With a `cache`, `tokens_BS` continue what it holds. `checkpoint_activations` keeps only the blocks' inputs
         for backward and computes the rest again. For every MoE layer in order, `steps` are the whole optimiser step
         (for balance.scope=global), and `recorded` the experts (T, K) to take instead of the router's choice, as an
         earlier pass returned them in `LayerRouting.expert`. `watched`: also say how decided the routers are."""
@@ -211,10 +227,10 @@ class Transformer(nn.Module):
                 x_BSD, report = block(*arguments)
             if report is not None:
                 routing.append(report)
-        # Logits.
+        # The states behind the last block.
         if cache is not None:
             cache.length = end
-        return Output(divided(self.cfg, self.head(self.norm(x_BSD))), routing)
+        return self.norm(x_BSD), routing
 
     def embedded(self, tokens_BS: Tensor) -> Tensor:
         """What enters the first block, positions apart: (B, S) -> (B, S, D)."""

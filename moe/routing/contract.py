@@ -27,7 +27,7 @@ UNUSED = -2  # no expert by design: fewer than K were wanted
 # losses, and what else stands in the line (`moe.run.summary.MetricsLine`).
 TAKEN = (
     *SCHEDULED, "default", "depth", "lm", "distill", "step", "seconds", "loss", "lm_loss", "losses", "grad_norm", "lr",
-    "tokens_per_s", "skipped", "layers", "alarms", "val",
+    "tokens_per_s", "skipped", "layers", "alarms", "val", "answers", "reward", "dpo", "grpo",
 )  # fmt: skip
 # What layers and depth routers observe by these names
 OBSERVED = ("count", "importance", "prob", "smooth", "depth_cutoff", "depth_sequences")

@@ -29,7 +29,8 @@ def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple
     snapshot = checkpoint.load(path)
     tokenizer = _its_tokenizer(run, path, snapshot.meta)
     check_unedited(run, cfg, FITTED)
-    model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)).eval()
+    about = cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)
+    model = Transformer(*about, reward=cfg.objective.name == "reward").eval()
     try:
         load_model(model, adapt.merged(snapshot.model))
     except BadInput as error:

@@ -116,6 +116,7 @@ class MetricsLine:
     skipped: int | None = None  # steps not taken so far, because they were not finite
     layers: list[LayerMetrics] | None = None  # the MoE layers
     alarms: list[Alarm] | None = None  # that this step raised
+    answers: dict[str, float] | None = None  # of objectives other than lm, figures by name (moe/train/objective.py)
     val: Validation | None = None
 
 

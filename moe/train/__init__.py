@@ -12,6 +12,7 @@ optimizer   AdamW, Muon beside it, and schedules
 muon        orthogonalised updates of matrices and of stacks of them
 average     the mean of the weights over the last steps
 distill     another run's model as a teacher
+objective   what a step minimises besides the text: pairs of answers, answers that are drawn, and their figures
 preference  losses of a reward model and of DPO
 grpo        advantages of answers in their group, and the losses that follow from them
 progress    what a person sees while it runs

@@ -21,6 +21,7 @@ from moe.config.model import layer_moe, moe_layers
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.config.train import warmup_steps
+from moe.data.answer_loader import PairLoader, PromptLoader, rows_of
 from moe.data.loader import Loader, validation_windows
 from moe.data.owner import remove_leftovers
 from moe.data.prepare import prepare
@@ -50,6 +51,7 @@ from moe.run.summary import MetricsLine, Summary, line_from_json, read_metrics, 
 from moe.train import beforehand
 from moe.train.distill import load_teacher
 from moe.train.non_finite import check_validation
+from moe.train.objective import prepare_objective
 from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
 from moe.train.refusals import naming_checkpoint
@@ -110,15 +112,17 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
         check_space(folder, cfg)
 
     document_end = cfg.data.document_end(dataset.tokenizer.eot)
+    companions = prepare_objective(cfg, dataset.tokenizer, document_end, device)
     if not started:
         beforehand.rehearse(cfg, document_end, device)
 
     # The state of the beginning, which may be another run's.
     machine.reset_peak_memory(device)
     seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router, cfg.balance, document_end).initialize(cfg.init_seed()).to(device)
+    model = Transformer(cfg.model, cfg.router, cfg.balance, document_end, reward=cfg.objective.name == "reward")
+    model.initialize(cfg.init_seed()).to(device)
     adapt(model, cfg.tune, cfg.init_seed())
-    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay)
+    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay, companions)
     if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
         start_from(state, cfg, dataset.tokenizer.fingerprint, say)
 
@@ -160,10 +164,16 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
 
 
 def loader_of(cfg: Config, dataset: Dataset) -> Loader:
-    """The batches of a run. Raises `BadInput` for a text with which there is none."""
-    data = cfg.data
-    batch = cfg.train.batch_size, cfg.model.context
-    return Loader(dataset.split("train"), *batch, cfg.data_seed(), data.workers, data.whole())
+    """The batches of a run: windows of text, pairs of answers, or prompts. Raises `BadInput` where there is none, and
+    for a row that the model cannot read whole."""
+    split, context, seed = dataset.split("train"), cfg.model.context, cfg.data_seed()
+    if cfg.objective.name == "lm":
+        return Loader(split, cfg.train.batch_size, context, seed, cfg.data.workers, cfg.data.whole())
+    rows = rows_of(cfg.data, split.name)
+    if cfg.objective.name == "grpo":
+        n_prompts = cfg.train.batch_size // cfg.objective.group
+        return PromptLoader(split, rows, dataset.tokenizer, n_prompts, context, seed, cfg.objective.max_new)
+    return PairLoader(split, rows, dataset.tokenizer, cfg.train.batch_size, context, seed)
 
 
 def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, say: Callable[[str], None]) -> Config:

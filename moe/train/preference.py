@@ -1,7 +1,7 @@
 """Learning from preferences: the losses of a reward model and of DPO, on plain tensors.
 
 A preference is a prompt with two answers, of which the first was preferred. P pairs, so 2·P sequences of S places; a
-place whose target is `UNTRAINED` (prompt, padding) is no part of an answer.
+place whose target is `NO_TARGET` (prompt, padding) is no part of an answer.
 
 Traps. DPO sums log-probabilities over an answer: of two answers that are as likely by token the longer one moves
 further, so training makes answers longer (2403.19159); `sigmoid_norm` and `ipo` divide by the length. DPO's loss says
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNTRAINED = -1  # a target that no loss counts
+from moe.data.loader import NO_TARGET
+
 DPO_LOSSES = ("sigmoid", "sigmoid_norm", "ipo")
 
 
@@ -41,16 +42,16 @@ class Margins(NamedTuple):
 
 def token_log_probs(logits_BSV: Tensor, targets_BS: Tensor, temperature: float = 1.0) -> Tensor:
     """ln softmax(logits / temperature) of every target, in float32 at least: (B, S, V), (B, S) -> (B, S); 0 where the
-    target is `UNTRAINED`."""
+    target is `NO_TARGET`."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     log_prob_TV = F.log_softmax(logits_BSV.to(dtype).flatten(0, 1) / temperature, dim=-1)
-    loss_T = F.nll_loss(log_prob_TV, targets_BS.flatten(), reduction="none", ignore_index=UNTRAINED)
+    loss_T = F.nll_loss(log_prob_TV, targets_BS.flatten(), reduction="none", ignore_index=NO_TARGET)
     return -loss_T.view(targets_BS.shape)
 
 
 def answer_log_probs(logits_BSV: Tensor, targets_BS: Tensor) -> Answers:
     """The answers' log-probabilities, summed: (B, S, V), (B, S) -> (B,) and their lengths (B,)."""
-    return Answers(token_log_probs(logits_BSV, targets_BS).sum(-1), (targets_BS != UNTRAINED).sum(-1))
+    return Answers(token_log_probs(logits_BSV, targets_BS).sum(-1), (targets_BS != NO_TARGET).sum(-1))
 
 
 def reward_loss(chosen_P: Tensor, rejected_P: Tensor, margin: float = 0.0) -> Tensor:

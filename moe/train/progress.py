@@ -39,6 +39,8 @@ def plain_line(line: MetricsLine, steps: int) -> str:
     parts = [f"step {line.step}/{steps}"]
     if line.lm_loss is not None:
         parts += [f"loss {line.lm_loss:.4f}", f"{line.tokens_per_s:,.0f} tokens/s", f"lr {line.lr:.2e}"]
+    if line.answers:
+        parts += [f"{name} {value:.3g}" for name, value in line.answers.items()]
     if line.layers:
         parts.append(f"max_vio {max(metrics.max_vio for metrics in line.layers):.2f}")
         parts.append(f"dead {sum(metrics.dead for metrics in line.layers)}")

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from moe.model.adapt import merged, unmerged
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import checkpoint, jsonl, machine
 from moe.train.average import Average
+from moe.train.objective import Companions
 from moe.train.optimizer import learning_rate, optimizer_tensors, restore_optimizer
 
+REWARD = "reward.weight"  # of a reward model's head
 AVERAGE = "average/"  # what the names of averaged weights begin with, among an optimiser's tensors
 
 
@@ -60,6 +62,7 @@ class State:
     loader: Loader
     teacher: Transformer | None = None  # of cfg.distill
     replay: Replay | None = None  # of cfg.balance.recorded
+    companions: Companions | None = None  # of cfg.objective
     step: int = 0
     seconds: float = 0.0  # of training: evaluation and saving left out
     skipped: int = 0
@@ -110,10 +113,11 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
         )
     try:
         if cfg.source_state == "all":
-            load_model(state.model, snapshot.model)
+            load_model(state.model, with_reward_head_of(state.model, snapshot.model))
             state.loader.check_state(meta["loader"])
         else:
-            load_model(state.model, unmerged(state.model, merged(snapshot.model)))
+            weights = with_reward_head_of(state.model, merged(snapshot.model))
+            load_model(state.model, unmerged(state.model, weights))
     except BadInput as error:
         raise BadInput(f"{about} does not fit this run: {error}") from error
     if cfg.source_state == "weights":
@@ -138,6 +142,14 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
     say(f"source: all of {cfg.source}, from step {state.step} on")
     if not math.isclose(was, now):
         say(f"warning: the learning rate was {was:g} at step {state.step}, and in this run's schedule it is {now:g}.")
+
+
+def with_reward_head_of(model: Transformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A source's tensors with the reward head that the model has, its own where the source has none, or without."""
+    body = {name: value for name, value in tensors.items() if name != REWARD}
+    if model.reward is None:
+        return body
+    return body | {REWARD: tensors.get(REWARD, model.reward.weight.detach().clone())}
 
 
 def _put_back(state: State, snapshot: checkpoint.Snapshot) -> None:

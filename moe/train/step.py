@@ -16,10 +16,11 @@ from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.config.model import layer_moe, moe_layers
 from moe.config.router import facts
 from moe.config.run import Config
+from moe.data.answer_loader import Prompts
 from moe.data.loader import NO_TARGET, Batch
 from moe.errors import BadInput
 from moe.model.layer import LayerRouting, MoELayer
-from moe.model.transformer import Output, Transformer, next_token_loss
+from moe.model.transformer import Transformer, next_token_loss
 from moe.parallel.collectives import n_ranks, summed_over_ranks
 from moe.routing import balance
 from moe.routing.contract import Router, Step
@@ -28,6 +29,16 @@ from moe.run.summary import MetricsLine
 from moe.train.average import is_averaged
 from moe.train.distill import distill_loss
 from moe.train.non_finite import explain_non_finite
+from moe.train.objective import (
+    Companions,
+    Drawn,
+    answer_loss,
+    draw_answers,
+    micro_batch,
+    over_micro_batches,
+    read,
+    replayed,
+)
 from moe.train.optimizer import set_learning_rates
 from moe.train.state import State
 
@@ -43,6 +54,7 @@ class Gradients:
     total: float = 0.0  # lm_loss and the losses with their coefficients
     norm: float = 0.0
     routing: list["LayerTotals"] = field(default_factory=list)  # of every MoE layer
+    answers: dict[str, float] = field(default_factory=dict)  # figures of answers, as moe/train/objective.py has them
 
 
 @dataclass
@@ -83,16 +95,23 @@ def added(sums: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tenso
     return {name: sums.get(name, 0) + others.get(name, 0) for name in sums | others}  # type: ignore[misc]
 
 
-def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[MetricsLine, Gradients]:
+def take_step(state: State, batch: Batch | Prompts, cfg: Config, root: Path) -> tuple[MetricsLine, Gradients]:
     """One optimiser step: forward and backward over the micro-batches, checks, update. Returns its metrics line."""
     start, step, device = time.perf_counter(), state.step + 1, next(state.model.parameters()).device
     lr = set_learning_rates(state.optimizer, cfg.optim, step, cfg.train.steps)
     progress = state.step / cfg.train.steps
 
+    # Where answers are learnt from that the model gives itself, they are drawn now.
+    if isinstance(batch, Prompts):
+        assert state.companions is not None
+        batch = draw_answers(state.model, batch, state.companions, cfg, step)
+
     # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
-    recorded = state.replay.step(step, device) if state.replay else None
+    recorded = state.replay.step(step, device) if state.replay else replayed(batch, cfg, device)
     measured = cfg.log.doctor and step % cfg.log.every == 0
-    gradients = compute_gradients(state.model, batch, cfg, progress, state.teacher, recorded, measured)
+    gradients = compute_gradients(
+        state.model, batch, cfg, progress, state.teacher, recorded, measured, state.companions
+    )
     loss = gradients.total
 
     # The update; or, where something is not finite, none at all.
@@ -130,6 +149,7 @@ def take_step(state: State, batch: Batch, cfg: Config, root: Path) -> tuple[Metr
         lr=lr,
         tokens_per_s=batch.targets_BS.numel() / seconds if seconds else math.nan,
         skipped=state.skipped,
+        answers=gradients.answers or None,
         layers=[
             layer_metrics(
                 layer,
@@ -155,21 +175,26 @@ def compute_gradients(
     teacher: Transformer | None = None,
     recorded: Sequence[Tensor] | None = None,
     measured: bool = False,
+    companions: Companions | None = None,
 ) -> Gradients:
     """Forward and backward over the step's micro-batches. Losses of the routers are summed over layers, and weighted as
     the share `progress` of the run that is done has it. `recorded`: the step's experts (B·S, K) for every MoE layer,
     instead of the routers' choice. `measured`: whether to look at how decided the routers are, and at every expert's
-    gradients."""
+    gradients. `companions`: what an objective other than the text's needs."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
     steps, n_targets = whole_step(model, batch, cfg, recorded), targets_of_step(batch, n_micro)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
     layers: list[LayerTotals] = []
-    for tokens_BS, targets_BS, experts in micro_batches(batch, cfg, recorded):
+    figures: list[dict[str, Tensor]] = []
+    for i, (tokens_BS, targets_BS, experts) in enumerate(micro_batches(batch, cfg, recorded)):
         # Forward.
-        tokens_BS = tokens_BS.to(device)
+        tokens_BS, targets_BS = tokens_BS.to(device), targets_BS.to(device)
         with autocast(cfg):
-            output: Output = model(
+            output, reward_B = read(
+                model,
                 tokens_BS,
+                targets_BS,
+                cfg,
                 backend=cfg.dispatch,
                 checkpoint_activations=cfg.train.checkpoint_activations,
                 steps=steps,
@@ -178,7 +203,7 @@ def compute_gradients(
             )
 
         # Losses by name: of the text, of the routers over all layers, of a teacher.
-        lm_loss = text_loss(output.logits_BSV, targets_BS.to(device), n_targets)
+        lm_loss = text_loss(output.logits_BSV, targets_BS, n_targets)
         losses = {"aux": torch.zeros((), device=device), "z": torch.zeros((), device=device)}
         for routing in output.routing:
             losses |= {name: losses.get(name, 0.0) + value for name, value in routing.losses.items()}
@@ -186,6 +211,10 @@ def compute_gradients(
             with torch.no_grad(), autocast(cfg):
                 taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
             losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
+        if companions is not None:
+            part = micro_batch(batch, i, n_micro, device)
+            losses[cfg.objective.name], micro_figures = answer_loss(output, reward_B, part, companions, cfg)
+            figures.append(micro_figures)
 
         # Backward, without the logits: what it needs of them autograd keeps by itself.
         layer_routing = output.routing
@@ -212,6 +241,7 @@ def compute_gradients(
     told = iter(to_host([norm, *mean_losses.values(), *(value for layer in layers for value in layer.told())]))
     result = Gradients(norm=next(told).item(), losses={name: next(told).item() for name in mean_losses})
     result.lm_loss = result.losses.pop("lm")
+    result.answers = (batch.figures if isinstance(batch, Drawn) else {}) | over_micro_batches(figures)
     result.routing = [layer.on_host(told) for layer in layers]
     weights = loss_weights(cfg, result.losses, progress)
     result.total = weights["lm"] * result.lm_loss + sum(weights[name] * value for name, value in result.losses.items())
@@ -269,7 +299,9 @@ def look_at_experts(model: Transformer, layers: list[LayerTotals], measured: boo
 
 def loss_weights(cfg: Config, names: Iterable[str], progress: float) -> dict[str, float]:
     """What each loss is multiplied with: a router's by its coefficient; "lm" by 1, or what a teacher's leaves of it."""
-    weights = {"lm": 1.0} | {name: coefficient(cfg.balance, name, progress) for name in names}
+    weights = {"lm": float(cfg.objective.name == "lm")} | {
+        name: coefficient(cfg.balance, name, progress) for name in names
+    }
     return weights | ({"lm": 1 - cfg.distill.weight, "distill": cfg.distill.weight} if "distill" in weights else {})
 
 

@@ -30,6 +30,7 @@ def check(cfg: Config, prefix: str = "log.") -> None:
 def flatten(line: MetricsLine) -> dict[str, float]:
     """A metrics line as flat names: loss, val/loss, val/drama/bpb, routing/layer_03/max_vio, ..."""
     flat = {name: value for name, value in line_to_json(line).items() if isinstance(value, int | float)}
+    flat |= {f"answers/{name}": value for name, value in (line.answers or {}).items()}
     for metrics in line.layers or []:
         values = dataclasses.asdict(metrics)
         values |= values.pop("losses")

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from moe.train.preference import UNTRAINED, Answers, answer_log_probs, dpo_loss, reward_loss, token_log_probs
+from moe.data.loader import NO_TARGET
+from moe.train.preference import Answers, answer_log_probs, dpo_loss, reward_loss, token_log_probs
 
 LENGTHS = torch.tensor([3, 1, 2, 5])
 
@@ -21,7 +22,7 @@ def answers(log_prob_B, length_B=LENGTHS):
 
 def test_log_probabilities_are_those_of_a_loop_over_tokens_and_untrained_places_count_nowhere():
     logits = drawn(2, 4, 5)
-    targets = torch.tensor([[UNTRAINED, 2, 0, 4], [UNTRAINED, UNTRAINED, 1, UNTRAINED]])
+    targets = torch.tensor([[NO_TARGET, 2, 0, 4], [NO_TARGET, NO_TARGET, 1, NO_TARGET]])
     sums, counts = [0.0, 0.0], [0, 0]
     for b, s in itertools.product(range(2), range(4)):
         if (target := int(targets[b, s])) >= 0:
