@@ -24,9 +24,9 @@ def layer_of(make_layer, preset, dtype=torch.float64, training=False, **moe):
     return make_layer(preset.router, dtype, balance=preset.balance, **experts_of(preset, **moe)).train(training)
 
 
-def model_of(make_model, preset, dtype=torch.float64, training=False, every=1, **changes):
+def model_of(make_model, preset, dtype=torch.float64, training=False, every=1, d_expert=7, **changes):
     """A tiny transformer with the layers that a preset makes."""
-    moe = MoEConfig(d_expert=7, every=every, **experts_of(preset))
+    moe = MoEConfig(d_expert=d_expert, every=every, **experts_of(preset))
     return make_model(preset.router, dtype, balance=preset.balance, moe=moe, **changes).train(training)
 
 

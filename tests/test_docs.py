@@ -58,6 +58,7 @@ SMALLER = {
     "intervene": "tokens=64",
     "plan": "model.context=32 train.batch_size=2",
     "presets": "",
+    "quantize": "tokens=256",
     "report": "",
     "scaling": f"page=laws.md picture=laws.png records={ROOT / 'experiments' / 'results' / 'scaling.jsonl'}",
     "routers": "",

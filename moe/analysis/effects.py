@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from moe.analysis.interventions import Block, Change, Window, check, intervene, remember, resume
 from moe.analysis.specialisation import count_by
 from moe.analysis.trace import padded
-from moe.config.model import moe_layers
+from moe.config.model import layer_moe, moe_layers
+from moe.convert.quantize import Rounding, rounded
 from moe.errors import BadInput
 from moe.model.layer import MoELayer
 from moe.model.transformer import Transformer, next_token_loss
@@ -35,11 +36,12 @@ CELLS = 2**24  # units of several resamples at a time
 
 
 class Variant(NamedTuple):
-    """One way to route otherwise."""
+    """One way to route or to compute otherwise."""
 
     what: str
     changes: Sequence[Change] = ()
     expert_TLK: np.ndarray | None = None  # recorded experts of all the text, as a trace has them
+    rounding: Rounding | None = None  # weights of fewer bits, instead of another routing
 
 
 class Difference(NamedTuple):
@@ -109,7 +111,8 @@ def measure(model: Transformer, windows: Iterable[Window], domains: list[str], v
     """Run the text as the model is and under every variant. A variant costs the blocks from its first changed layer on;
     memory holds a float32 per token and variant. Raises `BadInput` for what `check` refuses."""
     for variant in variants:
-        check(model, variant.changes)
+        if not variant.rounding:
+            check(model, variant.changes)
     device = next(model.parameters()).device
     parts, n_tokens, n_windows = [], 0, 0
     for read_BS1, domain_BS, doc_BS, *_ in windows:
@@ -143,7 +146,10 @@ def _losses(
         first = layers[0]
         expert_TLK = torch.from_numpy(variant.expert_TLK[start : start + tokens_BS.numel()].astype(np.int64))
         recorded = [_recorded(expert_TLK[:, i], blocks[layer]) for i, layer in enumerate(layers)]
-    with intervene(model, variant.changes), resume(model, blocks, first):
+    changed = intervene(model, variant.changes)
+    if variant.rounding:
+        changed, first = rounded(model, variant.rounding), variant.rounding.first
+    with changed, resume(model, blocks, first):
         logits_BSV = model(tokens_BS, recorded=recorded).logits_BSV
     return next_token_loss(logits_BSV, targets_BS, reduction="none").float().cpu().numpy()
 
@@ -245,6 +251,16 @@ def every_expert(model: Transformer) -> list[Variant]:
         for e in range(layer.n_with_cheap if layer.n_with_cheap > 1 else 0):
             variants.append(Variant(f"{kind} {number}:{e}", [Change(kind, number, [e])]))
     return variants
+
+
+def every_rounding(model: Transformer, dtype: str, one_by_one: bool = False) -> list[Variant]:
+    """Every matrix rounded to `dtype`; in a model with experts theirs alone, all at once; and, where it is asked for,
+    each expert alone, from whose layer on the model is run again."""
+    experts = {layer: list(range(layer_moe(model.cfg, layer).n_experts)) for layer in moe_layers(model.cfg)}
+    told = {"every matrix": None} | ({"all experts": experts} if experts else {})
+    if one_by_one:
+        told |= {f"{layer}:{e}": {layer: [e]} for layer, numbers in experts.items() for e in numbers}
+    return [Variant(f"{dtype} {what}", rounding=Rounding(dtype, of)) for what, of in told.items()]
 
 
 def used(model: Transformer, windows: Iterable[Window], n_domains: int) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe.config.model import ModelConfig, head_dim, layer_moe, moe_layers
@@ -27,17 +28,17 @@ from moe.config.parse import lookup
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert.hf_weights import refuse_existing
+from moe.convert.quantize import quantize
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import GPT4_LIKE, ONE_CHARACTER, Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer
 
-MAGIC, VERSION, ALIGNMENT = b"SWITCHYD", 1, 64
+MAGIC, VERSION, ALIGNMENT = b"SWITCHYD", 2, 64
 HEADER = struct.Struct("<8sIIQQ28i2f104x")
 ENTRY = struct.Struct("<96sIIQQQ")
 CHECKED_FROM = 16  # the first byte that the checksum is of
 DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "uint32": 3}
-GROUPS = range(64, 31, -1)  # weights that share a scale in int8: as many of these as divide a matrix' width
 
 # What run.c computes. Of a dense model the router is not looked at.
 _ACTIVATIONS, _NORMS, _POSITIONS = ("swiglu", "gelu", "gelu_tanh", "relu2"), ("rms", "layer"), ("rope", "learned")
@@ -98,8 +99,8 @@ def encodes_text(tokenizer: Tokenizer) -> bool:
 def save(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32") -> None:
     """Write `model.bin` and `run.c` into `folder`, which appears whole or not at all.
 
-    dtype: fp32, or int8: matrices as q · s with q in [-127, 127] and one s, max|w| / 127, for 32 to 64 neighbours of a
-    row; the router, gates, norms, biases and learned positions stay float32. The model must have passed `check`.
+    dtype: fp32, or int8: matrices as q · s (moe/convert/quantize.py); the router, gates, norms, biases and learned
+    positions stay float32. The model must have passed `check`.
 
     Raises `BadInput` for a tokenizer with more tokens than the model, weights that are not finite, a width that no
     group divides, a folder that exists and is not empty, or one that cannot be written."""
@@ -204,7 +205,9 @@ def _layer_tensors(state: dict[str, Tensor], cfg: ModelConfig, layer: int, int8:
     yield from _matrix(f"{block}mlp.router", state[f"{block}mlp.router.w_ED"], False)
     bias_E = state.get(f"{block}mlp.router.bias_E")
     if bias_E is not None:
-        yield Stored(f"{block}mlp.router.selection_bias", _float32("selection bias", bias_E[None]))
+        yield Stored(f"{block}mlp.router.bias", _float32("selection bias", bias_E[None]))
+    if f"{block}mlp.shared_gate.weight" in state:
+        yield from _matrix(f"{block}mlp.shared_gate", state[f"{block}mlp.shared_gate.weight"], False)
     for expert in range(layer_moe(cfg, layer).n_experts):
         for part, stack in (("up", "w_up_EFD"), ("down", "w_down_EDF")):
             w = state[f"{block}mlp.experts.{stack}"][expert]
@@ -212,8 +215,6 @@ def _layer_tensors(state: dict[str, Tensor], cfg: ModelConfig, layer: int, int8:
     if f"{block}mlp.shared.up.weight" in state:
         yield from _linear(f"{block}mlp.shared.up", state, int8)
         yield from _linear(f"{block}mlp.shared.down", state, int8)
-    if f"{block}mlp.shared_gate.weight" in state:
-        yield from _matrix(f"{block}mlp.shared_gate", state[f"{block}mlp.shared_gate.weight"], False)
 
 
 def _linear(name: str, state: dict[str, Tensor], int8: bool) -> Iterator[Stored]:
@@ -235,14 +236,9 @@ def _matrix(name: str, w: Tensor, int8: bool) -> Iterator[Stored]:
     if not int8:
         yield Stored(f"{name}.weight", array)
         return
-    size = next((size for size in GROUPS if array.shape[1] % size == 0), None)
-    if size is None:
-        raise BadInput(f"dtype=int8 needs groups of 32 to 64 weights, and none divides the {array.shape[1]} of {name}.")
-    groups = array.reshape(len(array), -1, size)
-    scale = np.abs(groups).max(-1) / np.float32(127)
-    q = np.rint(groups / np.where(scale > 0, scale, 1)[..., None]).clip(-127, 127).astype(np.int8)
-    yield Stored(f"{name}.weight", q.reshape(array.shape))
-    yield Stored(f"{name}.scale", scale)
+    q, scale = quantize(name, torch.from_numpy(array), "int8")
+    yield Stored(f"{name}.weight", q.numpy())
+    yield Stored(f"{name}.scale", scale.numpy())
 
 
 def _float32(name: str, values: Tensor) -> np.ndarray:
@@ -262,14 +258,14 @@ def _experts_and_chosen(cfg: ModelConfig) -> np.ndarray:
 
 
 def _tokenizer_tensors(tokenizer: Tokenizer) -> Iterator[Stored]:
-    """Where each token's bytes end, the bytes, which tokens text can be merged into, and the classes of characters."""
+    """Where each token's bytes end, the bytes, the tokens that text can be merged into, by their bytes, and the classes
+    of characters."""
     tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
-    mergeable = np.zeros((1, len(tokens)), np.uint8)
-    mergeable[0, list(tokenizer.ranks.values())] = 1
+    mergeable = sorted(tokenizer.ranks.values(), key=lambda token: tokens[token])
     classes = _character_classes() if _SPLITS.get(tokenizer.pattern) == _WORDS else np.zeros((0, 3), np.uint32)
     yield Stored("tokenizer.ends", np.cumsum([[len(token) for token in tokens]], axis=1).astype(np.uint32))
     yield Stored("tokenizer.bytes", np.frombuffer(b"".join(tokens), np.uint8)[None])
-    yield Stored("tokenizer.mergeable", mergeable)
+    yield Stored("tokenizer.sorted", np.array(mergeable, np.uint32)[:, None])
     yield Stored("tokenizer.classes", classes)
 
 

@@ -7,11 +7,9 @@ One token at a time through the blocks, float32, weights read from the file wher
 Letters as in the Python code: V vocabulary, D width, H heads, E experts, K experts per token, F width of an expert. */
 
 #define _POSIX_C_SOURCE 200809L
-#include <ctype.h>
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +24,7 @@ Letters as in the Python code: V vocabulary, D width, H heads, E experts, K expe
 #define PARALLEL_FOR
 #endif
 
-enum { VERSION = 1, ALIGNMENT = 64, MOST = 1000000000 }; /* the last: no size in the header is larger */
+enum { VERSION = 2, ALIGNMENT = 64, MOST = 1000000000 }; /* the last: no size in the header is larger */
 
 /* What the numbers of the file mean; split: what the tokenizer splits a text into before it merges. */
 enum dtype { F32, I8, U8, U32 }; enum activation { SWIGLU, GELU, GELU_TANH, RELU2 }; enum norm { RMS, LAYER };
@@ -45,11 +43,7 @@ typedef struct {
     char zero[104];
 } Header;
 
-typedef struct {
-    char name[96];
-    uint32_t dtype, zero;
-    uint64_t rows, cols, offset;
-} Entry;
+typedef struct { char name[96]; uint32_t dtype, zero; uint64_t rows, cols, offset; } Entry;
 
 typedef struct {
     const float *f; /* (rows, cols), or null where it is int8 */
@@ -80,27 +74,18 @@ typedef struct {
     const float *positions, *cos, *sin;
     Layer *layers;
     Norm norm;
-    /* the tokenizer: token i is bytes ends[i - 1] to ends[i]; those with mergeable[i] take part in merging */
-    const uint32_t *ends, *classes;
-    const unsigned char *token_bytes, *mergeable;
-    uint64_t n_classes;
-    int *sorted, n_sorted; /* mergeable tokens by their bytes */
+    /* the tokenizer: token i is bytes ends[i - 1] to ends[i]; sorted: those that text is merged into, by their bytes */
+    const uint32_t *ends, *sorted, *classes;
+    const unsigned char *token_bytes;
+    uint64_t n_sorted, n_classes;
     /* what a token's pass needs */
     float *x, *h_D, *q, *attended, *att, *z, *act, *y, *score, *rank, *weight, *logits;
-    int *chosen, start, show_experts; /* start: where the document of the current token begins */
+    int *chosen, start, widest, show_experts; /* start: where the current document begins; widest: rows of a matrix */
 } Model;
 
 /* --- Refusing */
 
-static void refuse(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("error: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    exit(2);
-}
+#define refuse(...) (fputs("error: ", stderr), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(2))
 
 static void *allocate(uint64_t count, uint64_t size) {
     void *memory = count < SIZE_MAX / size ? calloc(count ? count : 1, size) : NULL;
@@ -122,13 +107,19 @@ static uint32_t crc32(const unsigned char *bytes, uint64_t n) {
     return crc ^ 0xFFFFFFFFu;
 }
 
+static const Entry *next_entry(const Model *m) {
+    static const Entry none;
+    return m->at < m->h.n_tensors ? m->table + m->at : &none;
+}
+
 /* The next tensor of the table, which must be this one: `name` and `part` behind m->prefix. */
 static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, const char *name, const char *part) {
     static const uint64_t width[] = {4, 1, 1, 4};
     char full[160];
     snprintf(full, sizeof full, "%s%s%s", m->prefix, name, part);
-    const Entry *entry = m->at < m->h.n_tensors ? m->table + m->at++ : NULL;
-    if (!entry || strncmp(entry->name, full, sizeof entry->name) || entry->dtype != dtype || entry->rows != rows ||
+    const Entry *entry = next_entry(m);
+    m->at++;
+    if (strncmp(entry->name, full, sizeof entry->name) || entry->dtype != dtype || entry->rows != rows ||
         entry->cols != cols)
         refuse("%s is no model: it has no tensor %s of that size where it should be.", m->path, full);
     uint64_t room = m->h.size - (entry->offset < m->h.size ? entry->offset : m->h.size);
@@ -140,9 +131,10 @@ static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, 
 static Linear linear(Model *m, int rows, int cols, int quantized, int bias, const char *name) {
     Linear w = {0};
     w.rows = rows, w.cols = cols;
+    if (rows > m->widest) m->widest = rows;
     if (quantized) {
         w.q = take(m, I8, rows, cols, name, ".weight");
-        uint64_t n_groups = m->at < m->h.n_tensors ? m->table[m->at].cols : 0;
+        uint64_t n_groups = next_entry(m)->cols;
         if (!n_groups || n_groups > (uint64_t)cols || cols % n_groups) broken(m, "scales do not divide a matrix");
         w.n_groups = (int)n_groups;
         w.scale = take(m, F32, rows, n_groups, name, ".scale");
@@ -158,13 +150,10 @@ static Norm norm_of(Model *m, const char *name) {
     return norm;
 }
 
-static Mlp mlp_of(Model *m, int width, int bias, const char *name) {
+static Mlp mlp_of(Model *m, int width, int bias) {
     Mlp mlp;
-    char full[64];
-    snprintf(full, sizeof full, "%s.up", name);
-    mlp.up = linear(m, width * (m->h.activation == SWIGLU ? 2 : 1), m->h.d_model, m->h.int8, bias, full);
-    snprintf(full, sizeof full, "%s.down", name);
-    mlp.down = linear(m, m->h.d_model, width, m->h.int8, bias, full);
+    mlp.up = linear(m, width * (m->h.activation == SWIGLU ? 2 : 1), m->h.d_model, m->h.int8, bias, "up");
+    mlp.down = linear(m, m->h.d_model, width, m->h.int8, bias, "down");
     return mlp;
 }
 
@@ -175,9 +164,8 @@ static void check_header(const Model *m) {
         {h->n_heads, 1, MOST}, {h->n_kv_heads, 1, MOST}, {h->head_dim, 1, MOST}, {h->d_ff, 1, MOST / 2},
         {h->d_expert, 1, MOST}, {h->groups, 1, MOST}, {h->k_groups, 1, h->groups}, {h->group_top, 1, MOST},
         {h->n_tokens, 1, h->vocab}, {h->n_shared, 0, MOST}, {h->eot, 0, h->vocab - 1}, {h->activation, 0, 3},
-        {h->norm, 0, 1}, {h->position, 0, 1}, {h->qk_norm, 0, 2}, {h->bias, 0, 1}, {h->tied, 0, 1},
-        {h->shared_gate, 0, 1}, {h->score, 0, 1}, {h->renormalize, 0, 1}, {h->selection_bias, 0, 1}, {h->int8, 0, 1},
-        {h->split, 0, 2}};
+        {h->qk_norm, 0, 2}, {h->split, 0, 2}, {h->norm | h->position | h->bias | h->tied | h->shared_gate | h->score |
+                                               h->renormalize | h->selection_bias | h->int8, 0, 1}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (ranges[i][0] < ranges[i][1] || ranges[i][0] > ranges[i][2]) broken(m, "its header has a size out of range");
     if ((int64_t)h->n_heads * h->head_dim > MOST || h->n_heads % h->n_kv_heads || (h->shared_gate && !h->n_shared) ||
@@ -195,47 +183,34 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     layer->k = linear(m, d_kv, d, h->int8, h->bias, "attn.k");
     layer->v = linear(m, d_kv, d, h->int8, h->bias, "attn.v");
     layer->o = linear(m, d, d_q, h->int8, h->bias, "attn.o");
-    if (h->qk_norm != QK_NONE) {
-        layer->q_norm.weight = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_q, "attn.q_norm.weight", "");
-        layer->k_norm.weight = take(m, F32, 1, h->qk_norm == QK_HEAD ? h->head_dim : d_kv, "attn.k_norm.weight", "");
-    }
+    int full = h->qk_norm == QK_FULL;
+    if (h->qk_norm) layer->q_norm.weight = take(m, F32, 1, full ? d_q : h->head_dim, "attn.q_norm.weight", "");
+    if (h->qk_norm) layer->k_norm.weight = take(m, F32, 1, full ? d_kv : h->head_dim, "attn.k_norm.weight", "");
     layer->mlp_norm = norm_of(m, "mlp_norm");
     layer->keys = allocate((uint64_t)h->context * d_kv, sizeof(float));
     layer->values = allocate((uint64_t)h->context * d_kv, sizeof(float));
-    if (!n_experts) {
-        layer->mlp = mlp_of(m, h->d_ff, h->bias, "mlp");
-        return;
-    }
-    if (n_experts > MOST || n_chosen < 1 || n_experts % h->groups ||
-        n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)
+    int width = n_experts ? h->n_shared * h->d_expert : h->d_ff; /* of the MLP that takes every token */
+    if (n_experts > MOST || (n_experts && (n_chosen < 1 || n_experts % h->groups ||
+                                           n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)))
         broken(m, "a layer chooses more experts than it has");
     layer->n_experts = (int)n_experts, layer->n_chosen = (int)n_chosen;
-    layer->router = linear(m, layer->n_experts, d, 0, 0, "mlp.router");
-    if (h->selection_bias) layer->selection_bias = take(m, F32, 1, n_experts, "mlp.router.selection_bias", "");
-    layer->experts = allocate(n_experts, sizeof(Mlp));
+    if (n_experts) layer->router = linear(m, layer->n_experts, d, 0, 0, "mlp.router");
+    if (n_experts && h->selection_bias) layer->selection_bias = take(m, F32, 1, n_experts, "mlp.router.bias", "");
+    if (n_experts && h->shared_gate) layer->shared_gate = linear(m, 1, d, 0, 0, "mlp.shared_gate");
+    if (n_experts) layer->experts = allocate(n_experts, sizeof(Mlp));
     for (int e = 0; e < layer->n_experts; e++) {
-        char name[64];
-        snprintf(name, sizeof name, "mlp.experts.%d", e);
-        layer->experts[e] = mlp_of(m, h->d_expert, 0, name);
+        snprintf(m->prefix, sizeof m->prefix, "blocks.%d.mlp.experts.%d.", index, e);
+        layer->experts[e] = mlp_of(m, h->d_expert, 0);
     }
-    if (h->n_shared) layer->mlp = mlp_of(m, h->n_shared * h->d_expert, h->bias, "mlp.shared");
-    if (h->shared_gate) layer->shared_gate = linear(m, 1, d, 0, 0, "mlp.shared_gate");
+    snprintf(m->prefix, sizeof m->prefix, "blocks.%d.mlp.%s", index, n_experts ? "shared." : "");
+    if (width) layer->mlp = mlp_of(m, width, h->bias);
 }
 
 static uint32_t begin_of(const Model *m, int token) { return token ? m->ends[token - 1] : 0; }
-
 static int compare_token(const Model *m, int token, const unsigned char *bytes, uint32_t n) {
     uint32_t length = m->ends[token] - begin_of(m, token);
     int order = memcmp(m->token_bytes + begin_of(m, token), bytes, length < n ? length : n);
     return order ? order : (length > n) - (length < n);
-}
-
-static const Model *sorting; /* qsort has no argument for it */
-static int compare_tokens(const void *a, const void *b) {
-    int i = *(const int *)a, j = *(const int *)b;
-    uint32_t begin = begin_of(sorting, j);
-    int order = compare_token(sorting, i, sorting->token_bytes + begin, sorting->ends[j] - begin);
-    return order ? order : (i > j) - (i < j);
 }
 
 static void load_tokenizer(Model *m) {
@@ -244,30 +219,10 @@ static void load_tokenizer(Model *m) {
     for (int i = 1; i < h->n_tokens; i++)
         if (m->ends[i] < m->ends[i - 1]) broken(m, "its tokens overlap");
     m->token_bytes = take(m, U8, 1, m->ends[h->n_tokens - 1], "tokenizer.bytes", "");
-    m->mergeable = take(m, U8, 1, h->n_tokens, "tokenizer.mergeable", "");
-    m->n_classes = m->at < h->n_tensors ? m->table[m->at].rows : 0;
-    m->classes = take(m, U32, m->n_classes, 3, "tokenizer.classes", "");
-    m->sorted = allocate(h->n_tokens, sizeof(int));
-    for (int i = 0; i < h->n_tokens; i++)
-        if (m->mergeable[i]) m->sorted[m->n_sorted++] = i;
-    sorting = m;
-    qsort(m->sorted, m->n_sorted, sizeof(int), compare_tokens);
-}
-
-/* Room for what one token's pass needs. */
-static void make_room(Model *m) {
-    int d = m->h.d_model, d_q = m->h.n_heads * m->h.head_dim, widest = d, most_experts = 1;
-    for (int i = 0; i < m->h.n_layers; i++) {
-        const Layer *layer = m->layers + i;
-        if (layer->n_experts > most_experts) most_experts = layer->n_experts;
-        if (layer->mlp.up.rows > widest) widest = layer->mlp.up.rows;
-        if (layer->experts && layer->experts[0].up.rows > widest) widest = layer->experts[0].up.rows;
-    }
-    m->x = allocate(d, 4), m->h_D = allocate(d, 4), m->y = allocate(d, 4);
-    m->q = allocate(d_q, 4), m->attended = allocate(d_q, 4), m->att = allocate(m->h.context, 4);
-    m->z = allocate(widest, 4), m->act = allocate(widest, 4), m->logits = allocate(m->h.vocab, 4);
-    m->score = allocate(most_experts, 4), m->rank = allocate(2 * (uint64_t)most_experts, 4);
-    m->weight = allocate(most_experts, 4), m->chosen = allocate(most_experts, sizeof(int));
+    m->sorted = take(m, U32, m->n_sorted = next_entry(m)->rows, 1, "tokenizer.sorted", "");
+    for (uint64_t i = 0; i < m->n_sorted; i++)
+        if (m->sorted[i] >= (uint32_t)h->n_tokens) broken(m, "it merges tokens that it has not");
+    m->classes = take(m, U32, m->n_classes = next_entry(m)->rows, 3, "tokenizer.classes", "");
 }
 
 static void load(Model *m, const char *path) {
@@ -304,29 +259,36 @@ static void load(Model *m, const char *path) {
     m->head = h->tied ? m->embed : linear(m, h->vocab, h->d_model, h->int8, 0, "head");
     load_tokenizer(m);
     if (m->at != h->n_tensors) broken(m, "it has more tensors than one");
-    make_room(m);
+    /* Room for what one token's pass needs: each more than the largest of them needs. */
+    float **rooms[] = {&m->x, &m->h_D, &m->q, &m->attended, &m->att, &m->z, &m->act, &m->y, &m->score, &m->rank,
+                       &m->weight, &m->logits};
+    uint64_t most = 2 * (uint64_t)m->widest + (uint64_t)h->context;
+    for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) *rooms[i] = allocate(most, sizeof(float));
+    m->chosen = allocate(most, sizeof(int));
 }
 
 /* --- The network */
 
-/* W x + b: (cols) -> (rows). A row is summed in 8 lanes, an int8 one group by group. */
+/* The sum of w[i] x[i], summed in 8 lanes; of w that is null the one in int8. */
+static float dot(const float *w, const int8_t *q, const float *x, int n) {
+    float lane[8] = {0}, sum = 0;
+    int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) lane[j] += (w ? w[i + j] : q[i + j]) * x[i + j];
+    for (; i < n; i++) sum += (w ? w[i] : q[i]) * x[i];
+    for (int j = 0; j < 8; j++) sum += lane[j];
+    return sum;
+}
+
+/* W x + b: (cols) -> (rows); an int8 row is summed group by group. */
 static void apply(const Linear *w, const float *x, float *y) {
     PARALLEL_FOR
     for (int r = 0; r < w->rows; r++) {
         size_t row = (size_t)r * w->cols;
-        float lane[8] = {0}, sum = w->bias ? w->bias[r] : 0;
         int group = w->f ? w->cols : w->cols / w->n_groups;
-        for (int begin = 0; w->q && begin < w->cols; begin += group) {
-            float part = 0;
-            for (int i = begin; i < begin + group; i++) part += w->q[row + i] * x[i];
-            sum += part * w->scale[(size_t)r * w->n_groups + begin / group];
-        }
-        int i = 0;
-        for (; w->f && i + 8 <= w->cols; i += 8)
-            for (int j = 0; j < 8; j++) lane[j] += w->f[row + i + j] * x[i + j];
-        for (; w->f && i < w->cols; i++) sum += w->f[row + i] * x[i];
-        for (int j = 0; j < 8; j++) sum += lane[j];
-        y[r] = sum;
+        y[r] = (w->bias ? w->bias[r] : 0) + (w->f ? dot(w->f + row, NULL, x, group) : 0);
+        for (int g = 0; g < w->n_groups; g++)
+            y[r] += w->scale[(size_t)r * w->n_groups + g] * dot(NULL, w->q + row + g * group, x + g * group, group);
     }
 }
 
@@ -374,10 +336,9 @@ static void attend(Model *m, Layer *layer, int at, int place) {
     /* Each head over its document so far. */
     for (int head = 0; head < h->n_heads; head++) {
         float *q = m->q + head * dim, *out = m->attended + head * dim;
-        Linear keys = {layer->keys + m->start * d_kv + head / shared * dim, 0, 0, 0, 1, dim, 0};
-        const float *value = layer->values + m->start * d_kv + head / shared * dim;
-        for (int s = 0; s < n; s++, keys.f += d_kv) apply(&keys, q, m->att + s);
-        for (int s = 0; s < n; s++) m->att[s] /= sqrtf((float)dim);
+        size_t first = m->start * d_kv + head / shared * dim;
+        const float *key = layer->keys + first, *value = layer->values + first;
+        for (int s = 0; s < n; s++, key += d_kv) m->att[s] = dot(key, NULL, q, dim) / sqrtf((float)dim);
         softmax(m->att, n);
         memset(out, 0, dim * sizeof *out);
         for (int s = 0; s < n; s++, value += d_kv)
@@ -448,11 +409,10 @@ static void forward(Model *m, int token, int at) {
     const Linear *embed = &m->embed;
     int d = h->d_model, place = at - m->start, n_groups = embed->n_groups;
     size_t row = token;
-    for (int i = 0; i < d; i++) {
-        m->x[i] = embed->f ? embed->f[row * d + i]
-                           : embed->q[row * d + i] * embed->scale[row * n_groups + i / (d / n_groups)];
-        if (h->position == LEARNED) m->x[i] += m->positions[(size_t)place * d + i];
-    }
+    for (int i = 0; i < d; i++)
+        m->x[i] = (embed->f ? embed->f[row * d + i]
+                            : embed->q[row * d + i] * embed->scale[row * n_groups + i / (d / n_groups)]) +
+                  (h->position == LEARNED ? m->positions[(size_t)place * d + i] : 0);
     for (int l = 0; l < h->n_layers; l++) {
         Layer *layer = m->layers + l;
         normalize(&layer->attn_norm, h->norm, h->norm_eps, d, m->x, m->h_D);
@@ -480,9 +440,10 @@ static void forward(Model *m, int token, int at) {
 
 /* The mergeable token of these bytes, or -1. */
 static int token_of(const Model *m, const unsigned char *bytes, uint32_t n) {
-    for (int low = 0, high = m->n_sorted; low < high;) {
-        int middle = low + (high - low) / 2, order = compare_token(m, m->sorted[middle], bytes, n);
-        if (!order) return m->sorted[middle];
+    for (uint64_t low = 0, high = m->n_sorted; low < high;) {
+        uint64_t middle = low + (high - low) / 2;
+        int token = (int)m->sorted[middle], order = compare_token(m, token, bytes, n);
+        if (!order) return token;
         *(order < 0 ? &low : &high) = middle + (order < 0);
     }
     return -1;
@@ -518,10 +479,8 @@ static uint32_t character(const unsigned char *text, uint32_t n, uint32_t *lengt
     *length = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
     int valid = *length && *length <= n;
     code = *length == 1 ? lead : lead & (0x7Fu >> *length);
-    for (uint32_t i = 1; valid && i < *length; i++) {
-        valid = (text[i] & 0xC0) == 0x80;
-        code = code << 6 | (text[i] & 0x3F);
-    }
+    for (uint32_t i = 1; valid && i < *length; i++)
+        valid = (text[i] & 0xC0) == 0x80, code = code << 6 | (text[i] & 0x3F);
     if (!valid) refuse("the prompt is not UTF-8.");
     return code;
 }
@@ -533,15 +492,13 @@ static int class_of(const Model *m, uint32_t code) {
 }
 
 static int is_break(uint32_t code) { return code == '\r' || code == '\n'; }
-
 /* How many of the n characters at `code` make the first piece, by the pattern of moe/data/tokenizer.py:
    '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,2}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+
    | \s++$ | \s*[\r\n] | \s+(?!\S) | \s */
 static int word(const uint32_t *code, const unsigned char *kind, int n) {
     int i = 0, after_break = 0;
     if (code[0] == '\'' && n > 1) {
-        int a = code[1] == 0x17F ? 's' : code[1] < 0x80 ? tolower((int)code[1]) : 0; /* U+017F is an s too */
-        int b = n > 2 && code[2] < 0x80 ? tolower((int)code[2]) : 0;
+        uint32_t a = code[1] == 0x17F ? 's' : code[1] | 32, b = n > 2 ? code[2] | 32 : 0; /* U+017F is an s too */
         if (a == 's' || a == 'd' || a == 'm' || a == 't') return 2;
         if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return 3;
     }
@@ -584,6 +541,27 @@ static int encode(const Model *m, const char *text, int *ids) {
 
 /* --- Choosing tokens */
 
+/* The tokens so far, of which the program has read `read` from `begin` on. */
+typedef struct { int *ids, n, begin, read; } Text;
+
+/* Reads what is not read yet, for the logits after it. A full context keeps its last half, with positions from 0. */
+static void read_text(Model *m, Text *text) {
+    int context = m->h.context;
+    if (text->n - text->begin > context) text->begin = text->n - (context > 1 ? context / 2 : 1), text->read = 0;
+    if (!text->read) m->start = 0;
+    for (int *next; (next = text->ids + text->begin + text->read) < text->ids + text->n; text->read++)
+        forward(m, *next, text->read);
+    for (int i = 0; i < m->h.vocab; i++)
+        if (!isfinite(m->logits[i])) refuse("the model's logits have NaN or infinity among them.");
+}
+
+/* -log of the probability that the model gives to a token. */
+static double nats(const Model *m, int token) {
+    double most = m->logits[largest(m->logits, m->h.vocab)], total = 0;
+    for (int i = 0; i < m->h.vocab; i++) total += exp(m->logits[i] - most);
+    return log(total) + most - m->logits[token];
+}
+
 static uint64_t state;
 static double uniform(void) { /* [0, 1), splitmix64 */
     uint64_t z = state += 0x9E3779B97F4A7C15u;
@@ -602,8 +580,6 @@ static int compare_candidates(const void *a, const void *b) {
 static int choose(const Model *m, double temperature, double top_p, Candidate *candidates) {
     int n = m->h.vocab, best = largest(m->logits, n), kept = 0;
     double total = 0, mass = 0;
-    for (int i = 0; i < n; i++)
-        if (!isfinite(m->logits[i])) refuse("the model's logits have NaN or infinity among them.");
     if (temperature == 0) return best;
     for (int i = 0; i < n; i++) {
         candidates[i].token = i;
@@ -640,58 +616,85 @@ static int parse_ids(const Model *m, const char *text, int *ids) {
 
 static const char usage[] =
     "usage: run model.bin [-p TEXT | -i IDS] [-n TOKENS] [-t TEMPERATURE] [--top-p P] [--seed S]\n"
-    "                     [--ids] [--experts] [--logits FILE]\n"
+    "                     [--ids] [--experts] [--logits FILE] [--score]\n"
     "  -p TEXT        the prompt; of one longer than the context the end is read\n"
     "  -i IDS         the prompt as token ids, such as \"84 111\"\n"
     "  -n TOKENS      at most this many new tokens (200); the model may end the text earlier\n"
     "  -t, --top-p    temperature (0.8; 0 is greedy), and the mass of the most probable tokens to draw from (1)\n"
     "  --seed S       of the draws (0)\n"
     "  --ids, --experts  print ids, not text; and every token's experts and their weights, on stderr\n"
-    "  --logits FILE  write the V logits before every choice, float32\n";
+    "  --logits FILE  write the V logits before every choice, float32\n"
+    "  --score        of every line of the standard input, a text or with --ids token ids, print -log p of each token\n"
+    "                 after the first, in nats; nothing is continued\n";
+typedef struct { const char *prompt; FILE *logits; double temperature, top_p; int of_ids, n_new, ids, score; } Options;
+
+/* A line of the standard input without its end, kept until the next one is read; null when there are no more. */
+static char *read_line(void) {
+    static char *line;
+    static size_t room;
+    if (getline(&line, &room, stdin) < 0) return NULL;
+    line[strcspn(line, "\n")] = 0;
+    return line;
+}
+
+/* The ids of a text, or of ids in words, with room for more; an empty one is a new document, of a long one the end is
+   read. */
+static Text read_prompt(const Model *m, const char *words, int is_ids, int more) {
+    Text text = {allocate(strlen(words) + (uint64_t)more + 2, sizeof(int)), 0, 0, 0};
+    text.n = is_ids ? parse_ids(m, words, text.ids) : encode(m, words, text.ids);
+    if (!text.n) text.ids[text.n++] = m->h.eot;
+    text.begin = text.n > m->h.context ? text.n - m->h.context : 0;
+    return text;
+}
+
+/* Continues the text by at most n_new tokens, fewer where the model ends it. To score, the tokens are those that stand
+   there already, and how probable they are is printed. */
+static void continue_text(Model *m, const Options *o, Text *text) {
+    Candidate *candidates = allocate(m->h.vocab, sizeof *candidates);
+    for (int i = 0; i < o->n_new; i++) {
+        read_text(m, text);
+        if (o->logits) fwrite(m->logits, sizeof(float), m->h.vocab, o->logits);
+        int token = o->score ? text->ids[text->n] : choose(m, o->temperature, o->top_p, candidates);
+        if (token == m->h.eot && !o->score) break;
+        text->ids[text->n++] = token;
+        if (o->score) printf("%.6f ", nats(m, token));
+        else if (o->ids) printf("%d ", token);
+        else if (token < m->h.n_tokens)
+            fwrite(m->token_bytes + begin_of(m, token), 1, m->ends[token] - begin_of(m, token), stdout);
+        fflush(stdout);
+    }
+    putchar('\n');
+    free(candidates);
+}
 
 int main(int argc, char **argv) {
     static Model m;
-    const char *prompt = "", *prompt_ids = NULL, *logits_path = NULL;
-    double temperature = 0.8, top_p = 1;
-    int n_new = 200, show_ids = 0, n = 0, read = 0, begin;
+    Options o = {"", NULL, 0.8, 1, 0, 200, 0, 0};
     if (argc < 2 || argv[1][0] == '-') return fputs(usage, stderr), 2;
     /* Options: those without a value, then those with one. */
     for (int i = 2; i < argc; i++) {
         const char *option = argv[i];
-        if (!strcmp(option, "--ids")) show_ids = 1;
+        if (!strcmp(option, "--ids")) o.ids = 1;
         else if (!strcmp(option, "--experts")) m.show_experts = 1;
+        else if (!strcmp(option, "--score")) o.score = 1;
         else if (++i == argc) refuse("%s needs a value, or is no option: see run without arguments.", option);
-        else if (!strcmp(option, "-p")) prompt = argv[i];
-        else if (!strcmp(option, "-i")) prompt_ids = argv[i];
-        else if (!strcmp(option, "-n")) n_new = (int)number(option, argv[i], 1e8, 1);
-        else if (!strcmp(option, "-t")) temperature = number(option, argv[i], 1e30, 0);
-        else if (!strcmp(option, "--top-p")) top_p = number(option, argv[i], 1, 0);
+        else if (!strcmp(option, "-p") || !strcmp(option, "-i")) o.prompt = argv[i], o.of_ids = option[1] == 'i';
+        else if (!strcmp(option, "-n")) o.n_new = (int)number(option, argv[i], 1e8, 1);
+        else if (!strcmp(option, "-t")) o.temperature = number(option, argv[i], 1e30, 0);
+        else if (!strcmp(option, "--top-p")) o.top_p = number(option, argv[i], 1, 0);
         else if (!strcmp(option, "--seed")) state = (uint64_t)number(option, argv[i], 9e15, 1);
-        else if (!strcmp(option, "--logits")) logits_path = argv[i];
-        else refuse("%s is no option: see run without arguments.", option);
+        else if (strcmp(option, "--logits")) refuse("%s is no option: see run without arguments.", option);
+        else if (!(o.logits = fopen(argv[i], "wb"))) refuse("%s cannot be written.", argv[i]);
     }
-    /* The prompt; an empty one is a new document. */
     load(&m, argv[1]);
-    int *ids = allocate(strlen(prompt_ids ? prompt_ids : prompt) + (uint64_t)n_new + 2, sizeof(int));
-    n = prompt_ids ? parse_ids(&m, prompt_ids, ids) : encode(&m, prompt, ids);
-    if (!n) ids[n++] = m.h.eot;
-    FILE *logits = logits_path ? fopen(logits_path, "wb") : NULL;
-    if (logits_path && !logits) refuse("%s cannot be written.", logits_path);
-    Candidate *candidates = allocate(m.h.vocab, sizeof *candidates);
-    begin = n > m.h.context ? n - m.h.context : 0;
-    for (int i = 0; i < n_new; i++) {
-        /* A full context keeps its last half, whose positions begin anew. */
-        if (n - begin > m.h.context) begin = n - (m.h.context > 1 ? m.h.context / 2 : 1), read = m.start = 0;
-        for (; begin + read < n; read++) forward(&m, ids[begin + read], read);
-        if (logits) fwrite(m.logits, sizeof(float), m.h.vocab, logits);
-        int token = choose(&m, temperature, top_p, candidates);
-        if (token == m.h.eot) break;
-        ids[n++] = token;
-        if (show_ids) printf("%d ", token);
-        else if (token < m.h.n_tokens)
-            fwrite(m.token_bytes + begin_of(&m, token), 1, m.ends[token] - begin_of(&m, token), stdout);
-        fflush(stdout);
+    for (char *line; o.score && (line = read_line());) {
+        Text text = read_prompt(&m, line, o.ids, 0);
+        o.n_new = text.n - 1, text.n = 1, text.begin = 0;
+        continue_text(&m, &o, &text);
+        free(text.ids);
     }
-    putchar('\n');
-    if (logits && (ferror(logits) || fclose(logits))) refuse("%s cannot be written.", logits_path);
+    if (o.score) return 0;
+    Text text = read_prompt(&m, o.prompt, o.of_ids, o.n_new);
+    continue_text(&m, &o, &text);
+    if (o.logits && (ferror(o.logits) || fclose(o.logits))) refuse("the logits cannot be written.");
 }

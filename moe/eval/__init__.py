@@ -5,4 +5,5 @@ scores    the same of any text, with intervals over documents
 generate  sampling and next-token probabilities
 rollout   answers to many prompts at once, with their log-probabilities and experts
 answers   what it answers to questions, against the right answers
+program   run.c, compiled and asked
 """

@@ -7,9 +7,20 @@ import pytest
 import torch
 
 from moe.analysis import effects
-from moe.analysis.effects import Losses, Variant, differences, every_expert, keep, measure, most_hurt, used
+from moe.analysis.effects import (
+    Losses,
+    Variant,
+    differences,
+    every_expert,
+    every_rounding,
+    keep,
+    measure,
+    most_hurt,
+    used,
+)
 from moe.analysis.interventions import Change, intervene
 from moe.config.router import RouterConfig
+from moe.convert.quantize import rounded
 from moe.errors import BadInput
 from moe.model.transformer import next_token_loss
 from tests.router_presets import presets_of_routers
@@ -27,6 +38,27 @@ def _windows(n=2):
         (rng.integers(0, 17, (B, S + 1)), rng.integers(0, 2, (B, S)), doc_BS(i), np.tile(np.arange(S), (B, 1)))
         for i in range(n)
     ]
+
+
+@pytest.mark.parametrize("name", ["softmax", "expert-choice", "layer-shared"])
+def test_a_rounding_has_the_loss_of_its_own_whole_pass(make_model, name):
+    model, windows = (
+        model_of(make_model, PRESETS[name], d_model=32, n_heads=2, head_dim=16, d_ff=32, d_expert=32),
+        _windows(),
+    )
+    variants = every_rounding(model, "int4", one_by_one=True)
+    n = model.cfg.moe.n_experts
+    assert [variant.what for variant in variants[:3]] == ["int4 every matrix", "int4 all experts", "int4 0:0"]
+    assert len(variants) == 2 + 2 * n
+    losses = measure(model, windows, DOMAINS, variants)
+    for q in (0, 1, 2 + n + 1):
+        with torch.no_grad(), rounded(model, variants[q].rounding):
+            after = [
+                next_token_loss(model(torch.from_numpy(b[0][:, :-1])).logits_BSV, torch.from_numpy(b[0][:, 1:]), "none")
+                for b in windows
+            ]
+        assert losses.after_QT[q].tolist() == torch.cat(after).float().flatten().tolist()
+        assert losses.after_QT[q].tolist() != losses.before_T.tolist()
 
 
 def _losses(before_T, after_QT, unit_T, domain_T=None, read_T=None):

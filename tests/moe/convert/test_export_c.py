@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from moe.config.model import LatentConfig, ModelConfig, MoEConfig, RopeScaling, 
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert import export_c
+from moe.convert.quantize import Rounding, rounded
 from moe.data.tokenizer import ONE_CHARACTER, Tokenizer, train
 from moe.errors import BadInput
 from moe.eval.generate import generate, next_token_distribution
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, next_token_loss
 from tests.small_models import BYTES
 
 PROMPT = list(b"To be, or not")
@@ -82,13 +84,16 @@ def program(tmp_path_factory):
 
 @pytest.fixture
 def say(program, tmp_path):
-    """(model, arguments, tokenizer, dtype) -> what the program prints and leaves, having written the model."""
+    """(model, arguments, tokenizer, dtype, lines) -> what the program prints and leaves, having written the model and
+    given it the lines."""
 
-    def call(model, *arguments, tokenizer=BYTES, dtype="fp32"):
+    def call(model, *arguments, tokenizer=BYTES, dtype="fp32", lines=b""):
         folder = tmp_path / "two"
         shutil.rmtree(folder, ignore_errors=True)
         export_c.save(model, tokenizer, folder, dtype)
-        done = subprocess.run([program, folder / "model.bin", *arguments], capture_output=True, check=False)
+        done = subprocess.run(
+            [program, folder / "model.bin", *arguments], input=lines, capture_output=True, check=False
+        )
         assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr[:300]
         return done
 
@@ -152,23 +157,48 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end_and_none_begins_a
         assert ids_of(done) == list(generate(model, BYTES.encode(prompt), 40, temperature=0, eot=256))
 
 
-def test_int8_computes_with_the_weights_that_it_rounds_to(say, tmp_path):
-    model = random_model(*SHAPES["deepseek-v3"])
+@pytest.mark.parametrize("shape", ["deepseek-v3", "shared gate", "gpt2"])
+def test_int8_computes_with_the_weights_that_quantize_rounds_to(shape, say, tmp_path):
+    model = random_model(*SHAPES[shape])
     arguments = ("-p", "To be", "-n", "60", "-t", "0", "--ids", "--logits", tmp_path / "logits")
     say(model, *arguments, dtype="int8")
-    rounded = np.fromfile(tmp_path / "logits", np.float32)
-    rounded_size = (tmp_path / "two" / "model.bin").stat().st_size
-    # The same rounding done here, in float64, on what is stored in int8.
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() >= 2 and "router" not in name:
-                size = max(size for size in range(32, 65) if p.shape[-1] % size == 0)
-                groups = p.double().unflatten(-1, (-1, size))
-                scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-                p.copy_(((groups / scale).round() * scale).flatten(-2))
-    say(model, *arguments)
-    assert np.abs(rounded - np.fromfile(tmp_path / "logits", np.float32)).max() < 1e-3
-    assert rounded_size < 0.4 * (tmp_path / "two" / "model.bin").stat().st_size
+    in_int8 = np.fromfile(tmp_path / "logits", np.float32)
+    int8_size = (tmp_path / "two" / "model.bin").stat().st_size
+    with rounded(model, Rounding("int8")):
+        say(model, *arguments)
+    assert np.abs(in_int8 - np.fromfile(tmp_path / "logits", np.float32)).max() < 1e-3
+    assert int8_size < 0.45 * (tmp_path / "two" / "model.bin").stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_score_is_what_the_model_says_of_every_token_after_the_first(dtype, say):
+    model = random_model(*SHAPES["shared gate"], document_end=256)
+    draw = torch.Generator().manual_seed(3)
+    windows = [torch.randint(0, 257, (n,), generator=draw).tolist() for n in (97, 1, 40)]  # the context is 96
+    done = say(
+        model, "--score", "--ids", dtype=dtype, lines="\n".join(" ".join(map(str, ids)) for ids in windows).encode()
+    )
+    with torch.no_grad(), rounded(model, Rounding("int8")) if dtype == "int8" else nullcontext():
+        expected = [
+            next_token_loss(model(torch.tensor([ids[:-1]])).logits_BSV, torch.tensor([ids[1:]]), "none")[0].tolist()
+            if len(ids) > 1
+            else []
+            for ids in windows
+        ]
+    scored = [[float(word) for word in line.split()] for line in done.stdout.decode().splitlines()]
+    assert [len(line) for line in scored] == [96, 0, 39]
+    for line, nats in zip(scored, expected, strict=True):
+        assert line == pytest.approx(nats, abs=1e-4)
+
+
+def test_a_score_of_text_is_that_of_its_ids_whatever_its_length(say):
+    model = random_model(*SHAPES["cpu-nano"])
+    text = "To be, or not to be. " * 8  # longer than the context
+    ids = " ".join(map(str, BYTES.encode(text))).encode()
+    done = [say(model, "--score", lines=text.encode()), say(model, "--score", "--ids", lines=ids + b"\n" + ids)]
+    (of_text,), of_ids = (part.stdout.splitlines() for part in done)
+    assert of_ids == [of_text, of_text]
+    assert len(of_text.split()) == len(text) - 1
 
 
 TEXTS = [
@@ -327,7 +357,7 @@ def small(tmp_path_factory):
         (lambda content: content + b"\0", "is truncated or altered"),
         (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is altered: its checksum is another"),
         (lambda content: b"GGUF" + content[4:], "is no model that python -m experiments.export wrote"),
-        (lambda content: content[:8] + struct.pack("<I", 2) + content[12:], "is of version 2"),
+        (lambda content: content[:8] + struct.pack("<I", 1) + content[12:], "is of version 1"),
         (lambda content: export_c.seal(content[:32] + struct.pack("<i", 300) + content[36:]), "is no model: it has no"),
         (lambda content: export_c.seal(content[:256]), "is no model: its table is too long"),
     ],

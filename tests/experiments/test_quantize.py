@@ -1,0 +1,107 @@
+"""Claims about the command that rounds weights and measures what it costs."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import quantize
+from moe.analysis.tracing import What, windows_of_run
+from moe.convert.quantize import Rounding, rounded
+from moe.model.transformer import next_token_loss
+from moe.run.load import load_run
+from tests.small_runs import settings, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(settings(corpus, str(folder), {"train.eval_tokens": 10**9, "model.moe.d_expert": 32}))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """(arguments) -> (exit status, stdout, stderr) of `experiments.quantize`."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, words)])
+        code = 0
+        try:
+            quantize.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_cost_is_of_the_runs_validation_in_all_by_domain_by_expert_and_in_routes(run, command, tmp_path):
+    code, printed, err = command(f"run={run}", "dtype=int4", "experts=true", "tokens=0", f"out={tmp_path / 'lines'}")
+    assert code == 0, err
+    model, tokenizer, cfg = load_run(run, "best")
+    windows = list(windows_of_run(What(tokens=0), cfg, tokenizer))
+    lines = lines_of(tmp_path / "lines")
+    effects, flipped = [line for line in lines if "total" in line], [line for line in lines if "flipped" in line]
+    singles = [f"int4 {layer}:{e}" for layer in range(cfg.model.n_layers) for e in range(cfg.model.moe.n_experts)]
+    assert [effect["what"] for effect in effects] == ["int4 every matrix", "int4 all experts", *singles]
+    # Two of them by hand.
+    for effect, rounding in ((effects[0], Rounding("int4")), (effects[3], Rounding("int4", {0: [1]}))):
+        with torch.no_grad(), rounded(model, rounding):
+            losses = [
+                next_token_loss(model(torch.from_numpy(batch[0][:, :-1])).logits_BSV, torch.from_numpy(batch[0][:, 1:]))
+                for batch in windows
+            ]
+        sizes = [batch[1].size for batch in windows]
+        assert effect["total"]["after"] == pytest.approx(np.average([float(x) for x in losses], weights=sizes), rel=1e-5)
+    assert set(effects[0]["domains"]) == set(effects[3]["domains"]) != set()
+    # Experts come behind the first router.
+    share = {(line["what"], line["layer"]): line["flipped"] for line in flipped}
+    assert share["int4 all experts", 0] == 0
+    assert share["int4 every matrix", 0] > 0
+    assert "tokens with other experts" in printed
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on the path")
+def test_the_program_is_measured_by_its_own_losses_and_says_what_torch_says(run, command, tmp_path):
+    for words in (("program=true",), ()):
+        code, printed, err = command(f"run={run}", "tokens=512", f"out={tmp_path / ('lines' + ''.join(words))}", *words)
+        assert code == 0, err
+        assert ("run.c in float32 is at most" in printed) == bool(words)
+    (of_program,), of_torch = lines_of(tmp_path / "linesprogram=true"), lines_of(tmp_path / "lines")
+    assert of_program["what"] == "run.c int8"
+    assert of_program["total"] == pytest.approx(of_torch[0]["total"], abs=1e-5)
+    assert of_program["total"] != of_torch[0]["total"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "run=... is needed"),
+        (("run=x", "dtype=int2"), "dtype=int2 is not one of int8, int4"),
+        (("run=x", "dtype=int4", "program=true"), "program=true is for dtype=int8 and experts=false"),
+        (("run=x", "tokens=-1"), "tokens=-1 is out of range"),
+        (("run=x", "out=."), "out=. exists"),
+        (("run=nowhere",), "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(words, message, command):
+    code, printed, err = command(*words)
+    assert (code, printed) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_width_without_groups_is_refused_and_nothing_is_written(tmp_path, corpus, command):
+    train(settings(corpus, str(tmp_path / "run"), {}))
+    code, _, err = command(f"run={tmp_path / 'run'}", f"out={tmp_path / 'lines'}")
+    assert (code, (tmp_path / "lines").exists()) == (2, False)
+    assert "dtype=int8 needs groups of 32 to 64 weights" in err
