@@ -54,6 +54,9 @@ def main(cfg: ExportConfig) -> None:
     terminal.say(f"exported: {folder}  model.bin ({size:,} bytes, {cfg.dtype}) and run.c")
     terminal.say(f"compile: cc -O3 -std=c99 {folder}/run.c -o {folder}/run -lm")
     terminal.say(f'run:     {folder}/run {folder}/model.bin -p "To be" -n 100')
+    if tokenizer.template is not None:
+        why = export_c.why_no_chat(tokenizer)
+        terminal.say(f"no chat: {why}" if why else f"chat:    {folder}/run {folder}/model.bin --chat")
     if not export_c.encodes_text(tokenizer):
         terminal.say(f"tokenizer {tokenizer.name}: run.c does not split text as it does, so prompts are token ids (-i)")
 

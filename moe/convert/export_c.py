@@ -9,6 +9,7 @@
 All is little-endian. Settings that run.c has no place for are refused by name before anything is written.
 """
 
+import dataclasses
 import os
 import shutil
 import struct
@@ -23,52 +24,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config.model import ModelConfig, head_dim, layer_moe, moe_layers
+from moe.config.model import ModelConfig, attn_bias, head_dim, layer_moe, moe_layers
 from moe.config.parse import lookup
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert.hf_weights import refuse_existing
 from moe.convert.quantize import quantize
+from moe.convert.turns import around, spelt
+from moe.data.chat import template_of
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import GPT4_LIKE, ONE_CHARACTER, Tokenizer
 from moe.errors import BadInput
 from moe.model.transformer import Transformer
 
 MAGIC, VERSION, ALIGNMENT = b"SWITCHYD", 2, 64
-HEADER = struct.Struct("<8sIIQQ28i2f104x")
+HEADER = struct.Struct("<8sIIQQ29i2f100x")
 ENTRY = struct.Struct("<96sIIQQQ")
 CHECKED_FROM = 16  # the first byte that the checksum is of
 DTYPES = {"float32": 0, "int8": 1, "uint8": 2, "uint32": 3}
 
-# What run.c computes. Of a dense model the router is not looked at.
 _ACTIVATIONS, _NORMS, _POSITIONS = ("swiglu", "gelu", "gelu_tanh", "relu2"), ("rms", "layer"), ("rope", "learned")
-_QK_NORMS, _SCORES = ("none", "head", "full"), ("softmax", "sigmoid")
+_QK_NORMS, _SCORES, _ATTN_BIASES = ("none", "head", "full"), ("softmax", "sigmoid"), ("none", "qkv", "all")
 _IDS_ONLY, _CHARACTERS, _WORDS = range(3)
 _SPLITS = {ONE_CHARACTER: _CHARACTERS, GPT4_LIKE: _WORDS}
-_OF_EVERY_MODEL: dict[str, tuple[Any, ...]] = {
-    "model.window": (0,),
-    "model.norm_at": ("before",),
-    "model.rope_fraction": (1.0,),
-    "model.latent": (None,),
-    "model.attn_bias": ("none",),
-    "model.embed_scale": (1.0,),
-    "model.residual_scale": (1.0,),
-    "model.attn_scale": (0.0,),
-    "model.logit_divisor": (1.0,),
+# Settings that run.c has, and those that change nothing of what a trained model computes. All others, and whoever adds
+# one, are refused by name where they are not their default.
+_HAS = {
+    "model": (
+        "name vocab_size context n_layers d_model n_heads n_kv_heads head_dim d_ff activation norm norm_eps position "
+        "rope_theta rope_scaling qk_norm bias attn_bias tie_embeddings init_std moe"
+    ),
+    "model.moe": (
+        "n_experts k d_expert n_shared shared_gate every first_dense n_experts_by_layer k_by_layer depth_every "
+        "depth_causal"
+    ),
+    "router": (
+        "name noisy jitter frozen renormalize selection_bias scale groups k_groups group_top second threshold top_p "
+        "k_max l1 l1_factor iterations causal decay slots options"
+    ),
 }
-_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
-    "router.name": _SCORES,
-    "router.logits": ("linear",),
-    "router.gradient": ("exact",),
-    "router.input": ("own",),
-    "router.shared": (False,),
-    "balance.force": ("none", "recorded"),
-    "model.moe.widths": ([],),
-    "model.moe.n_null": (0,),
-    "model.moe.n_copy": (0,),
-    "model.moe.n_constant": (0,),
-    "model.moe.depth": (1.0,),
-}
+# What is accepted of a setting that is not the default alone.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {"router.name": _SCORES, "balance.force": ("none", "recorded")}
 _CLASSES = {"L": 1, "N": 2}
 # \s of a split pattern: Unicode's White_Space
 _SPACES = [(0x09, 0x0D), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A)]
@@ -84,16 +80,37 @@ class Stored(NamedTuple):
 
 def check(cfg: Config) -> None:
     """Refuse a run whose model run.c does not compute. Raises `BadInput` naming the first such setting."""
-    for path, accepted in (_OF_EVERY_MODEL | (_OF_EXPERTS if cfg.model.moe else {})).items():
+    accepted = dict(_ACCEPTED) if cfg.model.moe else {}
+    for group, names in _HAS.items():
+        settings = cfg.model if group == "model" else cfg.router if group == "router" else cfg.model.moe
+        if settings is None or (group == "router" and not cfg.model.moe):
+            continue  # of a dense model the router is not looked at
+        defaults = type(settings)()
+        others = {field.name for field in dataclasses.fields(settings)} - {*names.split()}
+        accepted |= {f"{group}.{name}": (getattr(defaults, name),) for name in sorted(others)}
+    for path, values in accepted.items():
         value = lookup(cfg, path)
-        if value not in accepted:
-            choices = " or ".join(str(choice).lower() for choice in accepted)
+        if value not in values:
+            choices = " or ".join(str(choice).lower() for choice in values)
             raise BadInput(f"{path}={value} has no counterpart in run.c: accepted is {choices}.")
 
 
 def encodes_text(tokenizer: Tokenizer) -> bool:
     """Whether run.c turns text into this tokenizer's ids; of another it takes ids only."""
     return tokenizer.pattern in _SPLITS
+
+
+def why_no_chat(tokenizer: Tokenizer) -> str:
+    """Why run.c cannot hold a conversation with this tokenizer, or "": it needs a chat template of plain turns."""
+    if tokenizer.template is None:
+        return "the tokenizer has no chat template"
+    if not encodes_text(tokenizer):
+        return "run.c does not split text as the tokenizer does"
+    try:
+        around(template_of("", tokenizer))
+    except BadInput as error:
+        return str(error).rstrip(".")
+    return ""
 
 
 def save(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: str = "fp32") -> None:
@@ -132,7 +149,7 @@ def seal(content: bytes) -> bytes:
 
 
 def _settings(model: Transformer, tokenizer: Tokenizer, int8: bool) -> tuple[int | float, ...]:
-    """The header's 28 integers and 2 numbers, in the order of run.c's struct."""
+    """The header's 29 integers and 2 numbers, in the order of run.c's struct."""
     cfg, router = model.cfg, model.router
     moe, n_kv_heads = cfg.moe, cfg.n_kv_heads or cfg.n_heads
     if moe is None:
@@ -145,7 +162,12 @@ def _settings(model: Transformer, tokenizer: Tokenizer, int8: bool) -> tuple[int
         *(moe.d_expert if moe else 1, n_shared, shared_gate),
         *(_SCORES.index(router.name), router.renormalize, router.selection_bias),
         *(router.groups, router.k_groups, router.group_top),
-        *(int8, tokenizer.eot, -1 if model.document_end is None else model.document_end),
+        *(
+            _ATTN_BIASES.index(attn_bias(cfg)),
+            int8,
+            tokenizer.eot,
+            -1 if model.document_end is None else model.document_end,
+        ),
         *(tokenizer.vocab_size, _SPLITS.get(tokenizer.pattern, _IDS_ONLY)),
         *(cfg.norm_eps, router.scale),
     )
@@ -267,6 +289,8 @@ def _tokenizer_tensors(tokenizer: Tokenizer) -> Iterator[Stored]:
     yield Stored("tokenizer.bytes", np.frombuffer(b"".join(tokens), np.uint8)[None])
     yield Stored("tokenizer.sorted", np.array(mergeable, np.uint32)[:, None])
     yield Stored("tokenizer.classes", classes)
+    turns = b"" if why_no_chat(tokenizer) else spelt(around(template_of("", tokenizer)), tokenizer)
+    yield Stored("chat", np.frombuffer(turns, np.uint8)[None])
 
 
 def _character_classes() -> np.ndarray:

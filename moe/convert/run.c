@@ -1,14 +1,9 @@
 /* Text from model.bin, the weights and the tokenizer that `python -m experiments.export format=c` writes beside this.
-
-    cc -O3 -std=c99 run.c -o run -lm          (with -fopenmp: one matrix row per thread)
-    ./run model.bin -p "To be" -n 100
-
-One token at a time through the blocks, float32, weights read from the file where it lies in memory (mmap).
-Letters as in the Python code: V vocabulary, D width, H heads, E experts, K experts per token, F width of an expert. */
-
+   Compile: cc -O3 -std=c99 run.c -o run -lm (with -fopenmp: matrix rows on all cores). ./run lists the options.
+   One token at a time through the blocks, float32, weights read from the mapped file. Letters as in
+   the Python code: V vocabulary, D width, H heads, E experts, K experts per token, F width of an expert. */
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -18,18 +13,13 @@ Letters as in the Python code: V vocabulary, D width, H heads, E experts, K expe
 #include <sys/stat.h>
 #include <unistd.h>
 
-#ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static) if(w->rows > 63)")
-#else
-#define PARALLEL_FOR
-#endif
-
+#pragma GCC diagnostic ignored "-Wunknown-pragmas" /* OpenMP's, where it is not asked for */
 enum { VERSION = 2, ALIGNMENT = 64, MOST = 1000000000 }; /* the last: no size in the header is larger */
-
 /* What the numbers of the file mean; split: what the tokenizer splits a text into before it merges. */
 enum dtype { F32, I8, U8, U32 }; enum activation { SWIGLU, GELU, GELU_TANH, RELU2 }; enum norm { RMS, LAYER };
 enum position { ROPE, LEARNED }; enum qk_norm { QK_NONE, QK_HEAD, QK_FULL }; enum score { SOFTMAX, SIGMOID };
 enum split { IDS_ONLY, CHARACTERS, WORDS }; enum character_class { OTHER, LETTER, NUMBER, SPACE };
+enum around { BEFORE_USER, BEFORE_SYSTEM, BEHIND_SYSTEM, BEFORE_REPLY, BEHIND_REPLY, BEFORE_NEXT, N_AROUND };
 
 /* The file: this header, the table, and the tensors in the order in which `load` takes them. All is little-endian. */
 typedef struct {
@@ -38,31 +28,29 @@ typedef struct {
     uint64_t size, n_tensors;   /* bytes of the file; entries of the table */
     int32_t vocab, context, n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, activation, norm, position, qk_norm,
         bias, tied, d_expert, n_shared, shared_gate, score, renormalize, selection_bias, groups, k_groups, group_top,
-        int8, eot, document_end, n_tokens, split;
+        attn_bias, int8, eot, document_end, n_tokens, split;
     float norm_eps, scale;
-    char zero[104];
+    char zero[100];
 } Header;
-
 typedef struct { char name[96]; uint32_t dtype, zero; uint64_t rows, cols, offset; } Entry;
-
 typedef struct {
     const float *f; /* (rows, cols), or null where it is int8 */
     const int8_t *q; /* (rows, cols) */
     const float *scale, *bias; /* (rows, n_groups): a weight is q times its group's scale; (rows), or null */
     int rows, cols, n_groups;
 } Linear;
+typedef struct { int *ids, n, begin, read; } Text; /* n tokens, of which the model has read `read` from `begin` on */
+typedef struct { double mass; int token; } Candidate;
 typedef struct { const float *weight, *bias; } Norm;
 typedef struct { Linear up, down; } Mlp;
 typedef struct {
     Norm attn_norm, mlp_norm, q_norm, k_norm;
-    Linear q, k, v, o;
+    Linear q, k, v, o, router, shared_gate;
     int n_experts, n_chosen; /* E and K; none in a dense layer */
-    Linear router, shared_gate;
     Mlp *experts, mlp; /* mlp: the dense one, or the shared experts */
     const float *selection_bias;
     float *keys, *values; /* (context, n_kv_heads * head_dim) */
 } Layer;
-
 typedef struct {
     Header h;
     const char *path;
@@ -77,13 +65,13 @@ typedef struct {
     /* the tokenizer: token i is bytes ends[i - 1] to ends[i]; sorted: those that text is merged into, by their bytes */
     const uint32_t *ends, *sorted, *classes;
     const unsigned char *token_bytes;
+    const char *chat[N_AROUND]; /* what stands around the turns of a conversation, by enum around; null: unknown */
     uint64_t n_sorted, n_classes;
     /* what a token's pass needs */
     float *x, *h_D, *q, *attended, *att, *z, *act, *y, *score, *rank, *weight, *logits;
+    Candidate *candidates;
     int *chosen, start, widest, show_experts; /* start: where the current document begins; widest: rows of a matrix */
 } Model;
-
-/* --- Refusing */
 
 #define refuse(...) (fputs("error: ", stderr), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(2))
 
@@ -92,11 +80,9 @@ static void *allocate(uint64_t count, uint64_t size) {
     if (!memory) refuse("there is not enough memory for %llu bytes.", (unsigned long long)(count * size));
     return memory;
 }
-
 static void broken(const Model *m, const char *why) { refuse("%s is no model: %s.", m->path, why); }
 
 /* --- Reading the file */
-
 static uint32_t crc32(const unsigned char *bytes, uint64_t n) {
     uint32_t table[256], crc = 0xFFFFFFFFu;
     for (uint32_t i = 0; i < 256; i++) {
@@ -129,8 +115,7 @@ static const void *take(Model *m, uint32_t dtype, uint64_t rows, uint64_t cols, 
 }
 
 static Linear linear(Model *m, int rows, int cols, int quantized, int bias, const char *name) {
-    Linear w = {0};
-    w.rows = rows, w.cols = cols;
+    Linear w = {.rows = rows, .cols = cols};
     if (rows > m->widest) m->widest = rows;
     if (quantized) {
         w.q = take(m, I8, rows, cols, name, ".weight");
@@ -142,14 +127,11 @@ static Linear linear(Model *m, int rows, int cols, int quantized, int bias, cons
     if (bias) w.bias = take(m, F32, 1, rows, name, ".bias");
     return w;
 }
-
 static Norm norm_of(Model *m, const char *name) {
-    Norm norm = {0};
-    norm.weight = take(m, F32, 1, m->h.d_model, name, ".weight");
+    Norm norm = {take(m, F32, 1, m->h.d_model, name, ".weight"), NULL};
     if (m->h.norm == LAYER && m->h.bias) norm.bias = take(m, F32, 1, m->h.d_model, name, ".bias");
     return norm;
 }
-
 static Mlp mlp_of(Model *m, int width, int bias) {
     Mlp mlp;
     mlp.up = linear(m, width * (m->h.activation == SWIGLU ? 2 : 1), m->h.d_model, m->h.int8, bias, "up");
@@ -164,8 +146,8 @@ static void check_header(const Model *m) {
         {h->n_heads, 1, MOST}, {h->n_kv_heads, 1, MOST}, {h->head_dim, 1, MOST}, {h->d_ff, 1, MOST / 2},
         {h->d_expert, 1, MOST}, {h->groups, 1, MOST}, {h->k_groups, 1, h->groups}, {h->group_top, 1, MOST},
         {h->n_tokens, 1, h->vocab}, {h->n_shared, 0, MOST}, {h->eot, 0, h->vocab - 1}, {h->activation, 0, 3},
-        {h->qk_norm, 0, 2}, {h->split, 0, 2}, {h->norm | h->position | h->bias | h->tied | h->shared_gate | h->score |
-                                               h->renormalize | h->selection_bias | h->int8, 0, 1}};
+        {h->qk_norm, 0, 2}, {h->split, 0, 2}, {h->attn_bias, 0, 2}, {h->norm | h->position | h->bias | h->tied |
+            h->shared_gate | h->score | h->renormalize | h->selection_bias | h->int8, 0, 1}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (ranges[i][0] < ranges[i][1] || ranges[i][0] > ranges[i][2]) broken(m, "its header has a size out of range");
     if ((int64_t)h->n_heads * h->head_dim > MOST || h->n_heads % h->n_kv_heads || (h->shared_gate && !h->n_shared) ||
@@ -179,10 +161,10 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     int d = h->d_model, d_q = h->n_heads * h->head_dim, d_kv = h->n_kv_heads * h->head_dim;
     snprintf(m->prefix, sizeof m->prefix, "blocks.%d.", index);
     layer->attn_norm = norm_of(m, "attn_norm");
-    layer->q = linear(m, d_q, d, h->int8, h->bias, "attn.q");
-    layer->k = linear(m, d_kv, d, h->int8, h->bias, "attn.k");
-    layer->v = linear(m, d_kv, d, h->int8, h->bias, "attn.v");
-    layer->o = linear(m, d, d_q, h->int8, h->bias, "attn.o");
+    layer->q = linear(m, d_q, d, h->int8, h->attn_bias > 0, "attn.q");
+    layer->k = linear(m, d_kv, d, h->int8, h->attn_bias > 0, "attn.k");
+    layer->v = linear(m, d_kv, d, h->int8, h->attn_bias > 0, "attn.v");
+    layer->o = linear(m, d, d_q, h->int8, h->attn_bias > 1, "attn.o");
     int full = h->qk_norm == QK_FULL;
     if (h->qk_norm) layer->q_norm.weight = take(m, F32, 1, full ? d_q : h->head_dim, "attn.q_norm.weight", "");
     if (h->qk_norm) layer->k_norm.weight = take(m, F32, 1, full ? d_kv : h->head_dim, "attn.k_norm.weight", "");
@@ -190,8 +172,8 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     layer->keys = allocate((uint64_t)h->context * d_kv, sizeof(float));
     layer->values = allocate((uint64_t)h->context * d_kv, sizeof(float));
     int width = n_experts ? h->n_shared * h->d_expert : h->d_ff; /* of the MLP that takes every token */
-    if (n_experts > MOST || (n_experts && (n_chosen < 1 || n_experts % h->groups ||
-                                           n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)))
+    if (n_experts > MOST || n_experts % h->groups || !n_chosen != !n_experts ||
+        n_chosen > n_experts / h->groups * (uint64_t)h->k_groups)
         broken(m, "a layer chooses more experts than it has");
     layer->n_experts = (int)n_experts, layer->n_chosen = (int)n_chosen;
     if (n_experts) layer->router = linear(m, layer->n_experts, d, 0, 0, "mlp.router");
@@ -206,13 +188,6 @@ static void load_layer(Model *m, int index, uint32_t n_experts, uint32_t n_chose
     if (width) layer->mlp = mlp_of(m, width, h->bias);
 }
 
-static uint32_t begin_of(const Model *m, int token) { return token ? m->ends[token - 1] : 0; }
-static int compare_token(const Model *m, int token, const unsigned char *bytes, uint32_t n) {
-    uint32_t length = m->ends[token] - begin_of(m, token);
-    int order = memcmp(m->token_bytes + begin_of(m, token), bytes, length < n ? length : n);
-    return order ? order : (length > n) - (length < n);
-}
-
 static void load_tokenizer(Model *m) {
     const Header *h = &m->h;
     m->ends = take(m, U32, 1, h->n_tokens, "tokenizer.ends", "");
@@ -223,13 +198,16 @@ static void load_tokenizer(Model *m) {
     for (uint64_t i = 0; i < m->n_sorted; i++)
         if (m->sorted[i] >= (uint32_t)h->n_tokens) broken(m, "it merges tokens that it has not");
     m->classes = take(m, U32, m->n_classes = next_entry(m)->rows, 3, "tokenizer.classes", "");
+    uint64_t n = next_entry(m)->cols;
+    const char *text = take(m, U8, 1, n, "chat", ""), *end = text + n;
+    if (n && end[-1]) broken(m, "what stands around its turns has no end");
+    for (int i = 0; i < N_AROUND && text < end; i++, text += strlen(text) + 1) m->chat[i] = text;
 }
 
 static void load(Model *m, const char *path) {
     struct stat status;
     Header *h = &m->h;
-    m->path = path;
-    int file = open(path, O_RDONLY);
+    int file = open(m->path = path, O_RDONLY);
     if (file < 0 || fstat(file, &status) || !S_ISREG(status.st_mode)) refuse("%s cannot be read.", path);
     /* The header, what it says of the file, and then its sum. */
     uint64_t size = (uint64_t)status.st_size;
@@ -250,8 +228,8 @@ static void load(Model *m, const char *path) {
     const uint32_t *experts = take(m, U32, h->n_layers, 2, "experts_and_chosen", "");
     m->embed = linear(m, h->vocab, h->d_model, h->int8, 0, "embed");
     if (h->position == LEARNED) m->positions = take(m, F32, h->context, h->d_model, "position.weight", "");
-    for (int i = 0; h->position == ROPE && i < 2; i++)
-        *(i ? &m->sin : &m->cos) = take(m, F32, h->context, h->head_dim / 2, i ? "sin" : "cos", "");
+    if (h->position == ROPE) m->cos = take(m, F32, h->context, h->head_dim / 2, "cos", "");
+    if (h->position == ROPE) m->sin = take(m, F32, h->context, h->head_dim / 2, "sin", "");
     m->layers = allocate(h->n_layers, sizeof(Layer));
     for (int i = 0; i < h->n_layers; i++) load_layer(m, i, experts[2 * i], experts[2 * i + 1]);
     m->prefix[0] = 0;
@@ -264,11 +242,10 @@ static void load(Model *m, const char *path) {
                        &m->weight, &m->logits};
     uint64_t most = 2 * (uint64_t)m->widest + (uint64_t)h->context;
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) *rooms[i] = allocate(most, sizeof(float));
-    m->chosen = allocate(most, sizeof(int));
+    m->chosen = allocate(most, sizeof(int)), m->candidates = allocate(most, sizeof(Candidate));
 }
 
 /* --- The network */
-
 /* The sum of w[i] x[i], summed in 8 lanes; of w that is null the one in int8. */
 static float dot(const float *w, const int8_t *q, const float *x, int n) {
     float lane[8] = {0}, sum = 0;
@@ -282,7 +259,7 @@ static float dot(const float *w, const int8_t *q, const float *x, int n) {
 
 /* W x + b: (cols) -> (rows); an int8 row is summed group by group. */
 static void apply(const Linear *w, const float *x, float *y) {
-    PARALLEL_FOR
+#pragma omp parallel for schedule(static) if (w->rows > 63)
     for (int r = 0; r < w->rows; r++) {
         size_t row = (size_t)r * w->cols;
         int group = w->f ? w->cols : w->cols / w->n_groups;
@@ -302,16 +279,14 @@ static void normalize(const Norm *norm, int kind, float eps, int n, const float 
         y[i] = (float)((x[i] - mean) * factor) * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
 }
 
-/* Queries or keys of a token: their norm, over each head or all of them, then each head's pairs (i, i + dim / 2)
-   turned by the angles of its place (Llama's layout). */
-static void place_heads(const Model *m, const Norm *norm, float *x, int n_heads, int place) {
+/* Queries or keys: their norm, of each head or all, then pairs (i, i + dim / 2) turned by the angles of the place. */
+static void place_heads(const Model *m, const Norm *norm, float *x, int n_heads, size_t place) {
     int dim = m->h.head_dim, half = dim / 2, width = m->h.qk_norm == QK_HEAD ? dim : dim * n_heads;
     for (int i = 0; m->h.qk_norm != QK_NONE && i < dim * n_heads; i += width)
         normalize(norm, RMS, m->h.norm_eps, width, x + i, x + i);
     for (int head = 0; m->h.position == ROPE && head < n_heads; head++, x += dim)
         for (int i = 0; i < half; i++) {
-            float a = x[i], b = x[i + half], cos = m->cos[(size_t)place * half + i];
-            float sin = m->sin[(size_t)place * half + i];
+            float a = x[i], b = x[i + half], cos = m->cos[place * half + i], sin = m->sin[place * half + i];
             x[i] = a * cos - b * sin, x[i + half] = b * cos + a * sin;
         }
 }
@@ -331,8 +306,8 @@ static void attend(Model *m, Layer *layer, int at, int place) {
     apply(&layer->q, m->h_D, m->q);
     apply(&layer->k, m->h_D, layer->keys + at * d_kv);
     apply(&layer->v, m->h_D, layer->values + at * d_kv);
-    place_heads(m, &layer->q_norm, m->q, h->n_heads, place);
-    place_heads(m, &layer->k_norm, layer->keys + at * d_kv, h->n_kv_heads, place);
+    place_heads(m, &layer->q_norm, m->q, h->n_heads, (size_t)place);
+    place_heads(m, &layer->k_norm, layer->keys + at * d_kv, h->n_kv_heads, (size_t)place);
     /* Each head over its document so far. */
     for (int head = 0; head < h->n_heads; head++) {
         float *q = m->q + head * dim, *out = m->attended + head * dim;
@@ -365,21 +340,19 @@ static void add_mlp(Model *m, const Mlp *mlp, float weight) {
 /* The index of the largest of x, the first of equals. */
 static int largest(const float *x, int n) {
     int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
+    for (int i = 1; i < n; i++) best = x[i] > x[best] ? i : best;
     return best;
 }
 
-/* The K experts of the token, and their weights: scores of those whose score (+ bias) is largest, within the best
-   groups of neighbours. Without a bias logits order them, which tell apart scores that round to the same. */
+/* The K experts of the token, and their weights: scores of those whose score (+ bias) is largest, in the best groups of
+   neighbours. Without a bias logits order them, which tell apart scores that round to the same. */
 static void route(Model *m, const Layer *layer) {
     const Header *h = &m->h;
     int n = layer->n_experts, members = n / h->groups;
     float sum = 0, *score = m->score, *rank = m->rank, *left = m->rank + n, *value = m->weight;
     apply(&layer->router, m->h_D, rank);
-    memcpy(score, rank, n * sizeof *score);
+    for (int e = 0; e < n; e++) score[e] = h->score == SIGMOID ? 1 / (1 + expf(-rank[e])) : rank[e];
     if (h->score == SOFTMAX) softmax(score, n);
-    for (int e = 0; h->score == SIGMOID && e < n; e++) score[e] = 1 / (1 + expf(-score[e]));
     for (int e = 0; layer->selection_bias && e < n; e++) rank[e] = score[e] + layer->selection_bias[e];
     /* A group is worth the sum of its best members. Whoever has been taken, and who is left out, ranks at -infinity. */
     memcpy(left, layer->selection_bias ? rank : score, n * sizeof *left);
@@ -395,24 +368,23 @@ static void route(Model *m, const Layer *layer) {
     for (int e = 0; h->groups > 1 && e < n; e++)
         if (value[e / members] != -INFINITY) left[e] = -INFINITY;
     for (int i = 0; i < layer->n_chosen; i++) {
-        m->chosen[i] = largest(left, n);
-        left[m->chosen[i]] = -INFINITY;
-        sum += m->weight[i] = score[m->chosen[i]];
+        int e = m->chosen[i] = largest(left, n);
+        left[e] = -INFINITY, sum += m->weight[i] = score[e];
     }
-    float over = !h->renormalize ? 1 : sum > FLT_MIN ? sum : FLT_MIN;
+    float over = !h->renormalize ? 1 : sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
     for (int i = 0; i < layer->n_chosen; i++) m->weight[i] = m->weight[i] / over * h->scale;
 }
 
 /* One token at index `at` of the window; the logits of the next one are left in m->logits. */
 static void forward(Model *m, int token, int at) {
     const Header *h = &m->h;
-    const Linear *embed = &m->embed;
-    int d = h->d_model, place = at - m->start, n_groups = embed->n_groups;
-    size_t row = token;
-    for (int i = 0; i < d; i++)
-        m->x[i] = (embed->f ? embed->f[row * d + i]
-                            : embed->q[row * d + i] * embed->scale[row * n_groups + i / (d / n_groups)]) +
-                  (h->position == LEARNED ? m->positions[(size_t)place * d + i] : 0);
+    const Linear *w = &m->embed;
+    int d = h->d_model, place = at - m->start, n_groups = w->n_groups;
+    size_t row = (size_t)token * d;
+    for (int i = 0; i < d; i++) {
+        m->x[i] = w->f ? w->f[row + i] : w->q[row + i] * w->scale[(size_t)token * n_groups + i / (d / n_groups)];
+        if (h->position == LEARNED) m->x[i] += m->positions[(size_t)place * d + i];
+    }
     for (int l = 0; l < h->n_layers; l++) {
         Layer *layer = m->layers + l;
         normalize(&layer->attn_norm, h->norm, h->norm_eps, d, m->x, m->h_D);
@@ -437,40 +409,44 @@ static void forward(Model *m, int token, int at) {
 }
 
 /* --- The tokenizer */
+/* Room for more tokens behind a text's last. */
+static int *grow(Text *text, uint64_t more) {
+    text->ids = realloc(text->ids, ((uint64_t)text->n + more + 1) * sizeof(int));
+    if (!text->ids) refuse("there is not enough memory for the text.");
+    return text->ids + text->n;
+}
+
+static uint32_t begin_of(const Model *m, int token) { return token ? m->ends[token - 1] : 0; }
+static uint32_t length_of(const Model *m, int token) { return m->ends[token] - begin_of(m, token); }
 
 /* The mergeable token of these bytes, or -1. */
 static int token_of(const Model *m, const unsigned char *bytes, uint32_t n) {
     for (uint64_t low = 0, high = m->n_sorted; low < high;) {
         uint64_t middle = low + (high - low) / 2;
-        int token = (int)m->sorted[middle], order = compare_token(m, token, bytes, n);
-        if (!order) return token;
+        int token = (int)m->sorted[middle];
+        uint32_t length = length_of(m, token);
+        int order = memcmp(m->token_bytes + begin_of(m, token), bytes, length < n ? length : n);
+        if (!order && length == n) return token;
+        if (!order) order = length < n ? -1 : 1;
         *(order < 0 ? &low : &high) = middle + (order < 0);
     }
     return -1;
 }
 
-/* Byte-pair encoding of one piece: of all neighbours that are a token together, those with the lowest id are merged
-   first, the left ones of equals. Returns how many ids it wrote. */
-static int encode_piece(const Model *m, const unsigned char *piece, uint32_t n, int *ids) {
-    uint32_t *begin = allocate((uint64_t)n + 1, sizeof *begin), parts = n;
-    if ((ids[0] = token_of(m, piece, n)) >= 0) parts = 0;
-    for (uint32_t i = 0; i <= n; i++) begin[i] = i;
-    while (parts > 1) {
-        int lowest = -1;
-        uint32_t where = 0;
-        for (uint32_t i = 0; i + 1 < parts; i++) {
-            int token = token_of(m, piece + begin[i], begin[i + 2] - begin[i]);
-            if (token >= 0 && (lowest < 0 || token < lowest)) lowest = token, where = i;
+/* Byte-pair encoding of a piece: neighbours that are the token with the lowest id are merged, the left of equals. */
+static int encode_piece(const Model *m, const unsigned char *piece, int n, int *ids) {
+    if ((ids[0] = token_of(m, piece, (uint32_t)n)) >= 0) return 1;
+    for (int i = 0; i < n; i++)
+        if ((ids[i] = token_of(m, piece + i, 1)) < 0) refuse("the tokenizer has no token for the byte %d.", piece[i]);
+    for (int lowest, where = 0;; ids[where] = lowest) {
+        lowest = -1;
+        for (uint32_t i = 0, at = 0; i + 1 < (uint32_t)n; at += length_of(m, ids[i++])) {
+            int token = token_of(m, piece + at, length_of(m, ids[i]) + length_of(m, ids[i + 1]));
+            if (token >= 0 && (lowest < 0 || token < lowest)) lowest = token, where = (int)i;
         }
-        if (lowest < 0) break;
-        memmove(begin + where + 1, begin + where + 2, (--parts - where) * sizeof *begin);
+        if (lowest < 0) return n;
+        memmove(ids + where + 1, ids + where + 2, (size_t)(--n - where - 1) * sizeof *ids);
     }
-    for (uint32_t i = 0; i < parts; i++) {
-        ids[i] = token_of(m, piece + begin[i], begin[i + 1] - begin[i]);
-        if (ids[i] < 0) refuse("the tokenizer has no token for the byte %d.", piece[begin[i]]);
-    }
-    free(begin);
-    return parts ? (int)parts : 1;
 }
 
 /* The character at `text`, and its bytes; refuses what is not UTF-8. */
@@ -486,12 +462,12 @@ static uint32_t character(const unsigned char *text, uint32_t n, uint32_t *lengt
 }
 
 static int class_of(const Model *m, uint32_t code) {
-    const uint32_t *row = m->classes, *end = row + 3 * m->n_classes;
-    while (row < end && (code < row[0] || code > row[1])) row += 3;
-    return row < end ? (int)row[2] : OTHER;
+    for (const uint32_t *row = m->classes; row < m->classes + 3 * m->n_classes; row += 3)
+        if (code >= row[0] && code <= row[1]) return (int)row[2];
+    return OTHER;
 }
-
 static int is_break(uint32_t code) { return code == '\r' || code == '\n'; }
+
 /* How many of the n characters at `code` make the first piece, by the pattern of moe/data/tokenizer.py:
    '(?i:[sdmt]|ll|ve|re) | [^\r\n\p{L}\p{N}]?+\p{L}++ | \p{N}{1,2}+ | ?[^\s\p{L}\p{N}]++[\r\n]*+
    | \s++$ | \s*[\r\n] | \s+(?!\S) | \s */
@@ -518,32 +494,42 @@ static int word(const uint32_t *code, const unsigned char *kind, int n) {
     return i == n ? n : after_break ? after_break : i > 1 ? i - 1 : 1;
 }
 
-/* Ids of a text; as many as it has bytes at most. */
-static int encode(const Model *m, const char *text, int *ids) {
-    uint32_t n_bytes = (uint32_t)strlen(text), n_ids = 0, n = 0;
-    const unsigned char *bytes = (const unsigned char *)text;
-    uint32_t *code = allocate(n_bytes, sizeof *code), *begin = allocate((uint64_t)n_bytes + 1, sizeof *begin);
+/* Appends the ids of n_bytes of text; at most as many as these. */
+static void encode(const Model *m, Text *text, const char *of, size_t n_bytes) {
+    const unsigned char *bytes = (const unsigned char *)of;
+    uint32_t n = 0, *code = allocate(n_bytes, sizeof *code), *begin = allocate(n_bytes + 1, sizeof *begin);
     unsigned char *kind = allocate(n_bytes, 1);
     if (m->h.split == IDS_ONLY && n_bytes) refuse("this tokenizer's way with text is not in run.c: give ids (-i).");
     for (uint32_t at = 0, length; at < n_bytes; at += length, n++) {
-        begin[n] = at, code[n] = character(bytes + at, n_bytes - at, &length);
+        begin[n] = at, code[n] = character(bytes + at, (uint32_t)n_bytes - at, &length);
         kind[n] = (unsigned char)class_of(m, code[n]);
         begin[n + 1] = at + length;
     }
-    for (uint32_t i = 0; i < n;) {
-        uint32_t end = i + (m->h.split == WORDS ? (uint32_t)word(code + i, kind + i, (int)(n - i)) : 1);
-        n_ids += (uint32_t)encode_piece(m, bytes + begin[i], begin[end] - begin[i], ids + n_ids);
-        i = end;
+    grow(text, n_bytes);
+    for (uint32_t i = 0, end; i < n; i = end) {
+        end = i + (m->h.split == WORDS ? (uint32_t)word(code + i, kind + i, (int)(n - i)) : 1);
+        text->n += encode_piece(m, bytes + begin[i], (int)(begin[end] - begin[i]), text->ids + text->n);
     }
     free(code), free(begin), free(kind);
-    return (int)n_ids;
 }
 
-/* --- Choosing tokens */
+/* The same of a text in which special tokens are the byte 255, their id in decimal and one character more. */
+static void encode_specials(const Model *m, Text *text, const char *of) {
+    for (char *end; *of; of = end + (*end != 0)) {
+        size_t n = strcspn(of, "\xFF");
+        encode(m, text, of, n);
+        long id = strtol(of += n + (of[n] != 0), &end, 10);
+        if (id < 0 || id >= m->h.vocab) broken(m, "its turns have a token that it has not");
+        if (end > of) *grow(text, 1) = (int)id, text->n++;
+    }
+}
 
-/* The tokens so far, of which the program has read `read` from `begin` on. */
-typedef struct { int *ids, n, begin, read; } Text;
-
+/* --- Choosing tokens, by the options of the command line */
+static const char *prompt = "";
+static double temperature = 0.8, top_p = 1;
+static int n_new = 200, prompt_is_ids, show_ids, score, chat;
+static FILE *logits;
+static uint64_t state; /* of the draws */
 /* Reads what is not read yet, for the logits after it. A full context keeps its last half, with positions from 0. */
 static void read_text(Model *m, Text *text) {
     int context = m->h.context;
@@ -555,46 +541,33 @@ static void read_text(Model *m, Text *text) {
         if (!isfinite(m->logits[i])) refuse("the model's logits have NaN or infinity among them.");
 }
 
-/* -log of the probability that the model gives to a token. */
-static double nats(const Model *m, int token) {
-    double most = m->logits[largest(m->logits, m->h.vocab)], total = 0;
-    for (int i = 0; i < m->h.vocab; i++) total += exp(m->logits[i] - most);
-    return log(total) + most - m->logits[token];
-}
-
-static uint64_t state;
 static double uniform(void) { /* [0, 1), splitmix64 */
     uint64_t z = state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u, z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0;
 }
 
-typedef struct { double mass; int token; } Candidate;
 static int compare_candidates(const void *a, const void *b) {
     const Candidate *p = a, *q = b;
     return p->mass != q->mass ? (p->mass < q->mass) - (p->mass > q->mass) : p->token - q->token;
 }
 
 /* softmax(logits / temperature), of it the smallest set of tokens whose mass is at least top_p, and one draw. */
-static int choose(const Model *m, double temperature, double top_p, Candidate *candidates) {
+static int choose(const Model *m) {
+    Candidate *of = m->candidates;
     int n = m->h.vocab, best = largest(m->logits, n), kept = 0;
-    double total = 0, mass = 0;
+    double total = 0, mass = 0, most = m->logits[best];
     if (temperature == 0) return best;
-    for (int i = 0; i < n; i++) {
-        candidates[i].token = i;
-        total += candidates[i].mass = exp(((double)m->logits[i] - (double)m->logits[best]) / temperature);
-    }
-    qsort(candidates, (size_t)n, sizeof *candidates, compare_candidates);
-    while (kept < n && (kept == 0 || mass < top_p * total)) mass += candidates[kept++].mass;
+    for (int i = 0; i < n; i++) of[i] = (Candidate){exp((m->logits[i] - most) / temperature), i}, total += of[i].mass;
+    qsort(of, (size_t)n, sizeof *of, compare_candidates);
+    while (kept < n && (kept == 0 || mass < top_p * total)) mass += of[kept++].mass;
     double left = uniform() * mass;
     for (int i = 0; i < kept - 1; i++)
-        if ((left -= candidates[i].mass) < 0) return candidates[i].token;
-    return candidates[kept - 1].token;
+        if ((left -= of[i].mass) < 0) return of[i].token;
+    return of[kept - 1].token;
 }
 
 /* --- The command line */
-
 static double number(const char *option, const char *text, double high, int whole) {
     char *end;
     double value = strtod(text, &end);
@@ -603,30 +576,18 @@ static double number(const char *option, const char *text, double high, int whol
     return value;
 }
 
-static int parse_ids(const Model *m, const char *text, int *ids) {
-    int n = 0;
-    for (char *end; *text; text = end + strspn(end, " ,")) {
-        long value = strtol(text, &end, 10);
-        if (end == text || value < 0 || value >= m->h.vocab || (*end && *end != ' ' && *end != ','))
-            refuse("-i takes ids from 0 to %d with spaces or commas between them, not %s.", m->h.vocab - 1, text);
-        ids[n++] = (int)value;
-    }
-    return n;
-}
-
 static const char usage[] =
     "usage: run model.bin [-p TEXT | -i IDS] [-n TOKENS] [-t TEMPERATURE] [--top-p P] [--seed S]\n"
-    "                     [--ids] [--experts] [--logits FILE] [--score]\n"
-    "  -p TEXT        the prompt; of one longer than the context the end is read\n"
-    "  -i IDS         the prompt as token ids, such as \"84 111\"\n"
+    "                     [--ids] [--experts] [--logits FILE] [--score | --chat]\n"
+    "  -p, -i         the prompt, or its token ids, such as \"84 111\"; of a long one the end is read\n"
     "  -n TOKENS      at most this many new tokens (200); the model may end the text earlier\n"
     "  -t, --top-p    temperature (0.8; 0 is greedy), and the mass of the most probable tokens to draw from (1)\n"
     "  --seed S       of the draws (0)\n"
     "  --ids, --experts  print ids, not text; and every token's experts and their weights, on stderr\n"
     "  --logits FILE  write the V logits before every choice, float32\n"
     "  --score        of every line of the standard input, a text or with --ids token ids, print -log p of each token\n"
-    "                 after the first, in nats; nothing is continued\n";
-typedef struct { const char *prompt; FILE *logits; double temperature, top_p; int of_ids, n_new, ids, score; } Options;
+    "                 after the first, in nats; nothing is continued\n"
+    "  --chat         answer every line of the standard input; -p is what the system says before\n";
 
 /* A line of the standard input without its end, kept until the next one is read; null when there are no more. */
 static char *read_line(void) {
@@ -637,64 +598,103 @@ static char *read_line(void) {
     return line;
 }
 
-/* The ids of a text, or of ids in words, with room for more; an empty one is a new document, of a long one the end is
-   read. */
-static Text read_prompt(const Model *m, const char *words, int is_ids, int more) {
-    Text text = {allocate(strlen(words) + (uint64_t)more + 2, sizeof(int)), 0, 0, 0};
-    text.n = is_ids ? parse_ids(m, words, text.ids) : encode(m, words, text.ids);
+/* A text, or one of ids in words; an empty one is a new document. */
+static Text read_prompt(const Model *m, const char *words, int is_ids) {
+    Text text = {NULL, 0, 0, 0};
+    grow(&text, strlen(words));
+    if (!is_ids) encode(m, &text, words, strlen(words));
+    for (char *end; is_ids && *words; words = end + strspn(end, " ,")) {
+        long value = strtol(words, &end, 10);
+        if (end == words || value < 0 || value >= m->h.vocab || (*end && *end != ' ' && *end != ','))
+            refuse("-i takes ids from 0 to %d with spaces or commas between them, not %s.", m->h.vocab - 1, words);
+        text.ids[text.n++] = (int)value;
+    }
     if (!text.n) text.ids[text.n++] = m->h.eot;
-    text.begin = text.n > m->h.context ? text.n - m->h.context : 0;
     return text;
 }
 
-/* Continues the text by at most n_new tokens, fewer where the model ends it. To score, the tokens are those that stand
-   there already, and how probable they are is printed. */
-static void continue_text(Model *m, const Options *o, Text *text) {
-    Candidate *candidates = allocate(m->h.vocab, sizeof *candidates);
-    for (int i = 0; i < o->n_new; i++) {
+/* Of every line -log p of each token after the first. */
+static void score_lines(Model *m) {
+    for (char *line; (line = read_line());) {
+        Text text = read_prompt(m, line, show_ids);
+        int n = text.n;
+        for (text.n = 1; text.n < n; text.n++) {
+            read_text(m, &text);
+            double most = m->logits[largest(m->logits, m->h.vocab)], total = 0;
+            for (int i = 0; i < m->h.vocab; i++) total += exp(m->logits[i] - most);
+            printf("%.6f ", log(total) + most - m->logits[text.ids[text.n]]);
+        }
+        putchar('\n'), free(text.ids);
+    }
+}
+
+/* Continues the text, of which the end is read if it is long, by at most n_new tokens. A document's end ends it, and
+   so do the tokens of `end`: neither is shown, and `end` stands there at last. */
+static void continue_text(Model *m, Text *text, const Text *end) {
+    int shown = text->n, from = text->n, begin = text->n > m->h.context ? text->n - m->h.context : 0;
+    if (begin != text->begin) text->begin = begin, text->read = 0;
+    grow(text, (uint64_t)n_new + (uint64_t)end->n);
+    for (int i = 0, going = n_new > 0; going; i++) {
         read_text(m, text);
-        if (o->logits) fwrite(m->logits, sizeof(float), m->h.vocab, o->logits);
-        int token = o->score ? text->ids[text->n] : choose(m, o->temperature, o->top_p, candidates);
-        if (token == m->h.eot && !o->score) break;
+        if (logits) fwrite(m->logits, sizeof(float), m->h.vocab, logits);
+        int token = choose(m), first = text->n + 1 - end->n;
         text->ids[text->n++] = token;
-        if (o->score) printf("%.6f ", nats(m, token));
-        else if (o->ids) printf("%d ", token);
-        else if (token < m->h.n_tokens)
-            fwrite(m->token_bytes + begin_of(m, token), 1, m->ends[token] - begin_of(m, token), stdout);
+        if (token == m->h.eot) going = 0, text->n--;
+        else if (end->n && first >= from && !memcmp(text->ids + first, end->ids, end->n * sizeof token))
+            going = 0, text->n = first;
+        else going = i + 1 < n_new;
+        /* What may become the end is held back. */
+        for (; shown + going * end->n < text->n; shown++) {
+            token = text->ids[shown];
+            if (show_ids) printf("%d ", token);
+            else if (token < m->h.n_tokens) fwrite(m->token_bytes + begin_of(m, token), 1, length_of(m, token), stdout);
+        }
         fflush(stdout);
     }
+    for (int i = 0; i < end->n; i++) text->ids[text->n++] = end->ids[i];
     putchar('\n');
-    free(candidates);
+}
+
+/* Every line of the standard input is a turn of the user's; prompt is what the system says before. */
+static void converse(Model *m) {
+    Text text = {NULL, 0, 0, 0}, end = text;
+    encode_specials(m, &end, m->chat[BEHIND_REPLY]);
+    const char *before = m->chat[*prompt ? BEFORE_SYSTEM : BEFORE_USER], *reply = m->chat[BEFORE_REPLY];
+    const char *system = prompt, *behind = *system ? m->chat[BEHIND_SYSTEM] : "";
+    for (char *line; (line = read_line()); before = m->chat[BEFORE_NEXT], system = behind = "") {
+        size_t size = strlen(before) + strlen(system) + strlen(behind) + strlen(line) + strlen(reply) + 1;
+        char *turn = allocate(size, 1);
+        if (strchr(line, '\xFF')) refuse("the prompt is not UTF-8.");
+        snprintf(turn, size, "%s%s%s%s%s", before, system, behind, line, reply);
+        encode_specials(m, &text, turn), free(turn);
+        continue_text(m, &text, &end);
+    }
 }
 
 int main(int argc, char **argv) {
     static Model m;
-    Options o = {"", NULL, 0.8, 1, 0, 200, 0, 0};
     if (argc < 2 || argv[1][0] == '-') return fputs(usage, stderr), 2;
-    /* Options: those without a value, then those with one. */
     for (int i = 2; i < argc; i++) {
         const char *option = argv[i];
-        if (!strcmp(option, "--ids")) o.ids = 1;
+        if (!strcmp(option, "--ids")) show_ids = 1;
         else if (!strcmp(option, "--experts")) m.show_experts = 1;
-        else if (!strcmp(option, "--score")) o.score = 1;
+        else if (!strcmp(option, "--score")) score = 1;
+        else if (!strcmp(option, "--chat")) chat = 1;
         else if (++i == argc) refuse("%s needs a value, or is no option: see run without arguments.", option);
-        else if (!strcmp(option, "-p") || !strcmp(option, "-i")) o.prompt = argv[i], o.of_ids = option[1] == 'i';
-        else if (!strcmp(option, "-n")) o.n_new = (int)number(option, argv[i], 1e8, 1);
-        else if (!strcmp(option, "-t")) o.temperature = number(option, argv[i], 1e30, 0);
-        else if (!strcmp(option, "--top-p")) o.top_p = number(option, argv[i], 1, 0);
+        else if (!strcmp(option, "-p") || !strcmp(option, "-i")) prompt = argv[i], prompt_is_ids = option[1] == 'i';
+        else if (!strcmp(option, "-n")) n_new = (int)number(option, argv[i], 1e8, 1);
+        else if (!strcmp(option, "-t")) temperature = number(option, argv[i], 1e30, 0);
+        else if (!strcmp(option, "--top-p")) top_p = number(option, argv[i], 1, 0);
         else if (!strcmp(option, "--seed")) state = (uint64_t)number(option, argv[i], 9e15, 1);
         else if (strcmp(option, "--logits")) refuse("%s is no option: see run without arguments.", option);
-        else if (!(o.logits = fopen(argv[i], "wb"))) refuse("%s cannot be written.", argv[i]);
+        else if (!(logits = fopen(argv[i], "wb"))) refuse("%s cannot be written.", argv[i]);
     }
     load(&m, argv[1]);
-    for (char *line; o.score && (line = read_line());) {
-        Text text = read_prompt(&m, line, o.ids, 0);
-        o.n_new = text.n - 1, text.n = 1, text.begin = 0;
-        continue_text(&m, &o, &text);
-        free(text.ids);
-    }
-    if (o.score) return 0;
-    Text text = read_prompt(&m, o.prompt, o.of_ids, o.n_new);
-    continue_text(&m, &o, &text);
-    if (o.logits && (ferror(o.logits) || fclose(o.logits))) refuse("the logits cannot be written.");
+    if (chat && !m.chat[BEFORE_NEXT]) refuse("%s does not know how a conversation is spelt.", argv[1]);
+    if (chat && *prompt && !*m.chat[BEFORE_SYSTEM]) refuse("this model's conversations have no system message.");
+    Text text = read_prompt(&m, chat ? "" : prompt, prompt_is_ids), none = {NULL, 0, 0, 0};
+    if (chat) converse(&m);
+    else if (score) score_lines(&m);
+    else continue_text(&m, &text, &none);
+    if (logits && (ferror(logits) || fclose(logits))) refuse("the logits cannot be written.");
 }

@@ -60,7 +60,9 @@ def test_the_cost_is_of_the_runs_validation_in_all_by_domain_by_expert_and_in_ro
                 for batch in windows
             ]
         sizes = [batch[1].size for batch in windows]
-        assert effect["total"]["after"] == pytest.approx(np.average([float(x) for x in losses], weights=sizes), rel=1e-5)
+        assert effect["total"]["after"] == pytest.approx(
+            np.average([float(x) for x in losses], weights=sizes), rel=1e-5
+        )
     assert set(effects[0]["domains"]) == set(effects[3]["domains"]) != set()
     # Experts come behind the first router.
     share = {(line["what"], line["layer"]): line["flipped"] for line in flipped}

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 from contextlib import nullcontext
@@ -21,23 +20,18 @@ from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert import export_c
 from moe.convert.quantize import Rounding, rounded
+from moe.data.chat import DEFAULT
 from moe.data.tokenizer import ONE_CHARACTER, Tokenizer, train
 from moe.errors import BadInput
 from moe.eval.generate import generate, next_token_distribution
-from moe.model.transformer import Transformer, next_token_loss
+from moe.model.transformer import next_token_loss
+from tests.c_program import NEEDS_COMPILER, STRICT, experts_shown, ids_of, random_model, sizes
 from tests.small_models import BYTES
 
 PROMPT = list(b"To be, or not")
-STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror")
 NEW = 256
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on the path")
-
-
-def sizes(moe=None, **changes):
-    """A model like cpu-nano, smaller where that changes nothing."""
-    shape = dict(vocab_size=257, context=96, n_layers=2, d_model=64, n_heads=4, d_ff=96, init_std=0.3, moe=moe)
-    return ModelConfig(**shape | changes)
+pytestmark = NEEDS_COMPILER
 
 
 GROUPED = RouterConfig("sigmoid", selection_bias=True, groups=4, k_groups=2, scale=2.5)
@@ -59,49 +53,6 @@ SHAPES = {
     ),
     "biases and a shared expert": (sizes(MoEConfig(4, 2, 32, n_shared=1), bias=True, norm="layer"), RouterConfig()),
 }
-
-
-def random_model(cfg, router, document_end=None):
-    """Random weights, norms, biases and selection biases too, so that each of them matters."""
-    model = Transformer(cfg, router, document_end=document_end).initialize(1).eval()
-    generator = torch.Generator().manual_seed(2)
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias_E")]
-    for values in [*(p.data for p in model.parameters() if p.dim() < 2), *biases]:
-        values += 0.3 * torch.randn(values.shape, generator=generator)
-    model.head.weight.data[-1] = 0  # the end of the text is never the most probable token
-    return model
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """run.c, compiled as its docs say but for the optimisation."""
-    path = tmp_path_factory.mktemp("program") / "run"
-    model = random_model(*SHAPES["cpu-nano"])
-    export_c.save(model, BYTES, path.parent / "two")
-    subprocess.run(["cc", "-O2", *STRICT, path.parent / "two" / "run.c", "-o", path, "-lm"], check=True)
-    return path
-
-
-@pytest.fixture
-def say(program, tmp_path):
-    """(model, arguments, tokenizer, dtype, lines) -> what the program prints and leaves, having written the model and
-    given it the lines."""
-
-    def call(model, *arguments, tokenizer=BYTES, dtype="fp32", lines=b""):
-        folder = tmp_path / "two"
-        shutil.rmtree(folder, ignore_errors=True)
-        export_c.save(model, tokenizer, folder, dtype)
-        done = subprocess.run(
-            [program, folder / "model.bin", *arguments], input=lines, capture_output=True, check=False
-        )
-        assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr[:300]
-        return done
-
-    return call
-
-
-def ids_of(done):
-    return [int(word) for word in done.stdout.split()]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,16 +78,6 @@ def test_tokens_logits_and_experts_are_the_models(shape, say, tmp_path):
             assert (token, list(chosen)) == (window[position], expert_K.tolist())
             assert list(chosen.values()) == pytest.approx(weight_K.tolist(), abs=1e-4)
     assert sorted(shown) == moe_layers(model.cfg)
-
-
-def experts_shown(done):
-    """Layer -> for every token in order its id and {expert: weight}, as --experts printed them."""
-    shown = {}
-    for line in done.stderr.decode().splitlines():
-        token, layer, pairs = re.fullmatch(r"token \d+ id (\d+) layer (\d+):(.*)", line).groups()
-        chosen = dict(pair.split("=") for pair in pairs.split())
-        shown.setdefault(int(layer), []).append((int(token), {int(e): float(w) for e, w in chosen.items()}))
-    return shown
 
 
 def test_separate_documents_stay_separate(say):
@@ -305,7 +246,7 @@ def test_a_setting_that_the_program_does_not_have_is_refused_by_name(changes, me
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, 8)])
 @pytest.mark.parametrize("change", [
-        {"window": 8}, {"attn_bias": "qkv"}, {"embed_scale": 2.0}, {"residual_scale": 2.0}, {"attn_scale": 2.0},
+        {"window": 8}, {"embed_scale": 2.0}, {"residual_scale": 2.0}, {"attn_scale": 2.0},
         {"logit_divisor": 2.0}, {"rope_fraction": 0.5}, {"norm_at": "after"},
     ],
 )  # fmt: skip
@@ -344,7 +285,9 @@ def small(tmp_path_factory):
     """The bytes of a small model.bin of many parts."""
     cfg = sizes(MoEConfig(4, 2, 32, n_shared=1, shared_gate=True, first_dense=1), d_model=32, d_ff=32, context=16)
     folder = tmp_path_factory.mktemp("small") / "two"
-    export_c.save(random_model(cfg, dataclasses.replace(GROUPED, groups=2, k_groups=1)), BYTES, folder, "int8")
+    tokenizer = Tokenizer("byte", BYTES.pattern, BYTES.ranks, BYTES.specials)
+    tokenizer.template = DEFAULT
+    export_c.save(random_model(cfg, dataclasses.replace(GROUPED, groups=2, k_groups=1)), tokenizer, folder, "int8")
     return (folder / "model.bin").read_bytes()
 
 
@@ -400,10 +343,10 @@ def survives(program, tmp_path_factory):
         pytest.skip("this C compiler has no sanitizers: -fsanitize=address,undefined")
     environment = os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0:exitcode=99"}
 
-    def call(content):
+    def call(content, *mode):
         (folder / "model.bin").write_bytes(content)
-        command = [folder / "run", folder / "model.bin", "-p", "It's 12", "-n", "3", "--experts"]
-        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        command = [folder / "run", folder / "model.bin", "-p", "It's 12", "-n", "3", "--experts", *mode]
+        done = subprocess.run(command, input=b"Is it?\n\nYes", capture_output=True, env=environment, check=False)
         assert done.returncode in (0, 2), done.stderr[-2000:]
         assert b"runtime error" not in done.stderr
         assert done.returncode == 0 or re.search(rb"^error: .*\n\Z", done.stderr, re.MULTILINE)
@@ -427,7 +370,7 @@ def test_no_damage_to_a_file_makes_the_program_crash(small, survives):
             content = content[: draw.randrange(len(content))]
         if trial % 4 and len(content) >= export_c.HEADER.size:
             content = bytearray(export_c.seal(bytes(content)))
-        codes.append(survives(content))
+        codes.append(survives(content, *(("--chat",), ("--score",), ())[trial % 3]))
     assert min(codes.count(0), codes.count(2)) > 5, "the flips reach both ends"
 
 
@@ -437,9 +380,11 @@ def test_no_number_in_a_header_or_table_makes_the_program_crash(small, survives)
     for place in range(export_c.HEADER.size, len(small), export_c.ENTRY.size)[: struct.unpack_from("<Q", small, 24)[0]]:
         name, _, _, _, _, offset = export_c.ENTRY.unpack_from(small, place)
         entries[name.rstrip(b"\0").decode()] = place, offset
-    header = [(32 + 4 * i, value) for i in range(28) for value in (0, -1, 7, 2**31 - 1)]
+    header = [(32 + 4 * i, value) for i in range(29) for value in (0, -1, 7, 2**31 - 1)]
     experts = [(entries["experts_and_chosen"][1] + 4 * i, value) for i in range(4) for value in (0, 3, 5, -1)]
     ends = [(entries["tokenizer.ends"][1] + 4 * i, value) for i in (4, 256) for value in (0, 2**30, -1)]
+    chat = [(entries["chat"][1] + i, value) for i in (0, 60) for value in (0, -1, 0x303030FF)]
+    merged = [(entries["tokenizer.sorted"][1] + 4 * i, value) for i in (0, 255) for value in (256, 2**30, -1)]
     scale = [(entries["embed.scale"][0] + export_c.ENTRY.size - 16, value) for value in (0, 3, -1)]  # its columns
-    for place, value in [*header, *experts, *ends, *scale]:
-        survives(export_c.seal(small[:place] + struct.pack("<i", value) + small[place + 4 :]))
+    for place, value in [*header, *experts, *ends, *merged, *scale, *chat]:
+        survives(export_c.seal(small[:place] + struct.pack("<i", value) + small[place + 4 :]), "--chat")
