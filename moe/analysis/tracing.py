@@ -80,7 +80,8 @@ def trace_hf(source: Path, what: What, folder: Path, stream: bool = False, say: 
         model = Transformer(settings, router)
     check(f"hf={source}", model, router)
     # The text comes first: the weights may take long.
-    tokenizer, windows = windows_of_hf(what, source, settings, say)
+    tokenizer = tokenizer_of(what, source, settings.vocab_size, say)
+    windows = windows_of_hf(what, tokenizer, settings, say)
     about = about_of(str(source), "", model, tokenizer, windows, what, weights_in(source))
     if not stream:
         return trace_whole(folder, hf_weights.load(source).eval(), windows, about)
@@ -99,18 +100,16 @@ def windows_of_run(what: What, cfg: Config, tokenizer: Tokenizer, say: Say = ter
     return windows_of(what, cfg.model, tokenizer, data, settings, what.context or cfg.model.context, say)
 
 
-def windows_of_hf(
-    what: What, source: Path, model: ModelConfig, say: Say = terminal.say
-) -> tuple[Tokenizer | None, Windows]:
-    """The tokenizer of a folder of transformers, as in `tokenizer_of`, and the text that is asked for."""
-    tokenizer = tokenizer_of(what, source, model.vocab_size, say)
+def windows_of_hf(what: What, tokenizer: Tokenizer | None, model: ModelConfig, say: Say = terminal.say) -> Windows:
+    """The text that is asked for, as the model of a folder of transformers reads it; its tokenizer as in
+    `tokenizer_of`."""
     with tempfile.TemporaryDirectory() as place:
         if tokenizer:
             (Path(place) / "tokenizer").mkdir()
             tokenizer.save(Path(place) / "tokenizer")
         context = what.context or min(model.context, LONGEST)
         saved = TokenizerConfig("saved", path=place)
-        return tokenizer, windows_of(what, model, tokenizer, what.data or DataConfig(), saved, context, say)
+        return windows_of(what, model, tokenizer, what.data or DataConfig(), saved, context, say)
 
 
 def check(source: str, model: Transformer, router: RouterConfig) -> None:
@@ -121,7 +120,7 @@ def check(source: str, model: Transformer, router: RouterConfig) -> None:
         raise BadInput(f"{source} has a soft router: every token goes to every expert, and there is nothing to trace.")
 
 
-def tokenizer_of(what: What, folder: Path, vocab_size: int, say: Say) -> Tokenizer | None:
+def tokenizer_of(what: What, folder: Path, vocab_size: int, say: Say = terminal.say) -> Tokenizer | None:
     """The tokenizer of a folder of transformers; None where it has none that can be read and the text is token ids.
     Raises `BadInput` where it is needed, or has more tokens than the model."""
     try:
@@ -149,8 +148,7 @@ def windows_of(
     say: Say,
 ) -> Windows:
     """The text that is asked for. Raises `BadInput` for windows that are longer than the model reads."""
-    if context > model.context:
-        raise BadInput(f"context={context} is out of range: the model reads at most {model.context} tokens.")
+    check_context(context, model)
     sizes = context, what.batch_size, what.tokens
     path = Path(what.text)
     if path.suffix == ".npy":
@@ -159,6 +157,12 @@ def windows_of(
         assert tokenizer, "a text needs a tokenizer"
         return of_text(path, tokenizer, *sizes)
     return of_corpus(prepare(data, settings, say), *sizes, data.whole())
+
+
+def check_context(context: int, model: ModelConfig) -> None:
+    """Raise `BadInput` for more tokens than the model reads."""
+    if context > model.context:
+        raise BadInput(f"context={context} is out of range: the model reads at most {model.context} tokens.")
 
 
 def trace_whole(folder: Path, model: Transformer, windows: Windows, about: About) -> Writer:

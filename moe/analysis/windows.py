@@ -33,6 +33,7 @@ class Windows:
     read: Callable[[np.ndarray], Columns]  # a batch's windows, by their numbers
     domains: list[str]
     sampling: str  # which tokens of which text, in words
+    corpus: Dataset | None = None  # what they are windows of; None: one text
 
     def __iter__(self) -> Iterator[Columns]:
         n_windows = self.batch_size or max(1, AT_ONCE // self.context)
@@ -51,20 +52,24 @@ def of_corpus(dataset: Dataset, context: int, batch_size: int, n_tokens: int, wh
         tokens_BS1, targets_BS, domain_BS = read_windows(split, windows.take(chunk), context)
         return tokens_BS1, domain_BS, *split.places(windows.start_W[chunk], context), targets_BS
 
-    return Windows(context, batch_size, windows.start_W, read, dataset.domains, sampling)
+    return Windows(context, batch_size, windows.start_W, read, dataset.domains, sampling, dataset)
 
 
 def of_text(path: Path, tokenizer: Tokenizer, context: int, batch_size: int, n_tokens: int) -> Windows:
     """The first `n_tokens` of a file of UTF-8 text, one document; 0: all. Raises `BadInput` for one that cannot be
     read, or is too short."""
+    tokens = np.array(tokenizer.encode(read_text(path)), np.int64)
+    return _document(path, len(tokens), lambda start, stop: tokens[start:stop], context, batch_size, n_tokens)
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text. Raises `BadInput`."""
     try:
-        text = path.read_bytes().decode()
+        return path.read_bytes().decode()
     except OSError as error:
         raise BadInput(f"text={path} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"text={path} is no UTF-8 (byte {error.start}).") from error
-    tokens = np.array(tokenizer.encode(text), np.int64)
-    return _document(path, len(tokens), lambda start, stop: tokens[start:stop], context, batch_size, n_tokens)
 
 
 def of_ids(path: Path, vocab_size: int, context: int, batch_size: int, n_tokens: int) -> Windows:

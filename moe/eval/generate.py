@@ -5,6 +5,7 @@ Weights are used in the precision they are stored in (float32), without autocast
 """
 
 import codecs
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -53,7 +54,6 @@ def next_token_distribution(logits_BV: Tensor, temperature: float, top_k: int, t
     return torch.zeros_like(prob_BV).scatter(-1, token_BV, sorted_BV / sorted_BV.sum(-1, keepdim=True))
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompt_ids: list[int],
@@ -67,8 +67,41 @@ def generate(
     use_cache: bool = True,
     backend: str = "torch",
 ) -> Iterator[int]:
-    """Yield at most `max_new` tokens that continue `prompt_ids`; fewer where the model ends the text with `eot`, which
-    is not yielded. An empty prompt starts from `eot`, as a new document does in training.
+    """Yield at most `max_new` tokens that continue `prompt_ids`, drawn as in `sample`; fewer where the model ends the
+    text with `eot`, which is not yielded. An empty prompt starts from `eot`, as a new document does in training."""
+    prompts = [prompt_ids or [eot]]
+    drawn = sample(
+        model,
+        prompts,
+        max_new,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        use_cache=use_cache,
+        backend=backend,
+    )
+    for token_B in drawn:
+        token = int(token_B)
+        if token == eot:
+            return
+        yield token
+
+
+@torch.inference_mode()
+def sample(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    use_cache: bool = True,
+    backend: str = "torch",
+) -> Iterator[Tensor]:
+    """Yield `max_new` times the next token (B,), on the CPU, of B prompts of one length, at least one token each.
 
     The same seed gives the same tokens; no global random state is read or changed. Of a prompt longer than the context
     its end is read. When the context is full its last half is kept and read anew from position 0, so what was said
@@ -76,24 +109,25 @@ def generate(
     position again for every token: the same tokens, slowly."""
     context, device = model.cfg.context, model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: one seed means the same draws on every device
-    cache = KVCache(model.cfg, 1, model.embed.weight.dtype, device) if use_cache else None
-    window = (prompt_ids or [eot])[-context:]
+    window_BS = torch.tensor(prompts, device=device)[:, -context:]
+    cache = None
+    if use_cache:
+        longest = dataclasses.replace(model.cfg, context=min(context, window_BS.shape[1] + max_new))
+        cache = KVCache(longest, len(prompts), model.embed.weight.dtype, device)
     for _ in range(max_new):
         # A full context keeps its last half, whose positions begin anew: what the cache holds is of no use.
-        if len(window) > context:
-            window = window[-max(1, context // 2) :]
+        if window_BS.shape[1] > context:
+            window_BS = window_BS[:, -max(1, context // 2) :]
             if cache is not None:
                 cache.length = 0
 
         # What the model has not read yet, the distribution after it, and one draw.
-        unread = window[cache.length :] if cache is not None else window
-        logits_BSV = model(torch.tensor([unread], device=device), backend=backend, cache=cache).logits_BSV
+        unread_BS = window_BS[:, cache.length :] if cache is not None else window_BS
+        logits_BSV = model(unread_BS, backend=backend, cache=cache).logits_BSV
         prob_BV = next_token_distribution(logits_BSV[:, -1], temperature, top_k, top_p).cpu()
-        token = int(torch.multinomial(prob_BV, 1, generator=generator))
-        if token == eot:
-            return
-        yield token
-        window = [*window, token]
+        token_B1 = torch.multinomial(prob_BV, 1, generator=generator)
+        yield token_B1[:, 0]
+        window_BS = torch.cat([window_BS, token_B1.to(device)], dim=1)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

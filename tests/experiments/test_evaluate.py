@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
 
 from experiments import evaluate as command
 from moe.config.model import ModelConfig
 from moe.config.router import RouterConfig
 from moe.convert.hf_weights import save
+from moe.eval import harness
 from moe.model.transformer import Transformer
 from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
@@ -112,6 +115,82 @@ def test_a_folder_of_transformers_has_the_numbers_of_the_run_it_came_from(run, t
     assert "llama: the first 320 tokens of ids.npy" in printed
 
 
+TASKS = "arithmetic, copy ,heldout"
+
+
+def test_tasks_are_asked_of_a_run_and_written_as_lines(run, tmp_path, monkeypatch, capsys):
+    words = f"run={run}", "which=last", f"tasks={TASKS}", "limit=6", "fewshot=0", f"out={tmp_path / 'o'}", "tokens=9000"
+    printed = _evaluate(monkeypatch, capsys, *words)
+    lines = _lines(tmp_path / "o")
+    assert [(line["task"], line["metric"], line["n"], line["chance"]) for line in lines] == [
+        ("arithmetic", "acc", 6, 0.25),
+        ("arithmetic", "exact_match", 6, None),
+        ("copy", "exact_match", 6, None),
+        ("heldout", "bits_per_byte", 3, None),  # of nine documents every third
+    ]
+    assert {(line["source"], line["checkpoint"]) for line in lines} == {(str(run), "step-00000007")}
+    (row,) = [row for row in printed.splitlines() if row.startswith("| heldout ")]
+    assert f"{lines[3]['score']['value']:.4f}" in row
+    assert "tasks of lm-evaluation-harness, 32 tokens of context" in printed
+
+
+def test_held_out_documents_are_of_the_validation_text_spread_evenly(run, monkeypatch):
+    """As many as have the tokens that are asked for."""
+    texts = {}
+    for tokens in (0, 2500):
+        cfg = command.EvaluateConfig(run=str(run), tasks="heldout", tokens=tokens)
+        subject = command.of_run(cfg, None)
+        texts[tokens] = command.held_out(cfg, subject)
+        split = subject.windows().corpus.split("val")
+    assert sum(len(text.encode()) + 1 for text in texts[0]) == split.n_tokens
+    every = split.n_tokens // 2496
+    assert texts[2500] == texts[0][::every]
+    assert len(texts[2500]) < len(texts[0])
+
+
+def test_held_out_text_has_the_bits_per_byte_of_the_same_windows(run, tmp_path, monkeypatch, capsys):
+    """A document of three whole contexts, by the harness; and after the end-of-text token, window after window."""
+    tokenizer = load_run(run)[1]
+    text = ("to be or not to be, " * 40)[: 3 * 32]
+    (tmp_path / "a.txt").write_text(text)
+    np.save(tmp_path / "ids.npy", np.array([tokenizer.eot, *tokenizer.encode(text)]))
+    _evaluate(
+        monkeypatch, capsys, f"run={run}", "tasks=heldout", f"text={tmp_path / 'a.txt'}", f"out={tmp_path / 'tasks'}"
+    )
+    _evaluate(monkeypatch, capsys, f"run={run}", f"text={tmp_path / 'ids.npy'}", "tokens=0", f"out={tmp_path / 'ids'}")
+    (asked,), (scored, _) = _lines(tmp_path / "tasks"), _lines(tmp_path / "ids")
+    assert scored["tokens"] == 3 * 32
+    assert asked["score"]["value"] == pytest.approx(scored["bpb"]["value"], rel=1e-5)
+
+
+def test_a_folder_of_transformers_gets_the_scores_of_the_same_model_in_the_harness(run, tmp_path, monkeypatch, capsys):
+    tokenizer = load_run(run)[1]
+    cfg = ModelConfig("m", tokenizer.vocab_size, 64, 2, 32, n_heads=2, d_ff=16, tie_embeddings=False, init_std=0.3)
+    model = Transformer(cfg, RouterConfig()).initialize(0)
+    save(model, RouterConfig(), tokenizer, tmp_path / "llama")
+    words = f"hf={tmp_path / 'llama'}", "tasks=brackets,copy", "limit=24", f"out={tmp_path / 'o'}"
+    _evaluate(monkeypatch, capsys, *words)
+    loaded = harness.load(["brackets", "copy"], None, list)
+    theirs = HFLM(str(tmp_path / "llama"), device="cpu", dtype="float32", batch_size=8)
+    expected = evaluator.evaluate(theirs, loaded, limit=24, bootstrap_iters=10)["results"]
+    for line in _lines(tmp_path / "o"):
+        of_task = expected[line["task"]]
+        metric = line["metric"]
+        assert (line["score"]["value"], line["stderr"]) == (of_task[f"{metric},none"], of_task[f"{metric}_stderr,none"])
+
+
+def test_without_lm_eval_the_sentence_names_the_command_that_installs_it(run, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval" or name == "moe.eval.harness"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delattr("moe.eval.harness", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        _evaluate(monkeypatch, capsys, f"run={run}", "tasks=copy")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: tasks=copy needs the package lm-eval")
+    assert line.endswith("pip install 'moe-switchyard[tasks]'.")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -125,6 +204,14 @@ def test_a_folder_of_transformers_has_the_numbers_of_the_run_it_came_from(run, t
         (("run={run}", "out={tmp}/short.txt"), "short.txt exists"),
         (("run={tmp}/norun",), "norun is not a run's folder"),
         (("hf={tmp}/nofolder",), "config.json cannot be read"),
+        (("run={run}", "limit=-1", "tasks=copy"), "limit=-1 is out of range: accepted is at least 0"),
+        (("run={run}", "fewshot=-2", "tasks=copy"), "fewshot=-2 is out of range: accepted is at least 0, or -1"),
+        (("run={run}", "limit=3"), "limit=3 means nothing without tasks="),
+        (("run={run}", "fewshot=0"), "fewshot=0 means nothing without tasks="),
+        (("run={run}", "tasks=heldout", "text=a.npy"), "a.npy holds token ids, and tasks=heldout are text"),
+        (("run={run}", "tasks=heldout", "text={tmp}/latin.txt"), "is no UTF-8"),
+        (("run={run}", "tasks=copy", "context=33"), "context=33 is out of range: the model reads at most 32"),
+        (("run={run}", "tasks=copy", "context=20"), "answers of 24 tokens, and the model reads 20"),
         (("hf=x", "data.path=y"), "data.path=y means nothing to data=blend"),
     ],
 )

@@ -88,6 +88,15 @@ def test_the_copy_itself_opens(folder):
     Dataset(folder)
 
 
+def test_a_splits_documents_are_its_tokens_between_the_ends_of_texts(folder):
+    dataset = Dataset(folder)
+    split, eot = dataset.split("train"), dataset.tokenizer.eot
+    documents = list(split.documents())
+    assert [token for ids in documents for token in (*ids.tolist(), eot)] == all_tokens(dataset, "train")
+    assert not any(eot in ids for ids in documents)
+    assert [ids.tolist() for ids in split.documents(every=7)] == [ids.tolist() for ids in documents[::7]]
+
+
 def test_every_one_of_100_flipped_bits_is_refused_and_its_file_named(folder):
     rng = random.Random(0)
     files = sorted(folder.iterdir())

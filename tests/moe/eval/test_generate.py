@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.generate import repr_token
 from moe.errors import BadInput
-from moe.eval.generate import LayerChoice, generate, next_token_distribution, next_tokens, stream_text
+from moe.eval.generate import LayerChoice, generate, next_token_distribution, next_tokens, sample, stream_text
 from moe.model.attention import KVCache
 from moe.model.layer import LayerRouting
 from tests.small_models import BYTES, CONTEXT, NEVER, PROMPT, Constant, build_model
@@ -53,6 +53,24 @@ def test_cached_and_uncached_generations_agree_beyond_the_context_too(moe, posit
     assert len(sampled[0]) == 3 * CONTEXT
     greedy = list(generate(model, ids, temperature=0, **settings))
     assert greedy == by_hand(model, ids, 3 * CONTEXT)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_prompts_of_one_length_are_continued_together_as_each_alone(moe):
+    model = build_model(moe)
+    prompts = torch.randint(257, (3, 7), generator=torch.Generator().manual_seed(2)).tolist()
+    together = torch.stack(list(sample(model, prompts, 3 * CONTEXT, temperature=0)), dim=1).tolist()
+    assert together == [list(generate(model, ids, 3 * CONTEXT, temperature=0, eot=NEVER)) for ids in prompts]
+
+
+def test_a_cache_has_room_for_what_is_read_and_no_more(monkeypatch):
+    rooms = []
+    real = KVCache.__init__
+    spy = lambda cache, cfg, *rest: rooms.append(cfg.context) or real(cache, cfg, *rest)
+    monkeypatch.setattr(KVCache, "__init__", spy)
+    for max_new in (4, 3 * CONTEXT):
+        list(generate(build_model(), PROMPT, max_new, eot=NEVER))
+    assert rooms == [len(PROMPT) + 4, CONTEXT]
 
 
 def test_a_context_of_one_token_works():
