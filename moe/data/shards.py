@@ -264,9 +264,8 @@ class Split:
 
     def documents(self, every: int = 1) -> Iterator[np.ndarray]:
         """The tokens of every so many of the documents, in order, without the end-of-text token."""
-        ends = np.append(self._starts[1:], self.n_tokens)
-        for start, end in zip(self._starts[::every], ends[::every], strict=True):
-            yield self._slice(int(start), int(end) - 1)
+        for start, length in zip(self._starts[::every], self.lengths()[::every], strict=True):
+            yield self._slice(int(start), int(start + length))[:-1]
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
         pieces = [self._shards[i][first:last] for i, first, last in self._within(start, stop)]
