@@ -76,6 +76,8 @@ def sections() -> dict[str, str]:
         "streamed": streamed_presets(),
         "tracing": by_suite(tracing, "tracing"),
         "watch": f"```\n{(RESULTS / 'watch.txt').read_text()}```\n",
+        "scores": f"```\n{(RESULTS / 'scores.txt').read_text()}```\n",
+        "tasks": f"```\n{(RESULTS / 'tasks.txt').read_text()}```\n",
         "next": f"```\n{printed}```\n",
     }
 

@@ -96,6 +96,8 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
+    if any(each.startswith("tasks=") for each in given):
+        extra += ["limit=4"]
     of_text = name in ("train", "compare", "sweep", "tokenizers") or any(each.startswith("hf=") for each in given)
     if not goes_on and of_text:
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]

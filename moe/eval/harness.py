@@ -268,7 +268,7 @@ def scored(
 ) -> TaskScore:
     """A row: what the harness says of one metric, with its interval and what chance gives."""
     questions = [question for question in questions if question["filter"] == kind]
-    spread = NORMAL * stderr if stderr is not None else math.inf
+    spread = NORMAL * stderr if stderr else math.inf  # where all answers are alike it is 0, which says nothing
     score = Interval(value, value - spread, value + spread)
     # It has no standard error of a ratio.
     if metric == "bits_per_byte" and questions:

@@ -45,7 +45,9 @@ class TaskScore:
 
     task: str
     metric: str  # with its filter, where the task has one
-    score: Interval  # the value ± 1.96 standard errors; of bits per byte, of documents drawn anew
+    score: (
+        Interval  # the value ± 1.96 standard errors, unknown for none or 0; of bits per byte, of documents drawn anew
+    )
     stderr: float | None  # as the harness computes it; None where it does not
     n: int  # questions
     fewshot: int  # examples before each

@@ -15,7 +15,7 @@ import torch
 
 from moe.config.balance import BalanceConfig
 from moe.config.data import TokenizerConfig
-from moe.config.model import LatentConfig, ModelConfig, MoEConfig, RopeScaling, moe_layers
+from moe.config.model import LatentConfig, MoEConfig, RopeScaling, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config
 from moe.convert import export_c

@@ -75,6 +75,13 @@ def test_brackets_are_closed_as_a_stack_says():
         assert set(CLOSING) <= set(question["text"])
 
 
+def test_the_bracket_opened_last_is_the_one_to_close_in_44_of_100():
+    """A shortcut, which docs/measuring.md tells beside chance."""
+    last = [CLOSING[next(kind for kind in reversed(q["text"]) if kind in CLOSING)] for q in documents("brackets")[1]]
+    share = sum(kind == right(q) for kind, q in zip(last, documents("brackets")[1], strict=True)) / len(last)
+    assert round(100 * share) == 44
+
+
 def test_a_sentence_ends_with_the_word_that_ends_it_in_the_reference():
     from pydoc_data.topics import topics
 
