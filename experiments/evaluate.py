@@ -37,6 +37,7 @@ from moe.config import data as data_config
 from moe.config.data import DataConfig
 from moe.convert import hf_weights
 from moe.convert.hf_config import read_config
+from moe.convert.hf_tokenizer import text_start
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.scores import Interval, Scored, score
@@ -106,6 +107,7 @@ class Subject(NamedTuple):
     batch_size: int  # texts that are
     backend: str
     autocast: Callable[[], AbstractContextManager[Any]]
+    start: tuple[list[int], int] | None = None  # how a text begins, as in `Asked` of moe/eval/harness.py
 
 
 @cli.command("evaluate", EvaluateConfig, verbatim=("run", "hf", "out", "text", "tasks"))
@@ -155,11 +157,13 @@ def of_tasks(cfg: EvaluateConfig, subject: Subject, named: str) -> list[dict[str
         batch_size=subject.batch_size,
         backend=subject.backend,
         autocast=subject.autocast,
+        start=subject.start,
     )
     fewshot = None if cfg.fewshot == AS_THE_TASK_SAYS else cfg.fewshot
     names = [name.strip() for name in cfg.tasks.split(",")]
     rows = harness.ask(asked, names, limit=cfg.limit, fewshot=fewshot, held_out=lambda: held_out(cfg, subject))
-    terminal.say(f"{named}: tasks of lm-evaluation-harness, {subject.context} tokens of context")
+    before = "".join(f", {subject.tokenizer.decode([token])} before every text" for token in asked.before)
+    terminal.say(f"{named}: tasks of lm-evaluation-harness, {subject.context} tokens of context{before}")
     tables.print_table(TASK_HEADINGS, [task_cells(row) for row in rows], left=2)
     return [vars(row) for row in rows]
 
@@ -214,6 +218,7 @@ def of_hf(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
         what.batch_size or max(1, AT_ONCE // context),
         dispatch.choose("auto", device)[0],
         nullcontext,
+        text_start(source, tokenizer) if tokenizer else None,
     )
 
 

@@ -178,6 +178,21 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
         raise BadInput(f"{path} is damaged: it is not what transformers writes ({error!r}).") from error
 
 
+def text_start(folder: Path, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """How a text begins in the transformers folder that `tokenizer` was read from: the ids that stand before every one,
+    and the one that an empty text consists of, which begins a text, or else ends it. Raises `BadInput` for damage."""
+    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    token, before = config.get("bos_token"), []
+    first = token["content"] if isinstance(token, dict) else token
+    try:
+        for step in _steps(_read_json(folder / FILE).get("post_processor"), "processors"):
+            parts = itertools.takewhile(lambda part: "SpecialToken" in part, step.get("single", ()))
+            before += [i for part in parts for i in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder / FILE} is damaged: it is not what transformers writes ({error!r}).") from error
+    return before, tokenizer.specials.get(first or "", tokenizer.eot)
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -65,8 +65,7 @@ class Manner(NamedTuple):
 class Asked(TemplateLM):
     """A model that the harness asks.
 
-    A text begins after the end-of-text token, as a document does in training, and nothing else is put before it. What
-    does not fit the context is cut from the left, which is said once."""
+    What does not fit the context is cut from the left, which is said once."""
 
     def __init__(
         self,
@@ -77,10 +76,12 @@ class Asked(TemplateLM):
         batch_size: int,
         backend: str = "torch",
         autocast: Autocast = nullcontext,
+        start: tuple[list[int], int] | None = None,
         say: Callable[[str], None] = terminal.say,
     ) -> None:
-        """`context`: at most so many tokens are read. Raises `BadInput` for a model whose experts choose among all
-        tokens: it would read the answer with the question."""
+        """`context`: at most so many tokens are read. `start`: the ids before every text, and the one that an empty
+        text consists of; None: none and the end-of-text token, after which a document begins in training. Raises
+        `BadInput` for a model whose experts choose among all tokens: it would read the answer with the question."""
         super().__init__()
         if not all(router.causal_in_eval for router in model.routers()):
             raise BadInput(
@@ -88,16 +89,22 @@ class Asked(TemplateLM):
                 "router that is causal (such as router=expert-choice-threshold)."
             )
         self.model, self.text, self.say, self.said = model, tokenizer, say, False
+        self.before, self.empty = start or ([], tokenizer.eot)
         self.context, self.batch_size, self.backend_name, self.autocast = context, batch_size, backend, autocast
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which an empty context consists of."""
+        """The end-of-text token."""
         return self.text.eot
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context consists of."""
+        return self.empty
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, and no other."""
-        return self.text.encode(string)
+        """Ids of a text, and before them those that stand before every one, unless they are not to be added."""
+        return [*([] if add_special_tokens is False else self.before), *self.text.encode(string)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both. White space at the end of the context belongs to the continuation. Where a token of the two
@@ -106,8 +113,8 @@ class Asked(TemplateLM):
         continuation = context[len(kept) :] + continuation
         context_ids, whole_ids = self.tok_encode(kept), self.tok_encode(kept + continuation)
         if whole_ids[: len(context_ids)] == context_ids:
-            return context_ids or [self.eot_token_id], whole_ids[len(context_ids) :]
-        return context_ids, self.tok_encode(continuation)
+            return context_ids or [self.empty], whole_ids[len(context_ids) :]
+        return context_ids, self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is what greedy decoding says) of every continuation. Raises `BadInput`
@@ -135,13 +142,13 @@ class Asked(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of every text, in nats: its first token after the end-of-text token, and of one that is
-        longer than the context window after window, each after the last token of the one before, and the last with as
-        much before it as fits."""
+        """The log-probability of every text, in nats: its first token after an empty text's, and of one that is longer
+        than the context window after window, each after the last token of the one before, and the last with as much
+        before it as fits."""
         windows = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
-            pairs = get_rolling_token_windows(ids, self.eot_token_id, self.context, 1)
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            pairs = get_rolling_token_windows(ids, self.empty, self.context, 1)
             windows.append([(None, *make_disjoint_window(pair)) for pair in pairs])
         nats = iter(self._loglikelihood_tokens([window for text in windows for window in text]))
         return [sum(next(nats)[0] for _ in text) for text in windows]
@@ -152,7 +159,7 @@ class Asked(TemplateLM):
         alike: dict[tuple[Manner, int], list[tuple[int, list[int]]]] = {}
         for i, request in enumerate(requests):
             manner = self.manner(request.args[1])
-            ids = self.fit(self.tok_encode(request.args[0]) or [self.eot_token_id], self.context - manner.max_new)
+            ids = self.fit(self.tok_encode(request.args[0]) or [self.empty], self.context - manner.max_new)
             alike.setdefault((manner, len(ids)), []).append((i, ids))
         answers: dict[int, str] = {}
         for (manner, _), prompts in alike.items():

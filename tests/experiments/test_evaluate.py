@@ -179,6 +179,24 @@ def test_a_folder_of_transformers_gets_the_scores_of_the_same_model_in_the_harne
         assert (line["score"]["value"], line["stderr"]) == (of_task[f"{metric},none"], of_task[f"{metric}_stderr,none"])
 
 
+def test_what_a_folders_tokenizer_puts_before_a_text_stands_before_every_question(run, tmp_path, monkeypatch, capsys):
+    tokenizer = load_run(run)[1]
+    cfg = ModelConfig("m", tokenizer.vocab_size, 64, 2, 32, n_heads=2, d_ff=16, tie_embeddings=False)
+    save(Transformer(cfg, RouterConfig()).initialize(0), RouterConfig(), tokenizer, tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer.json"
+    ends = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [tokenizer.eot], "tokens": ["<|endoftext|>"]}}
+    single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    step = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": ends}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": step}))
+    read = []
+    real = Transformer.forward
+    spy = lambda model, tokens_BS, **rest: read.append(tokens_BS[:, 0].tolist()) or real(model, tokens_BS, **rest)
+    monkeypatch.setattr(Transformer, "forward", spy)
+    printed = _evaluate(monkeypatch, capsys, f"hf={tmp_path / 'llama'}", "tasks=brackets", "limit=3")
+    assert "64 tokens of context, <|endoftext|> before every text" in printed
+    assert {token for batch in read for token in batch} == {tokenizer.eot}
+
+
 def test_without_lm_eval_the_sentence_names_the_command_that_installs_it(run, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval" or name == "moe.eval.harness"]:
         monkeypatch.delitem(sys.modules, name)

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from moe.config.data import TokenizerConfig
-from moe.convert.hf_tokenizer import KINDS, SPLITS, check, last_merges, read_tokenizer, save_tokenizer
+from moe.convert.hf_tokenizer import KINDS, SPLITS, check, last_merges, read_tokenizer, save_tokenizer, text_start
 from moe.data.tokenizer import END_OF_TEXT, Tokenizer, train
 from moe.errors import BadInput
 
@@ -216,6 +216,23 @@ def test_what_is_read_otherwise_is_said(how: dict[str, Any], said: str, tmp_path
     others(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False), **how)
     (sentence,) = read_tokenizer(tmp_path)[1]
     assert said in sentence
+
+
+@pytest.mark.parametrize("template", ["$A", "</s> $A", "</s> <pad> $A </s>"])
+def test_a_text_starts_as_in_transformers(template: str, tmp_path: Path) -> None:
+    tokens = [("</s>", 0), ("<pad>", 1)]
+    step = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    theirs = others(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False), post_processor=step)
+    tokenizer = read_tokenizer(tmp_path)[0]
+    before, empty = text_start(tmp_path, tokenizer)
+    assert before == theirs("a")["input_ids"][: len(before)]
+    assert [*before, *tokenizer.encode("a")] == [i for i in theirs("a")["input_ids"][: len(before) + 1]]
+    assert empty == tokenizer.eot
+    edit(tmp_path / "tokenizer_config.json", lambda config: config.update(bos_token={"content": "<pad>"}))
+    assert text_start(tmp_path, tokenizer) == (before, 1)
+    edit(tmp_path / "tokenizer.json", lambda tree: tree.update(post_processor={"type": "Sequence"}))
+    with pytest.raises(BadInput, match=r"tokenizer\.json is damaged"):
+        text_start(tmp_path, tokenizer)
 
 
 def edit(path: Path, change: Any) -> None:

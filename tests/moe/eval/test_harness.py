@@ -1,9 +1,12 @@
 """Claims about the answers that lm-evaluation-harness gets, against those of its own adapter for transformers on the
 exported folder of the same model."""
 
+import json
 import logging
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
+from moe.convert.hf_tokenizer import text_start
 from moe.convert.hf_weights import save
 from moe.data.tokenizer import Tokenizer, train
 from moe.errors import BadInput
@@ -117,6 +121,34 @@ def test_what_is_said_is_the_same(both, batch_size):
     assert set(map(len, expected)) != {0}
     assert [text[: len(short)] for text, short in zip(whole, expected, strict=False)] == expected[:6]
     assert len(said) == 1
+
+
+def test_a_folder_whose_tokenizer_begins_every_text_with_a_token_is_asked_so(both, tmp_path):
+    """But for whole texts: the harness puts the token before them twice."""
+    model, theirs = both
+    folder = Path(shutil.copytree(theirs(1).pretrained, tmp_path / "model"))
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [BPE.eot], "tokens": ["<|endoftext|>"]},
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    adapter = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
+    lm, _ = asked(model, BPE, start=text_start(folder, BPE))
+    assert lm.tok_encode("the king") == adapter.tok_encode("the king") == [BPE.eot, *BPE.encode("the king")]
+    wanted = requests("loglikelihood", PAIRS)
+    expected, answers = (one.loglikelihood(wanted, disable_tqdm=True) for one in (adapter, lm))
+    assert [nats for nats, _ in answers] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
+    assert answers != asked(model, BPE)[0].loglikelihood(wanted, disable_tqdm=True)
+    prompts = [(text, {"until": ["e"], "max_gen_toks": 9}) for text in ("the king", "the queen said to", "of gold")]
+    wanted = requests("generate_until", prompts)
+    assert lm.generate_until(wanted) == adapter.generate_until(wanted, disable_tqdm=True)
+    texts = requests("loglikelihood_rolling", [TEXT])
+    assert lm.loglikelihood_rolling(texts) == asked(model, BPE)[0].loglikelihood_rolling(texts)
 
 
 # --- where the harness' own adapter goes wrong, or gives up ---
