@@ -87,8 +87,19 @@ class EvaluateConfig:
             raise BadInput(f"{key} means nothing without tasks=..., the names of tasks.")
         if self.tasks and self.text.endswith(".npy"):
             raise BadInput(f"text={self.text} holds token ids, and tasks={self.tasks} are text: give a file of text.")
+        if self.text or self.tokens != AS_VALIDATED:
+            self.check_held_out(f"text={self.text}" if self.text else f"tokens={self.tokens}")
         data_config.validate(self.data)
         self.what(None, TOKENS, 0)
+
+    def check_held_out(self, key: str) -> None:
+        """Raise `BadInput` for a setting that says which text, where no task is asked that has one."""
+        if self.tasks and "heldout" not in self.names():
+            raise BadInput(f"{key} means nothing to tasks={self.tasks}: it says which text heldout is of.")
+
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return [name.strip() for name in self.tasks.split(",")]
 
     def what(self, data: DataConfig | None, n_tokens: int, batch_size: int) -> What:
         """Which text; `n_tokens` and `batch_size` are what is not said."""
@@ -118,6 +129,8 @@ def main(cfg: EvaluateConfig) -> None:
     if cfg.out and Path(cfg.out).exists():
         raise BadInput(f"out={cfg.out} exists: choose another, or move it away.")
     data = cfg.data if cli.gives("data") else None
+    if data:
+        cfg.check_held_out("data=...")
     # Score, and say it.
     subject = of_run(cfg, data) if cfg.run else of_hf(cfg, data)
     source = cfg.run or cfg.hf
@@ -160,8 +173,7 @@ def of_tasks(cfg: EvaluateConfig, subject: Subject, named: str) -> list[dict[str
         start=subject.start,
     )
     fewshot = None if cfg.fewshot == AS_THE_TASK_SAYS else cfg.fewshot
-    names = [name.strip() for name in cfg.tasks.split(",")]
-    rows = harness.ask(asked, names, limit=cfg.limit, fewshot=fewshot, held_out=lambda: held_out(cfg, subject))
+    rows = harness.ask(asked, cfg.names(), limit=cfg.limit, fewshot=fewshot, held_out=lambda: held_out(cfg, subject))
     before = "".join(f", {subject.tokenizer.decode([token])} before every text" for token in asked.before)
     terminal.say(f"{named}: tasks of lm-evaluation-harness, {subject.context} tokens of context{before}")
     tables.print_table(TASK_HEADINGS, [task_cells(row) for row in rows], left=2)

@@ -96,9 +96,10 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
-    if any(each.startswith("tasks=") for each in given):
-        extra += ["limit=4"]
-    of_text = name in ("train", "compare", "sweep", "tokenizers") or any(each.startswith("hf=") for each in given)
+    asked = any(each.startswith("tasks=") for each in given)
+    extra += ["limit=4"] * asked
+    of_text = name in ("train", "compare", "sweep", "tokenizers")
+    of_text |= any(each.startswith("hf=") for each in given) and not asked
     if not goes_on and of_text:
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if any(each.startswith("study.trials=") for each in given):
@@ -106,8 +107,9 @@ def run(command: str, folder: Path, monkeypatch) -> None:
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]
     monkeypatch.chdir(folder)
-    if name == "trace":  # another command may have needed it before
-        shutil.rmtree(next(word.removeprefix("out=") for word in given if word.startswith("out=")), ignore_errors=True)
+    if name in ("trace", "convert"):  # another command may have needed it before
+        places = [word.partition("=")[2] for word in given if word.startswith(("out=", "to="))]
+        shutil.rmtree(places[0], ignore_errors=True)
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.setattr(sys, "argv", [name, *given, *extra])
     import_module(module).main()

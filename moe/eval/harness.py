@@ -27,6 +27,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from moe.analysis.effects import ratios
 from moe.config.parse import nearest
@@ -227,8 +228,9 @@ class Asked(TemplateLM):
         return ids[-room:]
 
     def batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        """So many at a time as the model is asked together."""
-        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
+        """So many at a time as the model is asked together; a terminal is shown how far it is."""
+        starts = tqdm(range(0, len(items), self.batch_size), "batches", leave=False, disable=None)
+        return (items[start : start + self.batch_size] for start in starts)
 
 
 def _before(text: str, until: tuple[str, ...]) -> str:

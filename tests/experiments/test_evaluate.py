@@ -226,6 +226,12 @@ def test_without_lm_eval_the_sentence_names_the_command_that_installs_it(run, mo
         (("run={run}", "fewshot=-2", "tasks=copy"), "fewshot=-2 is out of range: accepted is at least 0, or -1"),
         (("run={run}", "limit=3"), "limit=3 means nothing without tasks="),
         (("run={run}", "fewshot=0"), "fewshot=0 means nothing without tasks="),
+        (
+            ("run={run}", "tasks=copy", "text=a.txt"),
+            "text=a.txt means nothing to tasks=copy: it says which text heldout",
+        ),
+        (("run={run}", "tasks=copy", "tokens=9"), "tokens=9 means nothing to tasks=copy"),
+        (("run={run}", "tasks=copy", "data=text", "data.path={tmp}"), "data=... means nothing to tasks=copy"),
         (("run={run}", "tasks=heldout", "text=a.npy"), "a.npy holds token ids, and tasks=heldout are text"),
         (("run={run}", "tasks=heldout", "text={tmp}/latin.txt"), "is no UTF-8"),
         (("run={run}", "tasks=copy", "context=33"), "context=33 is out of range: the model reads at most 32"),

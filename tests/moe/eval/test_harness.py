@@ -101,7 +101,7 @@ def test_texts_are_as_probable_window_by_window(both, batch_size):
     assert [len(BPE.encode(text)) for text in texts] == [18, 48, 49, 151]
     expected = theirs(batch_size).loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
     lm, said = asked(model, BPE, batch_size=batch_size)
-    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) == pytest.approx(expected, abs=1e-3)
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) == pytest.approx(expected, rel=1e-6)
     assert not said
 
 
