@@ -18,9 +18,11 @@ class MoEConfig:
     d_expert: Annotated[int, Between(1, 100_000_000)] = 128  # F, hidden width of one expert
     n_shared: Annotated[int, Between(0, 1_000_000)] = 0  # experts that every token passes, each of width d_expert
     shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
-    # layer l has experts where (l + 1) % every == 0 and l >= first_dense; the others are dense MLPs of width d_ff
+    # layer l of L has experts where (l + 1) % every == 0 and first_dense <= l < L - last_dense; the others are dense
+    # MLPs of width d_ff
     every: Annotated[int, Between(1, 100_000)] = 1
     first_dense: Annotated[int, Between(0, 100_000)] = 0  # the first layer (from 0) that may have experts
+    last_dense: Annotated[int, Between(0, 100_000)] = 0  # how many of the last layers have none
     widths: list[int] = field(default_factory=list)  # a hidden width per expert; empty: d_expert for all (2408.10681)
     n_experts_by_layer: list[int] = field(default_factory=list)  # E of each MoE layer; empty: n_experts for all
     k_by_layer: list[int] = field(default_factory=list)  # K of each MoE layer; empty: k for all
@@ -160,7 +162,9 @@ def window_of(model: ModelConfig, layer: int) -> int:
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """Whether layer `layer` (from 0) has routed experts."""
     moe = model.moe
-    return moe is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+    if moe is None:
+        return False
+    return moe.first_dense <= layer < model.n_layers - moe.last_dense and (layer + 1) % moe.every == 0
 
 
 def moe_layers(model: ModelConfig) -> list[int]:
@@ -281,8 +285,9 @@ def _validate_layers(model: ModelConfig, moe: MoEConfig) -> None:
     n_layers = len(moe_layers(model))
     if not n_layers:
         raise BadInput(
-            f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} leaves no MoE layer "
-            f"among model.n_layers={model.n_layers}; for a dense model set model.moe=null."
+            f"model.moe.every={moe.every} with model.moe.first_dense={moe.first_dense} and model.moe.last_dense="
+            f"{moe.last_dense} leaves no MoE layer among model.n_layers={model.n_layers}; for a dense model set "
+            "model.moe=null."
         )
     for name, values in (("n_experts_by_layer", moe.n_experts_by_layer), ("k_by_layer", moe.k_by_layer)):
         if values and len(values) != n_layers:

@@ -30,6 +30,7 @@ class RouterConfig:
     jitter: Annotated[float, Between(0, 0.999)] = 0.0
     frozen: bool = False  # the router keeps its random initial weights
     renormalize: bool = True  # weights of a token's K experts sum to 1 (times scale)
+    norm_min: Annotated[float, Between(0, 1)] = 0.0  # renormalize divides by no smaller sum than this (Ernie 4.5)
     selection_bias: bool = False  # a bias per expert that takes part in the choice only (loss-free balancing)
     scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # factor on every weight (DeepSeek-V3's routed scaling factor)
     # equal groups of neighbouring experts; a token chooses within its k_groups best of them
@@ -145,7 +146,7 @@ class RouterFacts:
 
 
 _LINEAR = ("logits", "noisy", "jitter", "frozen", "scale", "gradient")
-_TOP_K = (*_LINEAR, "renormalize", "selection_bias", "groups", "k_groups", "group_top", "second")
+_TOP_K = (*_LINEAR, "renormalize", "norm_min", "selection_bias", "groups", "k_groups", "group_top", "second")
 _THRESHOLD = ("logits", "jitter", "frozen", "renormalize", "scale", "k_max")
 FACTS = {
     "softmax": RouterFacts(_TOP_K, score="softmax", choices="k"),
@@ -190,7 +191,7 @@ def weight_sum(router: RouterConfig) -> float | None:
     """What the weights of every token sum to in evaluation, whatever the logits are: scale, where they are renormalised
     or no scores of the token's. None where it differs from token to token, and for a router of your own."""
     about = facts(router)
-    renormalized = router.renormalize and "renormalize" in about.reads
+    renormalized = router.renormalize and "renormalize" in about.reads and not router.norm_min
     return router.scale if renormalized or router.gradient == "straight-through" or not about.scored else None
 
 
@@ -276,6 +277,8 @@ def _validate_groups(moe: MoEConfig, router: RouterConfig) -> None:
 
 def _validate_weights(layers: list[MoEConfig], router: RouterConfig) -> None:
     """Refuse numbers of experts that the router does not give, and those at which its weights would be constants."""
+    if router.norm_min and not router.renormalize:
+        raise BadInput(f"router.norm_min={router.norm_min} means nothing to router.renormalize=false.")
     ks = sorted({moe.k for moe in layers})
     if router.name == "base" and ks != [1]:
         raise BadInput(f"router.name=base gives every token one expert: set model.moe.k=1 (it is {ks[-1]}).")

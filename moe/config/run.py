@@ -4,7 +4,6 @@
 and what would be accepted. Nothing else in the library re-checks a setting. No Hydra, no torch: cheap to import.
 """
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from typing import Annotated, Any, TypeVar
 from moe.config import balance, data, model, objective, train, tune
 from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig, TokenizerConfig
-from moe.config.model import ModelConfig, entering, layer_moe, moe_layers
+from moe.config.model import ModelConfig, MoEConfig, entering, layer_moe, moe_layers
 from moe.config.objective import ObjectiveConfig
-from moe.config.parse import Between, OneOf, check_values, parse, to_dict
+from moe.config.parse import Between, OneOf, check_values, lookup, parse, to_dict
 from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
 from moe.config.tune import TuneConfig
@@ -42,6 +41,7 @@ RESUMABLE = (
 YOUNGER = (
     "source",
     "source_state",
+    "model.moe.last_dense",
     "model.norm_at",
     "model.rope_fraction",
     "model.rope_scaling",
@@ -56,6 +56,7 @@ YOUNGER = (
     "data.max_document_mb",
     "data.documents",
     "data.template",
+    "router.norm_min",
     "tokenizer.path",
     "seed_init",
     "seed_data",
@@ -196,10 +197,15 @@ def fingerprint(cfg: Config, younger: tuple[str, ...] = (), digits: int = 8) -> 
     """Hex digits, eight of them, of the settings that decide a run's result (not where it is kept or how it is
     watched). `younger`: beside YOUNGER, those of a command's extension of the settings."""
     tree, defaults = to_dict(cfg), to_dict(type(cfg)())
+    defaults["model"]["moe"] = to_dict(MoEConfig())
     tree["optim"]["warmup"] = train.warmup_steps(cfg.optim, cfg.train.steps)  # given or derived: the same run
     for key in (*FREE, *YOUNGER, *younger):
         *groups, name = key.split(".")
-        group, group_defaults = (functools.reduce(dict.__getitem__, groups, settings) for settings in (tree, defaults))
+        group, group_defaults = (
+            lookup(settings, ".".join(groups)) if groups else settings for settings in (tree, defaults)
+        )
+        if group is None:  # a dense model has no experts
+            continue
         if key in FREE or group[name] == group_defaults[name]:
             del group[name]
     tree = {name: value for name, value in tree.items() if value != {}}  # a whole group that is younger

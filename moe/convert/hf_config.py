@@ -22,6 +22,8 @@ from moe.convert.hf_latent import latent_to_hf, pop_latent
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
+LISTED = "decoder_sparse_step"  # families with this key also have a list of dense layers
+LAST = "moe_layer_end_index"  # the last layer that may have experts
 QK_NORM = "use_qk_norm"  # whether there is a norm per head
 SHARED_WIDTH = "shared_expert_intermediate_size"  # the width of all shared experts together
 ATTN_SCALE = "attention_multiplier"
@@ -67,7 +69,7 @@ def _required(name: str, cfg: ModelConfig, router: RouterConfig) -> dict[str, An
     if family.moe:
         # What it leaves open; leading dense layers may also be a list of them.
         left_open = {f"model.moe.{field}" for field in family.moe} | {f"router.{field}" for field in family.router}
-        left_open |= {"model.moe.first_dense"} if "every" in family.moe else set()
+        left_open |= {"model.moe.first_dense"} if LISTED in family.moe.values() else set()
         required |= {path: value for path, value in (USUAL | family.fixed).items() if path not in left_open}
         if router.groups == 1:  # nobody asks how a group's score is made
             required.pop("router.group_top", None)
@@ -121,7 +123,9 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         tree |= {key: getattr(router, field) for field, key in family.router.items()}
         if SHARED_WIDTH in tree:
             tree[SHARED_WIDTH] *= cfg.moe.d_expert
-        if "every" in family.moe:
+        if LAST in tree:
+            tree[LAST] = cfg.n_layers - 1 - cfg.moe.last_dense
+        if LISTED in tree:
             tree["mlp_only_layers"] = list(range(min(cfg.moe.first_dense, cfg.n_layers)))
     return tree
 
@@ -186,12 +190,14 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
     if family.bias[0]:
         key, where = family.bias
         model["attn_bias"] = _switched(key, tree.pop(key, family.defaults.get(key, False)), where)
-    dense = tree.pop("mlp_only_layers", None) if "every" in family.moe else None
+    dense = tree.pop("mlp_only_layers", None) if LISTED in values else None
     # Whatever is left must be off, and what was read must be valid settings.
     _check_off(tree, model_type)
     if family.moe:
         moe = {path.removeprefix("model.moe."): value for path, value in family.fixed.items() if "moe" in path}
         moe |= {field: values[key] for field, key in family.moe.items()}
+        if LAST in values:
+            moe["last_dense"] = _last_dense(values[LAST], model["n_layers"])
         if SHARED_WIDTH in values:
             moe["n_shared"] = _n_shared(values[SHARED_WIDTH], moe["d_expert"])
         model["moe"] = parse(MoEConfig, moe, "model.moe.")
@@ -337,6 +343,13 @@ def _n_shared(width: Any, d_expert: Any) -> int:
             f"{SHARED_WIDTH}={width!r} is not supported: accepted is a multiple of moe_intermediate_size={d_expert!r}."
         )
     return width // d_expert
+
+
+def _last_dense(last: Any, n_layers: Any) -> int:
+    """How many layers are behind the last one with experts."""
+    if type(last) is not int or last < -1:
+        raise BadInput(f"{LAST}={last!r} must be the number of a layer, or -1 for the last one.")
+    return max(0, n_layers - 1 - last) if last >= 0 and isinstance(n_layers, int) else 0
 
 
 def _windowed(windows: str, n_layers: int, bound: Any) -> list[int]:

@@ -38,6 +38,7 @@ USUAL: dict[str, Any] = {
     "router.name": "softmax",
     "router.selection_bias": False,
     "router.renormalize": True,
+    "router.norm_min": 0.0,
     "router.scale": 1.0,
     "router.groups": 1,
     "router.logits": "linear",
@@ -55,6 +56,7 @@ USUAL: dict[str, Any] = {
     "model.moe.depth": 1.0,
     "model.moe.every": 1,
     "model.moe.first_dense": 0,
+    "model.moe.last_dense": 0,
 }
 
 _BIAS = ("attention_bias", "all")
@@ -92,6 +94,15 @@ _QWEN3_MOE = _OLMOE_MOE | {"d_expert": "moe_intermediate_size", "every": "decode
 _DOTS1_MOE = _QWEN3_MOE | {"n_experts": "n_routed_experts", "n_shared": "n_shared_experts"}
 _DOTS1_MOE = {name: key for name, key in _DOTS1_MOE.items() if name != "every"} | {
     "first_dense": "first_k_dense_replace"
+}
+_ERNIE_MOE = {
+    "n_experts": "moe_num_experts",
+    "k": "moe_k",
+    "d_expert": "moe_intermediate_size",
+    "n_shared": "moe_num_shared_experts",
+    "every": "moe_layer_interval",
+    "first_dense": "moe_layer_start_index",
+    "last_dense": "moe_layer_end_index",  # there the last layer with experts, or -1
 }
 _RENORMALIZE = {"renormalize": "norm_topk_prob"}
 _DOTS1_ROUTER = _RENORMALIZE | {"scale": "routed_scaling_factor", "groups": "n_group", "k_groups": "topk_group"}
@@ -267,5 +278,19 @@ FAMILIES = {
         router=_DOTS1_ROUTER,
         latent=_LATENT,
         fixed=_BIASED_SIGMOID,
+    ),
+    # Its pairs of channels that turn lie side by side: the rows of q and k are put in our order as they are read, which
+    # changes no bit of what they compute with (`tensor_map` of hf_weights.py).
+    "ernie4_5_moe": Family(
+        architecture="Ernie4_5_MoeForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_KEYS,
+        moe=_ERNIE_MOE,
+        defaults=_ALWAYS
+        | {"tie_word_embeddings": True, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "moe_norm_min": 1e-12}
+        | {"moe_num_shared_experts": 2, "moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
+        written=_SILU,
+        router={"norm_min": "moe_norm_min"},
+        fixed={"router.selection_bias": True},
     ),
 }

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe.config.model import ModelConfig, is_moe_layer
+from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, read_folder
@@ -55,7 +55,7 @@ def tensor_map(
     state: Mapping[str, Tensor], cfg: ModelConfig, family: str, stacked: bool = False
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """For every tensor of the family's folders: its name, and the views into `state` that, joined along their last
-    dimension, are it.
+    dimension, are it. A view of four dimensions is a matrix whose rows are counted by the first three.
 
     state: this model's tensors by name (weights, or gradients). `stacked`: the experts of a layer as two tensors
     (E, 2F, D) and (E, D, F), as transformers 5 holds them in memory; otherwise as folders hold them, which is one by
@@ -82,10 +82,12 @@ def tensor_map(
     mlp = "block_sparse_moe" if mixtral or granite else "mlp"
     router = "gate" if not granite else "router" if stacked else "router.layer"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    turned = ("attn.q", "attn.k") if family == "ernie4_5_moe" else ()
     for layer in range(cfg.n_layers):
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
         for ours, theirs in names.items():
-            yield f"{b}{theirs}.weight", [state[f"{a}{ours}.weight"]]
+            w = state[f"{a}{ours}.weight"]
+            yield f"{b}{theirs}.weight", [_side_by_side(w, cfg) if ours in turned else w]
             if f"{a}{ours}.bias" in state:
                 yield f"{b}{theirs}.bias", [state[f"{a}{ours}.bias"]]
         if not is_moe_layer(cfg, layer):
@@ -94,7 +96,11 @@ def tensor_map(
         # The router, experts for every token, and the routed ones, stacked or one by one.
         yield f"{b}{mlp}.{router}.weight", [state[f"{a}mlp.router.w_ED"]]
         if f"{a}mlp.router.bias_E" in state:  # no gradient has it
-            yield f"{b}{mlp}.gate.e_score_correction_bias", [state[f"{a}mlp.router.bias_E"]]
+            bias_E = state[f"{a}mlp.router.bias_E"]
+            if family == "ernie4_5_moe":
+                yield f"{b}mlp.{'gate.' if stacked else ''}moe_statics.e_score_correction_bias", [bias_E[None]]
+            else:
+                yield f"{b}{mlp}.gate.e_score_correction_bias", [bias_E]
         if f"{a}mlp.shared.up.weight" in state:
             yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED.get(family, 'shared_experts')}")
         if cfg.moe is not None and cfg.moe.shared_gate:
@@ -108,6 +114,17 @@ def tensor_map(
         for projection, w in ((gate, w_gate_EFD), (up, w_up_EFD), (down, w_down_EDF)):
             for e, w_e in enumerate(w):
                 yield f"{b}{mlp}.experts.{e}.{projection}.weight", [w_e]
+
+
+def _side_by_side(w_HD: Tensor, cfg: ModelConfig) -> Tensor:
+    """Rows of queries or keys, whose pairs of channels (i, i + d/2) turn together, with each pair side by side."""
+    return w_HD.unflatten(0, (-1, 2, head_dim(cfg) // 2)).transpose(1, 2)
+
+
+def joined(views: list[Tensor]) -> Tensor:
+    """The tensor of a folder that views of `tensor_map` are; a copy."""
+    whole = torch.cat(views, dim=-1)
+    return whole.flatten(0, 2) if whole.dim() == 4 else whole
 
 
 def _mlp_map(state: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -138,7 +155,7 @@ def _gpt2_map(state: Mapping[str, Tensor], cfg: ModelConfig) -> Iterator[tuple[s
 
 def to_hf(state: Mapping[str, Tensor], cfg: ModelConfig, family: str, stacked: bool = False) -> dict[str, Tensor]:
     """This model's tensors (weights, or gradients) in the family's names and layouts; `stacked` as in `tensor_map`."""
-    return {name: torch.cat(views, dim=-1) for name, views in tensor_map(state, cfg, family, stacked)}
+    return {name: joined(views) for name, views in tensor_map(state, cfg, family, stacked)}
 
 
 @torch.no_grad()
@@ -169,7 +186,7 @@ def views_of(shapes: Mapping[str, tuple[int, ...]], model: Transformer, family: 
         views = missing.pop(full, None)
         if views is None:
             raise BadInput(f"tensor {name} is not part of a {family} with these settings.")
-        expected = (*views[0].shape[:-1], sum(view.shape[-1] for view in views))
+        expected = tuple(joined([view.to("meta") for view in views]).shape)
         if shape != expected:
             raise BadInput(f"tensor {name} has shape {shape}, and the settings say {expected}.")
         targets[name] = views
@@ -182,13 +199,15 @@ def _predicts_further(name: str, cfg: ModelConfig, family: str) -> bool:
     """Whether a tensor is of the layers that some folders have behind the last one, to guess the token after the next:
     no part of the function from tokens to logits."""
     layer = re.match(r"(model\.)?layers\.(\d+)\.", name)
+    if family == "ernie4_5_moe":
+        return "mtp" in name
     return family == "glm4_moe" and layer is not None and int(layer[2]) >= cfg.n_layers
 
 
 def copy_into(tensor: Tensor, views: list[Tensor]) -> None:
     """Fill the views, joined along their last dimension, from a folder's tensor."""
     for view, piece in zip(views, tensor.split([view.shape[-1] for view in views], dim=-1), strict=True):
-        view.copy_(piece)
+        view.copy_(piece.reshape(view.shape))
 
 
 def check_tied(targets: Mapping[str, list[Tensor]], model: Transformer) -> None:
@@ -343,7 +362,7 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
 def _write_shards(folder: Path, tensors: Tensors, cfg: ModelConfig, family: str, shard_bytes: int) -> None:
     """model.safetensors, or numbered shards and their index."""
     # Which tensor goes into which file; the files' order is the map's.
-    meta = {name: torch.cat(views, dim=-1) for name, views in tensor_map(tensors.meta, cfg, family)}
+    meta = {name: joined(views) for name, views in tensor_map(tensors.meta, cfg, family)}
     total = sum(tensor.nbytes for tensor in meta.values())
     streamed.check_room(folder, total)
     shards: list[list[str]] = [[]]
@@ -359,8 +378,8 @@ def _write_shards(folder: Path, tensors: Tensors, cfg: ModelConfig, family: str,
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        joined = (torch.cat(views, dim=-1) for _, views in islice(mapped, len(names)))
-        streamed.write(folder / file, {name: meta[name] for name in names}, joined)
+        whole = (joined(views) for _, views in islice(mapped, len(names)))
+        streamed.write(folder / file, {name: meta[name] for name in names}, whole)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -19,8 +19,8 @@ class TopKRouter(LinearRouter):
 
     p = softmax(z) (Shazeer 2017, 1701.06538) or sigmoid(z) (DeepSeek-V3, 2412.19437); the K largest of p + b are
     chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the chosen, divided by their
-    sum when `renormalize`, times `scale`. With groups > 1 a token first chooses its k_groups best groups of experts
-    (DeepSeek-V2, 2405.04434; V3's node limit is this with a group per node).
+    sum, or by `norm_min` where that is larger, when `renormalize`, times `scale`. With groups > 1 a token first chooses
+    its k_groups best groups of experts (DeepSeek-V2, 2405.04434; V3's node limit is this with a group per node).
 
     noisy: in training z gets N(0, 1) · softplus(x W_noise^T) added (Shazeer 2017). second=random: in training the
     second expert is taken with probability min(1, 2 w_2 / (w_1 + w_2)) (GShard, 2006.16668). At inference a token
@@ -55,9 +55,11 @@ class TopKRouter(LinearRouter):
                 smooth_E = balance.smooth_load(clean_TE, logits_TE, noise_TE, self.k)
             # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
-                backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize, cfg.scale,
+                backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize and not cfg.norm_min, cfg.scale,
                 cfg.groups, cfg.k_groups, cfg.group_top,
             )  # fmt: skip
+            if cfg.norm_min:
+                weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) / cfg.scale).clamp_min(cfg.norm_min)
             rest_TE = None
             if cfg.gradient == "sparsemixer":
                 expert_TK, weight_TK = sparsemixer(logits_TE, self.k, self.training)

@@ -76,8 +76,12 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"model.latent": {"rope_dim": 7}},
         "model.position=rope needs an even model.latent.rope_dim, and here it is 7",
     ),
-    "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 leaves no MoE layer"),
-    "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 leaves no MoE layer"),
+    "no layer (every)": ({"model.moe.every": 5}, "model.moe.every=5 with model.moe.first_dense=0 and"),
+    "no layer (first_dense)": ({"model.moe.first_dense": 4}, "model.moe.first_dense=4 and model.moe.last_dense=0"),
+    "no layer (last_dense)": (
+        {"model.moe.last_dense": 4},
+        "model.moe.last_dense=4 leaves no MoE layer among model.n_layers=4",
+    ),
     "a layer short": (
         {"model.moe.k_by_layer": [1]},
         "model.moe.k_by_layer=[1] needs 4 numbers, one for each MoE layer",

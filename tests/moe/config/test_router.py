@@ -29,6 +29,10 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         "router.threshold=2.0 means nothing to router.name=base, which reads no setting of its own",
     ),
     "options for a router of the library": ({"router.options": {"a": 1}}, "is read by a router of your own only"),
+    "a least sum that divides nothing": (
+        {"router.norm_min": 0.1, "router.renormalize": False},
+        "router.norm_min=0.1 means nothing to router.renormalize=false",
+    ),
     "BASE with two experts": ({"router.name": "base", "model.moe.k": 2}, "set model.moe.k=1 (it is 2)"),
     "sinkhorn that learns nothing": (
         {"router.name": "sinkhorn", "model.moe.k": 1},

@@ -89,6 +89,8 @@ def test_a_fingerprint_is_eight_hex_digits_and_the_same_in_every_process():
 def test_settings_that_were_added_leave_the_names_of_older_runs_alone():
     assert fingerprint(build({})) == "c378cac9", "a new setting belongs among YOUNGER"
     assert fingerprint(build({"source": "runs/other"})) != "c378cac9"
+    assert fingerprint(build({"model": {"moe": {}}})) == "4fedac4e", "also of models with experts"
+    assert fingerprint(build({"model": {"moe": {"last_dense": 1}}})) != "4fedac4e"
 
 
 def test_a_warm_up_names_the_same_run_given_or_derived():

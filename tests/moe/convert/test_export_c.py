@@ -45,6 +45,7 @@ SHAPES = {
     "olmoe": (sizes(MoEConfig(16, 4, 32), qk_norm="full", tie_embeddings=False), RouterConfig(renormalize=False)),
     "qwen3-moe": (sizes(MoEConfig(16, 4, 32, every=2), n_kv_heads=2, head_dim=32, qk_norm="head"), RouterConfig()),
     "deepseek-v3": (sizes(SHARED, n_layers=3), GROUPED),
+    "last layers dense": (sizes(MoEConfig(8, 2, 32, first_dense=1, last_dense=1), n_layers=3), RouterConfig()),
     "shared gate": (sizes(dataclasses.replace(SHARED, shared_gate=True), activation="relu2"), GROUPED),
     "softmax with groups": (sizes(MoEConfig(8, 2, 32)), RouterConfig(groups=2, k_groups=1, group_top=1)),
     "own E and K by layer": (
@@ -227,6 +228,7 @@ def test_draws_have_the_models_distribution(say):
         ({"router": RouterConfig(gradient="straight-through")}, "router.gradient=straight-through"),
         ({"router": RouterConfig(input="previous")}, "router.input=previous"),
         ({"router": RouterConfig(shared=True)}, "router.shared=True"),
+        ({"router": RouterConfig(norm_min=0.1)}, "router.norm_min=0.1"),
         ({"balance": BalanceConfig(force="balanced")}, "balance.force=balanced"),
         ({"moe": MoEConfig(4, 2, 8, widths=[4, 4, 8, 8])}, "model.moe.widths="),
         ({"moe": MoEConfig(4, 2, 8, n_null=1)}, "model.moe.n_null=1"),

@@ -85,6 +85,9 @@ MODELS = {
     "qwen2_moe": dataclasses.replace(SMALL, attn_bias="qkv", moe=MoEConfig(4, 2, 24, n_shared=2, shared_gate=True)),
     "qwen3_moe": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(4, 2, 24, every=2, first_dense=3)),
     "dots1": dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(8, 2, 24, n_shared=2, first_dense=1)),
+    "ernie4_5_moe": dataclasses.replace(
+        SMALL, moe=MoEConfig(8, 2, 24, n_shared=1, every=2, first_dense=1, last_dense=1), head_dim=10
+    ),
     "glm4_moe": dataclasses.replace(
         SMALL,
         qk_norm="head",
@@ -97,7 +100,7 @@ MODELS = {
 
 # The routers of families whose router is not softmax.
 GROUPED = RouterConfig("sigmoid", selection_bias=True, scale=2.5, groups=4, k_groups=2)
-ROUTERS = {"dots1": GROUPED, "glm4_moe": GROUPED}
+ROUTERS = {"dots1": GROUPED, "glm4_moe": GROUPED, "ernie4_5_moe": RouterConfig(selection_bias=True, norm_min=1e-9)}
 
 
 def router_of(family: str, renormalize: bool = True) -> RouterConfig:
@@ -199,6 +202,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {"use_qk_norm": None}),
     ("olmo2", {"sliding_window": 16}),
     ("flex_olmo", {"clip_qkv": 8.0}),
+    ("ernie4_5_moe", {"moe_layer_end_index": -2}),
+    ("ernie4_5_moe", {"moe_layer_end_index": 0}),
+    ("ernie4_5_moe", {"moe_norm_min": -1}),
+    ("ernie4_5_moe", {"use_bias": True}),
     ("dots1", {"n_shared_experts": None}),
     ("dots1", {"n_group": 3}),
     ("dots1", {"topk_group": 5}),
@@ -212,6 +219,8 @@ WORDS = {  # where the sentence names this project's setting, not the key
     "num_key_value_heads": "model.n_kv_heads",
     "num_experts_per_tok": "model.moe.k",
     "rope_scaling": "model.rope_scaling",
+    "moe_layer_end_index": "model.moe.last_dense",
+    "moe_norm_min": "router.norm_min",
     "partial_rotary_factor": "model.rope_fraction",
     "logits_scaling": "model.logit_divisor",
     "attention_multiplier": "model.attn_scale",
@@ -352,6 +361,8 @@ def test_a_missing_key_is_refused_by_name() -> None:
     [
         ({}, {"n_shared": 2}, {}, "model.moe.n_shared=2"),
         ({}, {"depth": 0.5}, {}, "model.moe.depth=0.5"),
+        ({}, {"last_dense": 1}, {}, "model.moe.last_dense=1"),
+        ({}, {}, {"norm_min": 0.1}, "router.norm_min=0.1"),
         ({"norm_at": "after"}, {"every": 2}, {}, "model.norm_at=after"),
         ({"rope_fraction": 0.5}, {}, {}, "model.rope_fraction=0.5"),
         ({"residual_scale": 0.5}, {}, {}, "model.residual_scale=0.5"),

@@ -84,6 +84,7 @@ def _active(cfg):
         total += d_q + 2 * d_kv if cfg.bias or cfg.attn_bias != "none" else 0
         total += d if cfg.bias or cfg.attn_bias == "all" else 0
         routed = moe is not None and layer >= moe.first_dense and layer % moe.every == moe.every - 1
+        routed = routed and layer + moe.last_dense < cfg.n_layers
         if routed:
             total += d * moe.n_experts + matrices * d * moe.d_expert * (moe.k + moe.n_shared)
         else:
@@ -102,8 +103,9 @@ def test_active_parameters_of_presets_are_the_closed_form(name):
         MoEConfig(n_experts=6, k=2, d_expert=5, n_shared=2),
         MoEConfig(n_experts=6, k=6, d_expert=5, every=2),
         MoEConfig(n_experts=6, k=1, d_expert=5, first_dense=2),
+        MoEConfig(n_experts=6, k=1, d_expert=5, first_dense=1, last_dense=1),
     ],
-    ids=["shared", "every", "first_dense"],
+    ids=["shared", "every", "first_dense", "last_dense"],
 )
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("attn_bias", ["none", "qkv", "all"])

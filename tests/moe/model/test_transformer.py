@@ -263,18 +263,20 @@ def test_the_norm_is_the_named_one(make_model, norm):
 
 
 @pytest.mark.parametrize(
-    ("every", "first_dense", "routed"),
+    ("every", "first_dense", "last_dense", "routed"),
     [
-        (1, 0, [0, 1, 2, 3, 4, 5]),
-        (2, 0, [1, 3, 5]),
-        (3, 0, [2, 5]),
-        (1, 1, [1, 2, 3, 4, 5]),
-        (2, 2, [3, 5]),
-        (1, 5, [5]),
+        (1, 0, 0, [0, 1, 2, 3, 4, 5]),
+        (2, 0, 0, [1, 3, 5]),
+        (3, 0, 0, [2, 5]),
+        (1, 1, 0, [1, 2, 3, 4, 5]),
+        (2, 2, 0, [3, 5]),
+        (1, 5, 0, [5]),
+        (1, 0, 2, [0, 1, 2, 3]),
+        (2, 2, 1, [3]),
     ],
 )
-def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, first_dense, routed):
-    moe = MoEConfig(n_experts=4, k=2, d_expert=5, every=every, first_dense=first_dense)
+def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, first_dense, last_dense, routed):
+    moe = MoEConfig(n_experts=4, k=2, d_expert=5, every=every, first_dense=first_dense, last_dense=last_dense)
     model = make_model(n_layers=6, moe=moe)
     assert [layer for layer, block in enumerate(model.blocks) if isinstance(block.mlp, MoELayer)] == routed
     dense = [block.mlp for block in model.blocks if isinstance(block.mlp, MLP)]

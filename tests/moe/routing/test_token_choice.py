@@ -36,6 +36,23 @@ def _near(hits, probability, message=""):
     assert abs(hits.sum() - probability.sum()) <= 5 * deviation + 1e-9, (message, hits.sum(), probability.sum())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_weights_are_divided_by_their_sum_but_by_no_less_than_norm_min(scale):
+    """Ernie 4.5's: softmax, a bias in the choice alone; about half of these tokens' sums are above the least one."""
+    router = _reads_logits(RouterConfig(selection_bias=True, norm_min=0.7, scale=scale))
+    router.bias_E.copy_(torch.linspace(-0.5, 0.5, E))
+    z = states(50, d=E)
+    routing, above = route(router, z), 0
+    for z_E, expert_K, weight_K in zip(z.numpy(), routing.expert.tolist(), routing.weight.tolist(), strict=True):
+        p_E = _softmax(z_E)
+        chosen = sorted(range(E), key=lambda e: -(p_E[e] + router.bias_E[e].item()))[:K]
+        assert set(expert_K) == set(chosen)
+        total = p_E[chosen].sum()
+        above += total > 0.7
+        assert weight_K == pytest.approx([scale * p_E[e] / max(total, 0.7) for e in expert_K], abs=1e-12)
+    assert 5 < above < 45
+
+
 # --- The second expert ------------------------------------------------------------------------------------------------
 
 
