@@ -8,6 +8,7 @@ hf_weights    weights from and to transformers' folders
 hf_stream     the same folders one tensor or one layer at a time, in less memory than they take
 quantize      weights rounded to int8 and int4
 turns         a chat template as what stands around its turns
+gguf          GGUF files, which llama.cpp reads
 export_c      model.bin for run.c, a program in C that continues text
 upcycle       a dense checkpoint into an MoE, and back
 """

@@ -34,17 +34,17 @@ class Split(NamedTuple):
     theirs: str | None  # None: not at all, as there is nothing to merge
 
 
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_CL100K = (
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-_O200K = (
+O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3, _QWEN = (
+LLAMA3, QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
@@ -56,16 +56,16 @@ SPLITS = (
         Split(kind, pattern, pattern.replace("}+", "}"))
         for kind, pattern in (
             ("bpe", GPT4_LIKE),
-            ("gpt2", _GPT2),
-            ("cl100k_base", _CL100K),
-            ("o200k_base", _O200K),
-            ("bpe", _LLAMA3),
-            ("bpe", _QWEN),
+            ("gpt2", GPT2),
+            ("cl100k_base", CL100K),
+            ("o200k_base", O200K),
+            ("bpe", LLAMA3),
+            ("bpe", QWEN),
         )
     ),
 )
 KINDS = tuple(dict.fromkeys(split.kind for split in SPLITS))
-_BYTE_LEVEL_SPLIT = next(split for split in SPLITS if split.ours == _GPT2)  # what ByteLevel does by itself
+_BYTE_LEVEL_SPLIT = next(split for split in SPLITS if split.ours == GPT2)  # what ByteLevel does by itself
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, Pair | None]:
@@ -93,6 +93,14 @@ def _alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+ALPHABET = _alphabet()
+
+
+def spelling(token: bytes) -> str:
+    """A token's bytes as the file has them, a character for each."""
+    return "".join(ALPHABET[byte] for byte in token)
+
+
 def check(tokenizer: Tokenizer) -> Split:
     """How transformers splits text as `tokenizer` does. Raises `BadInput` where no such way is known."""
     for split in SPLITS:
@@ -107,10 +115,8 @@ def check(tokenizer: Tokenizer) -> Split:
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json into an existing `folder`. Raises what `check` raises."""
     split, end = check(tokenizer), tokenizer.decode([tokenizer.eot])
-    alphabet = _alphabet()
-    spell = lambda token: "".join(alphabet[byte] for byte in token)
     # Special tokens have their ids from the vocabulary: ids that are left unused lie between them.
-    vocab = {spell(token): rank for token, rank in tokenizer.ranks.items()}
+    vocab = {spelling(token): rank for token, rank in tokenizer.ranks.items()}
     if taken := vocab.keys() & tokenizer.specials:
         raise BadInput(f"the tokenizer has an ordinary token that is spelt like the special token {min(taken)}.")
     vocab |= tokenizer.specials
@@ -139,7 +145,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
             "byte_fallback": False,
             "ignore_merges": bool(split.theirs),  # a piece that is a token is that token
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [[spell(a), spell(b)] for a, b in filter(None, last_merges(tokenizer.ranks).values())],
+            "merges": [[spelling(a), spelling(b)] for a, b in filter(None, last_merges(tokenizer.ranks).values())],
         },
     }
     config = {
@@ -234,7 +240,7 @@ def _parse(tree: Any, end: str) -> tuple[Tokenizer, list[str]]:
             raise BadInput(f"the end-of-text token {end!r} is not in the vocabulary.")
         specials[end] = vocab.pop(end)
     # Ordinary tokens are spelt in characters that stand for bytes.
-    byte_of = {character: byte for byte, character in enumerate(_alphabet())}
+    byte_of = {character: byte for byte, character in enumerate(ALPHABET)}
     read = lambda text: bytes(byte_of[character] for character in text)
     for text in vocab:
         if any(character not in byte_of for character in text):

@@ -36,6 +36,7 @@ from moe.model.transformer import Transformer
 from moe.run.folder import read_config
 from moe.run.load import load_run
 from moe.run.streamed import Tensors
+from tests.llama_cpp import Engine
 from tests.small_runs import files, settings, train
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +264,57 @@ experiments.convert.main()
 """
 
 
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_a_run_and_a_folder_become_gguf_files_that_llama_cpp_computes_the_same_of(kind, command, corpus, tmp_path):
+    family = {"model.qk_norm": "head", "tokenizer.name": "char"}
+    train(settings(corpus, tmp_path / "run", family))
+    model, tokenizer, cfg = load_run(tmp_path / "run")
+    save(model, cfg.router, tokenizer, tmp_path / "folder")
+    status, out, err = command(experiments.convert, f"source={kind}", "to=out/m.gguf")
+    assert (status, err) == (0, "")
+    assert out.startswith("converted: out/m.gguf  qwen3moe, ")
+    engine, text = Engine(tmp_path / "out" / "m.gguf", cfg.model.vocab_size or tokenizer.vocab_size), "ab cd é"
+    ids = tokenizer.encode(text)
+    assert engine.encode(text) == ids
+    with torch.no_grad():
+        ours_V = torch.log_softmax(model(torch.tensor([ids])).logits_BSV[0, -1], -1)
+    torch.testing.assert_close(engine.log_probs(ids), ours_V, rtol=0, atol=2e-5)
+    said = engine.greedy(ids, 12)
+    assert said == list(generate(model, ids, 12, temperature=0, eot=tokenizer.eot))[: len(said)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dtype=int4"], "dtype=int4 is not one of float32, float16, bfloat16, q8_0."),
+        (["shard_gb=2"], "shard_gb=2.0 has no meaning for a run that becomes GGUF."),
+        (["with_tokenizer=false"], "with_tokenizer=false has no meaning for a run that becomes GGUF."),
+        (["inexact=true"], "router.renormalize=False has no counterpart in llama.cpp's qwen3moe: accepted is True."),
+    ],
+)
+def test_what_cannot_become_gguf_is_refused_in_a_sentence(words, message, command, corpus, tmp_path):
+    train(settings(corpus, tmp_path / "run", {"model.qk_norm": "head", "router.renormalize": False}))
+    status, _, err = command(experiments.convert, "source=run", "to=m.gguf", *words)
+    assert (status, err) == (2, f"error: {message}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_follow_is_written_only_when_asked_for(command, trained, tmp_path):
+    """It cuts numbers otherwise, which matters where there are tokens of two digits."""
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 262), ["in 1987 and 1988, 1913 to 1915 and 16 of 17"] * 9)
+    model, _, cfg = load_run(trained)
+    save(model, cfg.router, tokenizer, tmp_path / "folder")
+    status, _, err = command(experiments.convert, "source=folder", "to=m.gguf")
+    assert (status, (tmp_path / "m.gguf").exists()) == (2, False)
+    assert "llama.cpp splits text where the token b'19' spans it: with inexact=true it is written all the same." in err
+    status, out, err = command(experiments.convert, "source=folder", "to=m.gguf", "inexact=true")
+    assert (status, err) == (0, "")
+    assert "warning: llama.cpp splits text where the token b'19' spans it" in out
+    engine = Engine(tmp_path / "m.gguf", cfg.model.vocab_size or 300)
+    assert engine.encode("in 19") == tokenizer.encode("in 19")
+    assert engine.encode("1919") != tokenizer.encode("1919")
+
+
 def write_folder(folder, cfg, shard_bytes=5_000_000_000):
     """A folder of transformers in bfloat16, whose every tensor is one number, another for each."""
     with torch.device("meta"):
@@ -273,7 +325,7 @@ def write_folder(folder, cfg, shard_bytes=5_000_000_000):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_model_larger_than_memory_is_converted_both_ways(tmp_path):
+def test_a_model_larger_than_memory_is_converted_to_all_forms(tmp_path):
     """158 MB of weights in 60 MB more than the same process has after it converted a small model."""
     moe = MoEConfig(8, 2, 1024)
     small = ModelConfig(
@@ -282,8 +334,14 @@ def test_a_model_larger_than_memory_is_converted_both_ways(tmp_path):
     write_folder(tmp_path / "small", small)
     write_folder(tmp_path / "a", dataclasses.replace(small, n_layers=12, d_model=256, moe=moe), 40_000_000)
     assert sum(path.stat().st_size for path in (tmp_path / "a").iterdir()) > 150_000_000
-    for source, target in (("", "-run"), ("-run", "-b")):
-        words = [f"source=a{source}", f"to=a{target}", "shard_gb=0.04", f"source=small{source}", f"to=small{target}"]
+    shards = "shard_gb=0.04"
+    for source, target, *more in (
+        ("", "-run"),
+        ("-run", "-b", shards),
+        ("", ".gguf"),
+        ("-run", "-2.gguf", "dtype=q8_0"),
+    ):
+        words = [f"source=a{source}", f"to=a{target}", *more, f"source=small{source}", f"to=small{target}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", LIMITED, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -422,10 +480,15 @@ def test_a_folder_that_is_not_a_model_of_ours_is_refused_and_nothing_is_left(dam
     [
         ("source=", "source=... is needed"),
         ("to=", "to=... is needed"),
-        ("to=theirs", "to=theirs exists: choose another folder."),
+        ("to=theirs", "to=theirs exists: choose another."),
         ("source=nowhere", "source=nowhere is neither a run's folder nor one that transformers wrote"),
-        ("which=last", "which=last is for a run, and source="),
-        ("with_tokenizer=false", "with_tokenizer=false is for a run"),
+        ("which=last", "which=last has no meaning for a folder of transformers that becomes a run."),
+        (
+            "with_tokenizer=false",
+            "with_tokenizer=false has no meaning for a folder of transformers that becomes a run.",
+        ),
+        ("shard_gb=1", "shard_gb=1.0 has no meaning for a folder of transformers that becomes a run."),
+        ("dtype=q8_0", "dtype=q8_0 is not one of float32, bfloat16"),
         ("dtype=int8", "dtype=int8 is not one of float32, bfloat16"),
         ("shard_gb=0", "shard_gb=0.0 is out of range"),
         ("dtyp=float32", "dtyp is not a setting"),
