@@ -29,23 +29,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
+from experiments.study.start import start_run
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig, MoEConfig, layer_moe, moe_layers
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.upcycle import METHODS, Tensors, grow, merge, prune, to_dense, upcycle
 from moe.data.prepare import prepare
-from moe.data.shards import Dataset
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.model.transformer import Transformer, load_model, model_tensors
-from moe.run import machine, terminal
-from moe.run.folder import check_tokenizer, command_to_resume, create_folder
+from moe.model.transformer import model_tensors
+from moe.run import terminal
+from moe.run.folder import check_tokenizer, command_to_resume
 from moe.run.load import load_run
 from moe.run.summary import read_summary
-from moe.train.loop import loader_of, resolve
-from moe.train.optimizer import build_optimizer
-from moe.train.state import State, save_checkpoint, seed_everything
 
 FROM_MOE = ("grow", "prune", "dense")
 ALL_METHODS = (*METHODS, "merge", *FROM_MOE)
@@ -188,13 +185,8 @@ def create(cfg: UpcycleConfig, given: list[str]) -> Config:
     for name in (cfg.source, *cfg.others):
         check_tokenizer(Path(name), dataset.tokenizer)
     # The state before the first step, in a folder that appears whole.
-    machine.set_threads(target.train)
-    target = resolve(target, folder, dataset, machine.choose_device(target.train.device), terminal.say)
-    state = _initial_state(target, tensors, dataset)
-    create_folder(
-        folder, target, tokenizer,
-        lambda beside: save_checkpoint(state, target, beside / "checkpoints", dataset, None, terminal.say),
-    )  # fmt: skip
+    target.run = str(folder)
+    target, state = start_run(target, tensors, dataset, tokenizer, terminal.say)
     n_parameters, n_layers = sum(weight.numel() for weight in state.model.parameters()), len(moe_layers(target.model))
     terminal.say(
         f"run: {folder}  {n_parameters:,} parameters, {n_layers} MoE layers by method={cfg.method} "
@@ -217,15 +209,6 @@ def _read_sources(cfg: UpcycleConfig) -> tuple[list[tuple[Tensors, Config]], Tok
             )
         sources.append((model_tensors(model), source))
     return sources, tokenizer
-
-
-def _initial_state(cfg: Config, tensors: Tensors, dataset: Dataset) -> State:
-    """What training starts from: the model with these tensors, an optimiser without a past, the first batch."""
-    machine.set_threads(cfg.train)
-    seed_everything(cfg.seed)
-    model = Transformer(cfg.model, cfg.router, cfg.balance, cfg.data.document_end(dataset.tokenizer.eot))
-    load_model(model, tensors)
-    return State(model, build_optimizer(model, cfg.optim), loader_of(cfg, dataset))
 
 
 if __name__ == "__main__":

@@ -16,5 +16,6 @@ coverage_table  how often verdicts hold
 trust_table   which metrics of routing may be believed
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router
+branch_tables  what branch-train-mix came to
 help_page     what `--help` prints
 """

@@ -13,4 +13,5 @@ recovery    metrics of routing on routers of known truth
 ledger      published claims, and what runs say of each
 planner     what a run will take: memory, devices, time, money
 streaming   what a trace will take that is made layer by layer
+branching   branch-train-mix: an arm against another, experts and domains
 """
