@@ -55,7 +55,7 @@ _HAS = {
         "rope_theta rope_scaling qk_norm bias attn_bias tie_embeddings init_std moe"
     ),
     "model.moe": (
-        "n_experts k d_expert n_shared shared_gate every first_dense n_experts_by_layer k_by_layer depth_every "
+        "n_experts k d_expert n_shared shared_gate every first_dense last_dense n_experts_by_layer k_by_layer depth_every "
         "depth_causal"
     ),
     "router": (
