@@ -13,7 +13,6 @@ there, and so is which layers have experts.
     gpt2          gpt2                query, key and value as one
 """
 
-import dataclasses
 import importlib.util
 import os
 import re
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moe.config.model import ModelConfig, head_dim, is_moe_layer
+from moe.config.parse import lookup, to_dict
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import family_of
@@ -35,6 +35,7 @@ from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import ONE_CHARACTER, Tokenizer
 from moe.errors import BadInput
 from moe.run import streamed
+from moe.run.folder import flat
 from moe.run.streamed import Tensors
 
 INSTALL = "pip install 'moe-switchyard[gguf]'"
@@ -96,10 +97,10 @@ def check(cfg: ModelConfig, router: RouterConfig) -> str:
     if family not in ARCHITECTURES:
         raise BadInput(f"a {family} is not written as GGUF: accepted are {', '.join(ARCHITECTURES)}.")
     arch = ARCHITECTURES[family]
-    for field in dataclasses.fields(ModelConfig):
-        value, default = getattr(cfg, field.name), field.default
-        if field.name not in _SAID and default is not dataclasses.MISSING and value != default:
-            raise BadInput(f"model.{field.name}={value} has no counterpart in GGUF's {arch}: accepted is {default}.")
+    for path, default in flat(to_dict(ModelConfig())).items():
+        value = lookup(cfg, path)
+        if path.partition(".")[0] not in _SAID and value != default:
+            raise BadInput(f"model.{path}={value} has no counterpart in GGUF's {arch}: accepted is {default}.")
     required: dict[str, tuple[Any, Any]] = {}
     if cfg.moe is not None:
         required["router.renormalize"] = router.renormalize, RENORMALIZED[family]
@@ -125,11 +126,12 @@ def split_of(tokenizer: Tokenizer) -> tuple[str, str | None]:
         )
     pre = _PRES[tokenizer.pattern]
     merged = last_merges(tokenizer.ranks)
-    for token, last in merged.items():
-        if last is None and not pre.whole:
-            return pre.name, f"llama.cpp never gives the token {token!r}, which no merge of two tokens makes"
-        if pre.differs(token):
-            return pre.name, f"llama.cpp splits text where the token {token!r} spans it"
+    unmade = [token for token, last in merged.items() if last is None and not pre.whole]
+    cut = [token for token in merged if pre.differs(token)]
+    for tokens, what in ((unmade, "never gives"), (cut, "cuts text inside of")):
+        if tokens:
+            number = f"{len(tokens)} of the tokenizer's {tokenizer.vocab_size} tokens"
+            return pre.name, f"llama.cpp {what} {number}, such as {tokens[0]!r}"
     return pre.name, None
 
 
