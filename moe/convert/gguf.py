@@ -13,7 +13,9 @@ there, and so is which layers have experts.
     gpt2          gpt2                query, key and value as one
 """
 
+import dataclasses
 import importlib.util
+import math
 import os
 import re
 import unicodedata
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config.model import ModelConfig, head_dim, is_moe_layer
+from moe.config.model import ModelConfig, RopeScaling, head_dim, is_moe_layer
 from moe.config.parse import lookup, to_dict
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
@@ -34,6 +36,7 @@ from moe.convert.hf_tokenizer import last_merges, spelling
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import ONE_CHARACTER, Tokenizer
 from moe.errors import BadInput
+from moe.model.rope import frequencies
 from moe.run import streamed
 from moe.run.folder import flat
 from moe.run.streamed import Tensors
@@ -48,7 +51,7 @@ LARGEST["Q8_0"] = 127 * LARGEST["F16"]  # a block's scale is a float16
 # Settings that the file says, or that the family has fixed. Any other must be as it is by default.
 _SAID = {"name", "vocab_size", "context", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"}
 _SAID |= {"norm_eps", "activation", "norm", "position", "rope_theta", "qk_norm", "bias", "tie_embeddings", "init_std"}
-_SAID |= {"moe"}
+_SAID |= {"moe", "rope_scaling"}
 
 
 class Pre(NamedTuple):
@@ -106,6 +109,10 @@ def check(cfg: ModelConfig, router: RouterConfig) -> str:
         required["router.renormalize"] = router.renormalize, RENORMALIZED[family]
         required["model.moe.every"] = cfg.moe.every, 1
         required["model.moe.first_dense"] = cfg.moe.first_dense, 0
+    if cfg.rope_scaling.type == "yarn":
+        required["model.rope_scaling.truncate"] = cfg.rope_scaling.truncate, True
+    if arch != "llama" and cfg.rope_scaling.type == "llama3":  # a tensor that the others have not
+        required["model.rope_scaling.type"] = "llama3", "linear or yarn"
     if family == "olmoe":
         required["model.n_kv_heads"] = cfg.n_kv_heads or cfg.n_heads, cfg.n_heads
     for path, (value, accepted) in required.items():
@@ -138,6 +145,9 @@ def split_of(tokenizer: Tokenizer) -> tuple[str, str | None]:
 def tensor_map(tensors: Mapping[str, Tensor], cfg: ModelConfig, family: str) -> Iterator[tuple[str, Tensor]]:
     """Name and content of every tensor of the file, from this model's tensors by name."""
     yield "token_embd.weight", tensors["embed.weight"]
+    if cfg.rope_scaling.type == "llama3":  # what each frequency is divided by
+        plain = dataclasses.replace(cfg, rope_scaling=RopeScaling())
+        yield "rope_freqs.weight", frequencies(plain)[0] / frequencies(cfg)[0]
     parts = ("weight", "bias") if cfg.bias else ("weight",)
     if cfg.position == "learned":
         yield "position_embd.weight", tensors["position.weight"]
@@ -284,10 +294,26 @@ def _add_settings(writer: Any, cfg: ModelConfig, family: str) -> None:
         writer.add_value_length(head_dim(cfg))
         writer.add_rope_dimension_count(head_dim(cfg))
         writer.add_rope_freq_base(cfg.rope_theta)
+        _add_rope_scaling(writer, cfg.rope_scaling)
     if moe is not None:
         writer.add_expert_count(moe.n_experts)
         writer.add_expert_used_count(moe.k)
         writer.add_expert_feed_forward_length(moe.d_expert)
+
+
+def _add_rope_scaling(writer: Any, scaling: RopeScaling) -> None:
+    """How the frequencies are changed, where they are not a tensor. Yarn's attention factor is one more there."""
+    import gguf
+
+    if scaling.type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.type))
+        writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.type == "yarn":
+        usual = 1.0 + 0.1 * math.log(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+        writer.add_rope_scaling_attn_factors((scaling.attention_factor or usual) / usual)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, n_tokens: int) -> None:

@@ -42,6 +42,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
     "qwen3_moe-tied": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True, "tie_word_embeddings": True}),
 }
+LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 8}
+UNROUNDED = YARN | {"truncate": False, "original_max_position_embeddings": 16, "beta_fast": 0.5, "beta_slow": 0.1}
+VARIANTS |= {
+    f"{family}-{scaling['rope_type']}{i}": (VARIANTS[family][0], VARIANTS[family][1] | {"rope_parameters": scaling})
+    for i, (family, scaling) in enumerate(
+        (
+            ("llama", LINEAR),
+            ("olmoe", LINEAR),
+            ("llama", LLAMA3),
+            ("qwen3_moe", YARN),
+            ("mixtral", YARN | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 0.5}),
+        )
+    )
+}
 BYTES = train(TokenizerConfig("byte"), [])
 PROMPT = list(b"Mixture of experts")
 
@@ -155,6 +172,13 @@ def test_a_model_in_memory_by_no_more_than_two_tensors_gives_the_same_file(tmp_p
             {"num_key_value_heads": 2},
             "model.n_kv_heads=2 has no counterpart in llama.cpp's olmoe: accepted is 4.",
         ),
+        (
+            "qwen3",
+            {"rope_parameters": LLAMA3},
+            "model.rope_scaling.type=llama3 has no counterpart in llama.cpp's qwen3",
+        ),
+        ("qwen3_moe", {"rope_parameters": UNROUNDED}, "model.rope_scaling.truncate=False has no"),
+        ("mixtral", {"sliding_window": 5}, "model.window=5 has no counterpart in GGUF's llama: accepted is 0."),
     ],
 )
 def test_what_llama_cpp_has_not_is_refused_by_the_setting_and_would_be_wrong(
