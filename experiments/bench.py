@@ -8,6 +8,7 @@
     python -m experiments.bench suite=tracing                             # a trace's memory, and one under a limit
     python -m experiments.bench suite=watching                            # what log.doctor costs a step
     python -m experiments.bench suite=page                                # how soon the inspector's page answers
+    python -m experiments.bench suite=generation                          # run.c's tokens per second against torch's
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
@@ -30,7 +31,20 @@ import torch
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.suites import facts, kernels, layer, memory, page, peers, routing, timing, tracing, tune, watching
+from experiments.suites import (
+    facts,
+    generation,
+    kernels,
+    layer,
+    memory,
+    page,
+    peers,
+    routing,
+    timing,
+    tracing,
+    tune,
+    watching,
+)
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Rows, run
 from experiments.sweeps import check_each
@@ -42,10 +56,12 @@ from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
 
-SUITES = ("train_step", "routing", "memory", "tracing", "watching", "page", "kernels", "layer", "tune")
+SUITES = (
+    "train_step", "routing", "memory", "tracing", "watching", "page", "generation", "kernels", "layer", "tune",
+)  # fmt: skip
 INSTEAD = (
-    "suite=routing, memory, tracing, watching, page and train_step run on a CPU, and sizes=smoke of the others in "
-    "Triton's interpreter."
+    "suite=routing, memory, tracing, watching, page, generation and train_step run on a CPU, and sizes=smoke of the "
+    "others in Triton's interpreter."
 )
 
 
@@ -53,7 +69,8 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    suite: str = "train_step"  # train_step | routing | memory | tracing | watching | page | kernels | layer | tune
+    # train_step | routing | memory | tracing | watching | page | generation | kernels | layer | tune
+    suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
     model: ModelConfig = field(default_factory=train_step_suite.bench_model)  # train_step; model=NAME takes a preset
@@ -175,8 +192,8 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
-        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, kernels=kernels, layer=layer,
-        tune=tune,
+        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, generation=generation,
+        kernels=kernels, layer=layer, tune=tune,
     )  # fmt: skip
     suite = suites[cfg.suite]
     # What a suite takes beside the device and its size.

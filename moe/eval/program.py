@@ -15,10 +15,10 @@ from moe.errors import BadInput
 FLAGS = ("-O3", "-std=c99")  # as docs/two-files.md has them
 
 
-def compile_program(folder: Path, *flags: str) -> Path:
-    """`folder`/run of `folder`/run.c, with the system's C compiler and `flags` more, such as -fopenmp. Raises
+def compile_program(folder: Path, *flags: str, name: str = "run") -> Path:
+    """`folder`/`name` of `folder`/run.c, with the system's C compiler and `flags` more, such as -fopenmp. Raises
     `BadInput` where there is no compiler, or it cannot."""
-    compiler, program = shutil.which("cc"), folder / "run"
+    compiler, program = shutil.which("cc"), folder / name
     if not compiler:
         raise BadInput("there is no C compiler: a program named cc on the path is needed.")
     command = [compiler, *FLAGS, *flags, str(folder / "run.c"), "-o", str(program), "-lm"]
