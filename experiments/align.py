@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.suites.alignment import HEADINGS, ROUTES, START_STEPS, STEPS, cells, measure, route_cells
+from experiments.suites.alignment import ARMS, HEADINGS, ROUTES, START_STEPS, STEPS, cells, measure, route_cells, slug
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
@@ -23,6 +23,8 @@ class AlignConfig:
     """How many runs, and of how many steps."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of every arm
+    # which arms, such as [exact,anywhere] (experiments/suites/alignment.py, with - for what is no letter); empty: all
+    arms: list[str] = field(default_factory=list)
     steps: int = STEPS  # of every arm's run
     start_steps: int = START_STEPS  # of the run that they go on from: of fewer it knows no sums
     run: str = "runs/align"  # the folder of the data and the runs
@@ -32,6 +34,9 @@ class AlignConfig:
         for name in ("steps", "start_steps"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} is out of range: accepted is at least 1.")
+        for name in self.arms:
+            if name not in {slug(arm.name) for arm in ARMS}:
+                raise BadInput(f"arms has {name!r}: accepted are {', '.join(slug(arm.name) for arm in ARMS)}.")
         if not self.seeds or min(self.seeds) < 0:
             raise BadInput(f"seeds={self.seeds} is out of range: accepted are numbers of at least 0, such as [0,1,2].")
 
@@ -41,7 +46,7 @@ def main(cfg: AlignConfig) -> None:
     """Train, print, and keep."""
     words = [
         f"{name}={str(value).replace(' ', '')}"
-        for name in ("seeds", "steps", "start_steps")
+        for name in ("seeds", "arms", "steps", "start_steps")
         if (value := getattr(cfg, name)) != getattr(AlignConfig(), name)
     ]
     facts = {
@@ -49,7 +54,7 @@ def main(cfg: AlignConfig) -> None:
         "device": machine.device_name(machine.choose_device("auto")),
         **machine.git_state()._asdict(),
     }
-    rows = measure(Path(cfg.run), cfg.seeds, cfg.steps, cfg.start_steps, terminal.say)
+    rows = measure(Path(cfg.run), cfg.seeds, cfg.steps, cfg.start_steps, terminal.say, cfg.arms)
     tables.print_table(HEADINGS, cells(rows))
     tables.print_table(ROUTES, route_cells(rows))
     if cfg.out:

@@ -33,6 +33,7 @@ NEEDS = {
     "tokenizer/saved": ["tokenizer.path=runs/NAME"],
     "data/preferences": ["data.path=pairs.jsonl"],
     "data/prompts": ["data.path=prompts.jsonl"],
+    "experiment/sums": ["data.path=texts.jsonl"],
     "experiment/dpo": ["source=runs/NAME", "data.path=pairs.jsonl"],
     "experiment/reward": ["source=runs/NAME", "data.path=pairs.jsonl"],
     "experiment/grpo": ["source=runs/NAME", "data.path=prompts.jsonl"],

@@ -79,15 +79,23 @@ HEADINGS = ("arm", "runs", "exact", "anywhere", "lists all ten", "tokens", "its 
 ROUTES = ("arm", "runs", "other experts", "largest log-ratio", "tokens beyond the clip", "exact")
 
 
-def measure(folder: Path, seeds: Sequence[int], steps: int, start_steps: int, say: Callable[[str], None]) -> list[Row]:
-    """Train what is missing in `folder`, and measure: the start, then every arm with every seed."""
+def measure(
+    folder: Path,
+    seeds: Sequence[int],
+    steps: int,
+    start_steps: int,
+    say: Callable[[str], None],
+    names: Sequence[str] = (),
+) -> list[Row]:
+    """Train what is missing in `folder`, and measure: the start, then every arm with every seed. `names`: of these arms
+    alone, as `slug` has them; what a reward model judges needs that one's too."""
     write_data(folder)
     start = folder / "start"
     if not (start / "summary.json").exists():
         train(start_config(folder, start_steps), say)
     rows = [measured("start", 0, start, folder, start_steps)]
     for seed in seeds:
-        for arm in ARMS:
+        for arm in (arm for arm in ARMS if not names or slug(arm.name) in names):
             run = folder / f"{slug(arm.name)}-seed{seed}"
             if not (run / "summary.json").exists():
                 train(arm_config(arm, seed, steps, folder), say)
