@@ -256,7 +256,7 @@ def test_a_checkpoint_holds_everything_that_changes(corpus, tmp_path):
     cfg = settings(corpus, tmp_path / "run")
     train(cfg)
     snapshot = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", print))
-    assert {each.name for each in dataclasses.fields(moe.train.state.State)} - {"teacher", "replay"} == {
+    assert {each.name for each in dataclasses.fields(moe.train.state.State)} - {"teacher", "replay", "companions"} == {
         "model", "optimizer", "loader", "step", "seconds", "skipped", "skipped_in_a_row", "average",
     }  # fmt: skip
     assert isinstance(snapshot, Snapshot)
