@@ -297,6 +297,12 @@ def measured_rows(lines: list[MetricsLine]) -> float | None:
     return sum(rows) / len(rows) if rows else None
 
 
+def places_read(lines: list[MetricsLine]) -> int:
+    """How many tokens' places the steps of these lines had, where rows are as long as a batch's longest."""
+    pairs = zip(lines, lines[1:], strict=False)
+    return sum(round((line.tokens_per_s or 0.0) * (line.seconds - before.seconds)) for before, line in pairs)
+
+
 def summarize(
     state: State,
     cfg: Config,
@@ -307,9 +313,12 @@ def summarize(
     code: machine.GitState,
 ) -> Summary:
     """The numbers of a finished run, and what they came from."""
+    lines = read_metrics(Path(cfg.run))
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.model.context
+    if cfg.objective.name != "lm":
+        tokens = places_read(lines)
     # What experts computed counts as measured where the settings do not say it.
-    rows = measured_rows(read_metrics(Path(cfg.run)))
+    rows = measured_rows(lines)
     layers = [layer_moe(cfg.model, layer) for layer in moe_layers(cfg.model)]
     vary = any(rows_vary(moe, cfg.router, cfg.balance) for moe in layers)
     return Summary(

@@ -39,7 +39,7 @@ from moe.eval.evaluate import eval_mode
 from moe.eval.rollout import Rollout, judged, last_place, rollout
 from moe.model.adapt import merged
 from moe.model.layer import LayerRouting
-from moe.model.transformer import Output, Transformer, load_model
+from moe.model.transformer import Output, Transformer, divided, load_model
 from moe.run import checkpoint
 from moe.run.load import load_run
 from moe.run.machine import autocast
@@ -225,7 +225,7 @@ def read(
         return model(tokens_BS, **settings), None
     state_BSD, routing = model.states(tokens_BS, **settings)
     reward_B = model.rewards(state_BSD, last_place(targets_BS != NO_TARGET) + 1)
-    return Output(model.head(state_BSD.detach()).detach(), routing), reward_B
+    return Output(divided(model.cfg, model.head(state_BSD.detach())).detach(), routing), reward_B
 
 
 def answer_loss(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.data.answer_loader import Prompts
+from moe.data.answer_loader import PairLoader, Prompts, rows_of
 from moe.data.loader import NO_TARGET
 from moe.errors import BadInput
 from moe.eval.rollout import rollout
@@ -18,6 +18,7 @@ from moe.run.load import load_run
 from moe.train import objective
 from moe.train.objective import Companions, answer_loss, draw_answers, flips, micro_batch, prepare_objective, read
 from moe.train.step import compute_gradients
+from tests.small_models import BYTES
 from tests.small_runs import fate, settings, train, train_until
 
 CLEAN = {
@@ -87,6 +88,13 @@ def test_the_first_step_of_dpo_is_the_logarithm_of_2(base):
         "accuracy": 0, "chosen": 0, "rejected": 0, "length": 2, "flips": 0,
     }  # fmt: skip
     assert second["dpo"] < first["dpo"]
+
+
+def test_a_summary_counts_the_places_that_the_rows_had(base):
+    cfg = dpo(base, "counted", **{"train.steps": 3})
+    summary = train(cfg)
+    loader = PairLoader(None, rows_of(cfg.data, "train"), BYTES, 4, 32, cfg.data_seed())
+    assert summary.tokens == sum(loader.batch(step).targets_BS.numel() for step in range(3))
 
 
 def test_a_reward_model_learns_who_is_preferred_and_judges_answers(base):
