@@ -7,6 +7,7 @@ saves, and says how to go on. A loss or gradient that is not finite never reache
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -299,7 +300,7 @@ def measured_rows(lines: list[MetricsLine]) -> float | None:
 
 def places_read(lines: list[MetricsLine]) -> int:
     """How many tokens' places the steps of these lines had, where rows are as long as a batch's longest."""
-    pairs = zip(lines, lines[1:], strict=False)
+    pairs = itertools.pairwise(lines)
     return sum(round((line.tokens_per_s or 0.0) * (line.seconds - before.seconds)) for before, line in pairs)
 
 
