@@ -10,6 +10,7 @@ page           how soon the inspector's page answers, in a browser
 alignment      small models aligned on a verifiable task, one of them with a reward that can be hacked
 generation     how many tokens a second run.c says, against torch
 faults         small models trained with a known fault, and what the doctor says of them
+families       transformers' models against what is read of their folders
 tracing        what a trace takes in memory, long ones and of folders larger than it
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
 tune           candidate tiles for kernels/tuning.jsonl, timed

@@ -55,8 +55,8 @@ _HAS = {
         "rope_theta rope_scaling qk_norm bias attn_bias tie_embeddings init_std moe"
     ),
     "model.moe": (
-        "n_experts k d_expert n_shared shared_gate every first_dense last_dense n_experts_by_layer k_by_layer depth_every "
-        "depth_causal"
+        "n_experts k d_expert n_shared shared_gate every first_dense last_dense n_experts_by_layer k_by_layer "
+        "depth_every depth_causal"
     ),
     "router": (
         "name noisy jitter frozen renormalize selection_bias scale groups k_groups group_top second threshold top_p "

@@ -19,8 +19,7 @@ TINY = [
     "model.d_ff=64", "model.moe.n_experts=4", "model.moe.k=2", "model.moe.d_expert=32", "batch_size=2", "rounds=1",
     "steps=2",
 ]  # fmt: skip
-
-
+SUITES = "train_step, routing, memory, tracing, watching, page, families, generation, kernels, layer, tune"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -69,8 +68,7 @@ def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
     [
         (
             "suite=kernel",
-            "suite=kernel is not one of train_step, routing, memory, tracing, watching, page, generation, "
-            "kernels, layer, tune",
+            f"suite=kernel is not one of {SUITES}",
         ),
         ("peers=[megatron]", "peers has 'megatron'; accepted are transformers"),
         ("precisions=[fp8]", "precisions has 'fp8'; accepted are fp32, bf16"),
@@ -86,8 +84,7 @@ def test_a_ratio_is_the_median_times_over_the_moes(monkeypatch, tmp_path):
         ("rounds=-3", "rounds=-3 is out of range: accepted is at least 1"),
         (
             "suite=trainstep",
-            "suite=trainstep is not one of train_step, routing, memory, tracing, watching, page, generation, "
-            "kernels, layer, tune",
+            f"suite=trainstep is not one of {SUITES}",
         ),
         ("precisions=[]", "precisions=[] leaves nothing to measure; accepted are fp32, bf16"),
         ("model.d_model=-8", "model.d_model=-8 is out of range"),
@@ -109,8 +106,7 @@ def test_what_it_does_not_know_is_refused(override, words, monkeypatch, capsys):
     [
         (
             ["suite=routing,kernel"],
-            "suite=kernel is not one of train_step, routing, memory, tracing, watching, page, generation, "
-            "kernels, layer, tune",
+            f"suite=kernel is not one of {SUITES}",
         ),
         (["suite=routing", "rounds=1,-1"], "rounds=-1 is out of range: accepted is at least 1"),
         (["suite=routing", "peers=[transformers],[]"], "peers=['transformers'] means nothing to suite=routing"),
@@ -178,7 +174,7 @@ def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monke
     assert error.count("error:") == 1
     for word in (
         f"suite={suite} cannot run here",
-        "suite=routing, memory, tracing, watching, page, generation and train_step",
+        "suite=routing, memory, tracing, watching, page, families and train_step",
         "sizes=smoke",
         "interpreter",
     ):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 
+from experiments.suites.families import GPT2, LLAMA, OLMOE, QWEN3_MOE
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
@@ -24,7 +25,6 @@ from moe.errors import BadInput
 from moe.model.transformer import Transformer, model_tensors
 from moe.run.streamed import Tensors, in_memory
 from tests.llama_cpp import Engine
-from tests.moe.convert.test_hf_weights import GPT2, LLAMA, OLMOE, QWEN3_MOE
 from tests.small_runs import left_by_others
 
 V = 260

@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.suites.families import VARIANTS, theirs
+from experiments.suites.timing import relative_error as error
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
@@ -25,118 +27,11 @@ from moe.model.transformer import Transformer
 from tests.small_runs import left_by_others
 
 TOLERANCE = 1e-5  # relative, Frobenius
-LLAMA = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": None,  # OLMoE's default, 1, would stop the gradient of that token's embedding
-}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
-LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 50.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 50.0}
-GPT2 = {"vocab_size": 48, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-DOTS1 = LLAMA | {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2}
-DOTS1 |= {"head_dim": 12, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
-ERNIE = LLAMA | {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "head_dim": 12}
-GROUPS = {"n_group": 4, "topk_group": 2}
-WINDOW = {"use_sliding_window": True, "sliding_window": 5}
-GRANITEMOE = LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 6.0}
-GRANITEMOE |= {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 3.0}
-OLMOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
-QWEN3_MOE = LLAMA | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
-QWEN2_MOE = QWEN3_MOE | {"shared_expert_intermediate_size": 48, "norm_topk_prob": True}
-DEEPSEEK = LLAMA | {"num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1}
-DEEPSEEK |= {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
-DEEPSEEK |= {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
-MSCALE = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("gpt2", GPT2),
-    "gpt2-untied-narrow": ("gpt2", GPT2 | {"n_inner": 48, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}),
-    "llama": ("llama", LLAMA),
-    "llama-tied-theta": ("llama", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 100.0}}),
-    "llama-heads": ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-2}),
-    "llama-linear": ("llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "llama-llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
-    "llama-biases": ("llama", LLAMA | {"attention_bias": True}),
-    "qwen2": ("qwen2", LLAMA),
-    "qwen2-window": ("qwen2", LLAMA | WINDOW | {"max_window_layers": 1, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
-    "qwen3-biases": ("qwen3", LLAMA | {"attention_bias": True}),
-    "qwen3-yarn": ("qwen3", LLAMA | {"head_dim": 12, "rope_parameters": YARN}),
-    "qwen3-windows": ("qwen3", LLAMA | WINDOW | {"max_window_layers": 1}),
-    "qwen3-alternating": ("qwen3", LLAMA | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
-    "olmo2": ("olmo2", LLAMA),
-    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "mixtral-window": ("mixtral", LLAMA | {"num_local_experts": 4, "sliding_window": 5}),
-    "granitemoe": ("granitemoe", GRANITEMOE),
-    "granitemoe-plain": ("granitemoe", LLAMA | {"num_local_experts": 4, "attention_multiplier": 8**-0.5}),
-    "granitemoe-biases": ("granitemoe", GRANITEMOE | {"attention_bias": True, "tie_word_embeddings": True}),
-    "olmoe": ("olmoe", OLMOE | {"norm_topk_prob": False}),
-    "olmoe-renormalized": ("olmoe", OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 4}),
-    "flex_olmo": ("flex_olmo", OLMOE | {"norm_topk_prob": True, "attention_bias": True, "num_experts_per_tok": 4}),
-    "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
-    "qwen2_moe-windows": ("qwen2_moe", QWEN2_MOE | WINDOW | {"qkv_bias": False, "mlp_only_layers": [0]}),
-    "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
-    "qwen3_moe-window": ("qwen3_moe", QWEN3_MOE | WINDOW),
-    "qwen3_moe-one-layer": ("qwen3_moe", QWEN3_MOE | {"num_hidden_layers": 1}),
-    "qwen3_moe-every-other": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
-    "deepseek_v2-lite": ("deepseek_v2", DEEPSEEK | MSCALE | {"q_lora_rank": None}),
-    "deepseek_v2": ("deepseek_v2", DEEPSEEK | GROUPED | {"rms_norm_eps": 1e-2}),
-    "deepseek_v3": ("deepseek_v3", DEEPSEEK | MSCALE | {"n_group": 4, "topk_group": 2}),
-    "deepseek_v3-raw": ("deepseek_v3", DEEPSEEK | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
-    "qwen3_moe-first-dense": ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [0], "tie_word_embeddings": True}),
-    "dots1": ("dots1", DOTS1 | GROUPS),
-    "dots1-window": ("dots1", DOTS1 | {"sliding_window": 5, "max_window_layers": 1, "norm_topk_prob": False}),
-    "glm4_moe": ("glm4_moe", DOTS1 | GROUPS | {"attention_bias": True, "use_qk_norm": True}),
-    "glm4_moe-no-norm": ("glm4_moe", DOTS1 | {"partial_rotary_factor": 0.25, "head_dim": 16}),
-    "glm4_moe-yarn": (
-        "glm4_moe",
-        DOTS1 | {"n_routed_experts": 6, "rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
-    ),
-    "glm4_moe-as-dots1": ("glm4_moe", DOTS1 | {"partial_rotary_factor": 1.0, "use_qk_norm": True}),
-    "ernie4_5_moe": ("ernie4_5_moe", ERNIE | {"moe_num_shared_experts": 2, "moe_layer_start_index": 0}),
-    "ernie4_5_moe-ends": (
-        "ernie4_5_moe",
-        ERNIE | {"num_hidden_layers": 4, "moe_layer_end_index": 2, "moe_num_shared_experts": 0, "moe_norm_min": 0.4},
-    ),
-}
 TOKENS_BS = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 # What is of a plainer family too is written as that: it is found first.
 SAME_AS = {"granitemoe-plain": "mixtral", "glm4_moe-as-dots1": "dots1"}
-
-
-def theirs(variant: str) -> Any:
-    """A tiny random model of transformers whose every weight, norms and biases too, matters to the logits."""
-    model_type, settings = VARIANTS[variant]
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(model_type, **settings), dtype=torch.float32
-    ).train()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(0.25 * noise if p.dim() > 1 or name.endswith("bias") else 1 + 0.3 * noise)
-            if name.endswith("e_score_correction_bias"):
-                p.mul_(0.1)
-        for name, buffer in model.named_buffers():  # above 0: see moe/convert/hf_latent.py
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator).abs())
-    return model
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius distance."""
-    assert found.shape == expected.shape
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def next_token_loss(logits_BSV: Tensor) -> Tensor:
