@@ -59,7 +59,8 @@ from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
 
 SUITES = (
-    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "kernels", "layer", "tune",
+    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "kernels", "layer",
+    "tune",
 )  # fmt: skip
 INSTEAD = (
     "suite=routing, memory, tracing, watching, page, families, generation and train_step run on a CPU, and sizes=smoke "
@@ -194,8 +195,8 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
-        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families, generation=generation,
-        kernels=kernels, layer=layer, tune=tune,
+        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
+        generation=generation, kernels=kernels, layer=layer, tune=tune,
     )  # fmt: skip
     suite = suites[cfg.suite]
     # What a suite takes beside the device and its size.

@@ -34,15 +34,16 @@ def _forward(
     n_slots: int,
     activation: str,
     keep_z: bool = True,
+    b_up_EF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer's output and z, which has no rows unless it is kept for the backward."""
     tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
-    return forward(_spans(offset_E1), *tensors, n_slots, activation, keep_z)
+    return forward(_spans(offset_E1), *tensors, n_slots, activation, keep_z, b_up_EF)
 
 
 def forward(
     spans: list[Span], x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, token_N: Tensor,
-    slot_N: Tensor, n_slots: int, activation: str, keep_z: bool = True,
+    slot_N: Tensor, n_slots: int, activation: str, keep_z: bool = True, b_up_EF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `_forward` computes, with the experts' slots told by the host: so its memory can be walked without data."""
     end = spans[-1][2] if spans else 0
@@ -50,6 +51,8 @@ def forward(
     z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
     for e, lo, hi in spans:
         torch.mm(x_RD[lo:hi], w_up_EFD[e].T, out=z_RF[lo:hi])
+        if b_up_EF is not None:
+            z_RF[lo:hi] += b_up_EF[e]
     z_RF[end:] = 0
     h_RF, y_RD = reference.activate(z_RF, activation), torch.empty_like(x_RD)
     for e, lo, hi in spans:
@@ -61,7 +64,7 @@ def forward(
 
 @_forward.register_fake
 def _(
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation, keep_z=True
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation, keep_z=True, b_up_EF=None
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     return torch.empty_like(x_TD), x_TD.new_empty(n_slots if keep_z else 0, w_up_EFD.shape[1])
 
@@ -70,18 +73,18 @@ def _(
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
     token_N: Tensor, slot_N: Tensor, offset_E1: Tensor, activation: str,
-    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True, for_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
     tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
-    return backward(_spans(offset_E1), *tensors, activation, for_x, for_up, for_down, for_weight)
+    return backward(_spans(offset_E1), *tensors, activation, for_x, for_up, for_down, for_weight, for_bias)
 
 
 def backward(
     spans: list[Span], dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor,
     weight_N: Tensor, token_N: Tensor, slot_N: Tensor, activation: str,
-    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True, for_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What `_backward` computes, with the experts' slots told by the host."""
     end = spans[-1][2] if spans else 0
     token_R = _to_slots(token_N, slot_N, len(z_RF))
@@ -89,11 +92,11 @@ def backward(
     weight_R1 = _to_slots(weight_N, slot_N, len(z_RF))[:, None].to(x_TD.dtype)
     dout_RD = dout_TD.index_select(0, token_R)
     dh_RF = torch.zeros_like(z_RF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
-    if for_x or for_up or for_weight:
+    if for_x or for_up or for_weight or for_bias:
         for e, lo, hi in spans:
             torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
     h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, activation)
-    dx_TD, dw_up_EFD, dw_down_EDF = (x_TD.new_empty(0) for _ in range(3))
+    dx_TD, dw_up_EFD, dw_down_EDF, db_up_EF = (x_TD.new_empty(0) for _ in range(4))
     dweight_N = weight_N.new_empty(0)
     if for_weight:
         dweight_R = torch.linalg.vecdot(dh_RF.to(weight_N.dtype), h_RF.to(weight_N.dtype))
@@ -102,22 +105,26 @@ def backward(
         dw_down_EDF = _weight_gradient(dout_RD, h_RF * weight_R1, w_down_EDF, spans)
     if for_up:
         dw_up_EFD = _weight_gradient(dz_RF, x_TD.index_select(0, token_R), w_up_EFD, spans)
+    if for_bias:
+        db_up_EF = dz_RF.new_zeros(w_up_EFD.shape[:2])
+        for e, lo, hi in spans:
+            torch.sum(dz_RF[lo:hi], 0, out=db_up_EF[e])
     if for_x:
         dx_RD = torch.empty_like(dout_RD)
         for e, lo, hi in spans:
             torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
         dx_RD[end:] = 0
         dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF
 
 
 @_backward.register_fake
 def _(
     dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, activation,
-    for_x=True, for_up=True, for_down=True, for_weight=True,
+    for_x=True, for_up=True, for_down=True, for_weight=True, for_bias=False,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    wanted = (for_x, for_up, for_down, for_weight)
-    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N), wanted)
+    wanted = (for_x, for_up, for_down, for_weight, for_bias)
+    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N, w_up_EFD[:, :, 0]), wanted)
 
 
 def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[Span]) -> Tensor:
@@ -173,6 +180,14 @@ def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, 
             dz[:, :width] = torch.ops.aten.silu_backward(dh * up, gate)
             torch.mul(dh, silu, out=dz[:, width:])
             return silu * up, dz
+        case "swiglu_clipped":
+            (gate, up), dz = (z[..., ::2], z[..., 1::2]), torch.empty_like(z)
+            low, middle = gate.clamp(max=reference.CLIP), up.clamp(-reference.CLIP, reference.CLIP)
+            share = torch.sigmoid(reference.CLIP_ALPHA * low)
+            slope = share * (1 + reference.CLIP_ALPHA * low * (1 - share))
+            dz[..., ::2] = torch.where(gate <= reference.CLIP, dh * (middle + 1) * slope, 0)
+            dz[..., 1::2] = torch.where(up.abs() <= reference.CLIP, dh * low * share, 0)
+            return low * share * (middle + 1), dz
         case "gelu" | "gelu_tanh":
             approximate = "tanh" if activation == "gelu_tanh" else "none"
             return F.gelu(z, approximate=approximate), torch.ops.aten.gelu_backward(dh, z, approximate=approximate)
@@ -183,7 +198,8 @@ def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, 
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation, keep_z = inputs
+    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation, keep_z, b_up_EF = inputs
+    ctx.has_bias = b_up_EF is not None
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
     ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1)
     ctx.mark_non_differentiable(output[1])
@@ -191,12 +207,14 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _autograd_backward(ctx, dout_TD, dz_RF):  # type: ignore[no-untyped-def]
-    gradients, wanted = [None] * 4, ctx.needs_input_grad[:4]
+    wanted = (*ctx.needs_input_grad[:4], ctx.has_bias and ctx.needs_input_grad[-1])
+    gradients = [None] * 5
     if dout_TD is not None:
         computed = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation, *wanted)
         gradients = [gradient if want else None for gradient, want in zip(computed, wanted, strict=True)]
     # None for the rest: an argument that has its default is not among them.
-    return *gradients, *[None] * (len(ctx.needs_input_grad) - 4)
+    rest = [None] * (len(ctx.needs_input_grad) - 4)
+    return *gradients[:4], *(rest[:-1] + gradients[4:] if ctx.has_bias else rest)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -210,6 +228,7 @@ def experts(
     expert_N: Tensor,
     weight_N: Tensor,
     activation: str,
+    b_up_EF: Tensor | None = None,
 ) -> Tensor:
     """`reference.experts` with one sort and no per-expert gradient copies. `token_N` must be ascending.
 
@@ -220,10 +239,13 @@ def experts(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
+        b_up_EF = None if b_up_EF is None else b_up_EF.to(dtype)
     floats = (x_TD, w_up_EFD, w_down_EDF, weight_N)
-    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation)
-    operands.refuse_tangents(NAME, *floats)
+    biases = () if b_up_EF is None else (b_up_EF,)
+    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, unfused=operands.UNFUSED)
+    operands.refuse_tangents(NAME, *floats, *biases)
     expert_N = operands.rows(NAME, expert_N, token_N, len(x_TD), len(w_up_EFD))
     where = slots(expert_N, len(w_up_EFD))
-    out_TD, _ = _forward(*floats, token_N, *where, activation, operands.wants_gradient(*floats))
+    keep_z = operands.wants_gradient(*floats, *biases)
+    out_TD, _ = _forward(*floats, token_N, *where, activation, keep_z, *biases)
     return out_TD

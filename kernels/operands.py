@@ -13,7 +13,9 @@ from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")  # of all backends
+UNFUSED = ("swiglu_clipped",)  # of the torch and reference backends alone
+GATED = ("swiglu", "swiglu_clipped")  # whose pre-activation has a gate channel beside every other
 SCORES = ("softmax", "sigmoid")
 
 Operand = tuple[Tensor | None, str, tuple[torch.dtype, ...]]  # a letter per dimension; the types it may have
@@ -73,13 +75,13 @@ def choice(name: str, logits_TE: Tensor, k: int, score: str, bias_E: Tensor | No
 
 def layer(
     name: str, x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, token_N: Tensor | None, expert: Tensor,
-    weight: Tensor, activation: str, mixed: bool = False,
+    weight: Tensor, activation: str, mixed: bool = False, unfused: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """What every backend asks of a layer's operands, as `fused.experts` has them; mixed: x and the weights may be of
-    different types. Raises `ValueError`."""
+    different types; unfused: activations that it has beside those of all. Raises `ValueError`."""
     # What kind of operands they are, wherever they lie.
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}.")
+    if activation not in (*ACTIVATIONS, *unfused):
+        raise ValueError(f"activation={activation!r} is not one of {', '.join((*ACTIVATIONS, *unfused))}.")
     kinds = (x_TD.dtype, w_up_EFD.dtype, w_down_EDF.dtype)
     if not set(kinds) <= set(FLOATS) or not (mixed or len(set(kinds)) == 1):
         raise ValueError(
@@ -92,7 +94,7 @@ def layer(
 
     # Shapes: of the layer and its weights, then of the routing.
     e, d, f = w_up_EFD.shape[:1], x_TD.shape[1:], w_down_EDF.shape[2:]
-    gate = 2 if activation == "swiglu" else 1
+    gate = 2 if activation in GATED else 1
     width = tuple(gate * size for size in f)
     if (len(d), len(f)) != (1, 1) or w_up_EFD.shape != (*e, *width, *d) or w_down_EDF.shape != (*e, *d, *f):
         raise ValueError(

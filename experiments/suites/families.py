@@ -62,6 +62,13 @@ DEEPSEEK |= {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_r
 DEEPSEEK |= {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
 MSCALE = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}}
+GPT_OSS: dict[str, Any] = LLAMA | {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "head_dim": 12,
+    "sliding_window": 5,
+}
+GPT_OSS |= {"num_hidden_layers": 3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
@@ -112,6 +119,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe-ends": (
         "ernie4_5_moe",
         ERNIE | {"num_hidden_layers": 4, "moe_layer_end_index": 2, "moe_num_shared_experts": 0, "moe_norm_min": 0.4},
+    ),
+    "gpt_oss": ("gpt_oss", GPT_OSS | {"rope_parameters": YARN | {"truncate": False}}),
+    "gpt_oss-plain": (
+        "gpt_oss",
+        GPT_OSS
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "attention_bias": False}
+        | {"layer_types": ["full_attention"] * 3},
     ),
 }
 

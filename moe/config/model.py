@@ -105,7 +105,8 @@ class ModelConfig:
     n_kv_heads: Annotated[int, Between(0, 100_000)] = 0  # heads of keys and values; 0: n_heads
     head_dim: Annotated[int, Between(0, 100_000)] = 0  # channels of a head; 0: d_model / n_heads
     d_ff: Annotated[int, Between(1, 100_000_000)] = 512  # width of a dense MLP
-    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2")] = "swiglu"  # of every MLP and expert
+    # of every MLP and expert
+    activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")] = "swiglu"
     norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # root mean square, or mean and variance
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
     # before | after attention and MLP: of what they read, or of what they add to the stream (OLMo 2)
@@ -119,6 +120,8 @@ class ModelConfig:
     window: Annotated[int, Between(0, MANY)] = 0  # positions that a token attends to, its own included; 0: all
     window_layers: list[int] = field(default_factory=list)  # layers (from 0) with that window; empty: every layer
     latent: LatentConfig | None = None  # null: every head of keys and values has its own projection (grouped-query)
+    sinks: bool = False  # a learned score per head that takes its part of the softmax and gives nothing (gpt-oss)
+    expert_bias: bool = False  # biases in routed experts (gpt-oss)
     bias: bool = False  # biases on every linear map and norm (GPT-2)
     attn_bias: Annotated[str, OneOf("none", "qkv", "all")] = "none"  # biases of attention's maps; all where bias is
     embed_scale: Annotated[float, Between(1e-09, ANY)] = 1.0  # on what the embedding gives (Granite, muP)
@@ -273,6 +276,7 @@ def _validate_latent(model: ModelConfig) -> None:
         raise BadInput(f"model.latent.mscale={latent.mscale} needs model.rope_scaling.type=yarn, and it is {kind}.")
     accepted: dict[str, tuple[object, ...]] = {"position": ("rope",), "qk_norm": ("none",), "bias": (False,)}
     accepted |= {"head_dim": (0,), "n_kv_heads": (0, model.n_heads), "attn_bias": ("none",), "attn_scale": (0.0,)}
+    accepted |= {"sinks": (False,)}
     for name, values in accepted.items():
         value = getattr(model, name)
         if value not in values:

@@ -25,6 +25,7 @@ class RouterConfig:
 
     # linear | cosine (of state and expert vector, over a learned temperature)
     logits: Annotated[str, OneOf("linear", "cosine")] = "linear"
+    bias: bool = False  # a learned bias on every expert's logit
     noisy: bool = False  # Gaussian noise of learned size on the logits in training (Shazeer 2017)
     # in training the router reads x · u, u uniform in [1 − jitter, 1 + jitter] (Switch)
     jitter: Annotated[float, Between(0, 0.999)] = 0.0
@@ -145,15 +146,15 @@ class RouterFacts:
         return self.choices not in ("ragged", "mixture")
 
 
-_LINEAR = ("logits", "noisy", "jitter", "frozen", "scale", "gradient")
+_LINEAR = ("logits", "bias", "noisy", "jitter", "frozen", "scale", "gradient")
 _TOP_K = (*_LINEAR, "renormalize", "norm_min", "selection_bias", "groups", "k_groups", "group_top", "second")
-_THRESHOLD = ("logits", "jitter", "frozen", "renormalize", "scale", "k_max")
+_THRESHOLD = ("logits", "bias", "jitter", "frozen", "renormalize", "scale", "k_max")
 FACTS = {
     "softmax": RouterFacts(_TOP_K, score="softmax", choices="k"),
     "sigmoid": RouterFacts(_TOP_K, score="sigmoid", choices="k"),
     "threshold": RouterFacts((*_THRESHOLD, "threshold"), score="softmax", choices="k_max"),
     "top-p": RouterFacts((*_THRESHOLD, "top_p"), score="softmax", choices="k_max"),
-    "relu": RouterFacts(("logits", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),
+    "relu": RouterFacts(("logits", "bias", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),
     "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), score="softmax", choices="k", decides="batch"),
     "base": RouterFacts((), score="sigmoid", choices="k", decides="batch"),
     "hash": RouterFacts(("scale",), score="none", choices="k", flops=_no_flops),

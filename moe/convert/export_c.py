@@ -80,7 +80,7 @@ class Stored(NamedTuple):
 
 def check(cfg: Config) -> None:
     """Refuse a run whose model run.c does not compute. Raises `BadInput` naming the first such setting."""
-    accepted = dict(_ACCEPTED) if cfg.model.moe else {}
+    accepted = {"model.activation": _ACTIVATIONS} | (_ACCEPTED if cfg.model.moe else {})
     for group, names in _HAS.items():
         settings = cfg.model if group == "model" else cfg.router if group == "router" else cfg.model.moe
         if settings is None or (group == "router" and not cfg.model.moe):

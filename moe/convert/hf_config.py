@@ -18,6 +18,7 @@ from moe.config.parse import lookup, parse
 from moe.config.router import RouterConfig
 from moe.config.run import Config, validate
 from moe.convert.hf_families import FAMILIES, PLAIN, USUAL, Family
+from moe.convert.hf_gpt_oss import gpt_oss_to_hf, pop_gpt_oss
 from moe.convert.hf_latent import latent_to_hf, pop_latent
 from moe.errors import BadInput
 
@@ -111,6 +112,8 @@ def config_to_hf(cfg: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         tree |= _rope_to_hf(cfg) | _windows_to_hf(cfg, family)
     if QK_NORM in tree:
         tree[QK_NORM] = cfg.qk_norm == "head"
+    if name == "gpt_oss":
+        tree |= gpt_oss_to_hf(cfg, tree)
     if tree.get(ATTN_SCALE) == 0:
         tree[ATTN_SCALE] = full.head_dim**-0.5
     if family.bias[0]:
@@ -159,6 +162,8 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         raise BadInput(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}.")
     # Every key that this model reads, under the spelling of the family; what is read is taken out of the tree.
     family, tree = FAMILIES[model_type], dict(tree)
+    if model_type == "gpt_oss":
+        pop_gpt_oss(tree)
     known = {*family.keys.values(), *family.moe.values(), *family.router.values(), *family.latent.values()}
     for alias, key in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
         if key in known and key not in tree and alias in tree:  # both spellings are written

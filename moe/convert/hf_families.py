@@ -32,6 +32,7 @@ class Family:
 # What these settings of the model are unless a family fixes them otherwise or leaves them open.
 PLAIN: dict[str, Any] = {"embed_scale": 1.0, "residual_scale": 1.0, "attn_scale": 0.0, "logit_divisor": 1.0}
 PLAIN |= {"rope_fraction": 1.0, "norm_at": "before"}
+PLAIN |= {"sinks": False, "expert_bias": False}
 
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
 USUAL: dict[str, Any] = {
@@ -42,6 +43,7 @@ USUAL: dict[str, Any] = {
     "router.scale": 1.0,
     "router.groups": 1,
     "router.logits": "linear",
+    "router.bias": False,
     "router.gradient": "exact",
     "router.input": "own",
     "router.shared": False,
@@ -292,5 +294,18 @@ FAMILIES = {
         written=_SILU,
         router={"norm_min": "moe_norm_min"},
         fixed={"router.selection_bias": True},
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        model=_ROPE | {"qk_norm": "none", "activation": "swiglu_clipped", "sinks": True, "expert_bias": True},
+        keys=_KEYS,
+        moe=_MIXTRAL_MOE,
+        defaults=_ALWAYS
+        | {"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64, "num_key_value_heads": 8}
+        | {"sliding_window": 128, "max_window_layers": 2**31, "attention_bias": True},
+        written={"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "hidden_act": "silu"},
+        fixed={"router.bias": True},
+        windows="every other",
+        bias=_BIAS,
     ),
 }

@@ -26,6 +26,7 @@ from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, read_folder
+from moe.convert.hf_gpt_oss import gpt_oss_map
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -90,6 +91,9 @@ def tensor_map(
             yield f"{b}{theirs}.weight", [_side_by_side(w, cfg) if ours in turned else w]
             if f"{a}{ours}.bias" in state:
                 yield f"{b}{theirs}.bias", [state[f"{a}{ours}.bias"]]
+        if family == "gpt_oss":
+            yield from gpt_oss_map(state, a, b)
+            continue
         if not is_moe_layer(cfg, layer):
             yield from _mlp_map(state, f"{a}mlp", f"{b}mlp")
             continue

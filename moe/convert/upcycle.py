@@ -368,6 +368,8 @@ def _shapes(cfg: ModelConfig, router: RouterConfig) -> dict[str, tuple[int, ...]
 
 
 def _check_shapes(tensors: Tensors, cfg: ModelConfig, router: RouterConfig) -> None:
+    if cfg.expert_bias or router.bias or cfg.activation == "swiglu_clipped":
+        raise BadInput("model.expert_bias, router.bias and model.activation=swiglu_clipped are not converted.")
     expected = _shapes(cfg, router)
     held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in [*expected, *held]:

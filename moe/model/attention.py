@@ -90,9 +90,23 @@ def in_own_dtype(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.to(norm.weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
 
 
+def with_sink(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, product_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One more key in front that every query may attend to, with the value 0, whose product with a head's queries is
+    `product_H`: by one more channel of queries and keys, which is 0 in all other keys."""
+    b, h, s, _ = q.shape
+    q = torch.cat((q, product_H.view(1, h, 1, 1).expand(b, h, s, 1)), -1)
+    k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 0, 1, 0))
+    k[:, :, 0, -1] = 1
+    return q, k, v, None if mask is None else F.pad(mask, (1, 0), value=True)
+
+
 class Attention(nn.Module):
     """x (B, S, D) -> (B, S, D). Optional RMS norm of queries and keys: per head (Qwen3) or over all heads (OLMoE).
 
+    sinks: the softmax of a head has one more score, learned, whose key is no token and whose value is 0 (gpt-oss,
+    2508.10925): its weights may sum to less than 1.
     keys_BS: which of these positions are attended to, if not all. The outputs of the others mean nothing.
     mask: which keys a query may attend to, (B, 1, S, all keys) bool; without it all up to its own position."""
 
@@ -105,6 +119,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(cfg.d_model, d_kv, bias=biases != "none")
         self.v = nn.Linear(cfg.d_model, d_kv, bias=biases != "none")
         self.o = nn.Linear(d_q, cfg.d_model, bias=biases == "all")
+        self.sinks = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.sinks else None
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if cfg.qk_norm != "none":
@@ -136,8 +151,14 @@ class Attention(nn.Module):
         if mask is not None:  # torch's memory-efficient kernel takes a mask, but wants a key head for every head
             k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
         mask = visible(q, past, keys_BS, mask)
+        causal, scale = mask is None and not past, self.cfg.attn_scale or None
+        if self.sinks is not None:
+            scale = scale or self.d_head**-0.5
+            if causal:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+            q, k, v, mask = with_sink(q, k, v, mask, self.sinks.to(q.dtype) / scale)
+            causal = False
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and not past, scale=self.cfg.attn_scale or None,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )  # fmt: skip
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
         return self.o(rearrange(y, "b h s d -> b s (h d)"))

@@ -41,7 +41,8 @@ def size(cfg: ModelConfig, router: RouterConfig | None = None) -> Size:
     idle = 0.0
     for layer in moe_layers(cfg):
         moe, block = layer_moe(cfg, layer), model.blocks[layer]
-        unused = (moe.n_experts - _proper(moe.k, moe)) * mlp_size(cfg, expert_width(moe))
+        biases = up_width(cfg, 1) * expert_width(moe) + cfg.d_model if cfg.expert_bias else 0
+        unused = (moe.n_experts - _proper(moe.k, moe)) * (mlp_size(cfg, expert_width(moe)) + biases)
         inside = sum(p.numel() for name, p in block.named_parameters() if not name.startswith("depth."))
         idle += unused + (1 - moe.depth) * (inside - unused)
     return Size(total, total - round(idle))

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from kernels import grouped, operands, reference, tuning
+from moe.config.model import ModelConfig
 from moe.errors import BadInput
 from moe.model.experts import Experts, MixedExperts
 from moe.routing.contract import Routing
 
 
-def choose(name: str, device: torch.device) -> tuple[str, str]:
-    """The backend that dispatch=`name` means on `device`, and why. Raises `BadInput` for one that cannot work there."""
+def choose(name: str, device: torch.device, model: ModelConfig | None = None) -> tuple[str, str]:
+    """The backend that dispatch=`name` means on `device`, and why. Raises `BadInput` for one that cannot work there, or
+    not with this model."""
     if name not in ("auto", "triton"):
         return name, "as asked"
-    obstacle = tuning.obstacle(device)
+    obstacle = (unfused(model) if model is not None else "") or tuning.obstacle(device)
     if name == "triton" and obstacle:
         raise BadInput(f"dispatch=triton cannot run here: {obstacle}. dispatch=torch can.")
     if name == "triton":
@@ -30,6 +32,15 @@ def choose(name: str, device: torch.device) -> tuple[str, str]:
     return "torch", obstacle or "the device is no GPU"
 
 
+def unfused(model: ModelConfig) -> str:
+    """What of this model the Triton kernels do not compute; "" if nothing."""
+    if model.moe is not None and model.expert_bias:
+        return "its kernels have no model.expert_bias=true"
+    if model.moe is not None and model.activation in operands.UNFUSED:
+        return f"its kernels have no model.activation={model.activation}"
+    return ""
+
+
 def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
     """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D), and how many
     rows each expert got, (E,) int64. Raises `ValueError` for a routing of another form or type."""
@@ -37,13 +48,16 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
     if isinstance(experts, MixedExperts):
         return _apply_mixed(experts, x_TD, routing, backend)
     w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
+    if backend == "triton" and experts.up_bias_EF is not None:
+        raise ValueError("dispatch=triton does not compute model.expert_bias=true: dispatch=torch does.")
     if backend == "triton":
         from kernels import fused  # here, because Triton is not everywhere
 
         rows = (routing.token_N, routing.expert, routing.weight)
         return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, activation, _tf32())
     token_N, expert_N, weight_N = routing.rows()
-    arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation)
+    biases = () if experts.up_bias_EF is None else (experts.up_bias_EF,)
+    arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, *biases)
     match backend:
         case "reference":
             y_TD = reference.experts(*arguments)
@@ -51,6 +65,11 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
             y_TD = grouped.experts(*arguments)
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
+    if experts.down_bias_ED is not None:  # a token's weights, summed by expert, times the biases
+        taken = (token_N, expert_N.clamp_min(0))
+        weight_TE = weight_N.new_zeros(len(x_TD), len(w_up_EFD))
+        weight_TE = weight_TE.index_put(taken, torch.where(expert_N < 0, 0, weight_N), accumulate=True)
+        y_TD = y_TD + weight_TE.to(y_TD.dtype) @ experts.down_bias_ED.to(y_TD.dtype)
     return y_TD, reference.count(expert_N, len(w_up_EFD))
 
 

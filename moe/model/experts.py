@@ -28,8 +28,8 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of E routed experts; `dispatch.experts` applies them. Experts have no biases. `chosen`: the ones that
-    are trained, where not all are (adapt.py)."""
+    """The weights of E routed experts, with biases where `model.expert_bias` says so; `dispatch.apply` applies them.
+    `chosen`: the ones that are trained, where not all are (adapt.py)."""
 
     chosen: list[int] | None = None
 
@@ -38,6 +38,11 @@ class Experts(nn.Module):
         self.activation = cfg.activation
         self.w_up_EFD = nn.Parameter(torch.empty(moe.n_experts, up_width(cfg, moe.d_expert), cfg.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(moe.n_experts, cfg.d_model, moe.d_expert))
+        self.up_bias_EF: nn.Parameter | None = None
+        self.down_bias_ED: nn.Parameter | None = None
+        if cfg.expert_bias:
+            self.up_bias_EF = nn.Parameter(torch.empty(self.w_up_EFD.shape[:2]))
+            self.down_bias_ED = nn.Parameter(torch.empty(self.w_down_EDF.shape[:2]))
 
     def gradient_norms(self) -> Tensor:
         """The norm of every expert's gradients, (E,) in float32 at least; 0 for those without any."""
@@ -46,7 +51,7 @@ class Experts(nn.Module):
         squares_E = torch.zeros(len(w_up_EFD), dtype=dtype, device=w_up_EFD.device)
         for w in self.parameters():
             if w.grad is not None:
-                squares = torch.linalg.vector_norm(w.grad, dim=(1, 2), dtype=dtype).square()
+                squares = torch.linalg.vector_norm(w.grad.flatten(1), dim=1, dtype=dtype).square()
                 squares_E[slice(None) if self.chosen is None else self.chosen] += squares
         return squares_E.sqrt()
 
@@ -107,4 +112,4 @@ class CheapExperts(nn.Module):
 
 def up_width(cfg: ModelConfig, width: int) -> int:
     """Rows of the up projection: swiglu has a gate beside it."""
-    return 2 * width if cfg.activation == "swiglu" else width
+    return 2 * width if cfg.activation.startswith("swiglu") else width

@@ -27,6 +27,9 @@ from moe.model.layer import LayerInput, LayerRouting, MoELayer
 from moe.model.rope import rotary
 from moe.routing.contract import Router, Step
 
+# What starts at 0: biases, sinks and default vectors.
+ZERO = ("bias", "bias_E", "bias_EF", "bias_ED", "sinks", "default_ED")
+
 
 class Output(NamedTuple):
     """What a forward pass returns: logits and, for every MoE layer in order, what its router did."""
@@ -255,8 +258,8 @@ class Transformer(nn.Module):
         Each tensor's draw depends on (seed, its name) alone. So a model and its dense twin share the weights they have
         in common, and adding a layer moves no other weight."""
         for name, p in self.named_parameters():
-            if p.dim() < 2 or name.endswith("default_ED"):  # default vectors start at 0
-                p.fill_(0.0 if name.endswith(("bias", "bias_E", "default_ED")) else 1.0)
+            if p.dim() < 2 or name.endswith(ZERO):
+                p.fill_(0.0 if name.endswith(ZERO) else 1.0)
                 continue
             residual = name.endswith(("attn.o.weight", "down.weight", "w_down_EDF"))
             std = self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layers) if residual else 1.0)
@@ -280,7 +283,7 @@ def hidden_matrices(model: Transformer) -> dict[str, int]:
         if isinstance(module, Attention | LatentAttention | MLP | Experts):
             gated = isinstance(module, MLP | Experts) and module.activation == "swiglu"
             for name, p in module.named_parameters():
-                if p.dim() >= 2:
+                if p.dim() >= 2 and not name.endswith(ZERO):
                     names[f"{prefix}.{name}"] = 2 if gated and name in ("up.weight", "w_up_EFD") else 1
     return names
 

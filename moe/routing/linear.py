@@ -31,23 +31,26 @@ class LinearRouter(Router):
     """Logits that are linear in the state, and the gate of a backend. No router by itself.
 
     linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179, which projects x to a
-    lower dimension first). In training x is
-    first multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
+    lower dimension first). With `bias` a learned number is added to every expert's logit. In training x is first
+    multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
     least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
 
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
         super().__init__(cfg, d_model, moe, **where)
         self.w_ED = nn.Parameter(torch.empty(self.n_experts, d_model), requires_grad=not cfg.frozen)
+        self.logit_bias = nn.Parameter(torch.empty(self.n_experts), requires_grad=not cfg.frozen) if cfg.bias else None
         self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E). Call it outside of autocast."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD, w_ED = self.jittered(x_TD.to(dtype)), self.w_ED.to(dtype)
+        bias_E = None if self.logit_bias is None else self.logit_bias.to(dtype)
         if self.gain is None:
-            return F.linear(x_TD, w_ED)
+            return F.linear(x_TD, w_ED, bias_E)
         cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(w_ED, dim=-1))
-        return cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
+        cosine_TE = cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
+        return cosine_TE if bias_E is None else cosine_TE + bias_E
 
     def jittered(self, x_TD: Tensor) -> Tensor:
         """x times its noise in training, x itself otherwise."""

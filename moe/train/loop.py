@@ -79,7 +79,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     device = machine.choose_device(cfg.train.device)
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
-    backend, why = dispatch.choose(cfg.dispatch, device)
+    backend, why = dispatch.choose(cfg.dispatch, device, cfg.model)
     if cfg.dispatch == "auto" and cfg.model.moe:
         say(f"dispatch: {backend}, because {why}")
     cfg.dispatch = backend

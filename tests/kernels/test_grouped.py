@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kernels import grouped, reference
 
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")
 DIFFERENTIABLE = ("x", "w_up", "w_down", "weight")
 
 
@@ -19,7 +19,7 @@ def _arguments(token, expert, n_tokens=6, n_experts=5, d=4, f=3, activation="swi
     draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     return {
         "x": draw(n_tokens, d),
-        "w_up": draw(n_experts, 2 * f if activation == "swiglu" else f, d),
+        "w_up": draw(n_experts, 2 * f if activation.startswith("swiglu") else f, d),
         "w_down": draw(n_experts, d, f),
         "token": torch.tensor(token, dtype=torch.int64),
         "expert": torch.tensor(expert, dtype=torch.int64),
@@ -93,10 +93,32 @@ def test_gradients_are_the_derivative(activation):
 def test_opcheck_passes(op, activation):
     forward, backward = _ops(_arguments(*ROWS, activation=activation))
     function, operands = (grouped._forward, forward) if op == "forward" else (grouped._backward, backward)
-    more = (False,) if op == "forward" else (True, False, False, True)
+    bias = torch.ones(forward[1].shape[:2], dtype=torch.float64)
+    more = (False, bias) if op == "forward" else (True, False, False, True, True)
     without = [each.detach() if isinstance(each, torch.Tensor) else each for each in operands]
     for some in (operands, (*without, *more)):
         assert set(torch.library.opcheck(function, some).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("times", [1, 20])
+def test_with_biases_output_and_gradients_are_the_references_where_some_are_clipped(activation, times):
+    token, expert = (torch.tensor(rows).repeat_interleave(times) for rows in ROWS)
+    arguments = _arguments(token.tolist(), expert.tolist(), activation=activation)
+    arguments["x"] = (6 * arguments["x"]).detach().requires_grad_()
+    bias = torch.randn(arguments["w_up"].shape[:2], dtype=torch.float64, requires_grad=True)
+    inputs = [*(arguments[name] for name in DIFFERENTIABLE), bias]
+    expected, got = (f.experts(*arguments.values(), bias) for f in (reference, grouped))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(out.square().sum(), inputs, retain_graph=True) for out in (got, expected))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.autograd.grad(got.square().sum(), bias)[0], mine[-1])  # the others frozen or not
+    with torch.autocast("cpu", torch.bfloat16):
+        floats = {name: each.float() if torch.is_tensor(each) and each.is_floating_point() else each
+                  for name, each in arguments.items()}  # fmt: skip
+        rounded = grouped.experts(*floats.values(), bias.float())
+    assert (rounded - expected).norm() / expected.norm() < 0.03
 
 
 N_MATMULS = {"x": 1, "w_up": 1, "w_down": 1, "weight": 0}  # per expert with rows, beside that for the gradient of h

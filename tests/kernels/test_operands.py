@@ -64,7 +64,7 @@ REFUSALS = {
     "more weights": ({"weight": _draw(5)}, "or (N,) with token_N (N,); they are (4,), (5,), (4,)."),
     "width": ({"w_down": _draw(5, 3, 3)}, "w_down (E, D, F); they are (4, 4), (5, 6, 4), (5, 3, 3)."),
     "a width of its own": ({"w_up": _draw(5, 5, 4)}, "w_up (E, 2F, D), w_down (E, D, F); they are (4, 4), (5, 5, 4), "),
-    "activation": ({"activation": "relu"}, "activation='relu' is not one of swiglu, gelu, gelu_tanh, relu2."),
+    "activation": ({"activation": "relu"}, "activation='relu' is not one of swiglu, gelu, gelu_tanh, relu2"),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import reference
 
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")
 
 
 def _sigmoid(z):
@@ -155,6 +155,9 @@ def _act(z, activation):
     if activation == "swiglu":
         half = len(z) // 2
         return [g * _sigmoid(g) * u for g, u in zip(z[:half], z[half:], strict=True)]
+    if activation == "swiglu_clipped":
+        pairs = [(min(g, 7), max(-7, min(u, 7))) for g, u in zip(z[::2], z[1::2], strict=True)]
+        return [g * _sigmoid(1.702 * g) * (u + 1) for g, u in pairs]
     scalar = {
         "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
         "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
@@ -163,19 +166,22 @@ def _act(z, activation):
     return [scalar(v) for v in z]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_experts_are_the_weighted_sum_of_mlps_row_by_row(activation):
+def test_experts_are_the_weighted_sum_of_mlps_row_by_row(activation, biased):
     rng = np.random.default_rng(0)
     x, up, down = rng.normal(size=(4, 3)), rng.normal(size=(5, 6, 3)), rng.normal(size=(5, 3, 6))
-    if activation == "swiglu":
-        down = down[:, :, :3]
+    if activation.startswith("swiglu"):
+        x, down = 5 * x, down[:, :, :3]  # far enough to be clipped
+    bias = rng.normal(size=(5, 6)) if biased else np.zeros((5, 6))
     token, expert, weight = [0, 0, 2, 2, 2, 3], [1, 1, -1, 4, 0, 3], rng.normal(size=6)
     expected = np.zeros_like(x)
     for t, e, w in zip(token, expert, weight, strict=True):
         if e >= 0:
-            expected[t] += w * (down[e] @ np.array(_act((up[e] @ x[t]).tolist(), activation)))
+            expected[t] += w * (down[e] @ np.array(_act((up[e] @ x[t] + bias[e]).tolist(), activation)))
     tensors = [torch.from_numpy(each) for each in (x, up, down)]
-    got = reference.experts(*tensors, torch.tensor(token), torch.tensor(expert), torch.from_numpy(weight), activation)
+    rows = torch.tensor(token), torch.tensor(expert), torch.from_numpy(weight)
+    got = reference.experts(*tensors, *rows, activation, torch.from_numpy(bias) if biased else None)
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
@@ -185,7 +191,7 @@ def test_expert_gradients_are_the_derivative(activation):
     draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
     token, expert = torch.tensor([0, 0, 1, 3]), torch.tensor([2, 0, -1, 2])
     function = lambda x, up, down, weight: reference.experts(x, up, down, token, expert, weight, activation)
-    width = 2 if activation == "swiglu" else 4
+    width = 2 if activation.startswith("swiglu") else 4
     assert torch.autograd.gradcheck(function, (draw(4, 3), draw(3, 4, 3), draw(3, 3, width), draw(4)))
 
 

@@ -250,6 +250,7 @@ def test_a_setting_that_the_program_does_not_have_is_refused_by_name(changes, me
 @pytest.mark.parametrize("change", [
         {"window": 8}, {"embed_scale": 2.0}, {"residual_scale": 2.0}, {"attn_scale": 2.0},
         {"logit_divisor": 2.0}, {"rope_fraction": 0.5}, {"norm_at": "after"},
+        {"sinks": True}, {"expert_bias": True}, {"activation": "swiglu_clipped"},
     ],
 )  # fmt: skip
 def test_attention_that_the_program_does_not_have_is_refused_by_name_with_or_without_experts(change, moe):

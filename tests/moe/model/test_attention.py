@@ -54,7 +54,9 @@ def _naive(module, cfg, x, rope):
             first = max(0, s + 1 - cfg.window) if cfg.window else 0
             keys = head(k, h // group, module.k_norm)[first : s + 1]
             values = head(v, h // group, None, turn=False)[first : s + 1]
-            weight = torch.stack([query @ key * (cfg.attn_scale or 1 / math.sqrt(d)) for key in keys]).softmax(0)
+            score = torch.stack([query @ key * (cfg.attn_scale or 1 / math.sqrt(d)) for key in keys])
+            sink = 0 if module.sinks is None else module.sinks[h].exp()
+            weight = score.exp() / (score.exp().sum() + sink)
             heads.append(sum(w * value for w, value in zip(weight, values, strict=True)))
         out.append(module.o(torch.cat(heads)))
     return torch.stack(out)
@@ -63,9 +65,9 @@ def _naive(module, cfg, x, rope):
 @pytest.mark.parametrize("n_kv_heads", [0, 1, 2, 4])
 @pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
 @pytest.mark.parametrize("position", ["rope", "learned"])
-@pytest.mark.parametrize("window", [0, 1, 3])
-def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position, window):
-    cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True, window=window)
+@pytest.mark.parametrize(("window", "sinks"), [(0, False), (1, False), (3, False), (0, True), (1, True)])
+def test_attention_is_the_formula_head_by_head(model_config, n_kv_heads, qk_norm, position, window, sinks):
+    cfg = model_config(n_kv_heads=n_kv_heads, qk_norm=qk_norm, position=position, bias=True, window=window, sinks=sinks)
     cfg.attn_scale = 0.9 * (window == 1)
     module, x = _attention(cfg), torch.randn(5, 12, dtype=torch.float64)
     rope = tuple(each[:5].double() for each in rotary(cfg)) if position == "rope" else None

@@ -1,5 +1,6 @@
 """Which backend is taken where, and why."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -11,7 +12,9 @@ from kernels import tuning
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model import dispatch
-from moe.routing.contract import Context
+from moe.model.experts import Experts
+from moe.model.layer import MoELayer
+from moe.routing.contract import Context, Routing
 from tests.small_layers import states
 
 CPU = torch.device("cpu")
@@ -47,6 +50,37 @@ def test_triton_that_is_missing_or_untested_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"Triton is not installed\. dispatch=torch can"):
         dispatch.choose("triton", CPU)
+
+
+@pytest.mark.parametrize("change", [{"expert_bias": True}, {"activation": "swiglu_clipped"}])
+def test_a_model_that_the_kernels_do_not_compute_takes_torch_and_refuses_triton_by_name(
+    monkeypatch, model_config, change
+):
+    ((name, value),) = change.items()
+    cfg, why = model_config(**change), f"its kernels have no model.{name}={str(value).lower()}"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("triton", CPU, model_config())[0] == "triton"
+    assert dispatch.choose("triton", CPU, dataclasses.replace(cfg, moe=None))[0] == "triton"  # it has no experts
+    with pytest.raises(BadInput, match=rf"dispatch=triton cannot run here: {why}\. dispatch=torch can\."):
+        dispatch.choose("triton", CPU, cfg)
+    assert dispatch.choose("auto", CPU, cfg) == ("torch", why)
+    layer = MoELayer(cfg, cfg.moe, RouterConfig())
+    with pytest.raises(ValueError, match=r"triton does not compute model\.expert_bias|swiglu_clipped' is not one of"):
+        layer(torch.ones(1, 4, 12), "triton")
+
+
+def test_biases_of_the_down_projection_come_with_a_tokens_weight_and_not_to_rows_without_expert(model_config):
+    cfg = model_config(expert_bias=True)
+    experts = Experts(cfg, cfg.moe).double()
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.zero_()
+        experts.down_bias_ED.copy_(torch.arange(5)[:, None] + 1)
+    expert_TK = torch.tensor([[0, 4, -1], [-1, -1, -1], [2, 2, 1]])
+    weight_TK = torch.tensor([[0.5, 2.0, 9.0], [9.0, 9.0, 9.0], [1.0, 1.0, 3.0]], dtype=torch.float64)
+    for backend in ("reference", "torch"):
+        y_TD, _ = dispatch.apply(experts, torch.ones(3, 12).double(), Routing(expert_TK, weight_TK, None), backend)
+        assert y_TD[:, 0].tolist() == [0.5 + 2 * 5, 0, 3 + 3 + 3 * 2]
 
 
 WRONG = {

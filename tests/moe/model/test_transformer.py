@@ -127,6 +127,7 @@ VARIANTS = {
     "windows": dict(window=4),
     "a window in one layer": dict(window=2, window_layers=[1], position="learned"),
     "derived head size": dict(head_dim=0, n_heads=3, n_kv_heads=0),
+    "gpt-oss": dict(sinks=True, expert_bias=True, activation="swiglu_clipped", attn_bias="all"),
     "latent": dict(head_dim=0, n_kv_heads=0, latent=LatentConfig(5, 0, 3, 4, 7)),
     "latent queries too": dict(head_dim=0, n_kv_heads=0, n_heads=5, latent=LatentConfig(5, 6, 3, 4, 7)),
 }

@@ -30,6 +30,17 @@ def test_cosine_logits_are_the_cosine_over_the_temperature_times_the_gain():
 
 
 @pytest.mark.parametrize("logits", ["linear", "cosine"])
+def test_a_bias_is_added_to_every_experts_logit_and_learns(logits):
+    router, plain = make_router(RouterConfig(logits=logits, bias=True)), make_router(RouterConfig(logits=logits))
+    with torch.no_grad():
+        router.logit_bias.copy_(torch.arange(E))
+    found = router.logits(states())
+    torch.testing.assert_close(found, plain.logits(states()) + torch.arange(E), **EXACT)
+    found.sum().backward()
+    assert (router.logit_bias.grad == len(states())).all()
+
+
+@pytest.mark.parametrize("logits", ["linear", "cosine"])
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p", "relu"])
 def test_every_linear_router_reads_the_same_logits(name, logits):
     cfg, plain = RouterConfig(name, logits=logits), RouterConfig(logits=logits)
