@@ -17,7 +17,18 @@ from experiments.pages import coverage_table, router_table, sweep_table, trust_t
 from experiments.pages.tables import markdown
 from experiments.stats import planner, recovery, streaming, verdict
 from experiments.stats.simulation import Line
-from experiments.suites import alarm_table, cases, evidence, faults, memory, page, tracing, train_step, watching
+from experiments.suites import (
+    alarm_table,
+    cases,
+    evidence,
+    families,
+    faults,
+    memory,
+    page,
+    tracing,
+    train_step,
+    watching,
+)
 from experiments.suites import routing as routing_suite
 from moe.config.model import ModelConfig
 from moe.config.parse import parse
@@ -69,6 +80,7 @@ def sections() -> dict[str, str]:
         "uneven": f"```\n{(RESULTS / 'uneven.txt').read_text()}```\n",
         "even": f"```\n{(RESULTS / 'even.txt').read_text()}```\n",
         "watching": by_suite(watching, "watching"),
+        "families": of_transformers(cases.read(RESULTS / "families.jsonl")),
         "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
         "trust": trust([json.loads(line) for line in (RESULTS / "trust.jsonl").read_text().splitlines()]),
         "caveats": markdown(trust_table.CANNOT, trust_table.caveat_rows(), 2),
@@ -162,6 +174,13 @@ def by_suite(suite: Any, name: str) -> str:
     rows = cases.read(RESULTS / f"{name}.jsonl")
     where = f"{rows[0]['device']}, torch {rows[0]['versions']['torch']}, {commit(rows[0])}"
     return f"{markdown(suite.HEADINGS, map(suite.cells, rows))}\n`{rows[0]['command']}`; {where}\n"
+
+
+def of_transformers(rows: list[dict[str, Any]]) -> str:
+    """How far models read here are from transformers' own, and of which release."""
+    where = f"transformers {rows[0]['transformers']}, torch {rows[0]['versions']['torch']}, {rows[0]['device']}"
+    table = markdown(families.HEADINGS, map(families.cells, rows))
+    return f"{table}\n`{rows[0]['command']}`; {where}, {commit(rows[0])}\n"
 
 
 def planned_memory(rows: list[dict[str, Any]]) -> str:
