@@ -6,8 +6,8 @@ python -m experiments.branch_train_mix seeds=[0] train.steps=50 copy_steps=20 mi
 python -m experiments.branch_train_mix data=text data.path=FOLDER data.domains=[law,medicine] run=runs/NAME
 
 Branch-train-mix (2403.07816). Every stage is an ordinary run in a folder below `run`: `seed0/dense`,
-`seed0/copy-code`, `seed0/merged`, `seed0/mixed` and so on. The same command goes on where it was cut off, and repeats no
-run that is finished. `model.moe.k` is the mix's; it has an expert for each domain, as wide as the dense MLP.
+`seed0/copy-code`, `seed0/merged`, `seed0/mixed` and so on. The same command goes on where it was cut off, and repeats
+no run that is finished. The mix takes `model.moe.k`; it has an expert for each domain, as wide as the dense MLP.
 
 After every seed all models are scored on the same validation text, and the lines written: losses in all and by domain,
 and how many rows each expert took of each domain.

@@ -42,6 +42,10 @@ BENCH = (
     "model.context=16 model.n_layers=1 model.d_model=32 model.n_heads=2 model.vocab_size=64 "
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
+BRANCHES = (
+    "seeds=[0] copy_steps=1 mix_steps=1 train.steps=1 train.batch_size=2 train.eval_tokens=128 data.val_fraction=0.3 "
+    "tokenizer.name=byte model.context=32 model.d_model=32 model.d_ff=32 data.max_mb=0.05"
+)
 SMALLER = {
     "": "",
     "train": TRAINING,
@@ -49,6 +53,7 @@ SMALLER = {
     "convert": "",
     "coverage": "studies=20 out=rows.jsonl",
     "bench": BENCH,
+    "branch_train_mix": BRANCHES,
     "evaluate": "",
     "export": "",
     "generate": "max_new=3",

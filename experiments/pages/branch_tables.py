@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from experiments.stats.branching import Row, against, arms_of, at_home, bits, losses, of_arm, shares
+from experiments.stats.branching import Row, against, arms_of, at_home, bits, by_chance, losses, of_arm, shares
 from experiments.stats.decide import Judgement
 from experiments.stats.statistics import Interval, t_interval
 from experiments.study.branches import CONTROLS
@@ -17,7 +17,7 @@ class Table(NamedTuple):
     """What `print_table` draws."""
 
     headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     left: int = 1
 
 
@@ -63,8 +63,7 @@ def specialised(rows: Sequence[Row]) -> Table:
     for arm in [arm for arm in ROUTED if of_arm(rows, arm)]:
         runs = of_arm(rows, arm)
         home = interval(t_interval([at_home(row) for row in runs])) if arm in AT_HOME else "no expert is a domain's"
-        assert runs[0].k and runs[0].counts, f"{arm} has no experts"
-        chance = f"{runs[0].k / len(runs[0].counts[0][0]):.3f}"
+        chance = f"{by_chance(runs[0]):.3f}"
         cells.append((arm, home, chance, interval(t_interval([bits(row) for row in runs]))))
     return Table(("stage", "share at the domain's own expert", "by chance", "bits of domain"), cells)
 

@@ -1,6 +1,6 @@
 """What branch-train-mix came to: losses over seeds, one arm against another, and what experts took of which domain.
 
-Letters beyond the glossary: M domains · n seeds.
+Letters beyond the glossary: L MoE layers · M domains.
 """
 
 import dataclasses
@@ -64,18 +64,31 @@ def against(rows: Sequence[Row], arm: str, other: str, domain: str = "") -> Judg
 
 def shares(row: Row, layer: int) -> Tensor:
     """The share of each domain's tokens that an expert takes in the `layer`th MoE layer, (M, E)."""
-    assert row.counts is not None and row.k is not None, f"{row.arm} is dense"
-    return key_specialisation(torch.tensor(row.counts[layer]), row.k)
+    count_LME, k = routed(row)
+    return key_specialisation(count_LME[layer], k)
 
 
 def at_home(row: Row) -> float:
     """The share of tokens that the expert made of their own domain takes, the mean over domains and layers; of a
-    merged model. Chance is K / E."""
-    assert row.counts is not None, f"{row.arm} is dense"
-    return float(torch.stack([shares(row, layer).diagonal() for layer in range(len(row.counts))]).mean())
+    merged model. Chance is `by_chance`."""
+    n_layers = len(routed(row)[0])
+    return float(torch.stack([shares(row, layer).diagonal() for layer in range(n_layers)]).mean())
+
+
+def by_chance(row: Row) -> float:
+    """The share of tokens that an expert takes without any preference, K / E."""
+    count_LME, k = routed(row)
+    return k / count_LME.shape[-1]
 
 
 def bits(row: Row) -> float:
     """What an expert tells of the domain of its row, in bits, the mean over layers."""
-    assert row.counts is not None, f"{row.arm} is dense"
-    return sum(information(torch.tensor(count_ME)) for count_ME in row.counts) / len(row.counts)
+    count_LME = routed(row)[0]
+    return sum(information(count_ME) for count_ME in count_LME) / len(count_LME)
+
+
+def routed(row: Row) -> tuple[Tensor, int]:
+    """Rows by (MoE layer, domain, expert), and how many experts a token takes."""
+    if row.counts is None or row.k is None:
+        raise ValueError(f"{row.arm} is a dense model, and has no experts")
+    return torch.tensor(row.counts), row.k

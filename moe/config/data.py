@@ -38,7 +38,7 @@ class DataConfig:
     name: Annotated[str, OneOf("blend", "text", "huggingface", "chat", "preferences", "prompts")] = "blend"
     path: str = ""  # huggingface: a dataset name or folder; all others: a file, folder or glob
     template: str = ""  # chat: a file with a Jinja template; "": the tokenizer's own, or the default
-    domains: list[str] = field(default_factory=list)  # blend: which of its domains; empty means all
+    domains: list[str] = field(default_factory=list)  # which of the source's domains; empty means all
     # at most this much raw text per domain (decimal megabytes); 0: all of it
     max_mb: Annotated[float, Between(0, ANY)] = 4.0
     # a document that cannot be read: all are counted and the first named, then refuse the corpus, or go on without them

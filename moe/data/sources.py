@@ -68,12 +68,14 @@ def documents(
         case _:
             source = _huggingface(cfg, full)
     size: Counter[str] = Counter()
+    met: set[str] = set()  # all domains, the chosen ones among them
     blank = True
     for document in source:
         if isinstance(document, BadDocument):
             unreadable.add(document)
             continue
-        if document.domain in full:
+        met.add(document.domain)
+        if document.domain in full or (cfg.domains and document.domain not in cfg.domains):
             continue
         text, data = document.text, document.text.encode()
         room = limit - size[document.domain]
@@ -91,6 +93,12 @@ def documents(
         blank = blank and not text.strip()
         yield Document(text, document.domain, document.name, document.spans)
     unreadable.check()
+    for domain in cfg.domains:
+        if domain not in met:
+            there = ", ".join(sorted(met)) or "none"
+            raise BadInput(
+                f"data.domains has {domain!r}; the domains of data.path={files.readable(cfg.path)}: {there}."
+            )
     if blank:
         left_out = f", and {unreadable}" if unreadable.counts else ""
         raise BadInput(f"data.path={files.readable(cfg.path)} is empty: it holds no text{left_out}.")

@@ -61,6 +61,23 @@ def test_the_folder_below_the_root_is_the_domain(tmp_path):
     }
 
 
+def test_chosen_domains_come_alone_each_with_all_of_its_documents(tmp_path):
+    for domain in ("a", "b", "c"):
+        for n in range(3):
+            write(tmp_path / domain / f"{n}.txt", f"{domain}{n}")
+    everything = read(tmp_path)
+    assert read(tmp_path, domains=["a", "c"]) == [document for document in everything if document.domain != "b"]
+    path = write(tmp_path / "rows.jsonl", lines({"text": "x", "of": "a"}, {"text": "y", "of": "b"}))
+    assert [d.text for d in read(path, domain_field="of", domains=["b"])] == ["y"]
+
+
+def test_a_domain_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
+    write(tmp_path / "a" / "1.txt", "one")
+    write(tmp_path / "b" / "1.txt", "two")
+    assert refusal(lambda: read(tmp_path, domains=["a", "z"])).startswith("data.domains has 'z'; the domains of data.p")
+    assert refusal(lambda: read(tmp_path, domains=["z"])).endswith(": a, b.")
+
+
 def test_a_single_file_is_its_own_domain(tmp_path):
     assert read(write(tmp_path / "Tiny.Book.txt.gz", "text")) == [Document("text", "Tiny.Book", "Tiny.Book.txt.gz")]
 
