@@ -40,8 +40,9 @@ class ObjectiveConfig:
     judge: str = ""  # reward=model: the folder of a run with objective.name=reward
     # grpo: train on the experts that the answers were drawn by, not on those chosen anew (2510.11370)
     replay: bool = False
-    # grpo, of the drawing: the experts' backend and the precision; same: as in training
+    # grpo: the experts' backend while answers are drawn; same: as in training
     draw_dispatch: Annotated[str, OneOf("same", "reference", "torch", "triton")] = "same"
+    # grpo: the precision while answers are drawn; same: as in training
     draw_precision: Annotated[str, OneOf("same", "bf16", "fp32")] = "same"
 
 
