@@ -109,15 +109,23 @@ def tensor_map(
             yield from _mlp_map(state, f"{a}mlp.shared", f"{b}{mlp}.{_SHARED.get(family, 'shared_experts')}")
         if cfg.moe is not None and cfg.moe.shared_gate:
             yield f"{b}{mlp}.shared_expert_gate.weight", [state[f"{a}mlp.shared_gate.weight"]]
-        w_up_EFD, w_down_EDF = state[f"{a}mlp.experts.w_up_EFD"], state[f"{a}mlp.experts.w_down_EDF"]
+        up_stack, down_stack = f"{a}mlp.experts.w_up_EFD", f"{a}mlp.experts.w_down_EDF"
         if stacked or granite:
-            yield f"{b}{mlp}.{'experts.gate_up_proj' if stacked else 'input_linear.weight'}", [w_up_EFD]
-            yield f"{b}{mlp}.{'experts.down_proj' if stacked else 'output_linear.weight'}", [w_down_EDF]
+            yield f"{b}{mlp}.{'experts.gate_up_proj' if stacked else 'input_linear.weight'}", [state[up_stack]]
+            yield f"{b}{mlp}.{'experts.down_proj' if stacked else 'output_linear.weight'}", [state[down_stack]]
             continue
-        w_gate_EFD, w_up_EFD = w_up_EFD.chunk(2, dim=1)
-        for projection, w in ((gate, w_gate_EFD), (up, w_up_EFD), (down, w_down_EDF)):
-            for e, w_e in enumerate(w):
-                yield f"{b}{mlp}.experts.{e}.{projection}.weight", [w_e]
+        yield from _experts_map(state, up_stack, f"{b}{mlp}.experts", (gate, up))
+        yield from _experts_map(state, down_stack, f"{b}{mlp}.experts", (down,))
+
+
+def _experts_map(
+    state: Mapping[str, Tensor], ours: str, theirs: str, projections: tuple[str, ...]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """A stack of experts one by one: one matrix of each, or several that lie below one another. Only one stack is held
+    here, so that no more of a state that is read from a file is in memory."""
+    for projection, w in zip(projections, state[ours].chunk(len(projections), dim=1), strict=True):
+        for e in range(len(w)):
+            yield f"{theirs}.{e}.{projection}.weight", [w[e]]
 
 
 def _side_by_side(w_HD: Tensor, cfg: ModelConfig) -> Tensor:
@@ -322,7 +330,7 @@ def save_tensors(
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads and that `load` reads back bit by
     bit, in the tensors' own dtype, in files of at most `shard_bytes` or of one tensor; and `tokenizer`, which
-    AutoTokenizer loads. In memory are the experts of two layers, or an embedding.
+    AutoTokenizer loads. In memory are a tensor or two.
 
     tokenizer None: a folder without one, for which AutoTokenizer makes an empty one without a word. The folder appears
     whole or not at all. Raises `BadInput` for a model of no family, a tokenizer that transformers cannot have or that
