@@ -68,10 +68,8 @@ def main(cfg: GenerateConfig) -> None:
     # The run, on whatever device is here.
     device = machine.choose_device("auto")
     model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which, cfg.trust)
-    model, backend = (
-        model.to(device),
-        dispatch.choose("auto", device, model.cfg)[0],
-    )  # where it was trained need not be here
+    model = model.to(device)
+    backend = dispatch.choose("auto", device, model.cfg)[0]  # where it was trained need not be here
     ids = tokenizer.encode(cfg.prompt)
     if not all(router.causal_in_eval for router in model.routers()):
         raise BadInput(

@@ -34,10 +34,12 @@ PRESETS = {  # name: (family, parameters)
     "qwen3-30b-a3b": ("qwen3_moe", 30_532_122_624),
     "deepseek-v2-lite": ("deepseek_v2", 15_706_484_224),
     "deepseek-v3": ("deepseek_v3", 671_026_404_352),
+    "gpt-oss-20b": ("gpt_oss", 20_914_757_184),
 }
 ROUTERS_OF_PRESETS = {
     "olmoe-1b-7b": RouterConfig(renormalize=False),
     "deepseek-v2-lite": RouterConfig(renormalize=False),
+    "gpt-oss-20b": RouterConfig(bias=True),
     "deepseek-v3": RouterConfig("sigmoid", selection_bias=True, groups=8, k_groups=4, scale=2.5),
 }
 
@@ -56,7 +58,7 @@ def test_a_preset_has_as_many_parameters_in_transformers(name: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == FAMILIES[family].architecture
-    assert sum(p.numel() for p in model.parameters()) == size(cfg).total == parameters
+    assert sum(p.numel() for p in model.parameters()) == size(cfg, router).total == parameters
 
 
 def test_every_preset_that_trains_here_can_leave_with_its_dense_twin() -> None:

@@ -409,6 +409,20 @@ def test_upcycling_refuses_another_shape_and_a_source_with_experts():
         upcycle(tensors_of(config(routed())), config(routed()), config(routed()), "copy", 0)
 
 
+@pytest.mark.parametrize("change", [{"expert_bias": True}, {"activation": "swiglu_clipped"}])
+def test_experts_whose_parts_it_does_not_know_are_refused_in_every_direction(change):
+    source, dense = config(routed(), **change), config(**change)
+    for convert in (
+        lambda: to_dense(tensors_of(source), source),
+        lambda: grow(tensors_of(source), source, config(routed(12, 4), **change), noise=0.0, seed=0),
+        lambda: upcycle(tensors_of(dense), dense, source, "copy", 0),
+    ):
+        with pytest.raises(
+            BadInput, match=r"model\.expert_bias, router\.bias and model\.activation=swiglu_clipped are not"
+        ):
+            convert()
+
+
 def test_growing_pruning_merging_and_densifying_refuse_what_does_not_fit():
     source, tensors = config(routed(4, 2, 7)), tensors_of(config(routed(4, 2, 7)))
     six = config(routed(6, 2, 7))

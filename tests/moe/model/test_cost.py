@@ -83,10 +83,12 @@ def _active(cfg):
         total += 2 * norm + attention
         total += d_q + 2 * d_kv if cfg.bias or cfg.attn_bias != "none" else 0
         total += d if cfg.bias or cfg.attn_bias == "all" else 0
+        total += cfg.n_heads if cfg.sinks else 0
         routed = moe is not None and layer >= moe.first_dense and layer % moe.every == moe.every - 1
         routed = routed and layer + moe.last_dense < cfg.n_layers
         if routed:
             total += d * moe.n_experts + matrices * d * moe.d_expert * (moe.k + moe.n_shared)
+            total += moe.k * ((matrices - 1) * moe.d_expert + d) if cfg.expert_bias else 0
         else:
             total += matrices * d * cfg.d_ff + (cfg.d_ff + d if cfg.bias else 0)
     return total
