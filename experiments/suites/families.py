@@ -51,6 +51,7 @@ DOTS1: dict[str, Any] = LLAMA | {
 DOTS1 |= {"head_dim": 12, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 ERNIE: dict[str, Any] = LLAMA | {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "head_dim": 12}
 GROUPS = {"n_group": 4, "topk_group": 2}
+HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}  # which do not divide D
 WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 5}
 GRANITEMOE: dict[str, Any] = LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 6.0}
 GRANITEMOE |= {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 3.0}
@@ -79,6 +80,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
     "llama-llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
     "llama-biases": ("llama", LLAMA | {"attention_bias": True}),
+    "mistral": ("mistral", LLAMA | {"sliding_window": 5}),
+    "mistral-plain": ("mistral", LLAMA | {"sliding_window": None, "head_dim": 12}),
+    "mistral-three-heads": ("mistral", LLAMA | HEADS | {"sliding_window": None}),
     "qwen2": ("qwen2", LLAMA),
     "qwen2-window": ("qwen2", LLAMA | WINDOW | {"max_window_layers": 1, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),

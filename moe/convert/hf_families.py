@@ -135,6 +135,15 @@ FAMILIES = {
         written={"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
     "llama": Family("LlamaForCausalLM", _ROPE | {"qk_norm": "none"}, _KEYS, {}, _LLAMA, _SILU, bias=_BIAS),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        model=_ROPE | {"qk_norm": "none"},
+        keys=_KEYS,
+        moe={},
+        defaults=_ALWAYS | {"sliding_window": 4096},
+        written=_SILU,
+        windows="all",
+    ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         model=_ROPE | {"qk_norm": "none", "attn_bias": "qkv"},

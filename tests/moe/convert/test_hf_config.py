@@ -76,6 +76,7 @@ MODELS = {
     "gpt2": dataclasses.replace(SMALL, **GPT2),
     "llama": dataclasses.replace(SMALL, rope_theta=500.0),
     "qwen3": dataclasses.replace(SMALL, qk_norm="head", head_dim=10, rope_scaling=RopeScaling("yarn", 4.0, 8)),
+    "mistral": dataclasses.replace(SMALL, window=8, head_dim=10),
     "qwen2": dataclasses.replace(SMALL, attn_bias="qkv", window=8, window_layers=[0, 2]),
     "mixtral": dataclasses.replace(SMALL, moe=MoEConfig(4, 2, 48)),
     "olmo2": dataclasses.replace(SMALL, qk_norm="full", norm_at="after"),
@@ -203,6 +204,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {"partial_rotary_factor": 0.4, "rope_scaling": None, "rope_parameters": None}),
     ("glm4_moe", {"use_qk_norm": None}),
     ("olmo2", {"sliding_window": 16}),
+    ("mistral", {"layer_types": ["sliding_attention", *["full_attention"] * 3]}),
+    ("mistral", {"attention_bias": True}),
     ("flex_olmo", {"clip_qkv": 8.0}),
     ("ernie4_5_moe", {"moe_layer_end_index": -2}),
     ("ernie4_5_moe", {"moe_layer_end_index": 0}),
@@ -281,6 +284,7 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
         ("qwen3_moe", {"use_sliding_window": True}, [0, 1, 2, 3]),
         ("qwen3_moe", {}, None),
         ("mixtral", {}, [0, 1, 2, 3]),
+        ("mistral", {}, [0, 1, 2, 3]),
         ("mixtral", {"sliding_window": None}, None),
     ],
     ids=str,
@@ -394,6 +398,6 @@ def test_a_model_of_no_family_is_refused_by_its_first_foreign_setting(
 
 
 def test_a_dense_model_of_no_family_is_refused() -> None:
-    for change in ({"qk_norm": "full"}, {"n_heads": 3, "n_kv_heads": 3, "head_dim": 8}, {"norm": "layer"}):
+    for change in ({"qk_norm": "full"}, {"norm": "layer"}):
         with pytest.raises(BadInput, match=r"no counterpart in transformers: the nearest family, (llama|olmo2)"):
             family_of(dataclasses.replace(SMALL, **change), RouterConfig())

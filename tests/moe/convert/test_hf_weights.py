@@ -31,7 +31,7 @@ TOKENS_BS = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_see
 
 
 # What is of a plainer family too is written as that: it is found first.
-SAME_AS = {"granitemoe-plain": "mixtral", "glm4_moe-as-dots1": "dots1"}
+SAME_AS = {"mistral-plain": "llama", "granitemoe-plain": "mixtral", "glm4_moe-as-dots1": "dots1"}
 
 
 def next_token_loss(logits_BSV: Tensor) -> Tensor:
@@ -108,8 +108,10 @@ TEXTS = ["To be, or not to be, that is the question.", "naïve café 漢字 😀
 
 
 @pytest.mark.parametrize(
-    "variant", ["gpt2", "llama-heads", "qwen3", "mixtral", "olmoe", "qwen3_moe-first-dense", "deepseek_v3"]
-)
+    "variant",
+    ["gpt2", "llama-heads", "mistral", "qwen2", "qwen3", "olmo2", "mixtral", "granitemoe", "olmoe", "flex_olmo",
+     "qwen2_moe", "qwen3_moe-first-dense", "dots1", "glm4_moe", "deepseek_v3", "ernie4_5_moe"],
+)  # fmt: skip
 def test_a_saved_folder_reads_and_says_in_transformers_what_it_does_here(variant: str, tmp_path: Path) -> None:
     """In the folder of each family, whose tokenizer's class transformers would otherwise choose by its name."""
     tokenizer = train(TokenizerConfig("bpe", 270), TEXTS)
