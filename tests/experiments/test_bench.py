@@ -174,7 +174,7 @@ def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monke
     assert error.count("error:") == 1
     for word in (
         f"suite={suite} cannot run here",
-        "suite=routing, memory, tracing, watching, page, families and train_step",
+        "suite=routing, memory, tracing, watching, page, families, generation and train_step",
         "sizes=smoke",
         "interpreter",
     ):
