@@ -4,6 +4,7 @@
     python -m experiments.generate run=runs/NAME prompt="def main(" max_new=100 temperature=0      # greedy
     python -m experiments.generate run=runs/NAME prompt="To be" temperature=0.8 top_k=50 top_p=0.95 seed=1
     python -m experiments.generate run=runs/NAME prompt="To be" show=next           # what comes next, by which experts
+    python -m experiments.generate run=runs/NAME user="What is 2 plus 3?"           # ask a run of conversations
 
 The prompt is taken as the shell hands it over: quote it for the shell, 'like this' or "like this", and for nothing
 else. Commas, colons, brackets, quotes, $ and line breaks in it are text. No prompt: a new document. Ctrl-C ends.
@@ -17,8 +18,11 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
+from moe.data.chat import Message, Template, messages_of, template_of
 from moe.data.tokenizer import Tokenizer
+from moe.data.unreadable import BadDocument
 from moe.errors import BadInput
+from moe.eval.answers import before, end_ids, reply_ids
 from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text, token_bytes
 from moe.model import dispatch
 from moe.run import machine, terminal
@@ -31,6 +35,7 @@ class GenerateConfig:
 
     run: str = ""  # a run's folder
     prompt: str = ""  # the text to go on from; "": a new document
+    user: str = ""  # instead of a prompt: what to ask a run that was trained on conversations (data=chat)
     which: str = "best"  # best (lowest validation loss) | last | step-N
     show: str = "text"  # text | next (the most probable next tokens, and the experts)
     n: int = 10  # show=next: how many tokens
@@ -44,6 +49,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise BadInput("run=... is needed: a run's folder, such as runs/NAME.")
+        if self.prompt and self.user:
+            raise BadInput("prompt=... and user=... are given: choose one.")
         if self.show not in ("text", "next"):
             raise BadInput(f"show={self.show} is not one of text, next.")
         for key in ("n", "max_new"):
@@ -57,12 +64,13 @@ class GenerateConfig:
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed={self.seed} is out of range: accepted is between 0 and 2^63 - 1.")
         try:
-            self.prompt.encode()
+            (self.prompt + self.user).encode()
         except UnicodeEncodeError:
-            raise BadInput(f"prompt={self.prompt!r} is not valid UTF-8.") from None
+            key, text = ("user", self.user) if self.user else ("prompt", self.prompt)
+            raise BadInput(f"{key}={text!r} is not valid UTF-8.") from None
 
 
-@cli.command("generate", GenerateConfig, verbatim=("prompt", "run"))
+@cli.command("generate", GenerateConfig, verbatim=("prompt", "user", "run"))
 def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     # The run, on whatever device is here.
@@ -70,7 +78,8 @@ def main(cfg: GenerateConfig) -> None:
     model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which, cfg.trust)
     model = model.to(device)
     backend = dispatch.choose("auto", device, model.cfg)[0]  # where it was trained need not be here
-    ids = tokenizer.encode(cfg.prompt)
+    template = chat_template(cfg, tokenizer) if cfg.user else None
+    ids = reply_ids(template, asked(cfg), tokenizer) if template else tokenizer.encode(cfg.prompt)
     if not all(router.causal_in_eval for router in model.routers()):
         raise BadInput(
             f"{cfg.run} was trained with router.name={run_config.router.name}, which chooses among all tokens at once "
@@ -93,7 +102,29 @@ def main(cfg: GenerateConfig) -> None:
         eot=tokenizer.eot,
         backend=backend,
     )
+    if template:
+        new = before(new, end_ids(template, tokenizer))
     say(cfg.prompt, stream_text(tokenizer, new))
+
+
+def chat_template(cfg: GenerateConfig, tokenizer: Tokenizer) -> Template:
+    """How the run's conversations are spelt. Raises `BadInput` for a run that had none, and for a question that spells
+    a special token."""
+    if tokenizer.template is None:
+        raise BadInput(
+            f"user={cfg.user!r} needs a run that was trained on conversations (data=chat): {cfg.run} was not."
+        )
+    template = template_of("", tokenizer)
+    try:
+        messages_of({"messages": [*asked(cfg), {"role": "assistant", "content": "?"}]}, "user=...", template.specials)
+    except BadDocument as error:
+        raise BadInput(f"{error}.") from error
+    return template
+
+
+def asked(cfg: GenerateConfig) -> list[Message]:
+    """The conversation so far."""
+    return [{"role": "user", "content": cfg.user}]
 
 
 def say(prompt: str, pieces: Iterator[str]) -> None:

@@ -1,6 +1,6 @@
 """What a model answers to questions whose right answer is known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moe.data.chat import Message, Template, tokenize
@@ -38,6 +38,19 @@ def cut(ids: Sequence[int], end: Sequence[int]) -> tuple[list[int], bool]:
         if list(ids[i : i + len(end)]) == list(end):
             return list(ids[:i]), True
     return list(ids), False
+
+
+def before(ids: Iterable[int], end: Sequence[int]) -> Iterator[int]:
+    """Tokens as they come, up to where the end of an answer begins: some are held back until they cannot be its."""
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        if held[-len(end) :] == list(end):
+            yield from held[: -len(end)]
+            return
+        if len(held) >= len(end):
+            yield held.pop(0)
+    yield from held
 
 
 def ask(

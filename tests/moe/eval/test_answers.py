@@ -6,7 +6,7 @@ from moe.config.router import RouterConfig
 from moe.data.chat import DEFAULT, Template
 from moe.errors import BadInput
 from moe.eval import answers as module
-from moe.eval.answers import ask, cut, end_ids, reply_ids
+from moe.eval.answers import ask, before, cut, end_ids, reply_ids
 from moe.eval.generate import generate
 from moe.model.transformer import Transformer
 from tests.small_models import BYTES, tiny
@@ -68,3 +68,15 @@ def test_what_cannot_be_checked_or_has_no_room_is_refused(model):
         ask(model, BYTES, TEMPLATE, [("", [{"role": "user", "content": "a"}])], 5)
     with pytest.raises(BadInput, match=r"longer than model\.context=120"):
         ask(model, BYTES, TEMPLATE, [question("a" * 110, "b")], 20)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3, 9, 8, 5], [9, 9, 8], [9, 8], [1, 9], [], [9, 1, 9, 8]])
+def test_tokens_come_up_to_where_the_end_begins(ids):
+    assert list(before(iter(ids), [9, 8])) == cut(ids, [9, 8])[0]
+
+
+def test_no_more_is_held_back_than_the_end_has():
+    ids = iter([1, 2, 3])
+    coming = before(ids, [9, 8])
+    assert next(coming) == 1
+    assert list(ids) == [3]
