@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.suites.memory import State
-from moe.config.model import ModelConfig, MoEConfig
+from moe.config.model import LatentConfig, ModelConfig, MoEConfig
 from moe.config.run import Config
 from moe.config.train import OptimConfig, TrainConfig
 from moe.model import cost
@@ -21,12 +21,14 @@ PRESETS = presets_of_routers()
 BATCH, CONTEXT = 4, 64
 
 
-def _config(name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False, optimizer="adamw"):
+def _config(
+    name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False, optimizer="adamw", shape=None
+):
     router, balance, changes = PRESETS[name]
     moe = MoEConfig(n_experts=8, k=2, d_expert=32)
     changes = {key: moe.n_experts if value == "all" else value for key, value in changes.items()}
     moe = None if dense else dataclasses.replace(moe, **changes)
-    model = ModelConfig("small", 128, CONTEXT, n_layers=2, d_model=64, n_heads=2, d_ff=64, moe=moe)
+    model = ModelConfig("small", 128, CONTEXT, n_layers=2, d_model=64, n_heads=2, d_ff=64, moe=moe, **(shape or {}))
     train = TrainConfig(
         batch_size=BATCH * n_micro, accumulate=n_micro, precision=precision, device="cpu",
         checkpoint_activations=checkpointed,
@@ -59,6 +61,8 @@ def test_a_step_with_every_router_asks_the_allocator_for_what_was_walked(name):
         dict(n_micro=4),
         dict(checkpointed=True),
         dict(optimizer="muon"),
+        dict(shape=dict(latent=LatentConfig(24, 16, 20, 12, 28))),
+        dict(shape=dict(sinks=True, expert_bias=True, activation="swiglu_clipped", window=16)),
     ],
     ids=str,
 )

@@ -286,9 +286,12 @@ def test_routed_layers_are_where_the_pattern_says(make_model, tokens, every, fir
     assert len(model(tokens).routing) == len(routed)
 
 
-@pytest.mark.parametrize("documents", ["packed", "separate"])
-def test_the_whole_model_compiles_into_one_graph(make_model, tokens, documents):
-    model = make_model(n_layers=1, moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1))
+@pytest.mark.parametrize(
+    ("variant", "documents"),
+    [("qwen3", "packed"), ("qwen3", "separate"), ("latent queries too", "packed"), ("gpt-oss", "packed")],
+)
+def test_the_whole_model_compiles_into_one_graph(make_model, tokens, variant, documents):
+    model = make_model(n_layers=1, moe=MoEConfig(n_experts=5, k=3, d_expert=7, n_shared=1), **VARIANTS[variant])
     model.document_end = int(tokens[0, 4]) if documents == "separate" else None
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moe.config.model import MoEConfig
+from moe.config.model import LatentConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.model.transformer import hidden_matrices
@@ -166,12 +166,19 @@ def test_muon_has_the_matrices_between_embeddings_and_output_and_adamw_all_else(
 
 def test_a_gate_and_its_up_projection_are_two_matrices_and_other_weights_one(make_model):
     moe = MoEConfig(n_experts=4, k=2, d_expert=16, first_dense=1)
-    for activation, parts in (("swiglu", 2), ("gelu", 1)):
-        found = hidden_matrices(make_model(activation=activation, moe=moe))
+    for activation, parts in (("swiglu", 2), ("gelu", 1), ("swiglu_clipped", 1)):  # the last has them in turns
+        found = hidden_matrices(make_model(activation=activation, moe=moe, expert_bias=True, sinks=True))
+        assert not [name for name in found if "bias" in name or "sinks" in name]
         ups = {name: number for name, number in found.items() if name.endswith(("up.weight", "w_up_EFD"))}
         assert len(ups) >= 2
         assert set(ups.values()) == {parts}
         assert {number for name, number in found.items() if name not in ups} == {1}
+
+
+def test_every_projection_of_latent_attention_is_a_matrix(make_model):
+    model = make_model(latent=LatentConfig(5, 6, 3, 4, 7), head_dim=0, n_kv_heads=0, n_layers=1)
+    found = [name.split(".")[3] for name in hidden_matrices(model) if ".attn." in name]
+    assert sorted(found) == ["kv", "kv_down", "o", "q", "q_down"]
 
 
 def test_frozen_weights_are_left_alone_by_muon_too(make_model):
