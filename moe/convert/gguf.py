@@ -7,6 +7,8 @@ there, and so is which layers have experts.
     ours          here                there
     llama         llama               q and k turn neighbouring channels, so their rows are put in that order
     mixtral       llama               with expert_count
+    qwen2         qwen2
+    qwen2_moe     qwen2moe            experts in every layer, their weights as the softmax has them, and shared ones
     qwen3         qwen3
     qwen3_moe     qwen3moe            experts in every layer, their weights summing to 1
     olmoe         olmoe               their weights as the softmax has them
@@ -43,15 +45,15 @@ from moe.run.streamed import Tensors
 
 INSTALL = "pip install 'moe-switchyard[gguf]'"
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "olmoe": "olmoe"}
-ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
-RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
+ARCHITECTURES |= {"qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "qwen2_moe": False, "olmoe": False}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504.0, "BF16": torch.finfo(torch.bfloat16).max}
 LARGEST["Q8_0"] = 127 * LARGEST["F16"]  # a block's scale is a float16
 # Settings that the file says, or that the family has fixed. Any other must be as it is by default.
 _SAID = {"name", "vocab_size", "context", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"}
 _SAID |= {"norm_eps", "activation", "norm", "position", "rope_theta", "qk_norm", "bias", "tie_embeddings", "init_std"}
-_SAID |= {"moe", "rope_scaling"}
+_SAID |= {"moe", "rope_scaling", "attn_bias"}
 
 
 class Pre(NamedTuple):
@@ -109,6 +111,8 @@ def check(cfg: ModelConfig, router: RouterConfig) -> str:
         required["router.renormalize"] = router.renormalize, RENORMALIZED[family]
         required["model.moe.every"] = cfg.moe.every, 1
         required["model.moe.first_dense"] = cfg.moe.first_dense, 0
+    if cfg.attn_bias == "all" or arch not in ("qwen2", "qwen2moe"):
+        required["model.attn_bias"] = cfg.attn_bias, "none"
     if cfg.rope_scaling.type == "yarn":
         required["model.rope_scaling.truncate"] = cfg.rope_scaling.truncate, True
     if arch != "llama" and cfg.rope_scaling.type == "llama3":  # a tensor that the others have not
@@ -168,6 +172,12 @@ def tensor_map(tensors: Mapping[str, Tensor], cfg: ModelConfig, family: str) -> 
                 yield f"{theirs}attn_{name}_norm.weight", tensors[f"{ours}attn.{name}_norm.weight"]
         if is_moe_layer(cfg, layer):
             yield f"{theirs}ffn_gate_inp.weight", tensors[f"{ours}mlp.router.w_ED"]
+            if f"{ours}mlp.shared.up.weight" in tensors:
+                yield f"{theirs}ffn_gate_inp_shexp.weight", tensors[f"{ours}mlp.shared_gate.weight"][0]
+                gate, up = tensors[f"{ours}mlp.shared.up.weight"].chunk(2)
+                yield f"{theirs}ffn_gate_shexp.weight", gate
+                yield f"{theirs}ffn_up_shexp.weight", up
+                yield f"{theirs}ffn_down_shexp.weight", tensors[f"{ours}mlp.shared.down.weight"]
             gate_EFD, up_EFD = tensors[f"{ours}mlp.experts.w_up_EFD"].chunk(2, dim=1)
             yield f"{theirs}ffn_gate_exps.weight", gate_EFD
             yield f"{theirs}ffn_up_exps.weight", up_EFD
@@ -193,6 +203,8 @@ def _attention(
             if ARCHITECTURES[family] == "llama" and name != "v":
                 w = _neighbours(w, head_dim(cfg))
             yield f"{theirs}attn_{name}.{part}", w
+            if f"{ours}{name}.bias" in tensors:
+                yield f"{theirs}attn_{name}.bias", tensors[f"{ours}{name}.bias"]
     yield f"{theirs}attn_output.{part}", tensors[f"{ours}o.{part}"]
 
 
@@ -284,7 +296,7 @@ def _add_settings(writer: Any, cfg: ModelConfig, family: str) -> None:
     writer.add_block_count(cfg.n_layers)
     writer.add_head_count(cfg.n_heads)
     writer.add_head_count_kv(cfg.n_kv_heads or cfg.n_heads)
-    writer.add_feed_forward_length(moe.d_expert if moe and family != "qwen3_moe" else cfg.d_ff)
+    writer.add_feed_forward_length(moe.d_expert if family in ("mixtral", "olmoe") and moe else cfg.d_ff)
     if cfg.norm == "rms":
         writer.add_layer_norm_rms_eps(cfg.norm_eps)
     else:
@@ -299,6 +311,8 @@ def _add_settings(writer: Any, cfg: ModelConfig, family: str) -> None:
         writer.add_expert_count(moe.n_experts)
         writer.add_expert_used_count(moe.k)
         writer.add_expert_feed_forward_length(moe.d_expert)
+        if moe.n_shared:
+            writer.add_expert_shared_feed_forward_length(moe.n_shared * moe.d_expert)
 
 
 def _add_rope_scaling(writer: Any, scaling: RopeScaling) -> None:

@@ -28,6 +28,7 @@ from tests.llama_cpp import Engine
 from tests.small_runs import left_by_others
 
 V = 260
+QWEN2_MOE = QWEN3_MOE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 48, "head_dim": 8}
 PLAIN_OLMOE = OLMOE | {"norm_topk_prob": False, "num_key_value_heads": 4}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
@@ -35,6 +36,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-theta": ("llama", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 100.0}}),
     "llama-heads": ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 12, "rms_norm_eps": 1e-2}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
+    "qwen2_moe-unbiased": ("qwen2_moe", QWEN2_MOE | {"qkv_bias": False, "shared_expert_intermediate_size": 24}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", PLAIN_OLMOE),
@@ -165,6 +169,8 @@ def test_a_model_in_memory_by_no_more_than_two_tensors_gives_the_same_file(tmp_p
             "router.renormalize=True has no counterpart in llama.cpp's olmoe: accepted is False.",
         ),
         ("qwen3_moe", {"norm_topk_prob": False}, "router.renormalize=False has no counterpart in llama.cpp's qwen3moe"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "router.renormalize=True has no counterpart in llama.cpp's qwen2moe"),
+        ("llama", {"attention_bias": True}, "model.attn_bias=all has no counterpart in llama.cpp's llama: accepted is"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "model.moe.every=2 has no counterpart"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "model.moe.first_dense=1 has no counterpart"),
         (
