@@ -353,6 +353,12 @@ def test_held_out_text_has_the_bits_of_its_bytes():
     assert (row.metric, row.n, row.stderr, row.chance) == ("bits_per_byte", 2, None, None)
 
 
+def test_a_task_that_takes_no_examples_gets_none_where_others_get_theirs():
+    lm, _ = asked(build_model(context=CONTEXT, dtype=torch.float32))
+    scores = ask(lm, ["latent", "heldout"], limit=2, fewshot=2, held_out=lambda: ["the king", "the queen"])
+    assert {row.task: row.fewshot for row in scores} == {"latent": 2, "heldout": 0}
+
+
 def test_asking_leaves_the_model_the_harness_log_and_the_random_state_as_they_were():
     model = build_model(context=CONTEXT, dtype=torch.float32).train()
     before, level = torch.get_rng_state(), logging.getLogger("lm_eval").level
