@@ -1,4 +1,4 @@
-"""Suite generation: how many tokens a second run.c says, against this project's own generator, on one model.
+"""Suite generation: how many tokens a second run.c says, against this project's generator and llama.cpp, on one model.
 
 Contestants take turns; each says a few tokens and then many, greedily, and the time between is of the tokens between:
 starting a program, reading the file and its checksum are in neither. A ratio is the median over rounds of two
@@ -10,12 +10,16 @@ nothing; in float32 every contestant has to say the same tokens.
 """
 
 import functools
+import importlib.metadata
+import importlib.util
+import json
 import os
 import resource
 import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +30,13 @@ from experiments.suites.cases import Absent, Case, Wrong
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.convert import export_c
+from moe.convert import export_c, gguf
 from moe.data.tokenizer import train
 from moe.errors import BadInput
 from moe.eval.generate import generate
 from moe.eval.program import compile_program
-from moe.model.transformer import Transformer
+from moe.model.transformer import Transformer, model_tensors
+from moe.run.streamed import in_memory
 
 PROMPT = (84, 111, 32, 98, 101)
 # Of run.c by its name in the table: what its matrices are, and how it is compiled beside what docs/two-files.md says.
@@ -43,7 +48,9 @@ PROGRAMS = {
     "OpenMP": ("fp32", "-fopenmp"),
     "OpenMP int8": ("int8", "-fopenmp"),
 }
-HEADINGS = ("L", "D", "E", "K", "F", "torch tokens/s", *(f"{name}: is" for name in PROGRAMS))
+LLAMA_CPP = {"llama.cpp": "float32", "llama.cpp q8_0": "q8_0"}  # and what its matrices are
+ROUNDED = ("int8", "q8_0")  # in the names of those that may say other tokens
+HEADINGS = ("L", "D", "E", "K", "F", "torch tokens/s", *(f"{name}: is" for name in (*PROGRAMS, *LLAMA_CPP)))
 
 Say = Callable[[int], list[int]]  # so many greedy tokens behind the prompt
 
@@ -81,8 +88,8 @@ def settings(device: torch.device, full: bool, rounds: int) -> Asked:
     if device.type != "cpu":
         raise BadInput(f"device={device} means nothing to suite=generation: run.c computes on a CPU; use device=cpu.")
     if not full:
-        return Asked((Shape(1, 32, 4, 2, 32, 300, 64),), 1, 9, 1)
-    return Asked((Shape(4, 128, 16, 2, 128, 2048, 256), Shape(6, 256, 16, 4, 256, 8192, 256)), 16, 208, rounds)
+        return Asked((Shape(1, 32, 4, 2, 32, 300, 64),), 1, 57, 1)
+    return Asked((Shape(4, 128, 16, 2, 128, 2048, 256), Shape(6, 256, 16, 4, 256, 8192, 256)), 8, 72, rounds)
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -100,10 +107,12 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
             contestants: dict[str, Say] = {"torch": ours(model), **programs(model, Path(place))}
         except BadInput as error:
             raise Absent(str(error)) from error
+        llama, absent = llama_cpp(model, Path(place))
+        contestants |= llama
         # What says other tokens is not timed.
         expected = contestants["torch"](asked.many)
         for name, say in contestants.items():
-            if "int8" not in name and say(asked.many) != expected:
+            if not name.endswith(ROUNDED) and say(asked.many) != expected:
                 raise Wrong(f"{name} says other tokens than torch")
         rounds = [{name: spent(say, asked) for name, say in contestants.items()} for _ in range(asked.rounds)]
     ratio = lambda name, of: statistics.median(getattr(r["torch"], of) / getattr(r[name], of) for r in rounds)
@@ -113,9 +122,11 @@ def measured(shape: Shape, asked: Asked) -> dict[str, Any]:
         "processor_s": {name: middle(name, "processor") for name in contestants},
         "faster": {name: ratio(name, "clock") for name in contestants},
         "cheaper": {name: ratio(name, "processor") for name in contestants},
+        "absent": absent,
         "few": asked.few,
         "many": asked.many,
-        "threads": {"torch": torch.get_num_threads(), "OpenMP": cores()},
+        "threads": {"torch": torch.get_num_threads(), "OpenMP": cores(), "llama.cpp": 1},
+        "xllamacpp": "" if absent else importlib.metadata.version("xllamacpp"),
     }
 
 
@@ -161,6 +172,45 @@ def said(program: Path, model: Path, n: int) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+def llama_cpp(model: Transformer, place: Path) -> tuple[dict[str, Say], str]:
+    """llama.cpp on one thread, of the same model as GGUF, where the packages xllamacpp and gguf are installed; and why
+    it is not here."""
+    missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {}, f"{' and '.join(missing)} not installed"
+    say: dict[str, Say] = {}
+    for name, dtype in LLAMA_CPP.items():
+        path = place / f"{dtype}.gguf"
+        gguf.save(
+            in_memory(model_tensors(model)), model.cfg, model.router, train(TokenizerConfig("byte"), []), path, dtype
+        )
+        say[name] = functools.partial(answered, server_of(path, model.cfg.context))
+    return say, ""
+
+
+def server_of(path: Path, context: int) -> Any:
+    """llama.cpp's server in this process, with a cache in float32, as everything here."""
+    import xllamacpp  # here, because it is not everywhere
+
+    given = xllamacpp.CommonParams()
+    given.model.path, given.verbosity, given.warmup, given.fit_params = str(path), -1, False, False
+    given.n_ctx, given.n_parallel, given.n_gpu_layers = context, 1, 0
+    given.cpuparams.n_threads = given.cpuparams_batch.n_threads = 1
+    given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(given)
+
+
+def answered(server: Any, n: int) -> list[int]:
+    """Greedy ids from llama.cpp's server; the prompt is read anew each time."""
+    always = {"temperature": 0, "cache_prompt": False, "return_tokens": True}
+    body = json.dumps(always | {"prompt": list(PROMPT), "n_predict": n}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/completion", body)
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["tokens"]
+
+
 def cores() -> int:
     """Of the processor, that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -183,6 +233,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table: times as many tokens a second as torch, and a token's seconds of the processor likewise."""
     head = tuple(str(row[name]) for name in ("n_layers", "d_model", "n_experts", "k", "d_expert"))
     if row["status"] != "measured":
-        return *head, row.get("error", row["status"])[:60], *[""] * len(PROGRAMS)
-    ratios = (f"{row['faster'][name]:.2f}× ({row['cheaper'][name]:.2f}×)" for name in PROGRAMS)
+        return *head, row.get("error", row["status"])[:60], *[""] * len(PROGRAMS | LLAMA_CPP)
+    ratios = [
+        f"{row['faster'][name]:.2f}× ({row['cheaper'][name]:.2f}×)" if name in row["faster"] else "not here"
+        for name in (*PROGRAMS, *LLAMA_CPP)
+    ]
     return *head, f"{row['tokens_per_s']['torch']:,.0f}", *ratios

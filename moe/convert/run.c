@@ -259,7 +259,7 @@ static float dot(const float *w, const int8_t *q, const float *x, int n) {
 
 /* W x + b: (cols) -> (rows); an int8 row is summed group by group. */
 static void apply(const Linear *w, const float *x, float *y) {
-#pragma omp parallel for schedule(static) if (w->rows > 63)
+#pragma omp parallel for schedule(static) if ((int64_t)w->rows * w->cols >= 1 << 16) /* less is not worth it */
     for (int r = 0; r < w->rows; r++) {
         size_t row = (size_t)r * w->cols;
         int group = w->f ? w->cols : w->cols / w->n_groups;

@@ -19,7 +19,7 @@ def test_every_contestant_says_the_same_tokens_and_has_a_ratio(monkeypatch, tmp_
     command(monkeypatch, "suite=generation", "sizes=smoke", f"out={out}")
     (row,) = cases.read(out)
     assert row["status"] == "measured", row
-    names = ["torch", *generation.PROGRAMS]
+    names = ["torch", *generation.PROGRAMS, *(() if row["absent"] else generation.LLAMA_CPP)]
     for figure in ("tokens_per_s", "processor_s", "faster", "cheaper"):
         assert list(row[figure]) == names
         assert all(value > 0 for value in row[figure].values())
@@ -42,6 +42,7 @@ def test_seconds_are_of_the_tokens_between_few_and_many(monkeypatch):
 
 def test_other_tokens_are_not_timed_and_no_compiler_is_no_failure(monkeypatch, tmp_path):
     asked = generation.settings(CPU, False, 1)
+    monkeypatch.setattr(generation, "llama_cpp", lambda model, place: ({}, "not installed"))
     monkeypatch.setattr(generation, "programs", lambda model, place: {name: (lambda n: [1] * n) for name in ("run.c",)})
     (row,) = run(generation.cases(asked), Rows(tmp_path / "wrong.jsonl", {}, resume=False), CPU)
     assert (row["status"], row["error"]) == ("wrong", "run.c says other tokens than torch")
