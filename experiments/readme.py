@@ -42,6 +42,7 @@ ROUTERS = ROOT / "conf" / "router" / "README.md"
 MAIN = (  # rows of a comparison
     "Validation loss (nats per token)", "Training throughput (tokens/s)", "Active parameters", "Total parameters",
 )  # fmt: skip
+PRINTED = ("uneven", "even", "watch", "scores", "tasks", "next")  # what commands said, as it is
 SECTION = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 
 
@@ -66,8 +67,8 @@ def filled(text: str) -> str:
 
 def sections() -> dict[str, str]:
     """The text of every section by name."""
-    printed = (RESULTS / "next.txt").read_text()
-    return {
+    printed = {name: f"```\n{(RESULTS / f'{name}.txt').read_text()}```\n" for name in PRINTED}
+    return printed | {
         "verdict": said(read_comparison("demo.json")),
         "demo": comparison(read_comparison("demo.json")),
         "demo_short": in_short(read_comparison("demo.json")),
@@ -77,8 +78,6 @@ def sections() -> dict[str, str]:
         "gpu": gpu(evidence.read(RESULTS)),
         "alarms": alarms([json.loads(line) for line in (RESULTS / "alarms.jsonl").read_text().splitlines()]),
         "page": by_suite(page, "page"),
-        "uneven": f"```\n{(RESULTS / 'uneven.txt').read_text()}```\n",
-        "even": f"```\n{(RESULTS / 'even.txt').read_text()}```\n",
         "watching": by_suite(watching, "watching"),
         "families": of_transformers(cases.read(RESULTS / "families.jsonl")),
         "coverage": coverage([json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]),
@@ -87,10 +86,6 @@ def sections() -> dict[str, str]:
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "streamed": streamed_presets(),
         "tracing": by_suite(tracing, "tracing"),
-        "watch": f"```\n{(RESULTS / 'watch.txt').read_text()}```\n",
-        "scores": f"```\n{(RESULTS / 'scores.txt').read_text()}```\n",
-        "tasks": f"```\n{(RESULTS / 'tasks.txt').read_text()}```\n",
-        "next": f"```\n{printed}```\n",
     }
 
 
