@@ -8,6 +8,7 @@ memory         what a training step takes, planned and measured
 watching       what log.doctor costs a training step
 page           how soon the inspector's page answers, in a browser
 alignment      small models aligned on a verifiable task, one of them with a reward that can be hacked
+diversity      small models fine-tuned on questions of more and more kinds, and asked others
 generation     how many tokens a second run.c says, against torch
 faults         small models trained with a known fault, and what the doctor says of them
 families       transformers' models against what is read of their folders
