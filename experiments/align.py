@@ -11,7 +11,19 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.suites.alignment import ARMS, HEADINGS, ROUTES, START_STEPS, STEPS, cells, measure, route_cells, slug
+from experiments.suites.alignment import (
+    ARMS,
+    HEADINGS,
+    PAIRS,
+    ROUTES,
+    START_STEPS,
+    STEPS,
+    cells,
+    measure,
+    pair_cells,
+    route_cells,
+    slug,
+)
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
@@ -56,6 +68,7 @@ def main(cfg: AlignConfig) -> None:
     }
     rows = measure(Path(cfg.run), cfg.seeds, cfg.steps, cfg.start_steps, terminal.say, cfg.arms)
     tables.print_table(HEADINGS, cells(rows))
+    tables.print_table(PAIRS, pair_cells(rows))
     tables.print_table(ROUTES, route_cells(rows))
     if cfg.out:
         write_lines(Path(cfg.out), (row._asdict() | facts for row in rows))

@@ -19,6 +19,7 @@ from experiments.stats import planner, recovery, streaming, verdict
 from experiments.stats.simulation import Line
 from experiments.suites import (
     alarm_table,
+    alignment,
     cases,
     evidence,
     families,
@@ -76,6 +77,7 @@ def sections() -> dict[str, str]:
         "routing": routing(cases.read(RESULTS / "routing.jsonl")),
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
+        **aligned(RESULTS / "align.jsonl"),
         "alarms": alarms([json.loads(line) for line in (RESULTS / "alarms.jsonl").read_text().splitlines()]),
         "page": by_suite(page, "page"),
         "watching": by_suite(watching, "watching"),
@@ -154,6 +156,18 @@ def trust(rows: list[dict[str, Any]]) -> str:
     metrics = markdown(trust_table.HEADINGS, trust_table.rows(lines), trust_table.LEFT)
     names = markdown(trust_table.NAMES_HEADINGS, trust_table.name_rows(lines), 2)
     return f"{metrics}\n{names}\n`{rows[0]['command']}`, {lines[0].draws} draws of every setting; {commit(rows[0])}\n"
+
+
+def aligned(path: Path) -> dict[str, str]:
+    """What objectives made of one start, of pairs in particular, and what drawing and training route otherwise."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [record(alignment.Row, {name: line[name] for name in alignment.Row._fields}, path.name) for line in lines]
+    said = f"\n`{lines[0]['command']}`; {lines[0]['device']}, {commit(lines[0])}\n"
+    return {
+        "align": markdown(alignment.HEADINGS, alignment.cells(rows)) + said,
+        "pairs": markdown(alignment.PAIRS, alignment.pair_cells(rows)) + said,
+        "replay": markdown(alignment.ROUTES, alignment.route_cells(rows)) + said,
+    }
 
 
 def alarms(rows: list[dict[str, Any]]) -> str:

@@ -37,6 +37,8 @@ TRAINING = (
     "tokenizer.name=byte model.context=32 model.n_layers=2 model.d_model=32 model.n_heads=2 model.d_ff=32 "
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
+# Runs that go on from another's weights with answers: enough of them that one earns something.
+ALIGNING = "train.steps=1 train.eval_tokens=128 data.val_fraction=0.3 train.batch_size=64 objective.max_new=12"
 BENCH = (
     "rounds=1 steps=1 batch_size=2 sizes=smoke out=rows.jsonl "
     "model.context=16 model.n_layers=1 model.d_model=32 model.n_heads=2 model.vocab_size=64 "
@@ -48,6 +50,8 @@ BRANCHES = (
 )
 SMALLER = {
     "": "",
+    "align": "seeds=[0] arms=[anywhere,dpo-summed] steps=1 start_steps=120 out=rows.jsonl",
+    "task": "n=400",
     "train": TRAINING,
     "compare": TRAINING,
     "convert": "",
@@ -105,7 +109,11 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     extra += ["limit=4"] * asked
     of_text = name in ("train", "compare", "sweep", "tokenizers")
     of_text |= any(each.startswith("hf=") for each in given) and not asked
-    if not goes_on and of_text:
+    if any(word.startswith("data.path=sums/") for word in given):
+        extra = shlex.split(TRAINING if "experiment=sums" in given else ALIGNING)
+        extra += [f"data.cache={folder / 'cache'}"]
+        extra += ["objective.reward=contains"] if "run=runs/exact" in given else []
+    elif not goes_on and of_text:
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if any(each.startswith("study.trials=") for each in given):
             extra += ["study.trials=2"]
@@ -152,7 +160,8 @@ def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
     for place in re.findall(
-        r"\b(?:run|source|hf|records|replay|trace|beside)=\[?([\w/-]+?)(?:/\w+\.npz)?(?![\w/-])", command
+        r"\b(?:run|source|hf|records|replay|trace|beside|judge|data\.path)=\[?([\w/-]+?)(?:/\w+\.(?:npz|jsonl))?(?![\w/-])",
+        command,
     ):
         makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
         if makers and makers[0] != command and not (folder / place).exists():

@@ -76,6 +76,7 @@ class Row(NamedTuple):
 
 
 HEADINGS = ("arm", "runs", "exact", "anywhere", "lists all ten", "tokens", "its reward", "KL from the start")
+PAIRS = ("arm", "runs", "pairs told apart", "preferred answer", "rejected answer", "other experts than the start's")
 ROUTES = ("arm", "runs", "other experts", "largest log-ratio", "tokens beyond the clip", "exact")
 
 
@@ -211,6 +212,15 @@ def route_cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
             shares = [over(figure(runs, name), shape) for name, shape in
                       (("flips", "{:.2%}"), ("ratio", "{:.2g}"), ("far", "{:.3%}"))]  # fmt: skip
             yield arm, str(len(runs)), *shares, over([row.exact for row in runs], "{:.0%}")
+
+
+def pair_cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """A line per arm that learns from pairs: the share in which it prefers what was preferred, by how many nats both
+    answers became more likely than at the start, and how many choices of experts are others."""
+    for arm, runs in by_arm(rows).items():
+        if figure(runs, "accuracy"):
+            shapes = ("accuracy", "{:.0%}"), ("chosen", "{:+.1f}"), ("rejected", "{:+.1f}"), ("flips", "{:.0%}")
+            yield arm, str(len(runs)), *(over(figure(runs, name), shape) for name, shape in shapes)
 
 
 def by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -46,8 +46,8 @@ def measure(run: Path, seeds: Sequence[int], steps: int, base_steps: int, say: S
     """All runs, in folders below `run`; those that are finished are not trained again."""
     train(base_config(run, base_steps), say)
     cache = cache_root(DataConfig())
-    for name, tasks in (("others", OTHERS), ("eight", LEARNT)):
-        asked = [question for task in tasks for question in questions(task, ASKED, 0, True, cache)]
+    for name, scored_tasks in (("others", OTHERS), ("eight", LEARNT)):
+        asked = [question for task in scored_tasks for question in questions(task, ASKED, 0, True, cache)]
         write_once(run / f"{name}.jsonl", asked)
     scores = partial(scored, run)
     rows = [Row(0, seed, [], *scores(run / "base", say)) for seed in seeds]

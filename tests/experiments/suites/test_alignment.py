@@ -3,7 +3,17 @@
 import pytest
 
 from experiments.suites import alignment
-from experiments.suites.alignment import ARMS, Row, arm_config, cells, measure, own_figures, route_cells, slug
+from experiments.suites.alignment import (
+    ARMS,
+    Row,
+    arm_config,
+    cells,
+    measure,
+    own_figures,
+    pair_cells,
+    route_cells,
+    slug,
+)
 from moe.data.tasks import DIGITS
 from moe.run.jsonl import read_lines
 from moe.run.summary import MetricsLine
@@ -75,4 +85,8 @@ def test_a_line_of_the_table_has_the_mean_and_the_range_of_an_arms_runs():
     first, second = cells(rows)
     assert first == ("exact", "2", "55% (50% to 60%)", "70%", "0%", "2.0", "0.50", "1.00")
     assert second[-2:] == ("–", "–")
+    pair = Row(
+        "DPO, IPO", 0, 100, 0.4, 0.4, 0.0, 2.5, {"accuracy": 0.8, "chosen": -2.0, "rejected": -15.0, "flips": 0.4}
+    )
+    assert list(pair_cells([*rows, pair])) == [("DPO, IPO", "1", "80%", "-2.0", "-15.0", "40%")]
     assert list(route_cells(rows)) == [("exact", "2", "1.00%", "0.2", "0.000%", "55% (50% to 60%)")]
