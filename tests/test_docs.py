@@ -50,7 +50,7 @@ BRANCHES = (
 )
 SMALLER = {
     "": "",
-    "align": "seeds=[0] arms=[anywhere,dpo-summed] steps=1 start_steps=120 out=rows.jsonl",
+    "align": "seeds=[0] arms=[anywhere,dpo-summed] steps=1 start_steps=40 out=rows.jsonl",
     "task": "n=400",
     "train": TRAINING,
     "compare": TRAINING,
