@@ -13,12 +13,11 @@ After every seed all models are scored on the same validation text, and the line
 and how many rows each expert took of each domain.
 """
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-
-from hydra.core.hydra_config import HydraConfig
 
 from experiments import cli
 from experiments.pages import branch_tables, tables
@@ -74,14 +73,14 @@ def main(cfg: BranchTrainMixConfig) -> None:
     # Seed by seed, so that a study that is cut short has whole seeds to compare.
     out, rows = Path(cfg.out or Path(cfg.run) / "results.jsonl"), []
     facts = {
-        "command": command_line("branch_train_mix", *HydraConfig.get().overrides.task),
+        "command": command_line("branch_train_mix", *sys.argv[1:]),
         **machine.git_state()._asdict(),
     }
     for seed in cfg.seeds:
         folders = run_seed(planned, seed, Path(cfg.run) / f"seed{seed}", dataset, terminal.say)
         rows += [score(planned, seed, name, folder, dataset) for name, folder in folders.items()]
         write_lines(out, (row.tree() | facts for row in rows))
-    for headings, cells, left in branch_tables.all_tables(rows):
+    for headings, cells, left in branch_tables.all_tables(rows).values():
         tables.print_table(headings, cells, left)
     terminal.say(f"lines: {out}")
 

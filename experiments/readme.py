@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from experiments.pages import coverage_table, router_table, sweep_table, trust_table
+from experiments.pages import branch_tables, coverage_table, router_table, sweep_table, trust_table
 from experiments.pages.tables import markdown
-from experiments.stats import planner, recovery, streaming, verdict
+from experiments.stats import branching, planner, recovery, streaming, verdict
 from experiments.stats.simulation import Line
 from experiments.suites import (
     alarm_table,
@@ -88,6 +88,7 @@ def sections() -> dict[str, str]:
         "memory": planned_memory(cases.read(RESULTS / "memory.jsonl")),
         "streamed": streamed_presets(),
         "tracing": by_suite(tracing, "tracing"),
+        **branches("branch_train_mix.jsonl"),
     }
 
 
@@ -168,6 +169,16 @@ def aligned(path: Path) -> dict[str, str]:
         "pairs": markdown(alignment.PAIRS, alignment.pair_cells(rows)) + said,
         "replay": markdown(alignment.ROUTES, alignment.route_cells(rows)) + said,
     }
+
+
+def branches(name: str) -> dict[str, str]:
+    """What branch-train-mix came to, a section for each of its tables."""
+    lines = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    rows, first = [record(branching.Row, line, name) for line in lines], lines[0]
+    seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
+    made = {key: markdown(*table) for key, table in branch_tables.all_tables(rows).items()}
+    made["arms"] += f"\n`{first['command']}`, seeds {seeds}; {first['device']}, {commit(first)}\n"
+    return {f"branch_{key}": table for key, table in made.items()}
 
 
 def alarms(rows: list[dict[str, Any]]) -> str:

@@ -46,7 +46,7 @@ BENCH = (
 )
 BRANCHES = (
     "seeds=[0] copy_steps=1 mix_steps=1 train.steps=1 train.batch_size=2 train.eval_tokens=128 data.val_fraction=0.3 "
-    "tokenizer.name=byte model.context=32 model.d_model=32 model.d_ff=32 data.max_mb=0.05"
+    "tokenizer.name=byte model.context=32 model.d_model=32 model.d_ff=32"
 )
 SMALLER = {
     "": "",
@@ -107,7 +107,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
     asked = any(each.startswith("tasks=") for each in given)
     extra += ["limit=4"] * asked
-    of_text = name in ("train", "compare", "sweep", "tokenizers")
+    of_text = name in ("train", "compare", "sweep", "tokenizers", "branch_train_mix")
     of_text |= any(each.startswith("hf=") for each in given) and not asked
     if any(word.startswith("data.path=sums/") for word in given):
         extra = shlex.split(TRAINING if "experiment=sums" in given else ALIGNING)

@@ -21,9 +21,15 @@ class Table(NamedTuple):
     left: int = 1
 
 
-def all_tables(rows: Sequence[Row]) -> list[Table]:
-    """In the order in which they are read."""
-    return [arms(rows), by_domain(rows), copies(rows), specialised(rows), shares_of(rows)]
+def all_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """By name, in the order in which they are read."""
+    return {
+        "arms": arms(rows),
+        "domains": by_domain(rows),
+        "copies": copies(rows),
+        "experts": specialised(rows),
+        "shares": shares_of(rows),
+    }
 
 
 def arms(rows: Sequence[Row]) -> Table:

@@ -54,6 +54,9 @@ def test_a_study_writes_a_line_per_model_and_seed_and_is_not_repeated(command, t
             summary = read_summary(tmp_path / "study" / f"seed{line['seed']}" / line["arm"])
             assert line["loss"] == pytest.approx(summary.val.loss, rel=1e-12)
             assert line["counts"] == (summary.load.counts if summary.load else None)
+        assert line["command"].startswith(
+            "python -m experiments.branch_train_mix data=text tokenizer=byte 'data.domains=["
+        )
     assert "| mixed " in out
     assert "expert 1 (botany)" in out
     # Again, with a seed more: what is there is read.

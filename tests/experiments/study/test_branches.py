@@ -124,6 +124,10 @@ def test_other_settings_in_the_same_folder_are_refused_in_a_sentence(study, corp
     planned = plan(cfg, DOMAINS, study[2].tokenizer.vocab_size, 15, 6)
     with pytest.raises(BadInput, match=r"optim\.lr=0\.01 differs from the run's own 0\.02"):
         run_seed(planned, 3, study[1], study[2], silent)
+    cfg = settings(corpus, "unused", CHANGES | {"balance.z": 0.5})
+    planned = plan(cfg, DOMAINS, study[2].tokenizer.vocab_size, 15, 6)
+    with pytest.raises(BadInput, match=r"z=0\.5 differs .* go on with .*uniform,"):  # before any run starts from it
+        run_seed(planned, 3, study[1], study[2], silent)
 
 
 @pytest.mark.parametrize(
