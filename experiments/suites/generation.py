@@ -50,7 +50,7 @@ PROGRAMS = {
 }
 LLAMA_CPP = {"llama.cpp": "float32", "llama.cpp q8_0": "q8_0"}  # and what its matrices are
 ROUNDED = ("int8", "q8_0")  # in the names of those that may say other tokens
-HEADINGS = ("L", "D", "E", "K", "F", "torch tokens/s", *(f"{name}: is" for name in (*PROGRAMS, *LLAMA_CPP)))
+HEADINGS = ("L D E K F", "torch tokens/s", *PROGRAMS, *LLAMA_CPP)
 
 Say = Callable[[int], list[int]]  # so many greedy tokens behind the prompt
 
@@ -230,12 +230,12 @@ def spent(say: Say, asked: Asked) -> Spent:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the table: times as many tokens a second as torch, and a token's seconds of the processor likewise."""
-    head = tuple(str(row[name]) for name in ("n_layers", "d_model", "n_experts", "k", "d_expert"))
+    """A row of the table: by how much a token costs less of the processor than torch's, and by the clock likewise."""
+    head = " ".join(str(row[name]) for name in ("n_layers", "d_model", "n_experts", "k", "d_expert"))
     if row["status"] != "measured":
-        return *head, row.get("error", row["status"])[:60], *[""] * len(PROGRAMS | LLAMA_CPP)
+        return head, row.get("error", row["status"])[:60], *[""] * len(PROGRAMS | LLAMA_CPP)
     ratios = [
-        f"{row['faster'][name]:.2f}× ({row['cheaper'][name]:.2f}×)" if name in row["faster"] else "not here"
+        f"{row['cheaper'][name]:.2f}× ({row['faster'][name]:.1f}×)" if name in row["cheaper"] else "not here"
         for name in (*PROGRAMS, *LLAMA_CPP)
     ]
-    return *head, f"{row['tokens_per_s']['torch']:,.0f}", *ratios
+    return head, f"{row['tokens_per_s']['torch']:,.0f}", *ratios
