@@ -4,16 +4,21 @@
     python -m experiments.instructions out=runs/sums tasks=[add,larger] n=5000 held_out=200 seed=1
 
 Two files of JSON lines with prompt, completion and task: train.jsonl has `n` questions, spread evenly over the tasks,
-held-out.jsonl `held_out` of each task. Learn from the one (`data=chat`), and ask the other (experiments.answers).
+held-out.jsonl `held_out` of each task. Learn from the one (`data=chat`), and ask the other (experiments.answers). A
+third, preferences.jsonl, has the questions of train.jsonl as a model of conversations is asked them, in the default
+template's spelling, each with its answer and with another question's of the same task, which is worse (`data=
+preferences`).
 Docs, signature and verse are taken from Python and from Milton; each of the other tasks has one right answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
 from moe.config.data import DataConfig
-from moe.data.instructions import TASKS, questions
+from moe.data.chat import DEFAULT, Template
+from moe.data.instructions import TASKS, Question, questions
 from moe.data.prepare import cache_root
 from moe.errors import BadInput
 from moe.run import terminal
@@ -47,7 +52,7 @@ class InstructionsConfig:
 
 @cli.command("instructions", InstructionsConfig, verbatim=("out", "cache"))
 def main(cfg: InstructionsConfig) -> None:
-    """Write the two files."""
+    """Write the files."""
     folder, tasks = Path(cfg.out), cfg.tasks or list(TASKS)
     if folder.exists():
         raise BadInput(f"out={folder} exists: choose another folder.")
@@ -57,9 +62,24 @@ def main(cfg: InstructionsConfig) -> None:
         learnt += questions(task, share, cfg.seed, False, cache)
         asked += questions(task, cfg.held_out, cfg.seed, True, cache)
     folder.mkdir(parents=True)
-    for name, rows in (("train", learnt), ("held-out", asked)):
-        write_lines(folder / f"{name}.jsonl", (row._asdict() for row in rows))
+    files = {"train": [row._asdict() for row in learnt], "held-out": [row._asdict() for row in asked]}
+    files["preferences"] = preferences(learnt)
+    for name, rows in files.items():
+        write_lines(folder / f"{name}.jsonl", rows)
         terminal.say(f"{folder / name}.jsonl: {len(rows):,} questions of {len(tasks)} tasks")
+
+
+def preferences(learnt: Sequence[Question]) -> list[dict[str, str]]:
+    """Every question with its own answer and the next other one of its task; those without another are left out."""
+    template, rows = Template(DEFAULT), []
+    for i, question in enumerate(learnt):
+        others = (other for other in (*learnt[i + 1 :], *learnt[:i]) if other.task == question.task)
+        worse = next((other.completion for other in others if other.completion != question.completion), None)
+        if worse is not None:
+            prompt = template.render([{"role": "user", "content": question.prompt}], reply=True).text
+            chosen, rejected = (answer + template.end_of_turn for answer in (question.completion, worse))
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 if __name__ == "__main__":
