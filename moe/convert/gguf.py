@@ -11,6 +11,7 @@ there, and so is which layers have experts.
     qwen2_moe     qwen2moe            experts in every layer, their weights as the softmax has them, and shared ones
     qwen3         qwen3
     qwen3_moe     qwen3moe            experts in every layer, their weights summing to 1
+    dots1         dots1               with one group of experts
     olmoe         olmoe               their weights as the softmax has them
     gpt2          gpt2                query, key and value as one
 """
@@ -45,7 +46,7 @@ from moe.run.streamed import Tensors
 
 INSTALL = "pip install 'moe-switchyard[gguf]'"
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "olmoe": "olmoe"}
-ARCHITECTURES |= {"qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES |= {"qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dots1": "dots1"}
 RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "qwen2_moe": False, "olmoe": False}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504.0, "BF16": torch.finfo(torch.bfloat16).max}
@@ -108,16 +109,17 @@ def check(cfg: ModelConfig, router: RouterConfig) -> str:
             raise BadInput(f"model.{path}={value} has no counterpart in GGUF's {arch}: accepted is {default}.")
     required: dict[str, tuple[Any, Any]] = {}
     if cfg.moe is not None:
-        required["router.renormalize"] = router.renormalize, RENORMALIZED[family]
+        required["router.renormalize"] = router.renormalize, RENORMALIZED.get(family, router.renormalize)
+        required["router.groups"] = router.groups, 1
         required["model.moe.every"] = cfg.moe.every, 1
-        required["model.moe.first_dense"] = cfg.moe.first_dense, 0
+        required["model.moe.first_dense"] = cfg.moe.first_dense, cfg.moe.first_dense if family == "dots1" else 0
     if cfg.attn_bias == "all" or arch not in ("qwen2", "qwen2moe"):
         required["model.attn_bias"] = cfg.attn_bias, "none"
     if cfg.rope_scaling.type == "yarn":
         required["model.rope_scaling.truncate"] = cfg.rope_scaling.truncate, True
     if arch != "llama" and cfg.rope_scaling.type == "llama3":  # a tensor that the others have not
         required["model.rope_scaling.type"] = "llama3", "linear or yarn"
-    if family == "olmoe":
+    if family in ("olmoe", "dots1"):
         required["model.n_kv_heads"] = cfg.n_kv_heads or cfg.n_heads, cfg.n_heads
     for path, (value, accepted) in required.items():
         if value != accepted:
@@ -172,8 +174,11 @@ def tensor_map(tensors: Mapping[str, Tensor], cfg: ModelConfig, family: str) -> 
                 yield f"{theirs}attn_{name}_norm.weight", tensors[f"{ours}attn.{name}_norm.weight"]
         if is_moe_layer(cfg, layer):
             yield f"{theirs}ffn_gate_inp.weight", tensors[f"{ours}mlp.router.w_ED"]
-            if f"{ours}mlp.shared.up.weight" in tensors:
+            if f"{ours}mlp.router.bias_E" in tensors:
+                yield f"{theirs}exp_probs_b.bias", tensors[f"{ours}mlp.router.bias_E"]
+            if f"{ours}mlp.shared_gate.weight" in tensors:
                 yield f"{theirs}ffn_gate_inp_shexp.weight", tensors[f"{ours}mlp.shared_gate.weight"][0]
+            if f"{ours}mlp.shared.up.weight" in tensors:
                 gate, up = tensors[f"{ours}mlp.shared.up.weight"].chunk(2)
                 yield f"{theirs}ffn_gate_shexp.weight", gate
                 yield f"{theirs}ffn_up_shexp.weight", up
@@ -226,7 +231,7 @@ def save(
     # What cannot be written is refused before anything is.
     if importlib.util.find_spec("gguf") is None:
         raise BadInput(f"to={path} needs the package gguf, which is not installed: {INSTALL}.")
-    family = check(cfg, router)
+    check(cfg, router)
     dtype = dtype or str(tensors.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise BadInput(f"the weights are {dtype}, which GGUF has not: dtype=... of {', '.join(DTYPES)} converts them.")
@@ -239,7 +244,7 @@ def save(
     remove_leftovers(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(beside, tensors, cfg, family, tokenizer, dtype)
+        _write(beside, tensors, cfg, router, tokenizer, dtype)
         os.rename(beside, path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror or error}).") from error
@@ -247,14 +252,18 @@ def save(
         beside.unlink(missing_ok=True)
 
 
-def _write(path: Path, tensors: Tensors, cfg: ModelConfig, family: str, tokenizer: Tokenizer, dtype: str) -> None:
+def _write(
+    path: Path, tensors: Tensors, cfg: ModelConfig, router: RouterConfig, tokenizer: Tokenizer, dtype: str
+) -> None:
     import gguf
+
+    family = check(cfg, router)
 
     writer = gguf.GGUFWriter(None, ARCHITECTURES[family])
     file_type = {"F32": "ALL_F32"}.get(DTYPES[dtype], f"MOSTLY_{DTYPES[dtype]}")
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_settings(writer, cfg, family)
+    _add_settings(writer, cfg, router, family)
     _add_tokenizer(writer, tokenizer, cfg.vocab_size)
     # What each tensor will take, and then each.
     kinds: dict[str, Any] = {}
@@ -286,8 +295,10 @@ def _kind(name: str, like: Tensor, kind: str) -> str:
     return "F32" if exact or (kind == "Q8_0" and like.shape[-1] % 32) else kind
 
 
-def _add_settings(writer: Any, cfg: ModelConfig, family: str) -> None:
+def _add_settings(writer: Any, cfg: ModelConfig, router: RouterConfig, family: str) -> None:
     """The sizes of the model, under the names that llama.cpp reads."""
+    import gguf
+
     moe = cfg.moe
     writer.add_name(cfg.name)
     writer.add_vocab_size(cfg.vocab_size)
@@ -313,6 +324,12 @@ def _add_settings(writer: Any, cfg: ModelConfig, family: str) -> None:
         writer.add_expert_feed_forward_length(moe.d_expert)
         if moe.n_shared:
             writer.add_expert_shared_feed_forward_length(moe.n_shared * moe.d_expert)
+            writer.add_expert_shared_count(moe.n_shared)
+        if family == "dots1":  # the only one that is asked
+            writer.add_leading_dense_block_count(moe.first_dense)
+            writer.add_expert_weights_norm(router.renormalize)
+            writer.add_expert_weights_scale(router.scale)
+            writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
 def _add_rope_scaling(writer: Any, scaling: RopeScaling) -> None:

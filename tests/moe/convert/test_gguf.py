@@ -14,7 +14,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 
-from experiments.suites.families import GPT2, LLAMA, OLMOE, QWEN3_MOE
+from experiments.suites.families import DOTS1, GPT2, LLAMA, OLMOE, QWEN3_MOE
 from moe.config.data import TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
@@ -29,6 +29,7 @@ from tests.small_runs import left_by_others
 
 V = 260
 QWEN2_MOE = QWEN3_MOE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 48, "head_dim": 8}
+ONE_GROUP = DOTS1 | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 3, "num_key_value_heads": 4}
 PLAIN_OLMOE = OLMOE | {"norm_topk_prob": False, "num_key_value_heads": 4}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
@@ -39,6 +40,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", LLAMA),
     "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
     "qwen2_moe-unbiased": ("qwen2_moe", QWEN2_MOE | {"qkv_bias": False, "shared_expert_intermediate_size": 24}),
+    "dots1": ("dots1", ONE_GROUP),
+    "dots1-raw": ("dots1", ONE_GROUP | {"norm_topk_prob": False, "n_shared_experts": 2, "first_k_dense_replace": 0}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
     "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", PLAIN_OLMOE),
@@ -171,6 +174,7 @@ def test_a_model_in_memory_by_no_more_than_two_tensors_gives_the_same_file(tmp_p
         ("qwen3_moe", {"norm_topk_prob": False}, "router.renormalize=False has no counterpart in llama.cpp's qwen3moe"),
         ("qwen2_moe", {"norm_topk_prob": True}, "router.renormalize=True has no counterpart in llama.cpp's qwen2moe"),
         ("llama", {"attention_bias": True}, "model.attn_bias=all has no counterpart in llama.cpp's llama: accepted is"),
+        ("dots1", {"n_group": 2, "topk_group": 1}, "router.groups=2 has no counterpart in llama.cpp's dots1"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "model.moe.every=2 has no counterpart"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "model.moe.first_dense=1 has no counterpart"),
         (
