@@ -60,9 +60,9 @@ class Engine:
         """The likeliest token behind these, n times, or until one ends the text."""
         return self._post("completion", prompt=ids, n_predict=n)["tokens"]
 
-    def encode(self, text: str) -> list[int]:
-        """Its ids of a text, special tokens in it taken for text."""
-        return self._post("tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Its ids of a text, special tokens in it taken for text; `special`: looked for, and put around it if told."""
+        return self._post("tokenize", content=text, add_special=special, parse_special=special)["tokens"]
 
     def _post(self, what: str, **body: Any) -> Any:
         always = {"temperature": 0, "cache_prompt": False, "return_tokens": True}

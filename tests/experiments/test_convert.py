@@ -315,6 +315,16 @@ def test_what_cannot_become_gguf_is_refused_in_a_sentence(words, message, comman
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_weight_that_is_not_finite_does_not_become_gguf(command, trained, tmp_path):
+    model, _, cfg = load_run(trained)
+    with torch.no_grad():
+        model.blocks[1].mlp.router.w_ED[0, 0] = float("nan")
+    save(model, cfg.router, train_tokenizer(TokenizerConfig("byte"), []), tmp_path / "folder")
+    status, _, err = command(experiments.convert, "source=folder", "to=m.gguf")
+    assert (status, err) == (2, "error: the weight blocks.1.mlp.router.w_ED is not finite in float32.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_follow_is_written_only_when_asked_for(command, trained, tmp_path):
     """It cuts numbers otherwise, which matters where there are tokens of two digits."""
     tokenizer = train_tokenizer(TokenizerConfig("bpe", 262), ["in 1987 and 1988, 1913 to 1915 and 16 of 17"] * 9)

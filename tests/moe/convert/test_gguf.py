@@ -282,6 +282,16 @@ def test_llama_cpp_gives_the_ids_of_the_tokenizer_for_every_text(kind: str, tmp_
     assert {text: ids for text in texts() if (ids := engine.encode(text)) != tokenizer.encode(text)} == {}
 
 
+def test_nothing_is_put_around_a_text_and_a_special_token_is_known_as_one(tmp_path: Path) -> None:
+    engine = engine_of(BYTES, tmp_path)
+    assert engine.encode("ab", special=True) == BYTES.encode("ab")
+    assert engine.encode(f"a{END_OF_TEXT}b", special=True) == [97, BYTES.eot, 98]
+    fields = GGUFReader(tmp_path / "t.gguf").fields
+    told = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in fields.items()}
+    assert told["bos_token_id"] == told["eos_token_id"] == BYTES.eot
+    assert told["token_type"] == [1] * 256 + [3] + [5] * 3  # normal, control, unused
+
+
 def without(tokenizer: Tokenizer, spans: Any) -> Tokenizer:
     """The tokenizer as if it had never learned a token that spans a place where llama.cpp cuts, nor one made of it."""
     kept: dict[bytes, int] = {}
