@@ -7,20 +7,17 @@ What is learnt and asked: experiments/suites/diversity.py. Runs lie in `run`; th
 again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.stats.statistics import Interval, t_interval
-from experiments.suites.diversity import KINDS, Row, measure
+from experiments.pages.diversity_table import HEADINGS, cells
+from experiments.suites.diversity import measure
 from moe.errors import BadInput
 from moe.run import machine, terminal
 from moe.run.command_line import command_line
 from moe.run.jsonl import write_lines
-
-HEADINGS = ("kinds of task", "other kinds, nats", "less than with one", "its own eight kinds, nats")
 
 
 @dataclass
@@ -55,30 +52,6 @@ def main(cfg: DiversityConfig) -> None:
         }
         write_lines(Path(cfg.out), (row._asdict() | about for row in rows))
         terminal.say(f"lines: {cfg.out}")
-
-
-def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A line for each number of kinds: means over the seeds with t intervals, differences by seed."""
-    table: list[tuple[str, ...]] = []
-    by_kinds = {kinds: [row for row in rows if row.kinds == kinds] for kinds in (0, *KINDS)}
-    for kinds, runs in by_kinds.items():
-        if not runs:
-            continue
-        others, learnt = (t_interval([getattr(row, name) for row in runs]) for name in ("others", "learnt"))
-        less = ""
-        if kinds > 1:
-            one = {row.seed: row.others for row in by_kinds[1]}
-            less = shown(t_interval([one[row.seed] - row.others for row in runs]))
-        if kinds == 0:  # one model, whatever the seed
-            others, learnt = (interval._replace(low=interval.mean, high=interval.mean) for interval in (others, learnt))
-        table.append((str(kinds) if kinds else "none", shown(others), less, shown(learnt)))
-    return table
-
-
-def shown(interval: Interval) -> str:
-    """A mean and its interval."""
-    mean, low, high = interval
-    return f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

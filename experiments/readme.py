@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from experiments.pages import branch_tables, coverage_table, router_table, sweep_table, trust_table
+from experiments.pages import branch_tables, coverage_table, diversity_table, router_table, sweep_table, trust_table
 from experiments.pages.tables import markdown
 from experiments.stats import branching, planner, recovery, streaming, verdict
 from experiments.stats.simulation import Line
@@ -79,6 +79,7 @@ def sections() -> dict[str, str]:
         "routers": sweep_of_routers(json.loads((RESULTS / "routers.json").read_text())),
         "gpu": gpu(evidence.read(RESULTS)),
         **aligned(RESULTS / "align.jsonl"),
+        "diversity": diversity(RESULTS / "diversity.jsonl"),
         "alarms": alarms([json.loads(line) for line in (RESULTS / "alarms.jsonl").read_text().splitlines()]),
         "page": by_suite(page, "page"),
         "generation": by_suite(generation, "generation"),
@@ -159,6 +160,17 @@ def trust(rows: list[dict[str, Any]]) -> str:
     metrics = markdown(trust_table.HEADINGS, trust_table.rows(lines), trust_table.LEFT)
     names = markdown(trust_table.NAMES_HEADINGS, trust_table.name_rows(lines), 2)
     return f"{metrics}\n{names}\n`{rows[0]['command']}`, {lines[0].draws} draws of every setting; {commit(rows[0])}\n"
+
+
+def diversity(path: Path) -> str:
+    """What runs that learnt more and more kinds of task came to."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [
+        record(diversity_table.Row, {name: line[name] for name in diversity_table.Row._fields}, path.name)
+        for line in lines
+    ]
+    said = f"\n`{lines[0]['command']}`; {lines[0]['device']}, {commit(lines[0])}\n"
+    return markdown(diversity_table.HEADINGS, diversity_table.cells(rows)) + said
 
 
 def aligned(path: Path) -> dict[str, str]:

@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from experiments.pages.diversity_table import KINDS, Row
 from moe.analysis.windows import of_corpus
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.run import Config, build
@@ -29,17 +30,6 @@ LEARNT = ("add", "larger", "parity", "next", "copy", "first", "reverse", "length
 OTHERS = ("smaller", "last", "upper", "twice")
 N = 4000  # questions that a run learns from
 ASKED = 200  # of each kind that are scored
-KINDS = (1, 2, 4, 8)
-
-
-class Row(NamedTuple):
-    """What a run came to, in nats per token of the answers."""
-
-    kinds: int  # 0: the base model, before fine-tuning
-    seed: int
-    tasks: list[str]
-    others: float  # of the kinds that no run learnt
-    learnt: float  # of held-out questions of the eight kinds
 
 
 def measure(run: Path, seeds: Sequence[int], steps: int, base_steps: int, say: Say) -> list[Row]:

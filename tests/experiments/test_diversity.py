@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from experiments import diversity as command
-from experiments.diversity import cells
-from experiments.suites.diversity import Row
+from experiments.pages.diversity_table import Row
 
 
 def test_the_table_is_printed_and_the_rows_are_kept_with_their_command(tmp_path, monkeypatch, capsys):
@@ -31,15 +30,3 @@ def test_what_cannot_be_is_refused(word, monkeypatch, capsys):
         command.main()
     assert ended.value.code == 2
     assert word.split("=")[0] in capsys.readouterr().err
-
-
-def test_differences_are_by_seed():
-    rows = [Row(0, seed, [], 5.0, 6.0) for seed in (0, 1, 2)]
-    rows += [Row(1, seed, [], 2.0 + seed, 3.0) for seed in (0, 1, 2)] + [
-        Row(8, seed, [], 1.5 + seed, 1.0) for seed in (0, 1, 2)
-    ]
-    table = cells(rows)
-    assert table[0] == ("none", "5.000", "", "6.000")
-    assert [row[0] for row in table] == ["none", "1", "8"]
-    assert table[2][2] == "0.500"  # the same in every seed
-    assert table[2][1].startswith("2.500 (0.016 to 4.984)")  # 1.5, 2.5, 3.5: 4.303 / sqrt(3)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from experiments.pages.diversity_table import KINDS
 from experiments.suites import diversity
-from experiments.suites.diversity import KINDS, LEARNT, OTHERS, measure
+from experiments.suites.diversity import LEARNT, OTHERS, measure
 from moe.config.parse import to_dict
 from tests.small_runs import settings, train
 
