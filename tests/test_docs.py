@@ -69,6 +69,7 @@ SMALLER = {
     "presets": "",
     "quantize": "tokens=256",
     "report": "",
+    "rerouting": "tokens=64",
     "scaling": f"page=laws.md picture=laws.png records={ROOT / 'experiments' / 'results' / 'scaling.jsonl'}",
     "routers": "",
     "status": "",

@@ -19,6 +19,7 @@ effects         what routing otherwise costs, in all and by domain
 interventions   experts masked, dropped, swapped, forced
 redundancy      whether experts do the same
 stability       what a router says a layer earlier, and at other checkpoints
+rerouting       what of routing another model of the same shape does otherwise, as after fine-tuning
 heat_map        loads as colours
 windows         the text that is traced, of a corpus, a file or token ids
 by_layer        a trace that is made with one layer in memory at a time

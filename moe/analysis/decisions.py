@@ -3,8 +3,6 @@
 Every number is a mean over the tokens of the window that is given. Sums are in float64. Letters as in the glossary.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -38,23 +36,29 @@ def router_information(prob_TE: Tensor) -> float:
     return (_entropy(prob_TE.mean(0, keepdim=True))[0] - _entropy(prob_TE).mean()).item()
 
 
+def flipped(expert_TK: Tensor, other_TK: Tensor) -> Tensor:
+    """Which tokens' set of experts is another in a second choice, (T,) bool. The order within a token does not count; a
+    negative expert is none."""
+    return (expert_TK.sort(-1).values != other_TK.sort(-1).values).any(-1)
+
+
 def route_flips(expert_TK: Tensor, other_TK: Tensor) -> float:
-    """Share of the tokens whose set of experts is another in a second pass (of another dtype, backend or batch;
-    2510.11370). The order within a token does not count; a negative expert is none."""
-    if not len(expert_TK):
-        return 0.0
-    return (expert_TK.sort(-1).values != other_TK.sort(-1).values).any(-1).double().mean().item()
+    """Share of the tokens that are `flipped` in a second pass (of another dtype, backend or batch; 2510.11370)."""
+    return flipped(expert_TK, other_TK).double().mean().item() if len(expert_TK) else 0.0
+
+
+def kept(expert_TK: Tensor, other_TK: Tensor) -> Tensor:
+    """|S_t ∩ S'_t| / |S_t| of two choices of the same tokens, (T,) float64; NaN for a token without an expert."""
+    shared_TK = ((expert_TK[:, :, None] == other_TK[:, None, :]) & (expert_TK >= 0)[:, :, None]).any(-1)
+    return shared_TK.sum(-1).double() / (expert_TK >= 0).sum(-1)
 
 
 def agreement(expert_TK: Tensor, other_TK: Tensor) -> float:
-    """mean_t |S_t ∩ S'_t| / |S_t| of two choices of the same tokens; tokens without an expert are left out. Two random
-    choices of K of E have K / E. Of a checkpoint and the last one it is the router's *saturation* (OLMoE, 2409.02060);
-    of two checkpoints in a row 1 − agreement is *churn*; of a layer's choice and the one that its router makes of the
-    layer's before states, *lookahead*."""
-    taken_T = (expert_TK >= 0).sum(-1)
-    shared_TK = ((expert_TK[:, :, None] == other_TK[:, None, :]) & (expert_TK >= 0)[:, :, None]).any(-1)
-    share_T = shared_TK.sum(-1).double() / taken_T.clamp_min(1)
-    return share_T[taken_T > 0].mean().item() if (taken_T > 0).any() else math.nan
+    """The mean over tokens of what is `kept`; tokens without an expert are left out. Two random choices of K of E have
+    K / E. Of a checkpoint and the last one it is the router's *saturation* (OLMoE, 2409.02060); of two checkpoints in a
+    row 1 − agreement is *churn*; of a layer's choice and the one that its router makes of the layer's before states,
+    *lookahead*."""
+    return kept(expert_TK, other_TK).nanmean().item()
 
 
 def _entropy(prob_TE: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class OverTime:
 def routes(model: Transformer, windows: Iterable[Window]) -> list[Tensor]:
     """The experts of all tokens in every MoE layer: (T, K) int16 each, K being E for routers without a fixed one;
     negative for none. Raises `BadInput` for a dense model and a soft router."""
-    _check(model)
+    check(model)
     device, parts = next(model.parameters()).device, []
     for read_BS1, *_ in windows:
         routing = model(torch.from_numpy(read_BS1[:, :-1]).to(device)).routing
-        parts.append([_experts(report, read_BS1[:, 1:].size) for report in routing])
+        parts.append([experts_of(report, read_BS1[:, 1:].size) for report in routing])
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
@@ -67,7 +67,7 @@ def lookahead(model: Transformer, windows: Iterable[Window]) -> list[Lookahead]:
     """Every router but the first, asked about the residual stream as it enters the MoE of the MoE layer before, under
     the norm of the router's own layer: what a prefetch of experts can know a layer ahead (2312.17238). Layers are left
     out that some tokens pass by (Mixture-of-Depths), or before which some do. Raises as `routes`."""
-    _check(model)
+    check(model)
     numbers, routers = moe_layers(model.cfg), model.routers()
     device = next(model.parameters()).device
     streams: list[Tensor] = []  # of one pass, what enters each MoE, before its norm where that is what it reads
@@ -93,8 +93,8 @@ def lookahead(model: Transformer, windows: Iterable[Window]) -> list[Lookahead]:
                 if state_TD is None:
                     state_TD = (block.mlp_norm(before[i - 1]) if block.norm_first else before[i - 1]).flatten(0, 1)  # type: ignore[operator]
                 decided = routers[i](state_TD, "torch", Context(tokens_BS.flatten(), len(tokens_BS)))
-                actual[i].append(_experts(report[i], tokens_BS.numel()))
-                early[i].append(_experts(decided, tokens_BS.numel(), routers[i].n_experts))
+                actual[i].append(experts_of(report[i], tokens_BS.numel()))
+                early[i].append(experts_of(decided, tokens_BS.numel(), routers[i].n_experts))
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,15 +132,16 @@ def chance(expert_TK: Tensor, n_experts: int) -> float:
     return (expert_TK >= 0).sum(-1).double().mean().item() / n_experts
 
 
-def _check(model: Transformer) -> None:
+def check(model: Transformer) -> None:
+    """Raise `BadInput` for a model without routes: a dense one, or one with a soft router."""
     if model.cfg.moe is None:
         raise BadInput("the model is dense: it has no routing to compare.")
     if facts(model.router).choices == "mixture":
         raise BadInput("the router is soft: every token goes to every expert, and there is nothing to compare.")
 
 
-def _experts(routing: LayerRouting | Routing, n_tokens: int, n_experts: int = 0) -> Tensor:
-    """(T, K) int16 on the CPU; K is E for ragged rows."""
+def experts_of(routing: LayerRouting | Routing, n_tokens: int, n_experts: int = 0) -> Tensor:
+    """A layer's or a router's choice by token, (T, K) int16 on the CPU; K is E for ragged rows."""
     expert, token_N = routing.expert.cpu(), routing.token_N
     if token_N is None:
         return expert.short()
