@@ -48,8 +48,16 @@ BRANCHES = (
     "seeds=[0] copy_steps=1 mix_steps=1 train.steps=1 train.batch_size=2 train.eval_tokens=128 data.val_fraction=0.3 "
     "tokenizer.name=byte model.context=32 model.d_model=32 model.d_ff=32"
 )
+# Runs of questions, which need a context that is longer than they are: experiment=demo makes what they go on from.
+QUESTIONS = (
+    "train.steps=2 train.batch_size=2 train.eval_every=0 train.eval_tokens=128 optim.warmup=1 data.val_fraction=0.3"
+)
+LONG = "model.context=160"
 SMALLER = {
     "": "",
+    "answers": "max_new=4",
+    "diversity": "seeds=[0] steps=1 base_steps=1 out=rows.jsonl",
+    "instructions": "n=80 held_out=3",
     "align": "seeds=[0] arms=[anywhere,dpo-summed] steps=1 start_steps=40 out=rows.jsonl",
     "task": "n=400",
     "train": TRAINING,
@@ -114,12 +122,24 @@ def run(command: str, folder: Path, monkeypatch) -> None:
         extra = shlex.split(TRAINING if "experiment=sums" in given else ALIGNING)
         extra += [f"data.cache={folder / 'cache'}"]
         extra += ["objective.reward=contains"] if "run=runs/exact" in given else []
+    elif any("/questions/" in word for word in given if word.startswith("data.path=")):
+        extra = [*shlex.split(QUESTIONS), f"data.cache={folder / 'cache'}"]
+    elif "source=runs/text" in given:
+        extra = [
+            *shlex.split(QUESTIONS),
+            f"data.cache={folder / 'cache'}",
+            "data.clean.near=0",
+            "data.clean.max_repetition=1",
+        ]
+        extra += [f"data.path={folder / 'texts'}"]
     elif not goes_on and of_text:
         extra += [f"data.cache={folder / 'cache'}", "data.clean.near=0", "data.clean.max_repetition=1"]
         if any(each.startswith("study.trials=") for each in given):
             extra += ["study.trials=2"]
         if not any(each.startswith("data=") for each in given):
             extra += ["data=text", f"data.path={folder / 'texts'}"]
+    if "experiment=demo" in given and name == "train":
+        extra += [LONG]
     monkeypatch.chdir(folder)
     if name in ("trace", "convert"):  # another command may have needed it before
         places = [word.partition("=")[2] for word in given if word.startswith(("out=", "to="))]
