@@ -96,6 +96,8 @@ def score(planned: Plan, seed: int, name: str, folder: Path, dataset: Dataset) -
     assert evaluation is not None, "nothing stops it"
     steps = planned.steps.get(name, planned.copy_steps)
     by_domain = {domain: of.loss for domain, of in evaluation.val.domains.items()}
+    if missing := [domain for domain in dataset.domains if domain not in by_domain]:
+        raise BadInput(f"train.eval_tokens={cfg.train.eval_tokens} have no text of {', '.join(missing)}: give more.")
     load = evaluation.load
     return Row(
         seed, name, steps, planned.flops.get(name), evaluation.val.loss, by_domain,

@@ -45,7 +45,7 @@ BENCH = (
     "model.moe.n_experts=4 model.moe.k=2 model.moe.d_expert=32"
 )
 BRANCHES = (
-    "seeds=[0] copy_steps=1 mix_steps=1 train.steps=1 train.batch_size=2 train.eval_tokens=128 data.val_fraction=0.3 "
+    "seeds=[0] copy_steps=1 mix_steps=1 train.steps=1 train.batch_size=2 train.eval_tokens=4096 data.val_fraction=0.3 "
     "tokenizer.name=byte model.context=32 model.d_model=32 model.d_ff=32"
 )
 # Runs of questions, which need a context that is longer than they are: experiment=demo makes what they go on from.
