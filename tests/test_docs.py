@@ -114,7 +114,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
-    asked = any(each.startswith("tasks=") for each in given)
+    asked = name == "evaluate" and any(each.startswith("tasks=") for each in given)
     extra += ["limit=4"] * asked
     of_text = name in ("train", "compare", "sweep", "tokenizers", "branch_train_mix")
     of_text |= any(each.startswith("hf=") for each in given) and not asked
@@ -181,7 +181,7 @@ def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
     for place in re.findall(
-        r"\b(?:run|source|hf|records|replay|trace|beside|judge|data\.path)=\[?([\w/-]+?)(?:/\w+\.(?:npz|jsonl))?(?![\w/-])",
+        r"\b(?:run|source|hf|records|replay|trace|beside|judge|before|after|questions|data\.path)=\[?([\w/-]+?)(?:/[\w-]+\.(?:npz|jsonl))?(?![\w/-])",
         command,
     ):
         makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
