@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.data.tokenizer import GPT4_LIKE, ONE_CHARACTER, Tokenizer
+from moe.data.tokenizer import GPT4_LIKE, ONE_CHARACTER, TEMPLATE, Tokenizer
 from moe.errors import BadInput
 from moe.run.jsonl import to_text
 
@@ -113,7 +113,8 @@ def check(tokenizer: Tokenizer) -> Split:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json into an existing `folder`. Raises what `check` raises."""
+    """Write tokenizer.json and tokenizer_config.json, and a chat template if there is one, into an existing `folder`.
+    Raises what `check` raises."""
     split, end = check(tokenizer), tokenizer.decode([tokenizer.eot])
     # Special tokens have their ids from the vocabulary: ids that are left unused lie between them.
     vocab = {spelling(token): rank for token, rank in tokenizer.ranks.items()}
@@ -158,6 +159,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     }
     for name, content in ((FILE, tree), (CONFIG, config)):
         (folder / name).write_text(to_text(content, indent=1) + "\n", encoding="utf-8")
+    if tokenizer.template is not None:
+        (folder / TEMPLATE).write_text(tokenizer.template, encoding="utf-8")
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
@@ -177,11 +180,22 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, list[str]]:
     try:
         if config.get("auto_map"):
             raise BadInput(f"{CONFIG} names code of the folder's own (auto_map), which is never run.")
-        return _parse(tree, _end_of_text(folder, tree, config.get("eos_token")))
+        tokenizer, differences = _parse(tree, _end_of_text(folder, tree, config.get("eos_token")))
+        tokenizer.template = _chat_template(folder, config.get("chat_template"))
+        return tokenizer, differences
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BadInput(f"{path} is damaged: it is not what transformers writes ({error!r}).") from error
+
+
+def _chat_template(folder: Path, told: Any) -> str | None:
+    """The folder's chat template: a file, or `told` in tokenizer_config.json, of several the default one."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    if isinstance(told, list):
+        told = {entry["name"]: entry["template"] for entry in told}.get("default")
+    return told if isinstance(told, str) else None
 
 
 def text_start(folder: Path, tokenizer: Tokenizer) -> tuple[list[int], int]:

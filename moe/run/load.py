@@ -91,6 +91,11 @@ def find_source(source: str) -> Path:
 
 def no_source(source: str) -> str:
     """What is wrong with a `source` that is nothing of the kind."""
+    if (Path(source) / "config.json").is_file():
+        return (
+            f"source={source} is a folder of transformers: make it a run first, with python -m experiments.convert "
+            f"source={source} to=runs/NAME, and take that."
+        )
     return (
         f"source={source} is neither a run's folder nor a checkpoint: accepted are runs/NAME and "
         "runs/NAME/checkpoints/step-00000100."

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from moe.config.data import TokenizerConfig
 from moe.convert.hf_tokenizer import KINDS, SPLITS, check, last_merges, read_tokenizer, save_tokenizer, text_start
+from moe.data.chat import DEFAULT, Template, tokenize
 from moe.data.tokenizer import END_OF_TEXT, Tokenizer, train
 from moe.errors import BadInput
 
@@ -304,3 +305,34 @@ def test_a_folder_without_a_tokenizer_is_refused_with_what_it_has(tmp_path: Path
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BadInput, match="cannot be read as JSON"):
         read_tokenizer(tmp_path)
+
+
+def test_a_chat_template_goes_along_and_says_the_same_there(tmp_path):
+    tokenizer = train(TokenizerConfig("byte"), [])
+    tokenizer.template = DEFAULT
+    save_tokenizer(tokenizer, tmp_path, 64)
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    rendered = Template(DEFAULT).render(messages)
+    assert text == rendered.text
+    masked = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ours = tokenize(rendered, tokenizer)  # of bytes, which no join changes
+    assert (masked["input_ids"], masked["assistant_masks"]) == (ours.ids, [int(learnt) for learnt in ours.learnt])
+    assert read_tokenizer(tmp_path)[0].template == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("told", "template"),
+    [
+        ("hello", "hello"),
+        ([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "tools", "template": "t"}], None),
+        (None, None),
+    ],
+)
+def test_a_chat_template_may_stand_in_the_tokenizers_settings(told, template, tmp_path):
+    save_tokenizer(train(TokenizerConfig("byte"), []), tmp_path, 64)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": told}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_tokenizer(tmp_path)[0].template == template

@@ -103,6 +103,12 @@ def test_a_router_of_ones_own_that_a_source_names_is_asked_for(run):
     assert read_source(str(run), True)[0].router.name.endswith("TopKRouter")
 
 
+def test_a_folder_of_transformers_is_to_be_made_a_run_first(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"is a folder of transformers: make it a run first, .*experiments\.convert"):
+        read_source(str(tmp_path), False)
+
+
 @pytest.mark.parametrize("folder", ["nowhere", "first/tokenizer", "first/checkpoints"])
 def test_a_folder_without_weights_is_no_source(folder, run, tmp_path):
     shutil.copytree(run, tmp_path / "first")
