@@ -210,7 +210,7 @@ def compute_gradients(
         if teacher is not None:
             with torch.no_grad(), autocast(cfg):
                 taught_BSV = teacher(tokens_BS, backend=cfg.dispatch).logits_BSV
-            losses["distill"] = distill_loss(output.logits_BSV, taught_BSV, cfg.distill.temperature)
+            losses["distill"] = taught_loss(output.logits_BSV, taught_BSV, targets_BS, n_targets, cfg)
         if companions is not None:
             part = micro_batch(batch, i, n_micro, device)
             losses[cfg.objective.name], micro_figures = answer_loss(output, reward_B, part, companions, cfg)
@@ -264,6 +264,18 @@ def text_loss(logits_BSV: Tensor, targets_BS: Tensor, n_targets: float | None) -
     if n_targets is None:
         return next_token_loss(logits_BSV, targets_BS)
     return next_token_loss(logits_BSV, targets_BS, reduction="none").sum() / max(1.0, n_targets)
+
+
+def taught_loss(
+    logits_BSV: Tensor, taught_BSV: Tensor, targets_BS: Tensor, n_targets: float | None, cfg: Config
+) -> Tensor:
+    """A micro-batch's share of `distill_loss`, of the tokens that have a target, as `text_loss` is of theirs."""
+    temperature = cfg.distill.temperature
+    if n_targets is None:
+        return distill_loss(logits_BSV, taught_BSV, temperature)
+    counts_BS = targets_BS != NO_TARGET
+    share = counts_BS.sum() / max(1.0, n_targets)
+    return distill_loss(logits_BSV[counts_BS], taught_BSV[counts_BS], temperature) * share if share else share
 
 
 def micro_batches(

@@ -414,3 +414,15 @@ def test_the_loss_is_per_target_however_unevenly_micro_batches_have_them(parts, 
     assert found.lm_loss == pytest.approx(loss.item(), rel=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_teacher_is_heard_where_there_is_a_target_alone(parts, corpus):
+    changes = {"train.accumulate": parts, "train.batch_size": 8, "distill.teacher": "runs/x", "distill.weight": 0.5}
+    cfg, model, batch = model_and_batch(corpus, DENSE | changes)
+    keep = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 0.9, 8)[:, None]
+    batch.targets_BS = torch.where(keep, batch.targets_BS, -1)
+    teacher = Transformer(cfg.model, cfg.router).initialize(1).double()
+    found = compute_gradients(model, batch, cfg, teacher=teacher)
+    ours, theirs = (of(batch.tokens_BS).logits_BSV.log_softmax(-1)[keep] for of in (model, teacher))
+    assert found.losses["distill"] == pytest.approx((theirs.exp() * (theirs - ours)).sum(-1).mean().item(), rel=1e-6)
