@@ -285,14 +285,18 @@ def keys_of(overrides: Sequence[str]) -> list[str]:
 
 
 def keys_of_files(overrides: Sequence[str]) -> list[str]:
-    """The settings and groups that the files of conf/ give that a command line chooses, beside their own group: those
-    of an experiment, and what a router comes with."""
+    """The settings and groups that the files of conf/ give that a command line chooses: those of a group's file, of an
+    experiment, and what a router comes with."""
     keys: list[str] = []
     for group, _, name in (override.lstrip("+").partition("=") for override in overrides):
         file = CONF / group / f"{name}.yaml"
-        if not (name and file.is_file() and (text := file.read_text()).startswith("# @package _global_")):
+        if not name or not file.is_file():
             continue
-        tree = yaml.safe_load(text)
+        text = file.read_text()
+        tree = yaml.safe_load(text) or {}
+        if not text.startswith("# @package _global_"):
+            keys += [f"{group}.{key}" for key in flat(tree)]
+            continue
         chosen = [word for default in tree.pop("defaults", []) if isinstance(default, dict) for word in default.items()]
         words = [f"{key.removeprefix('override ').lstrip('/')}={value}" for key, value in chosen]
         keys += [*keys_of(words), *keys_of_files(words), *flat(tree)]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import experiments.train
 from experiments import generate as command
 from moe.data.chat import template_of
 from moe.data.prepare import prepare
@@ -120,3 +121,23 @@ def test_a_run_without_conversations_is_not_asked(words, why, base, monkeypatch,
         command.main()
     assert ended.value.code == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "documents"),
+    [
+        (["experiment=sft", "data.path=CHATS"], "whole"),
+        (["data=chat", "data.path=CHATS"], "whole"),
+        (["data=chat", "data.path=CHATS", "data.documents=separate"], "separate"),
+        (["data=text", "data.path=CHATS"], "packed"),
+    ],
+)
+def test_conversations_are_whole_whatever_the_source_did_with_its_documents(words, documents, base, chats, monkeypatch):
+    given = []
+    monkeypatch.setattr(experiments.train, "train", given.append)
+    words = [word.replace("CHATS", str(chats)) for word in words]
+    monkeypatch.setattr(sys, "argv", ["train", *words, f"source={base}"])
+    experiments.train.main()
+    (cfg,) = given
+    assert cfg.data.documents == documents
+    assert cfg.model.context == 64
