@@ -1,5 +1,6 @@
-"""A dense model, a copy of it per domain trained apart, the copies as experts of one model, and its router trained:
-against upcycling, training from scratch and training on, at equal FLOPs.
+"""A model per domain, trained apart from one dense model, as the experts of a mixture: branch-train-mix.
+
+Against upcycling, training from scratch and training the dense model on, at equal FLOPs; then the router is trained.
 
 python -m experiments.branch_train_mix                                     # three seeds, half an hour on a CPU core
 python -m experiments.branch_train_mix seeds=[0] train.steps=50 copy_steps=20 mix_steps=20 run=runs/NAME

@@ -1,5 +1,4 @@
-"""Loss and bits per byte of a model on any text, in all and by domain, with 95% intervals over documents; and what it
-makes of the tasks of lm-evaluation-harness.
+"""Loss and bits per byte of a model on any text, with 95% intervals over documents, and its scores in tasks.
 
     python -m experiments.evaluate run=runs/demo/moe-seed0                            # its own validation text
     python -m experiments.evaluate run=runs/demo/moe-seed0 which=last                 # the numbers of its summary.json

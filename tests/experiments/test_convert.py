@@ -391,7 +391,8 @@ def test_a_folder_of_transformers_becomes_a_run_that_says_the_same(imported, com
         experiments.generate, f"run={folder}", "prompt=Mixture of", "max_new=12", "temperature=0"
     )
     assert (status, err) == (0, "")
-    assert out == hf_tokenizer.decode(said, skip_special_tokens=True) + "\n"
+    # Both may end inside a character, which one shows and the other leaves out.
+    assert out.rstrip("\n\ufffd") == hf_tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
     assert command(experiments.generate, f"run={folder}", "prompt=a", "show=next")[0] == 0
 
 
