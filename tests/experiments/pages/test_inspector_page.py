@@ -263,9 +263,9 @@ def test_another_run_can_be_chosen_and_what_is_not_known_of_it_is_said(page, loo
 @needs_browser
 def test_pairs_are_drawn_and_the_last_layer_has_none_after_it(page):
     page.select_option("#pair-kind", "onward")
-    assert page.locator("#pair-map").is_visible()
+    page.locator("#pair-map").wait_for(state="visible")
     page.select_option("#layer", "2")
-    assert not page.locator("#pair-map").is_visible()
+    page.locator("#pair-map").wait_for(state="hidden")
     assert page.locator("#pairs-said").inner_text() == "There is no MoE layer after this one."
 
 
