@@ -9,7 +9,6 @@ answer, or of prompt and completion; the field `task` divides them. `out` writes
 moe/eval/answers.py).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from scipy import stats
 
 from experiments import cli
 from experiments.pages import tables
+from moe.data import files
 from moe.data.chat import Message, Template, messages_of, template_of
 from moe.data.unreadable import BadDocument
 from moe.errors import BadInput
@@ -61,11 +61,7 @@ def main(cfg: AnswersConfig) -> None:
     if cfg.out and Path(cfg.out).exists():
         raise BadInput(f"out={cfg.out} exists: choose another, or move it away.")
     device = machine.choose_device("auto")
-    model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which, cfg.trust)
-    if not all(router.causal_in_eval for router in model.routers()):
-        raise BadInput(
-            f"{cfg.run} has router.name={run_cfg.router.name}, which cannot choose for the next token alone."
-        )
+    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which, cfg.trust)
     template = template_of("", tokenizer)
     conversations = read_conversations(Path(cfg.questions), template)
     # Ask, and say it.
@@ -87,16 +83,13 @@ def read_conversations(path: Path, template: Template) -> list[tuple[str, list[M
     """Every line's task, "" where it names none, and its messages. Raises `BadInput` for a line that is none."""
     conversations = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"questions={path} cannot be read ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            messages = messages_of(row, f"{path}, line {number}", template.specials)
-        except (BadDocument, ValueError) as error:
-            raise BadInput(f"questions={path}: line {number} is no conversation ({error}).") from error
-        conversations.append((str(row.get("task", "")) if isinstance(row, dict) else "", messages))
+        for number, line in files.lines(path):
+            where = f"line {number}"
+            row = files.parsed(line or b"", where)
+            messages = messages_of(row, where, template.specials)
+            conversations.append((str(row.get("task", "")), messages))
+    except (BadDocument, OSError) as error:
+        raise BadInput(f"questions={path}: {error}.") from error
     if not conversations:
         raise BadInput(f"questions={path} is empty.")
     return conversations

@@ -23,7 +23,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.data.unreadable import BadDocument
 from moe.errors import BadInput
 from moe.eval.answers import before, end_ids, reply_ids
-from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text, token_bytes
+from moe.eval.generate import LayerChoice, check_causal, generate, next_tokens, stream_text, token_bytes
 from moe.model import dispatch
 from moe.run import machine, terminal
 from moe.run.load import load_run
@@ -75,17 +75,12 @@ def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     # The run, on whatever device is here.
     device = machine.choose_device("auto")
-    model, tokenizer, run_config = load_run(Path(cfg.run), cfg.which, cfg.trust)
+    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which, cfg.trust)
     model = model.to(device)
     backend = dispatch.choose("auto", device, model.cfg)[0]  # where it was trained need not be here
     template = chat_template(cfg, tokenizer) if cfg.user else None
     ids = reply_ids(template, asked(cfg), tokenizer) if template else tokenizer.encode(cfg.prompt)
-    if not all(router.causal_in_eval for router in model.routers()):
-        raise BadInput(
-            f"{cfg.run} was trained with router.name={run_config.router.name}, which chooses among all tokens at once "
-            "and cannot choose for the next one: train it with a causal form (router=expert-choice-threshold or "
-            "router=expert-choice-predictor)."
-        )
+    check_causal(model)
     # What comes next, or a text.
     if cfg.show == "next":
         tokens, choices = next_tokens(model, ids or [tokenizer.eot], cfg.n, backend=backend)

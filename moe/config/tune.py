@@ -51,6 +51,10 @@ def validate(cfg: TuneConfig, model: ModelConfig) -> None:
     routed = moe_layers(model)
     if not routed and set(cfg.parts) & {"experts", "router"}:
         raise BadInput(f"tune.parts={cfg.parts} names what a dense model does not have: leave out experts and router.")
+    if not cfg.rank and cfg.alpha != TuneConfig.alpha:
+        raise BadInput(f"tune.alpha={cfg.alpha} scales low-rank changes, and tune.rank=0 makes none.")
+    if cfg.experts and not routed:
+        raise BadInput(f"tune.experts={cfg.experts} means nothing to a dense model: leave it out.")
     # Experts by name.
     if cfg.experts and "experts" not in cfg.trained():
         raise BadInput(f"tune.experts={cfg.experts} means nothing where tune.parts={cfg.parts} leaves the experts out.")
@@ -59,7 +63,7 @@ def validate(cfg: TuneConfig, model: ModelConfig) -> None:
         if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
             raise BadInput(f"tune.experts has {name!r}: accepted are EXPERT, as 3, and LAYER:EXPERT, as 2:3.")
         layers = [int(numbers[0])] if len(numbers) == 2 else routed
-        for layer in layers or [-1]:
+        for layer in layers:
             if layer not in routed:
                 raise BadInput(f"tune.experts has {name!r}: layer {layer} has no experts; MoE layers are {routed}.")
             n_experts = layer_moe(model, layer).n_experts

@@ -7,14 +7,13 @@ As a text (for the tokenizer, the validation and objective.name=lm) a row is its
 `moe/data/answer_loader.py` makes batches of them.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe.config.data import DataConfig
 from moe.data import files
-from moe.data.unreadable import BadDocument
+from moe.data.unreadable import BadDocument, check_unicode
 
 FIELDS = {"preferences": ("prompt", "chosen", "rejected"), "prompts": ("prompt", "answer")}
 
@@ -58,10 +57,7 @@ def _row(line: bytes | None, where: str, cfg: DataConfig, longest: int, file: Pa
     """Raises `BadDocument` for a line that is no such row, an empty field, and a pair that prefers nothing."""
     if line is None:
         raise files.too_large(where, longest)
-    try:
-        row = json.loads(line.decode().removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise BadDocument(where, f"is not JSON: {error}", "not JSON") from error
+    row = files.parsed(line, where)
     names = FIELDS[cfg.name]
     values = []
     for name in names:
@@ -69,10 +65,7 @@ def _row(line: bytes | None, where: str, cfg: DataConfig, longest: int, file: Pa
         if not isinstance(value, str) or not value:
             what = f"needs {', '.join(names)} as text that is not empty, and {name} is {str(value)[:40]!r}"
             raise BadDocument(where, what, f"without {name}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadDocument(where, f": {name} holds half a surrogate pair", "with half a surrogate pair") from error
+        check_unicode(value, where, f": {name}")
         values.append(value)
     if len(values) == 3 and values[1] == values[2]:
         raise BadDocument(where, "prefers an answer to itself: chosen and rejected are equal", "preferring nothing")

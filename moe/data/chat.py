@@ -19,7 +19,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from moe.data.tokenizer import END_OF_TEXT, Tokenizer
-from moe.data.unreadable import BadDocument
+from moe.data.unreadable import BadDocument, check_unicode
 from moe.errors import BadInput
 
 # Markers that are ordinary text, so that any tokenizer has them, also one without special tokens to spare.
@@ -191,11 +191,7 @@ def _check(message: Any, where: str, specials: Iterable[str]) -> None:
     if not content.strip():
         kind = "answer" if role == "assistant" else "message"
         raise BadDocument(where, f"is an empty {kind}", f"with an empty {kind}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        what = f"holds half a surrogate pair at character {error.start}"
-        raise BadDocument(where, what, "with half a surrogate pair") from error
+    check_unicode(content, where, "")
     for text in (OPEN, CLOSE, *specials):
         if text in content + role:
             raise BadDocument(where, f"spells {text!r}, which has a meaning of its own here", "with a special token")

@@ -9,11 +9,13 @@ import fnmatch
 import glob
 import gzip
 import itertools
+import json
 import os
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -242,3 +244,19 @@ def _decompressed(file: Path) -> Iterator[bytes]:
                 data = frame.unused_data if frame.eof else b""
         if not frame.eof:
             raise EOFError("the last frame does not end")
+
+
+def parsed(line: bytes, where: str) -> Any:
+    """What a line of JSON says. Raises `BadDocument` for one that is not JSON, or that Python does not read."""
+    if b"\0" in line:
+        raise BadDocument(where, f"is binary, not JSON: byte {line.index(0)} of the line is NUL", "with NUL bytes")
+    try:
+        return json.loads(line.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise BadDocument(where, f"is not UTF-8 at byte {error.start} of the line", "not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadDocument(where, f"is not JSON: {error.msg} at column {error.colno}", "not JSON") from error
+    except RecursionError as error:
+        raise BadDocument(where, "is nested too deeply to be read", "nested too deeply") from error
+    except ValueError as error:  # Python converts no more than 4,300 digits
+        raise BadDocument(where, "has a number of too many digits to be read", "with too long a number") from error

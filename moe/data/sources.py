@@ -20,7 +20,7 @@ from typing import Any
 from moe.config.data import BLEND_DOMAINS, DataConfig
 from moe.data import answers, blend, files
 from moe.data.chat import Template, messages_of
-from moe.data.unreadable import BadDocument, Unreadable
+from moe.data.unreadable import BadDocument, Unreadable, check_unicode
 from moe.errors import BadInput
 
 VERSION = (
@@ -200,7 +200,7 @@ def _chat(cfg: DataConfig, full: set[str], template: Template) -> Iterator[Docum
             try:
                 if line is None:
                     raise files.too_large(where, _longest(cfg))
-                row = _json(line, where)
+                row = files.parsed(line, where)
                 of_row = _field(row, "domain_field", cfg.domain_field, where) if cfg.domain_field else domain
                 if of_row not in full:
                     yield _conversation(row, of_row, where, f"{name}:{number}", template)
@@ -239,25 +239,9 @@ def _json_lines(
         try:
             if line is None:
                 raise files.too_large(where, _longest(cfg))
-            yield _row(cfg, _json(line, where), where, domain, f"{name}:{number}")
+            yield _row(cfg, files.parsed(line, where), where, domain, f"{name}:{number}")
         except BadDocument as fault:
             yield fault
-
-
-def _json(line: bytes, where: str) -> Any:
-    """What a line of JSON says. Raises `BadDocument` for one that is not JSON, or that Python does not read."""
-    if b"\0" in line:
-        raise BadDocument(where, f"is binary, not JSON: byte {line.index(0)} of the line is NUL", "with NUL bytes")
-    try:
-        return json.loads(line.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise BadDocument(where, f"is not UTF-8 at byte {error.start} of the line", "not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise BadDocument(where, f"is not JSON: {error.msg} at column {error.colno}", "not JSON") from error
-    except RecursionError as error:
-        raise BadDocument(where, "is nested too deeply to be read", "nested too deeply") from error
-    except ValueError as error:  # Python converts no more than 4,300 digits
-        raise BadDocument(where, "has a number of too many digits to be read", "with too long a number") from error
 
 
 def _field(row: Any, setting: str, key: str, where: str) -> str:
@@ -271,11 +255,7 @@ def _field(row: Any, setting: str, key: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise BadDocument(where, f": {label} must be a string, and is {kind}", f"with {key!r} {kind}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f": the field {key!r} holds half a surrogate pair at character {error.start}"
-        raise BadDocument(where, what, "with half a surrogate pair") from error
+    check_unicode(value, where, f": the field {key!r}")
     return value
 
 

@@ -23,6 +23,15 @@ class BadDocument(Exception):
         self.reason = reason
 
 
+def check_unicode(text: str, where: str, what: str) -> None:
+    """Raise `BadDocument` for a string that no file can have: `what` is the part of the document at `where`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        told = f"{what} holds half a surrogate pair at character {error.start}"
+        raise BadDocument(where, told.lstrip(), "with half a surrogate pair") from error
+
+
 class Unreadable:
     """The documents that could not be read.
 

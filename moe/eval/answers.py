@@ -32,14 +32,6 @@ def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(template.end_of_turn, specials=True)
 
 
-def cut(ids: Sequence[int], end: Sequence[int]) -> tuple[list[int], bool]:
-    """An answer's tokens up to where it first ends, and whether it does."""
-    for i in range(len(ids) - len(end) + 1):
-        if list(ids[i : i + len(end)]) == list(end):
-            return list(ids[:i]), True
-    return list(ids), False
-
-
 def before(ids: Iterable[int], end: Sequence[int]) -> Iterator[int]:
     """Tokens as they come, up to where the end of an answer begins: some are held back until they cannot be its."""
     held: list[int] = []
@@ -83,10 +75,8 @@ def ask(
             model, prompts, max_new, seeds=seeds, stop=stop, pad=tokenizer.eot, temperature=temperature, backend=backend
         )
         for (task, messages), ids in zip(batch, drawn.answers(), strict=True):
-            kept, ended = cut(ids, end)
-            kept, at_eot = cut(kept, [tokenizer.eot])
-            said = tokenizer.decode(kept)
-            wanted = messages[-1]["content"]
-            exact = said.strip() == wanted.strip() and (ended or at_eot)
-            answers.append(Answer(task, messages[-2]["content"], wanted, said, ended or at_eot, exact))
+            kept = list(before(before(ids, end), [tokenizer.eot]))
+            said, wanted, ended = tokenizer.decode(kept), messages[-1]["content"], len(kept) < len(ids)
+            exact = said.strip() == wanted.strip() and ended
+            answers.append(Answer(task, messages[-2]["content"], wanted, said, ended, exact))
     return answers

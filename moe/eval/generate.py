@@ -29,6 +29,15 @@ class LayerChoice(NamedTuple):
     experts: list[tuple[int, float]]
 
 
+def check_causal(model: Transformer) -> None:
+    """Raise `BadInput` for a model whose experts choose among all tokens at once: it would read what it is to say."""
+    if not all(router.causal_in_eval for router in model.routers()):
+        raise BadInput(
+            f"router.name={model.router.name} chooses among all tokens at once and cannot choose for the next one: "
+            "train with a causal form (router=expert-choice-threshold or router=expert-choice-predictor)."
+        )
+
+
 def next_token_distribution(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """The probabilities that the next token is drawn with: (B, V) -> (B, V) float64, each row summing to 1.
 

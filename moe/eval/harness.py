@@ -35,7 +35,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval import tasks
 from moe.eval.evaluate import eval_mode
-from moe.eval.generate import sample, token_bytes
+from moe.eval.generate import check_causal, sample, token_bytes
 from moe.eval.scores import Interval
 from moe.eval.tasks import TaskScore
 from moe.model.transformer import Transformer
@@ -84,11 +84,7 @@ class Asked(TemplateLM):
         text consists of; None: none and the end-of-text token, after which a document begins in training. Raises
         `BadInput` for a model whose experts choose among all tokens: it would read the answer with the question."""
         super().__init__()
-        if not all(router.causal_in_eval for router in model.routers()):
-            raise BadInput(
-                f"router.name={model.router.name} chooses among all tokens, those of the answer too: tasks=... needs a "
-                "router that is causal (such as router=expert-choice-threshold)."
-            )
+        check_causal(model)
         self.model, self.text, self.say, self.said = model, tokenizer, say, False
         self.before, self.empty = start or ([], tokenizer.eot)
         self.context, self.batch_size, self.backend_name, self.autocast = context, batch_size, backend, autocast

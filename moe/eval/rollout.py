@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe.config.router import facts
 from moe.errors import BadInput
-from moe.eval.generate import next_token_distribution
+from moe.eval.generate import check_causal, next_token_distribution
 from moe.model.attention import KVCache
 from moe.model.layer import LayerRouting
 from moe.model.transformer import Transformer
@@ -72,7 +72,9 @@ def rollout(
     Row b draws by `seeds[b]` alone, the same tokens as `generate` with that seed. No global random state is read or
     changed. temperature 0: the most probable token, of log-probability 0. `record` keeps every layer's choices.
 
-    Raises `BadInput` for prompts as `check_prompts`, and with `record` for a router without a place for each choice."""
+    Raises `BadInput` for models and prompts as `check_causal` and `check_prompts`, and with `record` for a router
+    without a place for each choice."""
+    check_causal(model)
     check_prompts(prompts, max_new, model.cfg.context)
     if record:
         check_recordable(model)

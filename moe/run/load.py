@@ -89,6 +89,18 @@ def find_source(source: str) -> Path:
     return folder
 
 
+def load_source(source: str, tokenizer: str) -> checkpoint.Snapshot:
+    """The checkpoint in folder `source`. Raises `BadInput` for one that was trained with another tokenizer than the one
+    with this fingerprint."""
+    snapshot = checkpoint.load(Path(source))
+    if (its := snapshot.meta["tokenizer"]) != tokenizer:
+        raise BadInput(
+            f"source={source} was trained with another tokenizer ({its[:12]}) than this run's ({tokenizer[:12]}): the "
+            "two must read the same ids."
+        )
+    return snapshot
+
+
 def no_source(source: str) -> str:
     """What is wrong with a `source` that is nothing of the kind."""
     if (Path(source) / "config.json").is_file():

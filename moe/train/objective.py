@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.analysis.decisions import flipped
 from moe.config.router import facts
 from moe.config.run import Config
 from moe.data.answer_loader import Prompts
@@ -40,8 +41,7 @@ from moe.eval.rollout import Rollout, judged, last_place, rollout
 from moe.model.adapt import merged
 from moe.model.layer import LayerRouting
 from moe.model.transformer import Output, Transformer, divided, load_model
-from moe.run import checkpoint
-from moe.run.load import load_run
+from moe.run.load import load_run, load_source
 from moe.run.machine import autocast
 from moe.train.grpo import advantages, clipped_loss, kl_estimate, token_weights
 from moe.train.preference import answer_log_probs, dpo_loss, reward_loss, token_log_probs
@@ -81,18 +81,13 @@ def prepare_objective(
 
 def load_reference(cfg: Config, tokenizer: Tokenizer, document_end: int | None, device: torch.device) -> Transformer:
     """The model that the run starts from, as it was. Raises `BadInput` for one that does not fit."""
-    snapshot, about = checkpoint.load(Path(cfg.source)), f"source={cfg.source}"
-    if snapshot.meta["tokenizer"] != tokenizer.fingerprint:
-        raise BadInput(
-            f"{about} was trained with another tokenizer ({snapshot.meta['tokenizer'][:12]}) than this run's "
-            f"({tokenizer.fingerprint[:12]}): the two must read the same ids."
-        )
+    snapshot = load_source(cfg.source, tokenizer.fingerprint)
     reference = Transformer(cfg.model, cfg.router, cfg.balance, document_end)
     weights = merged(snapshot.model)
     try:
         load_model(reference, {name: value for name, value in weights.items() if name != "reward.weight"})
     except BadInput as error:
-        raise BadInput(f"{about} does not fit this run: {error}") from error
+        raise BadInput(f"source={cfg.source} does not fit this run: {error}") from error
     return reference.to(device).eval().requires_grad_(False)
 
 
@@ -315,8 +310,6 @@ def flips(routing: list[LayerRouting], others: list[Tensor] | None, read_BS: Ten
         return {}
     shares = []
     for layer, other in zip(routing, others, strict=True):
-        chosen_TK, other_TK = layer.expert.sort(-1).values, other.flatten(0, -2).to(layer.expert.device).sort(-1).values
-        if chosen_TK.shape != other_TK.shape:
-            return {}
-        shares.append((chosen_TK != other_TK).any(-1)[read_BS.flatten()].float().mean())
+        other_TK = other.flatten(0, -2).to(layer.expert.device)
+        shares.append(flipped(layer.expert, other_TK)[read_BS.flatten()].float().mean())
     return {"flips": torch.stack(shares).mean()}

@@ -20,6 +20,7 @@ from moe.errors import BadInput
 from moe.model.adapt import merged, unmerged
 from moe.model.transformer import Transformer, load_model, model_tensors
 from moe.run import checkpoint, jsonl, machine
+from moe.run.load import load_source
 from moe.train.average import Average
 from moe.train.objective import Companions
 from moe.train.optimizer import learning_rate, optimizer_tensors, restore_optimizer
@@ -104,13 +105,8 @@ def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], N
     """Give a new run the weights of the checkpoint in `cfg.source`, and with `cfg.source_state` all the rest of it.
     `tokenizer`: the fingerprint of this run's. Raises `BadInput` for a checkpoint that does not fit."""
     # A checkpoint of this tokenizer, model and place in the data.
-    snapshot, about = checkpoint.load(Path(cfg.source)), f"source={cfg.source}"
+    snapshot, about = load_source(cfg.source, tokenizer), f"source={cfg.source}"
     meta = snapshot.meta
-    if meta["tokenizer"] != tokenizer:
-        raise BadInput(
-            f"{about} was trained with another tokenizer ({meta['tokenizer'][:12]}) than this run's "
-            f"({tokenizer[:12]}): the two must read the same ids."
-        )
     try:
         if cfg.source_state == "all":
             load_model(state.model, with_reward_head_of(state.model, snapshot.model))

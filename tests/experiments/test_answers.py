@@ -53,7 +53,7 @@ def test_wilsons_interval_is_his():
     ("line", "why"),
     [
         ("", "q.jsonl is empty"),
-        ("{]\n", "line 1 is no conversation"),
+        ("{]\n", "q.jsonl: line 1 is not JSON"),
         ('{"prompt": "a", "completion": ""}\n', "message 1 is an empty answer"),
     ],
 )

@@ -33,6 +33,7 @@ def test_an_expert_is_meant_in_its_layer_or_in_every_one():
         (TuneConfig(experts=["a:1"]), "accepted are EXPERT, as 3, and LAYER:EXPERT"),
         (TuneConfig(experts=["1:2:3"]), "accepted are EXPERT, as 3, and LAYER:EXPERT"),
         (TuneConfig(["attention"], ["1:2"]), "leaves the experts out"),
+        (TuneConfig(alpha=8.0), "tune.alpha=8.0 scales low-rank changes"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused_by_name(cfg, why):
@@ -44,7 +45,7 @@ def test_a_dense_model_has_no_experts_to_choose():
     dense = ModelConfig(n_layers=3, moe=None)
     with pytest.raises(BadInput, match="a dense model does not have"):
         validate(TuneConfig(["experts"]), dense)
-    with pytest.raises(BadInput, match="layer -1 has no experts"):
+    with pytest.raises(BadInput, match="means nothing to a dense model"):
         validate(TuneConfig(experts=["3"]), dense)
 
 

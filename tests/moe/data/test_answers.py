@@ -47,7 +47,7 @@ BAD = {
     "no object": ([1], "and prompt is 'None'"),
     "half a character": ({"prompt": "\ud800", "chosen": "c", "rejected": "b"}, "prompt holds half a surrogate pair"),
     "no JSON": ("{oh\n", "is not JSON"),
-    "bytes": ("\0\n", "is not JSON"),
+    "bytes": ("\0\n", "is binary, not JSON: byte 0 of the line is NUL"),
 }  # fmt: skip
 
 

@@ -177,3 +177,15 @@ def test_another_template_is_another_corpus_and_the_tokenizers_own_comes_before_
     assert template_of("", None).source == DEFAULT
     with pytest.raises(BadInput, match=r"data\.template=nowhere\.jinja cannot be read"):
         template_of("nowhere.jinja", None)
+
+
+def test_a_conversation_beyond_the_limit_is_left_out_whole(tmp_path):
+    dataset = prepared(tmp_path, conversations(200), max_mb=0.004)
+    text = ""
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        text += dataset.tokenizer.decode(split.read([0], split.n_tokens - 1)[0][0].tolist())
+    kept = text.split(END_OF_TEXT)[:-1]
+    assert 40 < len(kept) < 200
+    assert sum(len(conversation.encode()) for conversation in kept) <= 4000
+    assert all(conversation.endswith("<|end|>\n") for conversation in kept)

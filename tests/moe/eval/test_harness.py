@@ -275,7 +275,10 @@ def test_a_task_whose_questions_cannot_be_fetched_is_refused_with_those_that_can
 
 def test_a_router_that_chooses_among_all_tokens_is_refused():
     model = Transformer(build_model().cfg, RouterConfig("expert-choice")).initialize(0)
-    with pytest.raises(BadInput, match=r"router\.name=expert-choice chooses among all tokens, those of the answer too"):
+    with pytest.raises(
+        BadInput,
+        match=r"router\.name=expert-choice chooses among all tokens at once and cannot choose for the next one",
+    ):
         asked(model)
 
 

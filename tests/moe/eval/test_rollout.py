@@ -137,6 +137,12 @@ def test_what_has_no_room_or_no_token_is_refused():
 def test_choices_that_have_no_place_are_not_recorded():
     with pytest.raises(BadInput, match="the model is dense"):
         drawn(build(moe=False), record=True)
-    ragged = Transformer(tiny(context=CONTEXT), RouterConfig(name="expert-choice")).initialize(0)
+    ragged = Transformer(tiny(context=CONTEXT), RouterConfig(name="expert-choice", causal="threshold")).initialize(0)
     with pytest.raises(BadInput, match=r"which router\.name=expert-choice with model\.moe\.depth=1"):
         drawn(ragged, record=True)
+
+
+def test_a_router_that_chooses_among_all_tokens_draws_nothing():
+    model = Transformer(tiny(context=CONTEXT), RouterConfig(name="expert-choice")).initialize(0)
+    with pytest.raises(BadInput, match=r"router\.name=expert-choice chooses among all tokens at once"):
+        drawn(model)

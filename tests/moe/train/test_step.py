@@ -426,3 +426,16 @@ def test_a_teacher_is_heard_where_there_is_a_target_alone(parts, corpus):
     found = compute_gradients(model, batch, cfg, teacher=teacher)
     ours, theirs = (of(batch.tokens_BS).logits_BSV.log_softmax(-1)[keep] for of in (model, teacher))
     assert found.losses["distill"] == pytest.approx((theirs.exp() * (theirs - ours)).sum(-1).mean().item(), rel=1e-6)
+
+
+def test_targets_are_counted_over_the_ranks(monkeypatch):
+    """Two ranks of 30 and 10 targets of 64 tokens: a micro-batch's share is by their mean, so that the mean of both
+    ranks' gradients is per target of all."""
+    batch = lambda n: Batch(torch.zeros(2, 32), torch.tensor([1] * n + [-1] * (64 - n)).view(2, 32), torch.zeros(2, 32))
+    monkeypatch.setattr(moe.train.step, "n_ranks", lambda: 2)
+    monkeypatch.setattr(moe.train.step, "summed_over_ranks", lambda value: torch.tensor(40))
+    assert moe.train.step.targets_of_step(batch(30), 1) == moe.train.step.targets_of_step(batch(10), 1) == 20
+    assert moe.train.step.targets_of_step(batch(30), 4) == 5
+    # One rank of whole text and one of half: neither is taken for whole.
+    monkeypatch.setattr(moe.train.step, "summed_over_ranks", lambda value: torch.tensor(96))
+    assert moe.train.step.targets_of_step(batch(64), 1) == 48
