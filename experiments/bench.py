@@ -10,6 +10,7 @@
     python -m experiments.bench suite=page                                # how soon the inspector's page answers
     python -m experiments.bench suite=generation                          # run.c's tokens per second against torch's
     python -m experiments.bench suite=families                            # transformers' models against those read here
+    python -m experiments.bench suite=equalities                          # several ranks against one process
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
@@ -33,6 +34,7 @@ import torch
 from experiments import cli
 from experiments.pages import tables
 from experiments.suites import (
+    equalities,
     facts,
     families,
     generation,
@@ -59,12 +61,12 @@ from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
 
 SUITES = (
-    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "kernels", "layer",
-    "tune",
+    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
+    "kernels", "layer", "tune",
 )  # fmt: skip
 INSTEAD = (
-    "suite=routing, memory, tracing, watching, page, families, generation and train_step run on a CPU, and sizes=smoke "
-    "of the others in Triton's interpreter."
+    "suite=routing, memory, tracing, watching, page, families, generation, equalities and train_step run on a CPU, and "
+    "sizes=smoke of the others in Triton's interpreter."
 )
 
 
@@ -72,7 +74,8 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    # train_step | routing | memory | tracing | watching | page | families | generation | kernels | layer | tune
+    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | kernels | layer |
+    # tune
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
@@ -196,7 +199,7 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
         routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
-        generation=generation, kernels=kernels, layer=layer, tune=tune,
+        generation=generation, equalities=equalities, kernels=kernels, layer=layer, tune=tune,
     )  # fmt: skip
     suite = suites[cfg.suite]
     # What a suite takes beside the device and its size.

@@ -42,6 +42,7 @@ from experiments.sweeps import Job, Place, check_sweep, endings_of_jobs, of_job,
 from moe.config.parse import assign, lookup, parse, settings
 from moe.config.run import Config, validate
 from moe.errors import BadInput, of_the_machine
+from moe.parallel import launch
 from moe.run import terminal
 from moe.run.command_line import quoted
 from moe.run.folder import flat
@@ -159,11 +160,12 @@ def refuse(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        refusal = error if isinstance(error, BadInput) else of_the_machine(error)
+        refusal = error if isinstance(error, BadInput) else launch.of_the_ranks(error) or of_the_machine(error)
         if refusal is None:
             raise
         sys.stdout.flush()
-        print(f"error: {terminal.printable(str(refusal))}", file=sys.stderr)
+        if launch.is_first_to_tell():
+            print(f"error: {terminal.printable(str(refusal))}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:  # before there is anything to save: training and generating answer it themselves
         print("interrupted", file=sys.stderr)

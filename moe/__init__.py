@@ -9,8 +9,8 @@ The rooms, top to bottom; each imports only from those above it. A room's docstr
 errors    input that a person can correct
 config    every setting and every cross-field check
 data      text -> documents -> tokens -> batches
-routing   who goes where
 parallel  many processes, one run
+routing   who goes where
 model     the network, its backends, what it costs
 run       what a run leaves on disk, and the machine it ran on
 convert   a model into another form

@@ -19,7 +19,7 @@ from moe.config.router import ROUTERS
 from moe.config.run import Config, build
 from moe.errors import BadInput
 
-GROUPS = ("model", "router", "balance", "tokenizer", "data", "optim")
+GROUPS = ("model", "router", "balance", "tokenizer", "data", "optim", "parallel")
 LIMITS = accepted(Config)
 CHOICE_FILES = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # What a choice cannot do without.

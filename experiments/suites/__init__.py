@@ -11,6 +11,7 @@ alignment      small models aligned on a verifiable task, one of them with a rew
 diversity      small models fine-tuned on questions of more and more kinds, and asked others
 generation     how many tokens a second run.c says, against torch
 faults         small models trained with a known fault, and what the doctor says of them
+equalities     training on several ranks against one process
 families       transformers' models against what is read of their folders
 tracing        what a trace takes in memory, long ones and of folders larger than it
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
@@ -25,6 +26,7 @@ peers          the experts of this and other libraries, from one set of weights
 shapes         sizes, floors and targets
 timing         time, memory and ceilings of a device
 facts          what every row carries: device, driver, versions, commit, code, command
+local_ranks    processes on this machine that have met, and call what they are told to
 cases          rows, one for each case, that a killed run goes on with
 
 What becomes of the rows

@@ -24,6 +24,7 @@ from moe.config.run import Config
 from moe.data.loader import Batch
 from moe.model import dispatch
 from moe.model.transformer import Transformer
+from moe.run.lock import Lock
 from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
 from moe.train.state import State
@@ -97,7 +98,7 @@ def seconds_of_group(state: State, batch: Batch, cfg: Config, folder: Path, watc
     cfg.log.doctor = watched
     cfg.train.steps = state.step + 10 * cfg.log.every  # never at its end
     place = Path(tempfile.mkdtemp(dir=folder))
-    with Recorder(cfg, place, state.step) as recorder:
+    with Lock(place) as lock, Recorder(cfg, lock, state.step) as recorder:
         recorder.watch.step = lambda line, counts: None  # type: ignore[method-assign]
         clock = time.process_time if next(state.model.parameters()).device.type == "cpu" else time.perf_counter
         start = clock()

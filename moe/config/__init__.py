@@ -9,5 +9,6 @@ data     sources, cleaning, tokenizer
 train    schedule, batches, teacher, checkpoints, logs
 tune     which weights are trained
 objective  what a run minimises
+parallel  how the ranks of a run share its work
 run      all of them together: a whole run
 """

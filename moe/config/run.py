@@ -14,15 +14,16 @@ from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import ModelConfig, MoEConfig, entering, layer_moe, moe_layers
 from moe.config.objective import ObjectiveConfig
+from moe.config.parallel import ParallelConfig
 from moe.config.parse import Between, OneOf, check_values, lookup, parse, to_dict
 from moe.config.router import RouterConfig, facts
 from moe.config.train import CheckpointConfig, DistillConfig, LogConfig, OptimConfig, TrainConfig
 from moe.config.tune import TuneConfig
 from moe.errors import BadInput
 
-# Where a run is kept, what it may import, how it is watched, how fast it reads and what it does about a document that
-# it cannot read: no part of its result, and free to change on resuming.
-FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers", "data.on_error")
+# Where a run is kept, what it may import, how it is watched, how fast it reads, what it does about a document that it
+# cannot read, and how ranks share its work: no part of its result, and free to change on resuming.
+FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers", "data.on_error", "parallel")
 # What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
 # teacher, a recording or the run that a tokenizer is taken from may have moved.
 RESUMABLE = (
@@ -74,6 +75,7 @@ YOUNGER = (
     "tune.rank",
     "tune.alpha",
     "objective",
+    "checkpoint.aside",
 )
 
 
@@ -105,6 +107,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

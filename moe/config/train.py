@@ -66,6 +66,8 @@ class DistillConfig:
 @dataclass
 class CheckpointConfig:
     every: Annotated[int, Between(0, 2**62)] = 200  # steps; 0: only at the end and on interruption
+    # save while training goes on: a thread writes a copy made in memory, one checkpoint at a time
+    aside: bool = False
     keep: Annotated[int, Between(1, 1_000_000)] = 2  # the newest k; the best one by validation loss is kept besides
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,6 +49,13 @@ class Places(NamedTuple):
     def take(self, index: np.ndarray) -> "Places":
         """Those of these windows."""
         return Places(*(column[index] for column in self))
+
+
+def rows_of_rank(batch_size: int, rank: int, n_ranks: int, accumulate: int) -> list[int]:
+    """The rows of a batch, from 0, that rank `rank` of `n_ranks` reads, where it is split into `accumulate`
+    micro-batches: of each its part, the ranks' parts of one lying behind one another."""
+    size = batch_size // (accumulate * n_ranks)  # rows of a rank in a micro-batch
+    return [first + row for first in range(rank * size, batch_size, n_ranks * size) for row in range(size)]
 
 
 def every_window(split: Split, context: int, whole: bool = False) -> Places:
@@ -95,11 +102,16 @@ class Loader:
         self, split: Split, batch_size: int, context: int, seed: int, workers: int = 0, whole: bool = False
     ) -> None:
         """B = `batch_size`, S = `context`; `workers` processes read ahead and change nothing else; `whole` as in
-        `every_window`, which says what is refused."""
+        `every_window`, which says what is refused. What is given is the whole batch, or of it the rows `share` says."""
         self.split, self.batch_size, self.context, self.seed, self.workers = split, batch_size, context, seed, workers
         self.all = every_window(split, context, whole)
         self.n_windows = len(self.all.start_W)
         self._orders: dict[int, np.ndarray] = {}
+        self.batch_rows: Sequence[int] = range(batch_size)
+
+    def share(self, rank: int, n_ranks: int, accumulate: int) -> None:
+        """Read from here on a rank's rows of every batch, as `rows_of_rank` says which."""
+        self.batch_rows = rows_of_rank(self.batch_size, rank, n_ranks, accumulate)
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`, from 0."""
@@ -107,7 +119,7 @@ class Loader:
 
     def windows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """That batch, as from `read_windows`."""
-        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
+        samples = (step * self.batch_size + row for row in self.batch_rows)
         windows = [self._order(n // self.n_windows)[n % self.n_windows] for n in samples]
         return read_windows(self.split, self.all.take(np.array(windows)), self.context)
 

@@ -20,6 +20,8 @@ from moe.data.loader import NO_TARGET, read_windows, validation_windows
 from moe.data.shards import Dataset
 from moe.model.layer import LayerRouting
 from moe.model.transformer import Transformer, next_token_loss
+from moe.parallel import launch
+from moe.parallel.collectives import Ranks, all_summed_over_ranks, this_rank
 from moe.routing.contract import rows
 from moe.run.summary import DomainScore, ExpertLoad, LayerMetrics, Validation
 
@@ -33,7 +35,7 @@ class Evaluation(NamedTuple):
     load: ExpertLoad | None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors FSDP would keep and then not train with
 def evaluate(
     model: Transformer,
     dataset: Dataset,
@@ -55,17 +57,26 @@ def evaluate(
     device = next(model.parameters()).device
     text = TextTally(dataset.domains, dataset.tokenizer.token_bytes, device)
     layers = [LayerTally(layer, model.cfg, dataset, device) for layer in moe_layers(model.cfg)]
-    windows = validation_windows(split, context, n_tokens, whole)
-    for chunk in np.array_split(np.arange(len(windows.start_W)), math.ceil(len(windows.start_W) / batch_size)):
+    windows, ranks = validation_windows(split, context, n_tokens, whole), this_rank()
+    chunks = np.array_split(np.arange(len(windows.start_W)), math.ceil(len(windows.start_W) / batch_size))
+    # Every rank takes its turn of the batches, and all as many: one that has none left reads the first again.
+    for turn in range(0, len(chunks), ranks.n):
         if stop():
             return None
+        is_mine = turn + ranks.rank < len(chunks)
+        chunk = chunks[turn + ranks.rank if is_mine else 0]
         columns = read_windows(split, windows.take(chunk), context)
         read_BS1, targets_BS, domain_BS = (torch.from_numpy(array).to(device) for array in columns)
         with eval_mode(model), autocast():
             output = model(read_BS1[:, :-1], backend=backend)
+        if not is_mine:
+            continue
         text.add(output.logits_BSV, targets_BS, domain_BS)
         for layer, routing in zip(layers, output.routing, strict=True):
             layer.add(routing, domain_BS)
+    text.over_ranks(ranks, len(chunks))
+    for layer in layers:
+        layer.over_ranks()
     return Evaluation(
         text.validation(), torch.cat(text.windows).tolist(), expert_load(layers, dataset, text.n_tokens())
     )
@@ -92,6 +103,14 @@ class TextTally:
         self.tokens.index_add_(0, domain_T, counts_BS.flatten())
         self.bytes.index_add_(0, domain_T, (self.bytes_V[targets_BS.clamp(min=0)] * counts_BS).flatten())
         return loss_BS
+
+    def over_ranks(self, ranks: Ranks, n_batches: int) -> None:
+        """Take in what the other ranks have read, in turns of the batches."""
+        if ranks.n == 1:
+            return
+        self.nats, self.tokens, self.bytes = all_summed_over_ranks([self.nats, self.tokens, self.bytes])
+        by_rank = launch.shared([losses.cpu() for losses in self.windows])
+        self.windows = [by_rank[batch % ranks.n][batch // ranks.n] for batch in range(n_batches)]
 
     def n_tokens(self) -> int:
         """Targets so far."""
@@ -131,6 +150,14 @@ class LayerTally:
         self.rows_YE.index_put_(index, torch.ones_like(index[1]), accumulate=True)
         self.count_E = self.count_E + routing.count_E
         self.dropped, self.skipped = self.dropped + routing.dropped, self.skipped + routing.skipped
+
+    def over_ranks(self) -> None:
+        """Take in what the layer did with the other ranks' batches."""
+        if self.rows_YE is None:
+            self.rows_YE = torch.zeros(self.n_domains, len(self.work), dtype=torch.int64, device=self.count_E.device)
+            self.count_E = self.rows_YE[0]
+        sums = [self.rows_YE, self.count_E, self.dropped, self.skipped]
+        self.rows_YE, self.count_E, self.dropped, self.skipped = all_summed_over_ranks(sums)
 
     def metrics(self, n_tokens: int) -> LayerMetrics:
         """What to say of the layer over all the text."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import grouped, operands, reference, tuning
 from moe.config.model import ModelConfig
 from moe.errors import BadInput
-from moe.model.experts import Experts, MixedExperts
+from moe.model.experts import Experts, ExpertWeights, MixedExperts
 from moe.routing.contract import Routing
 
 
@@ -47,8 +47,15 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
     check(x_TD, routing, backend)
     if isinstance(experts, MixedExperts):
         return _apply_mixed(experts, x_TD, routing, backend)
-    w_up_EFD, w_down_EDF, activation = experts.w_up_EFD, experts.w_down_EDF, experts.activation
-    if backend == "triton" and experts.up_bias_EF is not None:
+    if experts.exchange is not None:
+        return _apply_elsewhere(experts, x_TD, routing, backend)
+    return apply_local(experts.weights(), x_TD, routing, backend)
+
+
+def apply_local(weights: ExpertWeights, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+    """`apply` for experts whose weights are all here."""
+    w_up_EFD, w_down_EDF, up_bias_EF, down_bias_ED, activation = weights
+    if backend == "triton" and up_bias_EF is not None:
         raise ValueError("dispatch=triton does not compute model.expert_bias=true: dispatch=torch does.")
     if backend == "triton":
         from kernels import fused  # here, because Triton is not everywhere
@@ -56,7 +63,7 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
         rows = (routing.token_N, routing.expert, routing.weight)
         return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, activation, _tf32())
     token_N, expert_N, weight_N = routing.rows()
-    biases = () if experts.up_bias_EF is None else (experts.up_bias_EF,)
+    biases = () if up_bias_EF is None else (up_bias_EF,)
     arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, *biases)
     match backend:
         case "reference":
@@ -65,12 +72,27 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
             y_TD = grouped.experts(*arguments)
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
-    if experts.down_bias_ED is not None:  # a token's weights, summed by expert, times the biases
+    if down_bias_ED is not None:  # a token's weights, summed by expert, times the biases
         taken = (token_N, expert_N.clamp_min(0))
         weight_TE = weight_N.new_zeros(len(x_TD), len(w_up_EFD))
         weight_TE = weight_TE.index_put(taken, torch.where(expert_N < 0, 0, weight_N), accumulate=True)
-        y_TD = y_TD + weight_TE.to(y_TD.dtype) @ experts.down_bias_ED.to(y_TD.dtype)
+        y_TD = y_TD + weight_TE.to(y_TD.dtype) @ down_bias_ED.to(y_TD.dtype)
     return y_TD, reference.count(expert_N, len(w_up_EFD))
+
+
+def _apply_elsewhere(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+    """Experts that the ranks of a group share out among them: each row is sent to its expert's rank and comes back.
+    What is computed there is `apply_local`, of rows that each are a token of their own."""
+    assert experts.exchange is not None
+    n_experts = len(experts.w_up_EFD)
+
+    def compute(row_MD: Tensor, expert_M: Tensor) -> Tensor:
+        alone = Routing(expert_M[:, None], row_MD.new_ones(len(row_MD), 1, dtype=routing.weight.dtype), None)
+        return apply_local(experts.weights().here(), row_MD, alone, backend)[0]
+
+    token_N, expert_N, weight_N = routing.rows()
+    y_TD = experts.exchange(x_TD, token_N, expert_N, weight_N, n_experts, compute)
+    return y_TD, reference.count(expert_N, n_experts)
 
 
 def check(x_TD: Tensor, routing: Routing, backend: str) -> None:

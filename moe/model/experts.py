@@ -4,6 +4,8 @@ Letters beyond the glossary: G widths that experts have, with a stack of weights
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.reference import activate
 from moe.config.model import ModelConfig, MoEConfig
+from moe.parallel.gradients import local, whole
 from moe.routing.contract import UNUSED, Routing
 
 
@@ -27,11 +30,28 @@ class MLP(nn.Module):
         return self.down(activate(self.up(x), self.activation))
 
 
+class ExpertWeights(NamedTuple):
+    """What computes routed experts, and nothing else."""
+
+    w_up_EFD: Tensor
+    w_down_EDF: Tensor
+    up_bias_EF: Tensor | None
+    down_bias_ED: Tensor | None
+    activation: str
+
+    def here(self) -> "ExpertWeights":
+        """Those of this rank's experts, where ranks share them out."""
+        up_bias_EF, down_bias_ED = (None if b is None else local(b) for b in (self.up_bias_EF, self.down_bias_ED))
+        return ExpertWeights(local(self.w_up_EFD), local(self.w_down_EDF), up_bias_EF, down_bias_ED, self.activation)
+
+
 class Experts(nn.Module):
     """The weights of E routed experts, with biases where `model.expert_bias` says so; `dispatch.apply` applies them.
-    `chosen`: the ones that are trained, where not all are (adapt.py)."""
+    `chosen`: the ones that are trained, where not all are (adapt.py). `exchange`: where ranks share the experts out,
+    what sends rows to them and back (moe/parallel/exchange.py); weights are DTensors then."""
 
     chosen: list[int] | None = None
+    exchange: Callable[..., Tensor] | None = None
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -44,6 +64,10 @@ class Experts(nn.Module):
             self.up_bias_EF = nn.Parameter(torch.empty(self.w_up_EFD.shape[:2]))
             self.down_bias_ED = nn.Parameter(torch.empty(self.w_down_EDF.shape[:2]))
 
+    def weights(self) -> ExpertWeights:
+        """The weights as they are at this moment."""
+        return ExpertWeights(self.w_up_EFD, self.w_down_EDF, self.up_bias_EF, self.down_bias_ED, self.activation)
+
     def gradient_norms(self) -> Tensor:
         """The norm of every expert's gradients, (E,) in float32 at least; 0 for those without any."""
         w_up_EFD = self.w_up_EFD
@@ -51,7 +75,7 @@ class Experts(nn.Module):
         squares_E = torch.zeros(len(w_up_EFD), dtype=dtype, device=w_up_EFD.device)
         for w in self.parameters():
             if w.grad is not None:
-                squares = torch.linalg.vector_norm(w.grad.flatten(1), dim=1, dtype=dtype).square()
+                squares = torch.linalg.vector_norm(whole(w.grad).flatten(1), dim=1, dtype=dtype).square()
                 squares_E[slice(None) if self.chosen is None else self.chosen] += squares
         return squares_E.sqrt()
 

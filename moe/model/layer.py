@@ -15,6 +15,7 @@ from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.model import dispatch
 from moe.model.experts import MLP, CheapExperts, Experts, MixedExperts
+from moe.parallel.collectives import Ranks
 from moe.routing import balance, policies
 from moe.routing.build import build_router
 from moe.routing.contract import DROPPED, UNUSED, Context, Mixture, Router, Routing, Step, check_names
@@ -127,7 +128,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, LayerRouting]:
         """Rows to experts and back; `step` and `recorded_TK` as in `LayerInput`."""
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        wanted, routing = routing, self.limited(routing, len(x_TD), recorded_TK)
+        wanted, routing = routing, self.limited(routing, len(x_TD), recorded_TK, step.ranks)
         y_TD, count_E = self.apply_experts(x_TD, routing, backend)
         # The balance works on what the router wanted, in the whole optimiser step where that is known.
         wanted_E = count_E if routing is wanted else reference.count(wanted.expert.flatten(), self.n_with_cheap)
@@ -148,15 +149,16 @@ class MoELayer(nn.Module):
             state_TD=x_TD if self.reads_previous else None,
         )
 
-    def limited(self, routing: Routing, n_tokens: int, recorded_TK: Tensor | None) -> Routing:
+    def limited(self, routing: Routing, n_tokens: int, recorded_TK: Tensor | None, ranks: Ranks) -> Routing:
         """The routing after what overrides or limits it: recorded experts, forced balance, capacity, token rounding."""
         cfg, n_experts = self.balance, self.n_with_cheap
         if recorded_TK is not None:
             return policies.recorded(routing, recorded_TK)
         if cfg.force == "balanced":
-            return policies.balanced(routing, n_experts)
+            return policies.balanced(routing, n_experts, ranks)
         if self.training and cfg.capacity:
-            return policies.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow, n_tokens * self.k)
+            fair = n_tokens * self.k
+            return policies.limit(routing, n_experts, cfg.capacity, cfg.priority, cfg.overflow, fair, ranks)
         if self.training and cfg.tile:
             return policies.round_to_tile(routing, n_experts, cfg.tile)
         return routing

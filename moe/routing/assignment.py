@@ -188,7 +188,8 @@ class BaseRouter(PlainRouter):
             logits_TE = self.logits(x_TD)
             plain_TE = logits_TE.detach()
             if self.training:
-                expert_T = balanced_assignment(plain_TE)
+                ranks = context.step.ranks
+                expert_T = ranks.share(balanced_assignment(ranks.gathered(plain_TE)))
             else:
                 expert_T = plain_TE.sort(dim=-1, descending=True, stable=True).indices[:, 0]  # ties: the lower expert
             weight_T1 = logits_TE.gather(-1, expert_T[:, None]).sigmoid()

@@ -18,6 +18,7 @@ from moe.config.balance import SCHEDULED, BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
+from moe.parallel.collectives import Ranks
 
 # Instead of an expert's number. Both add nothing to the output, and every backend takes any negative number for them.
 DROPPED = -1  # the row wanted an expert and got none: capacity. Counted as dropped
@@ -34,25 +35,28 @@ OBSERVED = ("count", "importance", "prob", "smooth", "depth_cutoff", "depth_sequ
 
 
 class Step(NamedTuple):
-    """The optimiser step that a batch is one of `parts` equal parts of (micro-batches times ranks), in one MoE layer.
+    """The optimiser step that a batch is one of `parts` equal parts of, in one MoE layer.
 
-    With balance.scope=global `sums` are what losses are computed from, summed over the whole step: "count", the rows
-    wanted of every expert, and what routers and layers `observed`. None: a batch's losses are of the batch alone."""
+    With balance.scope=global the parts are the micro-batches of every rank, and `sums` are what losses are computed
+    from, summed over the whole step: "count", the rows wanted of every expert, and what routers and layers `observed`.
+    With None they are the `ranks` that share this micro-batch, and losses are of it alone."""
 
     parts: int = 1
     sums: dict[str, Tensor] | None = None
+    ranks: Ranks = Ranks()
 
     def total(self, name: str, batch_sum: Tensor) -> Tensor:
-        """The whole step's sum in value, the batch's own (times `parts`) in gradient: so the mean over the parts of any
-        function of it has the value and the gradient of that function of one big batch. `batch_sum` where the step's
-        is not known."""
-        if self.sums is None:
+        """The sum over all parts in value, the batch's own (times `parts`) in gradient: so the mean over the parts of
+        any function of it has the value and the gradient of that function of one big batch. `batch_sum` where there is
+        one part."""
+        if self.sums is None and self.parts == 1:
             return batch_sum
-        return self.sums[name].to(batch_sum.dtype) + self.parts * (batch_sum - batch_sum.detach())
+        whole = self.ranks.summed(batch_sum) if self.sums is None else self.sums[name].to(batch_sum.dtype)
+        return whole + self.parts * (batch_sum - batch_sum.detach())
 
     def tokens(self, n_tokens: int) -> int:
         """How many tokens `total` is a sum over, `n_tokens` being the batch's."""
-        return n_tokens if self.sums is None else self.parts * n_tokens
+        return self.parts * n_tokens
 
 
 class Context(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
+from moe.parallel.collectives import Ranks
 from moe.routing.contract import UNUSED, Context, Routing
 from moe.routing.linear import PlainRouter, decision, linear_logits
 
@@ -67,7 +68,8 @@ class ExpertChoiceRouter(PlainRouter):
             logits_TE = self.logits(x_TD)
             score_TE = logits_TE.softmax(-1)
             if self.training or self.cfg.causal == "none":
-                return self.by_expert(x_TD, logits_TE, score_TE)
+                ranks = context.step.ranks if self.training else Ranks()
+                return self.by_expert(x_TD, logits_TE, score_TE, ranks)
             if self.cfg.causal == "threshold":
                 taken_TE = score_TE >= self.cutoff_E.to(score_TE.dtype)
             else:
@@ -77,12 +79,16 @@ class ExpertChoiceRouter(PlainRouter):
             weight_TE = torch.where(taken_TE, score_TE * self.cfg.scale, 0.0)
             return decision(logits_TE, expert_TE, weight_TE, "softmax")
 
-    def by_expert(self, x_TD: Tensor, logits_TE: Tensor, score_TE: Tensor) -> Routing:
-        """The choice of the experts over the batch, and in training what its causal stand-in learns from."""
-        token_CE, best_CE = best_tokens(score_TE.detach(), self.k)
+    def by_expert(self, x_TD: Tensor, logits_TE: Tensor, score_TE: Tensor, ranks: Ranks) -> Routing:
+        """The choice of the experts over the batch, which these ranks share, and in training what its causal stand-in
+        learns from."""
+        token_CE, best_CE = best_tokens(ranks.gathered(score_TE.detach()), self.k)
         # One number per row, token first: sorted, the rows are by token, then by expert.
         row_N = token_CE * self.n_experts + torch.arange(self.n_experts, device=x_TD.device)
         row_N = rearrange(row_N, "c e -> (c e)").sort().values
+        if ranks.n > 1:  # of the whole batch's rows, those of this rank's tokens
+            first = ranks.rank * score_TE.numel()
+            row_N = row_N[(row_N >= first) & (row_N < first + score_TE.numel())] - first
         weight_N = rearrange(score_TE, "t e -> (t e)")[row_N] * self.cfg.scale
         routing = decision(logits_TE, row_N % self.n_experts, weight_N, "softmax")
         routing = routing._replace(token_N=row_N // self.n_experts)
@@ -92,7 +98,8 @@ class ExpertChoiceRouter(PlainRouter):
             return routing._replace(observed={"cutoff_E": cutoff_E, "batches": batches})
         if self.training and self.cfg.causal == "predictor":
             guess_TE = self.guess(x_TD.detach())
-            taken_TE = torch.zeros_like(guess_TE).scatter(0, token_CE, 1.0)
+            wanted_N = torch.ones_like(row_N, dtype=guess_TE.dtype)
+            taken_TE = torch.zeros_like(guess_TE).flatten().scatter(0, row_N, wanted_N).view_as(guess_TE)
             loss = F.binary_cross_entropy_with_logits(guess_TE, taken_TE, reduction="sum") / max(guess_TE.numel(), 1)
             return routing._replace(losses={"predictor": loss})
         return routing

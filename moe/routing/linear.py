@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels import reference
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
+from moe.parallel.collectives import Ranks
 from moe.routing.contract import Router, Routing, probabilities
 
 
@@ -41,10 +42,10 @@ class LinearRouter(Router):
         self.logit_bias = nn.Parameter(torch.empty(self.n_experts), requires_grad=not cfg.frozen) if cfg.bias else None
         self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, E). Call it outside of autocast."""
+    def logits(self, x_TD: Tensor, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008 — immutable
+        """(T, D) -> (T, E). Call it outside of autocast. `ranks`: who shares the batch, and so its noise."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD, w_ED = self.jittered(x_TD.to(dtype)), self.w_ED.to(dtype)
+        x_TD, w_ED = self.jittered(x_TD.to(dtype), ranks), self.w_ED.to(dtype)
         bias_E = None if self.logit_bias is None else self.logit_bias.to(dtype)
         if self.gain is None:
             return F.linear(x_TD, w_ED, bias_E)
@@ -52,11 +53,12 @@ class LinearRouter(Router):
         cosine_TE = cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
         return cosine_TE if bias_E is None else cosine_TE + bias_E
 
-    def jittered(self, x_TD: Tensor) -> Tensor:
+    def jittered(self, x_TD: Tensor, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008
         """x times its noise in training, x itself otherwise."""
-        if not (self.training and self.cfg.jitter):
+        jitter = self.cfg.jitter
+        if not (self.training and jitter):
             return x_TD
-        return x_TD * torch.empty_like(x_TD).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
+        return x_TD * ranks.drawn(lambda like_TD: torch.empty_like(like_TD).uniform_(1 - jitter, 1 + jitter), x_TD)
 
     @staticmethod
     def gate(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

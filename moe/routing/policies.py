@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from moe.parallel.collectives import Ranks
 from moe.routing.contract import DROPPED, UNUSED, Routing
 
 
@@ -30,13 +31,20 @@ def capacity(factor: float, n_rows: int, n_experts: int) -> int:
 
 
 def limit(
-    routing: Routing, n_experts: int, factor: float, priority: str, overflow: str, fair: int | None = None
+    routing: Routing,
+    n_experts: int,
+    factor: float,
+    priority: str,
+    overflow: str,
+    fair: int | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 — immutable
 ) -> Routing:
     """An expert keeps at most C = capacity(factor, fair, E) rows; the other rows are refused.
 
     `fair`: the rows that are to be shared out, K·T of a layer; None: as many as the routing has slots, whether they
     have an expert or not. Rows without an expert stay as they are and take no room. A dropped row keeps its weight,
-    which nothing reads.
+    which nothing reads. `ranks`: who shares the batch; an expert's room is then what the whole batch gives it, and who
+    stays is decided over the whole of it; the routing has a fixed number of rows per token.
 
     priority: who stays. "position": rows in the order of the routing, token after token and within a token choice after
     choice, so that what happens to a token depends on no later token. (GShard serves all first choices before any
@@ -51,8 +59,9 @@ def limit(
     A moved row's weight is w · p_new / p_old, differentiable. The pass is exact and costs up to E rounds over (T, E).
 
     "next" needs a (T, K) routing with logits and the experts of a token distinct; ValueError otherwise."""
+    mine, routing = routing, whole_batch(routing, ranks)
     _, expert_N, weight_N = routing.rows()
-    room = capacity(factor, len(expert_N) if fair is None else fair, n_experts)
+    room = capacity(factor, len(expert_N) if fair is None else fair * ranks.n, n_experts)
     match priority:
         case "position":
             place_N = _place(expert_N, n_experts)
@@ -64,14 +73,25 @@ def limit(
     match overflow:
         case "residual":
             expert_N = torch.where(kept_N | (expert_N < 0), expert_N, DROPPED)
-            return routing._replace(expert=expert_N.view_as(routing.expert))
+            return mine._replace(expert=ranks.share(expert_N.view_as(routing.expert)))
         case "next":
             if routing.token_N is not None or routing.logits_TE is None:
                 raise ValueError("overflow='next' needs a router with a fixed K and with scores; 'residual' takes any")
             kept_TK = kept_N.view_as(routing.expert)
             settled_TK = kept_TK if priority == "score" else torch.zeros_like(kept_TK)
-            return _move(routing, settled_TK, room)
+            return _reweighed(mine, *map(ranks.share, _move(routing, settled_TK, room)))
     raise ValueError(f"overflow={overflow!r} is not one of residual, next")
+
+
+def whole_batch(routing: Routing, ranks: Ranks) -> Routing:
+    """What decides of the rows of all `ranks`, in the order of the whole batch and without gradients: experts, weights
+    and logits. Raises ValueError for a ragged routing, of which ranks do not have equal parts."""
+    if ranks.n == 1:
+        return routing
+    if routing.token_N is not None:
+        raise ValueError("ragged rows cannot be limited over several ranks")
+    logits_TE = None if routing.logits_TE is None else ranks.gathered(routing.logits_TE)
+    return Routing(ranks.gathered(routing.expert), ranks.gathered(routing.weight), None, logits_TE, score=routing.score)
 
 
 def round_to_tile(routing: Routing, n_experts: int, tile: int) -> Routing:
@@ -121,9 +141,14 @@ def round_to_tile(routing: Routing, n_experts: int, tile: int) -> Routing:
     )
 
 
-def balanced(routing: Routing, n_experts: int | None = None) -> Routing:
+def balanced(
+    routing: Routing,
+    n_experts: int | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 — immutable
+) -> Routing:
     """Forced balance, for debugging and benchmarks: the n-th row goes to expert n mod E, whatever the scores; so row
-    t·K + j of a (T, K) routing to (t·K + j) mod E. Rows without an expert are skipped and stay as they are.
+    t·K + j of a (T, K) routing to (t·K + j) mod E. It is the n-th of the batch that `ranks` share. Rows without an
+    expert are skipped and stay as they are.
 
     A token's experts are distinct while it has no more than E. Its weights are its probabilities of them, times what
     makes their sum that of its old weights: gradients flow. Without logits weights stay; n_experts must be given."""
@@ -132,7 +157,7 @@ def balanced(routing: Routing, n_experts: int | None = None) -> Routing:
             raise ValueError("a routing without scores does not say how many experts there are: give n_experts")
         n_experts = routing.logits_TE.shape[1]
     live_N = (routing.expert >= 0).flatten()
-    turn_N = (live_N.cumsum(0) - 1).remainder(n_experts)
+    turn_N = ranks.share(ranks.gathered(live_N).cumsum(0) - 1).remainder(n_experts)
     return _reassign(routing, torch.where(live_N, turn_N, routing.expert.flatten()).view_as(routing.expert))
 
 
@@ -166,9 +191,11 @@ def _place(expert_N: Tensor, n_experts: int, weight_N: Tensor | None = None) -> 
     return torch.zeros_like(place_N).scatter(0, first_N, place_N)
 
 
-def _move(routing: Routing, settled_TK: Tensor, room: int) -> Routing:
-    """`limit`'s pass over the tokens: rows that are not settled take, token after token, the first experts with room in
-    their token's order of preference: its own choice, then the others by logits.
+def _move(routing: Routing, settled_TK: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Experts after `limit`'s pass over the tokens, (T, K), and which rows it refused, (T, K) bool.
+
+    Rows that are not settled take, token after token, the first experts with room in their token's order of preference:
+    its own choice, then the others by logits.
 
     All tokens at once, in rounds: while an expert is taken for open too long, the others only fill later than they
     will. So each round finds at least one more of the moments at which an expert fills, earliest first; and of the N
@@ -214,14 +241,18 @@ def _move(routing: Routing, settled_TK: Tensor, room: int) -> Routing:
     new_TK1 = torch.full((n_tokens, k + 1), DROPPED, device=expert_TK.device).scatter(1, column_TE, expert_TE)
     new_TK = new_TK1.gather(1, (refused_TK.cumsum(1) - 1).clamp_min(0))
 
-    # A moved row weighs w · p_new / p_old.
-    moved_TK = refused_TK & (new_TK >= 0)
+    return torch.where(refused_TK, new_TK, expert_TK), refused_TK
+
+
+def _reweighed(routing: Routing, new_TK: Tensor, refused_TK: Tensor) -> Routing:
+    """The routing with new experts; a refused row that found one weighs w · p_new / p_old."""
+    expert_TK, moved_TK = routing.expert, refused_TK & (new_TK >= 0)
     prob_TE = routing.prob_TE()
     old_prob_TK = prob_TE.gather(1, expert_TK.clamp_min(0))
     new_prob_TK = prob_TE.gather(1, new_TK.clamp_min(0))
     weight_TK = _ratio(routing.weight, torch.where(moved_TK, old_prob_TK, 1.0), otherwise=0.0) * new_prob_TK
     return routing._replace(
-        expert=torch.where(refused_TK, new_TK, expert_TK),
+        expert=new_TK,
         weight=torch.where(moved_TK, weight_TK.to(routing.weight.dtype), routing.weight),
     )
 

@@ -45,7 +45,10 @@ class SinkhornRouter(PlainRouter):
     def forward(self, x_TD: Tensor, backend: str, context: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            rank_TE = sinkhorn(logits_TE.detach(), self.cfg.iterations) if self.training else logits_TE.detach()
+            rank_TE = logits_TE.detach()
+            if self.training:
+                ranks = context.step.ranks
+                rank_TE = ranks.share(sinkhorn(ranks.gathered(rank_TE), self.cfg.iterations))
             expert_TK = rank_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
             weight_TK = logits_TE.softmax(-1).gather(-1, expert_TK)
             if self.cfg.renormalize:

@@ -9,6 +9,7 @@ from kernels import reference
 from moe.config.balance import BalanceConfig
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig, facts
+from moe.parallel.collectives import Ranks
 from moe.routing import balance
 from moe.routing.contract import UNUSED, Context, Router, Routing, probabilities
 from moe.routing.linear import LinearRouter
@@ -47,11 +48,12 @@ class TopKRouter(LinearRouter):
         cfg = self.cfg
         with torch.autocast(x_TD.device.type, enabled=False):
             # Scores, in training with noise.
-            clean_TE = logits_TE = self.logits(x_TD)
+            ranks = context.step.ranks
+            clean_TE = logits_TE = self.logits(x_TD, ranks)
             smooth_E = None
             if self.training and self.w_noise_ED is not None:
                 noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
-                logits_TE = clean_TE + torch.randn_like(clean_TE) * noise_TE
+                logits_TE = clean_TE + ranks.drawn(torch.randn_like, clean_TE) * noise_TE
                 smooth_E = balance.smooth_load(clean_TE, logits_TE, noise_TE, self.k)
             # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
@@ -62,7 +64,7 @@ class TopKRouter(LinearRouter):
                 weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) / cfg.scale).clamp_min(cfg.norm_min)
             rest_TE = None
             if cfg.gradient == "sparsemixer":
-                expert_TK, weight_TK = sparsemixer(logits_TE, self.k, self.training)
+                expert_TK, weight_TK = sparsemixer(logits_TE, self.k, self.training, ranks)
                 weight_TK = weight_TK * cfg.scale
             elif cfg.gradient == "straight-through":
                 weight_TK = weight_TK + (cfg.scale / self.k - weight_TK).detach()
@@ -71,7 +73,7 @@ class TopKRouter(LinearRouter):
             # The second expert by chance.
             if self.training and cfg.second == "random":
                 share_T = weight_TK[:, 1].detach() / weight_TK.detach().sum(-1).clamp_min(torch.finfo(lse_T.dtype).tiny)
-                taken_T = torch.rand_like(share_T) < 2 * share_T
+                taken_T = ranks.drawn(torch.rand_like, share_T) < 2 * share_T
                 second_T = torch.where(taken_T, expert_TK[:, 1], UNUSED)
                 expert_TK = torch.stack((expert_TK[:, 0], second_T), -1)
         return Routing(expert_TK, weight_TK, None, logits_TE, lse_T, prob_E, self.score, rest_TE, smooth_E=smooth_E)
@@ -86,7 +88,12 @@ class TopKRouter(LinearRouter):
 MIXER_EPS = 0.1  # an expert further than 2 · this · max(|its logit|, the best) below the best is never sampled
 
 
-def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tensor]:
+def sparsemixer(
+    logits_TE: Tensor,
+    k: int,
+    training: bool,
+    ranks: Ranks = Ranks(),  # noqa: B008 — immutable
+) -> tuple[Tensor, Tensor]:
     """K experts by sampling, with a gradient estimator for the choice: (T, E) -> expert (T, K), weight (T, K).
 
     One after the other, without replacement: of the logits within a relative margin of the largest, an expert is
@@ -105,12 +112,14 @@ def sparsemixer(logits_TE: Tensor, k: int, training: bool) -> tuple[Tensor, Tens
         prob_TE = near_TE.softmax(-1)
         expert_T1 = best = near_TE.argmax(-1, keepdim=True)
         if training:
-            u_TE = torch.rand_like(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny)  # the noise stays finite
+            u_TE = ranks.drawn(torch.rand_like, logits_TE).clamp_min(
+                torch.finfo(logits_TE.dtype).tiny
+            )  # the noise stays finite
             gumbel_TE = -(-u_TE.log()).log()
             expert_T1 = (near_TE.detach() + gumbel_TE).argmax(-1, keepdim=True)
         weight_T1 = prob_TE.gather(-1, expert_T1)
         if training:
-            full = (expert_T1 == best) | (torch.rand_like(weight_T1) > 0.75)
+            full = (expert_T1 == best) | (ranks.drawn(torch.rand_like, weight_T1) > 0.75)
             weight_T1 = weight_T1 - torch.where(full, 0.0, weight_T1 * (2 / 3)).detach()
         experts.append(expert_T1)
         weights.append(weight_T1)
@@ -135,7 +144,7 @@ class ThresholdRouter(LinearRouter):
         cfg, e = self.cfg, self.n_experts
         most = min(cfg.k_max or e, e)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD)
+            logits_TE = self.logits(x_TD, context.step.ranks)
             expert_TK, p_TK, lse_T, prob_E = self.gate(backend, logits_TE, most, "softmax", None, False, 1.0)
             taken_TK = self.asked(p_TK.detach()) | (torch.arange(most, device=x_TD.device) == 0)
             weight_TK = torch.where(taken_TK, p_TK, 0.0)
@@ -175,7 +184,7 @@ class ReluRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD)
+            logits_TE = self.logits(x_TD, context.step.ranks)
             score_TE = F.relu(logits_TE)
             n_tokens = max(1, len(x_TD))
             active_TE = logits_TE.detach() > 0

@@ -6,6 +6,9 @@ trust         whose code a stored run may have imported
 jsonl         lines appended, files replaced in one move
 summary       what a run says of itself in numbers: a metrics line, and the summary at its end
 checkpoint    atomic, verified snapshots
+manifest      what files a checkpoint has, under checksums
+shards        tensors in files by rank
+sharded       checkpoints that many ranks write together, and saving aside
 streamed      safetensors files, one tensor in memory at a time
 command_line  what to type, quoted
 load          a run's model, read back

@@ -17,12 +17,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +32,26 @@ from torch import Tensor
 from moe.config.run import Config, build
 from moe.data.owner import remove_leftovers, temporary
 from moe.errors import BadInput
-from moe.run import streamed
+from moe.run import shards, streamed
 from moe.run.jsonl import finite, to_text
+from moe.run.manifest import (
+    FOLDER,
+    MANIFEST,
+    META,
+    RNG,
+    SHARDED,
+    TENSORS,
+    entry_of,
+    format_of,
+    parse_json,
+    read_bytes,
+    read_manifest,
+    seal,
+    sync,
+    verified,
+)
 from moe.run.streamed import Tensors
 
-FORMAT = 1  # of the folder; a reader refuses any other
-META = "meta.json"
-MANIFEST = "manifest.json"
-TENSORS = {"model": "model.safetensors", "optimizer": "optimizer.safetensors", "rng": "rng.safetensors"}
-FILES = {*TENSORS.values(), META}
-
-_FOLDER = re.compile(r"step-(\d{8,})")
 _MARGIN = 2**20  # bytes asked for beyond the tensors: headers, manifest, file-system blocks
 
 
@@ -84,75 +91,98 @@ def save(
     is gone, and the sentence says which earlier checkpoint is good, once that was looked at. Raises `ValueError` for a
     `meta` that JSON would alter, but for numbers that are not finite: they are null."""
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
-    # A good checkpoint of this step is kept; the damage of a bad one is remembered.
-    final = root / name_of(snapshot.step)
-    unfinished = temporary(final)
-    damage = None
-    if os.path.lexists(final):
-        try:
-            verify(final)
-            return final
-        except BadInput as error:
-            damage = str(error)
-
     # All that is to be written, in memory, and the room it takes.
-    meta = _encode_meta(snapshot.meta)
+    final = root / name_of(snapshot.step)
+    meta = encode_meta(snapshot.meta)
     tensors = {file: _storable(getattr(snapshot, part)) for part, file in TENSORS.items()}
-    needed = sum(_nbytes(group) for group in tensors.values()) + len(meta) + _MARGIN
+    needed = sum(_nbytes(group) for group in tensors.values()) + len(meta)
 
     # Write under a temporary name, and rename only what is whole and durable.
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(root, ours=True)  # this process has no other save here
-        if shutil.disk_usage(root).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        unfinished, damage = begin(final, needed)
+        if unfinished is None:
+            return final
         try:
-            os.mkdir(unfinished)
             _write(unfinished, tensors, meta, snapshot.step, score)
-            if damage:
-                warn(f"{damage} It is moved to {_move_aside(final)}, and step {snapshot.step} is saved anew.")
-            os.rename(unfinished, final)
+            publish(unfinished, final, damage, warn)
         finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
             shutil.rmtree(unfinished, ignore_errors=True)
-        _sync(root)
-        _sync(root.parent)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(
-            f"{final}: the checkpoint of step {snapshot.step} cannot be written ({reason}): it needs {needed:,} bytes "
-            f"and {_free(root)} are free; {last_good(root)}."
-        ) from error
-    _prune(root, final, keep, warn)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BadInput(cannot_be_written(final, f"{reason}", needed)) from error
+    prune(root, final, keep, warn)
     return final
+
+
+def begin(final: Path, needed: int) -> tuple[Path | None, str]:
+    """A new folder to write the checkpoint `final` in, None where a good one is there already; and what is wrong with
+    one that is not. Raises `OSError` where there is no room for so many bytes."""
+    root, unfinished, damage = final.parent, temporary(final), ""
+    if os.path.lexists(final):
+        try:
+            verify(final)
+            return None, ""
+        except BadInput as error:
+            damage = str(error)
+    root.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root, ours=True)  # this process has no other save here
+    if shutil.disk_usage(root).free < needed + _MARGIN:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.mkdir(unfinished)
+    return unfinished, damage
+
+
+def publish(unfinished: Path, final: Path, damage: str, warn: Callable[[str], None]) -> None:
+    """Give a folder that is whole and durable the checkpoint's name; a damaged one of that name is moved aside."""
+    if damage:
+        step = int(final.name.removeprefix("step-"))
+        warn(f"{damage} It is moved to {_move_aside(final)}, and step {step} is saved anew.")
+    os.rename(unfinished, final)
+    sync(final.parent)
+    sync(final.parent.parent)
+
+
+def cannot_be_written(final: Path, reason: str, needed: int) -> str:
+    """What to say of a checkpoint that is not there: the room it takes, and which one is good."""
+    return (
+        f"{final}: the checkpoint of step {int(final.name.removeprefix('step-'))} cannot be written ({reason}): it "
+        f"needs {needed + _MARGIN:,} bytes and {_free(final.parent)} are free; {last_good(final.parent)}."
+    )
 
 
 def add_score(path: Path, score: float, *, keep: int, warn: Callable[[str], None] = warnings.warn) -> None:
     """Give the checkpoint in folder `path`, saved before its validation was finished, the score of it, and delete what
     `save` would have deleted; one that has a score keeps it. Raises `BadInput` for a damaged one, and when the disk
     cannot be written: the checkpoint is as it was."""
-    manifest = _verified(path)
+    manifest = verified(path)
     if manifest["score"] is None and math.isfinite(score):
         beside = temporary(
             path.with_name(f"{path.name}.manifest")
         )  # not in the folder, which would hold a file too many
         try:
-            beside.write_bytes(_seal(manifest | {"score": score}))
-            _sync(beside)
+            beside.write_bytes(seal(manifest | {"score": score}))
+            sync(beside)
             os.replace(beside, path / MANIFEST)
-            _sync(path)
+            sync(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise BadInput(f"{path / MANIFEST} cannot be written ({error.strerror or error}).") from error
-        _prune(path.parent, path, keep, warn)
+        prune(path.parent, path, keep, warn)
 
 
 def load(path: Path) -> Snapshot:
     """The snapshot in folder `path`, verified first; tensors on the CPU in memory of their own.
 
     Raises `BadInput` naming the file and what is wrong with it."""
-    manifest = _verified(path)
+    manifest = verified(path)
+    meta = parse_json(path / META, read_bytes(path / META))
+    if manifest["format"] == SHARDED:
+        tensors = shards.read(path)
+        model = {name: value for name, value in tensors.items() if "/" not in name}
+        optimizer = {name: value for name, value in tensors.items() if "/" in name}
+        return Snapshot(manifest["step"], model, optimizer, meta, _read_tensors(path / RNG))
     parts = {part: _read_tensors(path / file) for part, file in TENSORS.items()}
-    return Snapshot(step=manifest["step"], meta=_parse_json(path / META, _read_bytes(path / META)), **parts)
+    return Snapshot(step=manifest["step"], meta=meta, **parts)
 
 
 def latest(root: Path, warn: Callable[[str], None]) -> Path | None:
@@ -195,10 +225,25 @@ def newest_meta(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def meta_of(path: Path) -> dict[str, Any]:
     """The meta of the checkpoint in folder `path`; no tensor is read. Raises `BadInput` for a damaged one."""
-    manifest, raw = _read_manifest(path), _read_bytes(path / META)
+    manifest, raw = read_manifest(path), read_bytes(path / META)
     if hashlib.sha256(raw).hexdigest() != manifest["files"][META]["sha256"]:
         raise BadInput(f"{path / META}: altered since it was written (its SHA-256 is not the manifest's).")
-    return _parse_json(path / META, raw)
+    return parse_json(path / META, raw)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether several ranks wrote the checkpoint in folder `path`. Raises `BadInput` for a damaged manifest."""
+    return bool(read_manifest(path)["format"] == SHARDED)
+
+
+def step_of(path: Path) -> int:
+    """The step of the checkpoint in folder `path`. Raises `BadInput` for a damaged manifest."""
+    return int(read_manifest(path)["step"])
+
+
+def rest_of(path: Path) -> dict[str, Any]:
+    """What a snapshot has besides tensors of the model and the optimiser: `meta` and `rng`. Raises as `load`."""
+    return {"meta": meta_of(path), "rng": _read_tensors(path / RNG)}
 
 
 def config_of(path: Path, meta: dict[str, Any]) -> Config:
@@ -218,13 +263,14 @@ def verify(path: Path) -> None:
     """Check folder `path` against its manifest: exactly the files it should hold, each of the size and SHA-256 written.
 
     Raises `BadInput` naming the first bad file and what is wrong with it."""
-    _verified(path)
+    verified(path)
 
 
 # Writing
 
 
-def _encode_meta(meta: dict[str, Any]) -> bytes:
+def encode_meta(meta: dict[str, Any]) -> bytes:
+    """The bytes of a meta.json. Raises ValueError for what JSON would alter."""
     text = to_text(meta, indent=1)
     if json.loads(text) != finite(meta):
         raise ValueError("meta has tuples or keys that are not strings: JSON would not give it back as it was")
@@ -243,42 +289,26 @@ def _nbytes(group: Mapping[str, Tensor]) -> int:
 
 def _write(folder: Path, tensors: dict[str, Mapping[str, Tensor]], meta: bytes, step: int, score: float | None) -> None:
     """Fill `folder` and make it durable; the manifest comes last."""
-    (folder / META).write_bytes(meta)
-    mode = stat.S_IMODE(os.stat(folder / META).st_mode)
     for file, group in tensors.items():
         if isinstance(group, Tensors):
             streamed.write(folder / file, group.meta, group.values())
         else:
             save_file(dict(group), folder / file)
+    finish(folder, meta, {file: entry_of(folder / file) for file in tensors}, step, score)
+
+
+def finish(folder: Path, meta: bytes, entries: dict[str, Any], step: int, score: float | None) -> None:
+    """Write into a folder whose tensor files have these entries what is left: meta, and the manifest last."""
+    (folder / META).write_bytes(meta)
+    mode = stat.S_IMODE(os.stat(folder / META).st_mode)
+    for file in entries:
         os.chmod(folder / file, mode)  # safetensors makes files that only their owner may read
-    files = {}
-    for file in sorted(FILES):
-        files[file] = {"sha256": _sha256(folder / file), "size": os.stat(folder / file).st_size}
-        _sync(folder / file)
+    files = dict(sorted((entries | {META: entry_of(folder / META)}).items()))
     ranked = score if score is not None and math.isfinite(score) else None
-    (folder / MANIFEST).write_bytes(_seal({"format": FORMAT, "step": step, "score": ranked, "files": files}))
-    _sync(folder / MANIFEST)
-    _sync(folder)
-
-
-def _seal(body: dict[str, Any]) -> bytes:
-    """The manifest's bytes: `body` with its own SHA-256. One body has one spelling, so any altered byte shows."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(body | {"sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    body = {"format": format_of(files), "step": step, "score": ranked, "files": files}
+    (folder / MANIFEST).write_bytes(seal(body))
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _move_aside(folder: Path) -> Path:
@@ -297,95 +327,6 @@ def _free(root: Path) -> str:
 
 
 # Reading
-
-
-def _verified(path: Path) -> dict[str, Any]:
-    """The manifest of folder `path`, once everything in the folder agrees with it."""
-    manifest = _read_manifest(path)
-    named = _FOLDER.fullmatch(path.name)
-    if named and int(named[1]) != manifest["step"]:
-        raise BadInput(f"{path / MANIFEST}: it is of step {manifest['step']}, which is not this folder's.")
-    with _readable(path):
-        unexpected = set(os.listdir(path)) - FILES - {MANIFEST}
-    if unexpected:
-        raise BadInput(
-            f"{path / min(unexpected)}: unexpected in a checkpoint, which holds only what its manifest lists."
-        )
-    for file, expected in manifest["files"].items():
-        size = _regular(path / file).st_size
-        if size != expected["size"]:
-            raise BadInput(f"{path / file}: {size:,} bytes, but the manifest says {expected['size']:,}.")
-        with _readable(path / file):
-            digest = _sha256(path / file)
-        if digest != expected["sha256"]:
-            raise BadInput(f"{path / file}: altered since it was written (its SHA-256 is not the manifest's).")
-    return manifest
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of folder `path`, alone: well-formed, unaltered and of this format."""
-    if not path.is_dir():
-        raise BadInput(f"{path}: not a checkpoint folder.")
-    file = path / MANIFEST
-    raw = _read_bytes(file)
-    body = _parse_json(file, raw)
-    digest = body.pop("sha256", None)
-    match body:
-        case {"format": int(), "step": int(), "score": float() | int() | None, "files": dict(files)} if (
-            isinstance(digest, str) and len(body) == 4 and set(files) == FILES and all(map(_is_entry, files.values()))
-        ):
-            pass
-        case _:
-            raise BadInput(f"{file}: not a manifest; one gives format, step, score, and size and SHA-256 of each file.")
-    if raw != _seal(body):
-        raise BadInput(f"{file}: altered since it was written (it does not match its own SHA-256).")
-    if body["format"] != FORMAT:
-        raise BadInput(f"{file}: format {body['format']}; this version reads format {FORMAT}.")
-    return body
-
-
-def _is_entry(entry: Any) -> bool:
-    match entry:
-        case {"sha256": str(), "size": int()}:
-            return len(entry) == 2
-    return False
-
-
-def _regular(file: Path) -> os.stat_result:
-    """lstat of `file`; raises `BadInput` unless it is a regular file (a link could lead anywhere, a pipe blocks)."""
-    with _readable(file):
-        status = os.lstat(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise BadInput(f"{file}: not a regular file, as every file of a checkpoint must be.")
-    return status
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}).") from error
-
-
-def _read_bytes(file: Path) -> bytes:
-    _regular(file)
-    with _readable(file):
-        return file.read_bytes()
-
-
-def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        tree = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(tree, dict):
-        raise BadInput(f"{file}: must hold a JSON object.")
-    return tree
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -407,7 +348,7 @@ def _checkpoints(root: Path) -> list[Path]:
         return []
     except OSError as error:
         raise BadInput(f"{root}: cannot be read ({error.strerror}); it must be a folder of checkpoints.") from error
-    steps = {name: int(parts[1]) for name in names if (parts := _FOLDER.fullmatch(name))}
+    steps = {name: int(parts[1]) for name in names if (parts := FOLDER.fullmatch(name))}
     return [root / name for name in sorted(steps, key=lambda name: -steps[name])]
 
 
@@ -416,7 +357,7 @@ def _good(root: Path, trusted: Path | None = None) -> dict[Path, float | None]:
     good = {}
     for path in _checkpoints(root):
         try:
-            manifest = _read_manifest(path) if path == trusted else _verified(path)
+            manifest = read_manifest(path) if path == trusted else verified(path)
         except BadInput:
             continue
         good[path] = manifest["score"]
@@ -428,7 +369,7 @@ def _best(good: dict[Path, float | None]) -> Path | None:
     return min(scores, key=lambda path: scores[path], default=None)
 
 
-def _prune(root: Path, new: Path, keep: int, warn: Callable[[str], None]) -> None:
+def prune(root: Path, new: Path, keep: int, warn: Callable[[str], None]) -> None:
     """Delete the verified checkpoints that are not among the newest `keep`, the best, or `new`.
 
     Each is renamed to a temporary name first, so that one half deleted is never taken for a checkpoint."""

@@ -44,7 +44,11 @@ def open_run(run: Path, which: str = "best", key: str = "run") -> tuple[Tensors,
     cfg = read_config(run, key=key)
     path = find_checkpoint(run / "checkpoints", which)
     checkpoint.verify(path)
-    tensors = _whole(streamed.opened(path / checkpoint.TENSORS["model"]))
+    if checkpoint.is_sharded(path):
+        weights = checkpoint.load(path).model
+        tensors = _whole(streamed.Tensors(weights, lambda name: weights[name]))
+    else:
+        tensors = _whole(streamed.opened(path / checkpoint.TENSORS["model"]))
     tokenizer = _its_tokenizer(run, path, checkpoint.meta_of(path))
     check_unedited(run, cfg, FITTED)
     # Every tensor of the model is there, and no other.

@@ -4,6 +4,7 @@ loop        prepare or resume a run, take its steps, evaluate, save, summarise
 beforehand  what a run names is there, and may be had
 step        one optimiser step: micro-batches, losses, update
 state       what a step changes, to a checkpoint and back
+parallelize  a model over many ranks
 non_finite  where a number that is not finite first appeared
 signals     an end that was asked for
 refusals    an end that was not, in a sentence with the last good checkpoint

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from moe.analysis.replay import Replay, check_space
 from moe.config.balance import rows_vary
 from moe.config.model import layer_moe, moe_layers
+from moe.config.parallel import Layout, layout
 from moe.config.parse import to_dict
 from moe.config.run import Config
 from moe.config.train import warmup_steps
@@ -32,7 +33,10 @@ from moe.eval.evaluate import Evaluation, evaluate
 from moe.model import cost, dispatch
 from moe.model.adapt import adapt
 from moe.model.transformer import Transformer
-from moe.run import checkpoint, jsonl, machine, terminal
+from moe.parallel import launch
+from moe.parallel.collectives import this_rank
+from moe.parallel.mesh import build_meshes
+from moe.run import checkpoint, jsonl, machine, sharded, terminal
 from moe.run.folder import (
     check_same,
     check_tokenizer,
@@ -57,7 +61,7 @@ from moe.train.optimizer import build_optimizer
 from moe.train.recorder import Recorder
 from moe.train.refusals import naming_checkpoint
 from moe.train.signals import Stop, catch_signals
-from moe.train.state import State, restore, save_checkpoint, seed_everything, start_from
+from moe.train.state import State, go_on_from, restore, save_checkpoint, seed_everything, take_weights
 from moe.train.step import take_step
 
 
@@ -69,14 +73,24 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     cfg = copy.deepcopy(cfg)
     code = machine.git_state()  # now: by the end the files may be others than those imported
 
+    # The other ranks, if there are any. Rank 0 speaks and writes for all.
+    launch.join(cfg.train.device, cfg.parallel.timeout)
+    ranks = this_rank()
+    say = say if ranks.rank == 0 else silent
+    sizes = layout(cfg.parallel, ranks.n)
+
     # What is asked for and cannot be had is refused before anything costs time.
     beforehand.check(cfg)
     folder = Path(cfg.run) if cfg.run else default_folder(cfg)
     started = folder.exists()
+    if ranks.n > 1:
+        beforehand.check_ranks(
+            cfg, sizes, {"run": str(folder), f"the folder {folder}": "there" if started else "none"}, code
+        )
     if started:
         recorded = read_config(folder, cfg.trust or cfg.router.name)
         check_unedited(folder, recorded)
-    device = machine.choose_device(cfg.train.device)
+    device = machine.choose_device(launch.device_of(cfg.train.device))
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
     backend, why = dispatch.choose(cfg.dispatch, device, cfg.model)
@@ -85,7 +99,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     cfg.dispatch = backend
 
     # The text, and with it the last settings that were open; a run that is there must have had the same.
-    dataset = prepare(cfg.data, cfg.tokenizer, say)
+    dataset = launch.first_then_others(lambda: prepare(cfg.data, cfg.tokenizer, say))
     if started and cfg.train.precision == "auto":
         cfg.train.precision = recorded.train.precision  # measured when it began
     if started and cfg.optim.warmup < 0:
@@ -106,6 +120,9 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
 
     # Everything else that may be refused, and only then the folder.
     loader = loader_of(cfg, dataset)
+    if ranks.n > 1:
+        launch.check_alike({"data": dataset.split("train").dataset, "tokenizer": dataset.tokenizer.fingerprint})
+        loader.share(ranks.rank, ranks.n, cfg.train.accumulate)
     validation_windows(dataset.split("val"), cfg.model.context, cfg.train.eval_tokens, cfg.data.whole())
     teacher = load_teacher(cfg, dataset.tokenizer.fingerprint, device)
     replay = Replay(cfg) if cfg.balance.recorded and cfg.model.moe else None
@@ -123,43 +140,55 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     model = Transformer(cfg.model, cfg.router, cfg.balance, document_end, reward=cfg.objective.name == "reward")
     model.initialize(cfg.init_seed()).to(device)
     adapt(model, cfg.tune, cfg.init_seed())
-    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay, companions)
-    if cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None:
-        start_from(state, cfg, dataset.tokenizer.fingerprint, say)
+    anew = cfg.source and checkpoint.newest_meta(folder / "checkpoints") is None
+    snapshot = take_weights(model, loader, cfg, dataset.tokenizer.fingerprint, say) if anew else None
+    if ranks.n > 1:
+        from moe.train.parallelize import parallelize  # here, because a process of its own need not import FSDP
 
-    # From here on the folder is this process' alone.
-    if not started:
+        parallelize(model, build_meshes(sizes, device.type), cfg.parallel, cfg.train.compile)
+    state = State(model, build_optimizer(model, cfg.optim), loader, teacher, replay, companions)
+    if snapshot is not None:
+        go_on_from(state, snapshot, cfg, say)
+
+    # From here on the folder is this run's alone.
+    if not started and ranks.rank == 0:
         create_folder(folder, cfg, dataset.tokenizer)
-    with Lock(folder) as lock:
+    with Lock(folder) if ranks.rank == 0 else nullcontext() as lock:
+        launch.together()
+        beforehand.check_seen(folder)
         if (folder / "summary.json").exists():  # another process was there first, and is done
             say(f"run: {folder} is finished")
             return read_summary(folder)
-        for left in (folder.parent, folder, folder / "checkpoints"):
-            remove_leftovers(left)
-        if changes:
-            write_config(folder, cfg)
+        if lock:
+            for left in (folder.parent, folder, folder / "checkpoints"):
+                remove_leftovers(left)
+            if changes:
+                write_config(folder, cfg)
+        launch.together()
         for change in changes:
             say(f"run: {change}")
         restore(state, folder, threads, say)
-        if cfg.train.compile:
+        if cfg.train.compile and ranks.n == 1:
             model.compile()
 
         size = cost.size(cfg.model, cfg.router)
         say(
             f"run: {folder}  {size.total:,} parameters, {size.active:,} active  {cfg.train.precision} on {device}, "
-            f"{threads} threads, dispatch={cfg.dispatch}  steps {state.step} to {cfg.train.steps}"
+            f"{threads} threads, dispatch={cfg.dispatch}{mesh_words(sizes)}  steps {state.step} to {cfg.train.steps}"
         )
         with catch_signals() as stop, naming_checkpoint(cfg, folder / "checkpoints"):
-            final = run_steps(state, cfg, lock, dataset, stop)
+            final = run_steps(state, cfg, folder, lock, dataset, stop)
         if final is None:
             say(
                 f"Stopped after step {state.step} of {cfg.train.steps}, saved in {folder}. "
                 f"Go on with: {command_to_resume(folder, cfg)}"
             )
             raise SystemExit(128 + stop.number)
-        summary = summarize(state, cfg, dataset, final, device, threads, code)
-        lock.check()
-        write_summary(folder, summary)
+        if lock:
+            lock.check()
+            write_summary(folder, summarize(state, cfg, dataset, final, device, threads, code))
+        launch.together()
+    summary = read_summary(folder)
     say(f"run: {folder} is finished  val loss {summary.val.loss:.4f}  bits per byte {summary.val.bpb:.4f}")
     return summary
 
@@ -197,15 +226,22 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, s
     return cfg
 
 
-def run_steps(state: State, cfg: Config, lock: Lock, dataset: Dataset, stop: Stop) -> Evaluation | None:
+def run_steps(
+    state: State, cfg: Config, folder: Path, lock: Lock | None, dataset: Dataset, stop: Stop
+) -> Evaluation | None:
     """Step until the end. Returns the final evaluation, or None when a signal ended the run early (it is saved). Raises
-    `BadInput` when the run's folder is another process' or gone, and writes nothing there."""
-    final, folder = None, lock.folder
-    unevaluated = take_back_unevaluated(state, cfg, folder / "metrics.jsonl")
-    with Recorder(cfg, folder, state.step) as recorder:
+    `BadInput` when the run's folder is another process' or gone, and writes nothing there. Of several ranks the one
+    with the `lock` writes."""
+    final = None
+    unevaluated = take_back_unevaluated(state, cfg, folder / "metrics.jsonl") if lock else None
+    unevaluated = launch.from_first(unevaluated)
+    with (
+        Recorder(cfg, lock, state.step) if lock else nullcontext() as recorder,
+        sharded.Saver() if cfg.checkpoint.aside else nullcontext() as state.saver,
+    ):
         if unevaluated:
             final = validate(state, cfg, dataset, stop)
-            lock.check()
+        if unevaluated and recorder:
             recorder.record(with_validation(unevaluated, final))
             saved = checkpoint.latest(folder / "checkpoints", recorder.watch.say)
             if final and saved and saved.name == checkpoint.name_of(state.step):
@@ -216,20 +252,20 @@ def run_steps(state: State, cfg: Config, lock: Lock, dataset: Dataset, stop: Sto
                 if evaluates(state.step, cfg):
                     final = validate(state, cfg, dataset, stop)
                     line = with_validation(line, final)
-                lock.check()
-                recorder.record(line, gradients.routing)
-                at_end = state.step == cfg.train.steps or bool(stop.number)
+                if recorder:
+                    recorder.record(line, gradients.routing)
+                at_end = state.step == cfg.train.steps or stop.agreed() > 0
                 if at_end or (cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0):
-                    save(state, cfg, lock, dataset, line, recorder, stop)
+                    save(state, cfg, folder, dataset, line, recorder, stop)
                     # `at_end` from before the save: a signal since then must not end a step that is not saved.
-                    if at_end or stop.number:
+                    if at_end or stop.agreed():
                         break
-        if stop.number and state.step == 0:
-            save(state, cfg, lock, dataset, None, recorder, stop)
-        if stop.number:
+        if stop.agreed() and state.step == 0:
+            save(state, cfg, folder, dataset, None, recorder, stop)
+        if stop.agreed():
             return None
         final = final or validate(state, cfg, dataset, stop)  # a run killed between its last checkpoint and its summary
-        keep_whole(cfg, lock, dataset, recorder)
+        keep_whole(cfg, folder, dataset, recorder)
         return final
 
 
@@ -243,7 +279,7 @@ def validate(state: State, cfg: Config, dataset: Dataset, stop: Stop) -> Evaluat
         backend=cfg.dispatch,
         autocast=partial(autocast, cfg),
         whole=cfg.data.whole(),
-        stop=lambda: bool(stop.number),
+        stop=lambda: stop.agreed() > 0,
     )
     if evaluation:
         check_validation(state, evaluation, cfg, dataset, Path(cfg.run) / "checkpoints")
@@ -256,21 +292,39 @@ def with_validation(line: MetricsLine, evaluation: Evaluation | None) -> Metrics
 
 
 def save(
-    state: State, cfg: Config, lock: Lock, dataset: Dataset, line: MetricsLine | None, recorder: Recorder, stop: Stop
+    state: State,
+    cfg: Config,
+    folder: Path,
+    dataset: Dataset,
+    line: MetricsLine | None,
+    recorder: Recorder | None,
+    stop: Stop,
 ) -> None:
     """A checkpoint, which a person who asked for an end is told of."""
     score = line.val.loss if line and line.val else None
-    keep_whole(cfg, lock, dataset, recorder)
-    path = save_checkpoint(state, cfg, lock.folder / "checkpoints", dataset, score, recorder.watch.say)
+    keep_whole(cfg, folder, dataset, recorder)
+    say = recorder.watch.say if recorder else silent
+    path = save_checkpoint(state, cfg, folder / "checkpoints", dataset, score, say)
     if stop.number:
-        recorder.watch.say(f"checkpoint: {path}")
+        say(f"checkpoint: {path}")
 
 
-def keep_whole(cfg: Config, lock: Lock, dataset: Dataset, recorder: Recorder) -> None:
+def keep_whole(cfg: Config, folder: Path, dataset: Dataset, recorder: Recorder | None) -> None:
     """Make again what was deleted of the run's files. Raises `BadInput` where it is not to be mended."""
-    lock.check()
-    recorder.keep_files()
-    mend_folder(lock.folder, cfg, dataset.tokenizer)
+    if recorder:
+        recorder.keep_files()
+        mend_folder(folder, cfg, dataset.tokenizer)
+
+
+def silent(line: str) -> None:
+    """What ranks other than the first say."""
+
+
+def mesh_words(sizes: Layout) -> str:
+    """The meshes, where there is more than one rank."""
+    if sizes.replicate * sizes.shard == 1:
+        return ""
+    return f"  {sizes.replicate} x {sizes.shard} ranks, ep={sizes.ep}"
 
 
 def evaluates(step: int, cfg: Config) -> bool:

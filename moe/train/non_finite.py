@@ -15,6 +15,8 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, eval_mode
 from moe.model.transformer import Transformer
+from moe.parallel import launch
+from moe.parallel.gradients import local
 from moe.run.checkpoint import last_good
 from moe.run.machine import autocast
 from moe.train.state import State
@@ -61,13 +63,18 @@ def first_non_finite(model: Transformer, batch: Batch, loss: float, cfg: Config)
     # The forward pass is finite, so what comes after it is not.
     if not math.isfinite(loss):
         return "the loss"
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and is_bad(p.grad)]
     return f"the gradient of {bad[-1]}" if bad else "the gradients' norm"
 
 
 def first_bad_parameter(model: Transformer) -> str | None:
     """The first parameter that is not finite, in words."""
-    return next((f"the parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    return next((f"the parameter {name}" for name, p in model.named_parameters() if is_bad(p)), None)
+
+
+def is_bad(tensor: Tensor) -> bool:
+    """Whether a tensor is not finite, in the part that this rank has or in another's; all ranks must ask."""
+    return launch.any_rank(not local(tensor).isfinite().all())
 
 
 def first_bad_output(model: Transformer, micro_batches: Iterable[Tensor], cfg: Config) -> str | None:
@@ -91,4 +98,5 @@ def first_bad_output(model: Transformer, micro_batches: Iterable[Tensor], cfg: C
     finally:
         for handle in handles:
             handle.remove()
-    return bad_outputs[0] if bad_outputs else None
+    places = launch.shared(bad_outputs[0] if bad_outputs else None)
+    return next((place for place in places if place), None)

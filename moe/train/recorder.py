@@ -1,7 +1,6 @@
 """What a step leaves besides checkpoints: lines in the run's files, in trackers, and on the screen."""
 
 import dataclasses
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -11,6 +10,7 @@ from moe.analysis.replay import Recording
 from moe.config.model import layer_moe, moe_layers
 from moe.config.run import Config
 from moe.run import jsonl
+from moe.run.lock import Lock
 from moe.run.summary import MetricsLine, line_to_json, read_metrics
 from moe.train.progress import Watch
 from moe.train.step import LayerTotals
@@ -20,10 +20,11 @@ NAME_WIDTH = 24  # of a run's name before its bar
 
 
 class Recorder:
-    """Use as a context manager, so that every file is closed. `step`: the last one taken."""
+    """Use as a context manager, so that every file is closed. Every method raises `BadInput` where the folder is no
+    longer the lock's, and writes nothing there. `step`: the last one taken."""
 
-    def __init__(self, cfg: Config, folder: Path, step: int) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: Config, lock: Lock, step: int) -> None:
+        self.cfg, self.lock, folder = cfg, lock, lock.folder
         name = folder.name if len(folder.name) <= NAME_WIDTH else f"{folder.name[: NAME_WIDTH - 1]}…"
         self.watch = Watch(name, cfg.train.steps, step, cfg.log.every)
         self.lines = jsonl.Lines(folder / "metrics.jsonl")
@@ -44,12 +45,14 @@ class Recorder:
 
     def keep_files(self) -> None:
         """Make again what was deleted of the files. Raises `BadInput` for what cannot be."""
+        self.lock.check()
         self.lines.keep()
         self.counts.keep()
         self.choices.check()
 
     def record(self, line: MetricsLine, routing: list[LayerTotals] | None = None) -> None:
         """A metrics line, and what the MoE layers did in its step; None before the first."""
+        self.lock.check()
         loads = [layer.count_E for layer in routing or []]
         alarms = self.doctor.read(line) if self.cfg.log.doctor else []
         line = dataclasses.replace(line, alarms=alarms or None)

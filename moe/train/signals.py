@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from moe.parallel import launch
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -14,6 +16,11 @@ class Stop:
     """The signal that asks for an end, 0 while there is none."""
 
     number: int = 0
+
+    def agreed(self) -> int:
+        """The signal that any rank was sent, on all of them, who ask together; 0 while none was."""
+        self.number = launch.largest(self.number)
+        return self.number
 
 
 @contextmanager

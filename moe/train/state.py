@@ -1,5 +1,6 @@
 """What training changes: a state, where a checkpoint puts it, and what brings it back."""
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ from moe.data.shards import Dataset
 from moe.errors import BadInput
 from moe.model.adapt import merged, unmerged
 from moe.model.transformer import Transformer, load_model, model_tensors
-from moe.run import checkpoint, jsonl, machine
+from moe.parallel import launch
+from moe.parallel.collectives import n_ranks, rank
+from moe.parallel.gradients import local
+from moe.run import checkpoint, jsonl, machine, sharded, shards
 from moe.run.load import load_source
 from moe.train.average import Average
 from moe.train.objective import Companions
@@ -68,6 +72,7 @@ class State:
     seconds: float = 0.0  # of training: evaluation and saving left out
     skipped: int = 0
     skipped_in_a_row: int = 0
+    saver: sharded.Saver | None = None  # of cfg.checkpoint.aside
     average: Average = field(default_factory=Average)  # of cfg.optim.average, once it is at those steps
 
 
@@ -75,13 +80,16 @@ def save_checkpoint(
     state: State, cfg: Config, root: Path, dataset: Dataset, score: float | None, say: Callable[[str], None]
 ) -> Path:
     """A verified checkpoint of this moment. A model with a non-finite parameter is refused."""
+    # What is not finite is not kept.
     for name, p in state.model.named_parameters():
-        if not p.isfinite().all():
+        if launch.any_rank(not local(p).isfinite().all()):
             good = checkpoint.latest(root, say)
             raise BadInput(
                 f"step {state.step}: the parameter {name} is not finite after the update, and is not saved; the last "
                 f"good checkpoint is {good}: lower optim.lr={cfg.optim.lr}."
             )
+
+    # All that changes.
     rng, generators = rng_state()
     meta = {
         "config": to_dict(cfg),
@@ -98,42 +106,57 @@ def save_checkpoint(
     average = {f"{AVERAGE}{name}": value for name, value in state.average.weights.items()}
     optimizer = optimizer_tensors(state.model, state.optimizer) | average
     snapshot = checkpoint.Snapshot(state.step, model_tensors(state.model), optimizer, meta, rng)
-    return checkpoint.save(root, snapshot, keep=cfg.checkpoint.keep, score=score, warn=say)
+
+    # Now, or aside.
+    settings: dict[str, Any] = dict(keep=cfg.checkpoint.keep, score=score, warn=say)
+    if state.saver is not None:
+        state.saver.save(root, snapshot, **settings)
+        return root / checkpoint.name_of(state.step)
+    return sharded.save(root, snapshot, **settings)
 
 
-def start_from(state: State, cfg: Config, tokenizer: str, say: Callable[[str], None]) -> None:
-    """Give a new run the weights of the checkpoint in `cfg.source`, and with `cfg.source_state` all the rest of it.
-    `tokenizer`: the fingerprint of this run's. Raises `BadInput` for a checkpoint that does not fit."""
+def take_weights(
+    model: Transformer, loader: Loader, cfg: Config, tokenizer: str, say: Callable[[str], None]
+) -> checkpoint.Snapshot | None:
+    """Give a new run's model, not yet shared out among ranks, the weights of the checkpoint in `cfg.source`; with
+    `cfg.source_state` all, the snapshot for `go_on_from`. `tokenizer`: the fingerprint of this run's. Raises `BadInput`
+    for a checkpoint that does not fit."""
     # A checkpoint of this tokenizer, model and place in the data.
     snapshot, about = load_source(cfg.source, tokenizer), f"source={cfg.source}"
-    meta = snapshot.meta
     try:
         if cfg.source_state == "all":
-            load_model(state.model, with_reward_head_of(state.model, snapshot.model))
-            state.loader.check_state(meta["loader"])
+            load_model(model, with_reward_head_of(model, snapshot.model))
+            loader.check_state(snapshot.meta["loader"])
         else:
-            weights = with_reward_head_of(state.model, merged(snapshot.model))
-            load_model(state.model, unmerged(state.model, weights))
+            load_model(model, unmerged(model, with_reward_head_of(model, merged(snapshot.model))))
     except BadInput as error:
         raise BadInput(f"{about} does not fit this run: {error}") from error
     if cfg.source_state == "weights":
         say(f"source: the weights of {cfg.source}")
-        return
+        return None
 
-    # All else, if there is a step to go on with, under the schedule given here.
+    # All else, if there is a step to go on with.
     if snapshot.step >= cfg.train.steps:
         raise BadInput(
             f"train.steps={cfg.train.steps} is not above the step {snapshot.step} of {about}, from which "
             "source_state=all goes on: give more, or source_state=weights."
         )
-    before = checkpoint.config_of(Path(cfg.source), meta)
+    before = checkpoint.config_of(Path(cfg.source), snapshot.meta)
     if before.optim.name != cfg.optim.name:
         raise BadInput(
             f"optim.name={cfg.optim.name} cannot go on with the state of {about}, which is of optim.name="
             f"{before.optim.name}: give that one, or source_state=weights."
         )
+    return snapshot
+
+
+def go_on_from(state: State, snapshot: checkpoint.Snapshot, cfg: Config, say: Callable[[str], None]) -> None:
+    """Give a run whose model has the weights of a snapshot all its other state, under the schedule given here."""
+    if n_ranks() > 1:
+        snapshot = dataclasses.replace(snapshot, optimizer=shared_tensors(Path(cfg.source), state.model)[1])
     _put_back(state, snapshot)
     state.average = Average()  # the mean is over steps of this run
+    before = checkpoint.config_of(Path(cfg.source), snapshot.meta)
     was, now = (learning_rate(its.optim, state.step, its.train.steps) for its in (before, cfg))
     say(f"source: all of {cfg.source}, from step {state.step} on")
     if not math.isclose(was, now):
@@ -162,18 +185,49 @@ def _put_back(state: State, snapshot: checkpoint.Snapshot) -> None:
     state.skipped, state.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
 
 
+def load_onto(path: Path, model: Transformer) -> checkpoint.Snapshot:
+    """Give a model the weights of a checkpoint in place, each rank its parts, and return the snapshot, whose
+    optimiser's tensors are shared out as the weights are. Raises `BadInput` for one that is damaged or does not fit."""
+    if n_ranks() == 1:
+        snapshot = checkpoint.load(path)
+        load_model(model, snapshot.model)
+        return snapshot
+    weights, optimizer = shared_tensors(path, model)
+    return checkpoint.Snapshot(
+        step=checkpoint.step_of(path), model=weights, optimizer=optimizer, **checkpoint.rest_of(path)
+    )
+
+
+def shared_tensors(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a checkpoint as the ranks share them: the model's, filled in place, and the optimiser's, each like
+    the parameter that it is of. Raises `BadInput` for a name or shape that is not the model's."""
+    parameters, optimizer = dict(model.named_parameters()), {}
+    for name, shape in shards.shapes(path).items():
+        _, slash, of = name.partition("/")
+        if slash and of not in parameters:
+            raise BadInput(f"{path}: the optimiser's {name} is of a parameter that this model does not train.")
+        if slash:
+            p = parameters[of]
+            is_like = tuple(p.shape) == shape
+            optimizer[name] = torch.zeros_like(p, requires_grad=False) if is_like else torch.zeros(shape)
+    weights = model_tensors(model)
+    shards.read_into(path, weights | optimizer)
+    return weights, optimizer
+
+
 def restore(state: State, folder: Path, threads: int, say: Callable[[str], None]) -> None:
     """Put the newest good checkpoint of the run back, if there is one, and drop the log lines after it."""
-    path = checkpoint.latest(folder / "checkpoints", say)
+    path = launch.first_then_tell(lambda: checkpoint.latest(folder / "checkpoints", say))
     if path is not None:
-        snapshot = checkpoint.load(path)
+        snapshot = load_onto(path, state.model)
         meta = snapshot.meta
         state.loader.check_state(meta["loader"])
-        load_model(state.model, snapshot.model)
         _put_back(state, snapshot)
         for key, value in (("threads", threads), ("versions", machine.versions())):
             if meta[key] != value:
                 say(f"warning: {key} was {meta[key]} and is {value}: the result may differ in its last bits.")
+    if rank() > 0:
+        return
     for name in ("metrics.jsonl", "routing/counts.jsonl", "routing/checksums.jsonl"):
         jsonl.keep_until(folder / name, state.step if path else -1)
     lines = jsonl.read_lines(folder / "metrics.jsonl")

@@ -21,7 +21,8 @@ from moe.data.loader import NO_TARGET, Batch
 from moe.errors import BadInput
 from moe.model.layer import LayerRouting, MoELayer
 from moe.model.transformer import Transformer, next_token_loss
-from moe.parallel.collectives import n_ranks, summed_over_ranks
+from moe.parallel.collectives import all_summed_over_ranks, n_ranks, summed_over_ranks, this_rank
+from moe.parallel.gradients import squared_norm, sum_gradients
 from moe.routing import balance
 from moe.routing.contract import Router, Step
 from moe.run.machine import autocast, synchronize, to_host
@@ -82,6 +83,18 @@ class LayerTotals:
         """What the host is told of the layer; what its router learns from stays on the device."""
         return [self.count_E, self.dropped, self.skipped, *self.losses.values(), *self.seen.values()]
 
+    def shared(self) -> list[Tensor]:
+        """What every rank has its share of."""
+        counts = [self.count_E, self.wanted_E, self.dropped, self.skipped]
+        return [*counts, *(value for name in ("observed", "losses", "seen") for value in getattr(self, name).values())]
+
+    def over_ranks(self, summed: Iterator[Tensor]) -> None:
+        """Take the sums over ranks of `shared`, in its order."""
+        self.count_E, self.wanted_E, self.dropped, self.skipped = (next(summed) for _ in range(4))
+        for name in ("observed", "losses", "seen"):
+            setattr(self, name, {key: next(summed) for key in getattr(self, name)})
+        self.tokens *= n_ranks()
+
     def on_host(self, told: Iterator[Tensor]) -> "LayerTotals":
         """The same with the host's copies of `told`, in its order."""
         count_E, dropped, skipped = (next(told).long() for _ in range(3))
@@ -108,6 +121,8 @@ def take_step(state: State, batch: Batch | Prompts, cfg: Config, root: Path) -> 
 
     # Gradients of the whole step, on the run's own experts or on those of the run that is replayed.
     recorded = state.replay.step(step, device) if state.replay else replayed(batch, cfg, device)
+    if recorded is not None and n_ranks() > 1:
+        recorded = [rows_of(expert, state.loader.batch_rows, cfg) for expert in recorded]
     measured = cfg.log.doctor and step % cfg.log.every == 0
     gradients = compute_gradients(
         state.model, batch, cfg, progress, state.teacher, recorded, measured, state.companions
@@ -147,7 +162,7 @@ def take_step(state: State, batch: Batch | Prompts, cfg: Config, root: Path) -> 
         losses=gradients.losses,
         grad_norm=gradients.norm,
         lr=lr,
-        tokens_per_s=batch.targets_BS.numel() / seconds if seconds else math.nan,
+        tokens_per_s=batch.targets_BS.numel() * n_ranks() / seconds if seconds else math.nan,
         skipped=state.skipped,
         answers=gradients.answers or None,
         layers=[
@@ -167,6 +182,11 @@ def take_step(state: State, batch: Batch | Prompts, cfg: Config, root: Path) -> 
     return line, gradients
 
 
+def rows_of(expert: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
+    """Of a whole batch's experts (B·S, K) those of these rows of it."""
+    return expert.view(cfg.train.batch_size, -1, expert.shape[-1])[list(rows)].flatten(0, 1)
+
+
 def compute_gradients(
     model: Transformer,
     batch: Batch,
@@ -182,6 +202,7 @@ def compute_gradients(
     instead of the routers' choice. `measured`: whether to look at how decided the routers are, and at every expert's
     gradients. `companions`: what an objective other than the text's needs."""
     device, n_micro = next(model.parameters()).device, cfg.train.accumulate
+    n_parts = n_micro * n_ranks()  # equal parts of the step, whose losses' mean is its loss
     steps, n_targets = whole_step(model, batch, cfg, recorded), targets_of_step(batch, n_micro)
     mean_losses: dict[str, Tensor] = {}  # over the micro-batches; "lm" is the text's
     layers: list[LayerTotals] = []
@@ -221,23 +242,28 @@ def compute_gradients(
         del output
         weights = loss_weights(cfg, losses, progress)
         total = weights["lm"] * lm_loss + sum(weights[name] * value for name, value in losses.items())
-        (total / n_micro).backward()
+        sum_gradients(model, i == n_micro - 1)
+        (total / n_parts).backward()
 
         # Sums over the micro-batches, on the device.
-        micro_losses = {name: value.detach().double() / n_micro for name, value in ({"lm": lm_loss} | losses).items()}
+        micro_losses = {name: value.detach().double() / n_parts for name, value in ({"lm": lm_loss} | losses).items()}
         mean_losses = added(mean_losses, micro_losses)
-        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_micro) for routing in layer_routing]
+        totals = [layer_totals(routing, tokens_BS.numel(), cfg.log.experts, n_parts) for routing in layer_routing]
         for step_totals, micro_totals in zip(layers, totals, strict=False):
             step_totals.add(micro_totals)
         layers = layers or totals
+
+    # Over the ranks, in one sum: what was minimised, the gradients' norm, and what the layers did.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = squared_norm(gradients) if n_ranks() > 1 else torch.nn.utils.get_total_norm(gradients)
+    if n_ranks() > 1:
+        norm, mean_losses = over_ranks(norm, mean_losses, layers)
 
     # Of this moment: selection biases, and how much every expert learns.
     if cfg.log.doctor:
         look_at_experts(model, layers, measured)
 
-    # Of the whole step, and the one time that the host waits for the device: what was minimised, the gradients' norm,
-    # and what the layers did.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    # The one time that the host waits for the device.
     told = iter(to_host([norm, *mean_losses.values(), *(value for layer in layers for value in layer.told())]))
     result = Gradients(norm=next(told).item(), losses={name: next(told).item() for name in mean_losses})
     result.lm_loss = result.losses.pop("lm")
@@ -246,6 +272,19 @@ def compute_gradients(
     weights = loss_weights(cfg, result.losses, progress)
     result.total = weights["lm"] * result.lm_loss + sum(weights[name] * value for name, value in result.losses.items())
     return result
+
+
+def over_ranks(
+    square: Tensor, losses: dict[str, Tensor], layers: list["LayerTotals"]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradients' norm and the losses of the whole step, and every layer's totals in place, from each rank's share
+    of them: by one transfer."""
+    summed = iter(all_summed_over_ranks([square, *losses.values(), *(v for layer in layers for v in layer.shared())]))
+    norm = next(summed).sqrt()
+    losses = {name: next(summed) for name in losses}
+    for layer in layers:
+        layer.over_ranks(summed)
+    return norm, losses
 
 
 def targets_of_step(batch: Batch, n_micro: int) -> float | None:
@@ -293,7 +332,8 @@ def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False,
     detached = {name: value.detach() for name, value in routing.observed.items()}
     losses = {name: value.detach().double() / n_micro for name, value in routing.losses.items()}
     counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
-    return LayerTotals(*counts, [routing.expert] if keep_experts else [], losses, routing.seen or {})
+    expert = [this_rank().gathered(routing.expert)] if keep_experts else []
+    return LayerTotals(*counts, expert, losses, routing.seen or {})
 
 
 @torch.no_grad()
@@ -327,29 +367,32 @@ def coefficient(cfg: BalanceConfig, name: str, progress: float) -> float:
 def whole_step(
     model: Transformer, batch: Batch, cfg: Config, recorded: Sequence[Tensor] | None = None
 ) -> list[Step] | None:
-    """With balance.scope=global, what the losses of every MoE layer are functions of, summed over all micro-batches and
-    ranks (2501.11873): with it every micro-batch's losses are the whole step's, which a mean of theirs is not.
+    """What every MoE layer is told of the step: who shares its micro-batches, and with balance.scope=global what its
+    losses are functions of, summed over all micro-batches and ranks (2501.11873): with it every micro-batch's losses
+    are the whole step's, which a mean of theirs is not. None where one process needs to be told nothing.
 
-    It must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward passes
-    are run once more in advance, with the same random numbers; None where a pass knows it by itself, or no loss reads
-    it."""
-    n_parts = cfg.train.accumulate * n_ranks()
-    if cfg.balance.scope != "global" or n_parts == 1 or not facts(cfg.router).scored or cfg.model.moe is None:
+    The sums must be known before the first backward pass. So with several micro-batches (or ranks) the step's forward
+    passes are run once more in advance, with the same random numbers."""
+    if cfg.model.moe is None:
         return None
+    ranks, n_layers = this_rank(), len(moe_layers(cfg.model))
+    shared = [Step(ranks.n, None, ranks)] * n_layers if ranks.n > 1 else None
+    n_parts = cfg.train.accumulate * ranks.n
+    if cfg.balance.scope != "global" or n_parts == 1 or not facts(cfg.router).scored:
+        return shared
     device = next(model.parameters()).device
     sums: list[dict[str, Tensor]] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for tokens_BS, _, experts in micro_batches(batch, cfg, recorded):
             with autocast(cfg):
-                routing = model(tokens_BS.to(device), backend=cfg.dispatch, recorded=experts).routing
+                tokens_BS = tokens_BS.to(device)
+                routing = model(tokens_BS, backend=cfg.dispatch, recorded=experts, steps=shared).routing
             micro_sums = [layer.observed | {"count": layer.wanted_E} for layer in routing]
             sums = list(map(added, sums, micro_sums)) if sums else micro_sums
-    return [Step(n_parts, _summed(layer_sums)) for layer_sums in sums]
-
-
-def _summed(observed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over the ranks."""
-    return {name: summed_over_ranks(value) for name, value in sorted(observed.items())}
+    names = [(i, name) for i, layer_sums in enumerate(sums) for name in sorted(layer_sums)]
+    for (i, name), value in zip(names, all_summed_over_ranks([sums[i][name] for i, name in names]), strict=True):
+        sums[i][name] = value
+    return [Step(n_parts, layer_sums, ranks) for layer_sums in sums]
 
 
 def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceConfig, progress: float) -> None:
@@ -360,13 +403,11 @@ def update_routers(model: Transformer, totals: list[LayerTotals], cfg: BalanceCo
             by_router[router].add(layer)
         else:
             by_router[router] = dataclasses.replace(layer)
-    for layer in by_router.values():
-        layer.wanted_E, layer.observed = summed_over_ranks(layer.wanted_E), _summed(layer.observed)
     for router, layer in by_router.items():
         router.update(cfg, coefficient(cfg, "bias_rate", progress), layer.wanted_E, layer.observed)
     for depth, layer in zip(model.depths(), totals, strict=True):
         if depth is not None:
-            depth.update(_summed(layer.observed))
+            depth.update(layer.observed)
 
 
 def clip(model: Transformer, norm: float, limit: float) -> None:

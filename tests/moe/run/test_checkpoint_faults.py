@@ -221,7 +221,8 @@ def test_everything_is_synced_before_the_rename_and_the_root_after_it(tmp_path, 
     checkpoint.save(tmp_path / "root", snapshot(1), keep=1)
     files = ["meta.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors"]
     folder = temporary(Path("step-00000001")).name
-    assert done == [*files, "manifest.json", folder, "renamed", "root", tmp_path.name]
+    assert set(done[:4]) == set(files)
+    assert done[4:] == ["manifest.json", folder, "renamed", "root", tmp_path.name]
 
 
 # Disk full

@@ -7,6 +7,7 @@ import torch
 
 from moe.config.run import Config
 from moe.run.jsonl import read_lines
+from moe.run.lock import Lock
 from moe.run.summary import LayerMetrics, MetricsLine, read_metrics
 from moe.train.recorder import Recorder
 from moe.train.step import LayerTotals
@@ -25,7 +26,7 @@ def line(step: int) -> MetricsLine:
 
 
 def recorded(cfg: Config, folder, steps: int) -> None:
-    with Recorder(cfg, folder, 0) as recorder:
+    with Lock(folder) as lock, Recorder(cfg, lock, 0) as recorder:
         recorder.record(MetricsLine(0, 0.0))
         for step in range(1, steps + 1):
             recorder.record(line(step), [totals(step, 0, 0, 1), totals(0, step, 1, 0)])
@@ -46,7 +47,7 @@ def test_the_experts_of_every_token_are_kept_where_they_are_asked_for(experts, c
 
 def test_probability_mass_stands_beside_the_counts_where_routers_have_any(corpus, tmp_path):
     cfg = settings(corpus, tmp_path, {"log.every": 1})
-    with Recorder(cfg, tmp_path, 0) as recorder:
+    with Lock(tmp_path) as lock, Recorder(cfg, lock, 0) as recorder:
         layers = [totals(1, 0, 0, 1), totals(0, 1, 1, 0)]
         for layer in layers:
             layer.seen = {"prob": torch.tensor([1.0, 3.0, 0.0, 4.0])}
@@ -60,17 +61,18 @@ def test_probability_mass_stands_beside_the_counts_where_routers_have_any(corpus
 def test_an_alarm_is_said_and_stands_in_its_line_and_a_resumed_run_does_not_repeat_it(corpus, tmp_path, capsys):
     sick = lambda step: dataclasses.replace(line(step), layers=[dataclasses.replace(LAYER, dead=2 * (step > 200))])
     cfg = settings(corpus, tmp_path)
-    with Recorder(cfg, tmp_path, 0) as recorder:
+    with Lock(tmp_path) as lock, Recorder(cfg, lock, 0) as recorder:
         for step in range(1, 301):
             recorder.record(sick(step))
-    with Recorder(cfg, tmp_path, 300) as recorder:
+    with Lock(tmp_path) as lock, Recorder(cfg, lock, 300) as recorder:
         for step in range(301, 311):
             recorder.record(sick(step))
     alarmed = [written for written in read_metrics(tmp_path) if written.alarms]
     assert [[alarm.kind for alarm in written.alarms] for written in alarmed] == [["dead experts"]]
     assert capsys.readouterr().out.count(f"alarm: {alarmed[0].alarms[0].sentence()}") == 1
     quiet = tmp_path / "quiet"
-    with Recorder(settings(corpus, quiet, {"log.doctor": False}), quiet, 0) as recorder:
+    quiet.mkdir()
+    with Lock(quiet) as lock, Recorder(settings(corpus, quiet, {"log.doctor": False}), lock, 0) as recorder:
         for step in range(1, 301):
             recorder.record(sick(step))
     assert not any(written.alarms for written in read_metrics(quiet))
@@ -79,5 +81,5 @@ def test_an_alarm_is_said_and_stands_in_its_line_and_a_resumed_run_does_not_repe
 def test_a_long_name_is_cut_before_its_bar(corpus, tmp_path):
     folder = tmp_path / ("a-run-with-a-name-that-is-long" * 2)
     folder.mkdir()
-    with Recorder(settings(corpus, folder), folder, 0) as recorder:
+    with Lock(folder) as lock, Recorder(settings(corpus, folder), lock, 0) as recorder:
         assert recorder.watch.name == f"{folder.name[:23]}…"

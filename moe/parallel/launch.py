@@ -1,0 +1,258 @@
+"""How ranks meet, agree, and part: torchrun's contract (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) alone.
+
+Whoever starts processes with these variables set has ranks: torchrun, srun, a test. What is wrong with one of them is
+told once: the first to say it in the store that they share says it to the person, and the others end in silence. Ranks
+that a death or a hang leaves behind find out whose it was.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from moe.errors import BadInput
+from moe.parallel.collectives import n_ranks, rank
+
+CONTRACT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MEET = timedelta(seconds=60)  # for the store and the first greeting
+ANSWER = timedelta(seconds=5)  # for a sign of life, once a rank is missed
+LOST = re.compile(
+    r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|peer|gloo|nccl|wait.*timeout", re.IGNORECASE
+)
+T = TypeVar("T")
+
+
+class _Ranks:
+    """What this process knows of the others once it has met them."""
+
+    store: Store | None = None
+    control: dist.ProcessGroup | None = None  # of gloo, for flags: no device waits for it
+    watch: dist.ProcessGroup | None = None  # of gloo, used only when a rank is missed
+    seconds = 0.0  # that one is waited for
+    places: list[str]  # who the ranks are, for people
+
+
+_ranks = _Ranks()
+
+
+def started_by_many() -> bool:
+    """Whether this process was started as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+
+
+def join(device: str, seconds: float) -> None:
+    """Meet the other ranks, where there are any; `device`: cpu, cuda or auto, `seconds`: how long one is waited for.
+    Raises `BadInput` for a contract that is not whole, a port that is taken, and GPUs that are not there."""
+    if not started_by_many() or dist.is_initialized():
+        return
+    # Who this process is, and what ranks talk by: gloo, and on GPUs NCCL beside it.
+    number, n, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    backend = "cpu:gloo"
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        if not dist.is_nccl_available() or torch.cuda.device_count() <= local:
+            raise BadInput(
+                f"train.device={device} with {n} ranks needs NCCL and a GPU for each, and rank {number} has "
+                f"{torch.cuda.device_count()}: use train.device=cpu, which takes gloo, or start fewer ranks."
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    elif device == "auto":
+        device = "cpu"
+
+    # Meet.
+    try:
+        _ranks.store = _store(number, n)
+        _ranks.seconds, limit = seconds, timedelta(seconds=seconds)
+        dist.init_process_group(
+            backend, store=PrefixStore("ranks", _ranks.store), rank=number, world_size=n, timeout=limit
+        )
+        _ranks.control = dist.new_group(backend="gloo", timeout=limit)
+        _ranks.watch = dist.new_group(backend="gloo", timeout=ANSWER)
+    except (RuntimeError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        words = str(error).splitlines()[0].rstrip(".")
+        raise BadInput(
+            f"rank {number} of {n} cannot meet the others at {where} ({words}): is the port free there?"
+        ) from None
+    me = f"rank {number} (process {os.getpid()} on {socket.gethostname()})"
+    _ranks.places = shared(me)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        given = os.environ.get(name)
+        raise BadInput(
+            f"{name}={given if given is not None else ''} is not the number that ranks are started with: torchrun sets "
+            f"all of {', '.join(CONTRACT)}."
+        ) from None
+
+
+def _store(number: int, n: int) -> Store:
+    """What ranks leave one another words in: torchrun's own where there is one, else one that rank 0 keeps. Every
+    attempt of torchrun has its own words there."""
+    address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
+    if not address:
+        raise BadInput(f"MASTER_ADDR is not set, and ranks cannot meet: torchrun sets all of {', '.join(CONTRACT)}.")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(address, port, n, is_master=number == 0 and not agent, timeout=MEET)
+    return PrefixStore(f"switchyard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+# Agreement, apart from the work on the device
+
+
+def shared(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank gives, in their order, on all of them; plain values. `group`: instead of that for flags."""
+    if n_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * n_ranks()
+    dist.all_gather_object(values, value, group=group or _ranks.control)
+    return values
+
+
+def from_first(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's value, on all of them."""
+    return shared(value, group)[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it holds on one of the ranks."""
+    return largest(int(flag)) > 0
+
+
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    if n_ranks() == 1:
+        return number
+    flag = torch.tensor(number)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_ranks.control)
+    return int(flag)
+
+
+def together() -> None:
+    """Wait until every rank is here."""
+    largest(0)
+
+
+def device_of(name: str) -> str:
+    """The device of this rank where train.device is `name`: of several GPUs its own."""
+    if n_ranks() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{_number('LOCAL_RANK')}"
+    return name
+
+
+def first_then_others(function: Callable[[], T]) -> T:
+    """Call it on rank 0, and when that is done on the others: what it makes on disk is made once. However long it
+    takes."""
+    if n_ranks() == 1:
+        return function()
+    assert _ranks.store is not None
+    key = f"turn/{_ranks.store.add(f'turns/{rank()}', 1)}"
+    if rank() == 0:
+        value = function()
+        _ranks.store.set(key, "done")
+        return value
+    _ranks.store.wait([key], timedelta(days=7))
+    return function()
+
+
+def first_then_tell(function: Callable[[], T]) -> T:
+    """What it returns on rank 0, on all ranks; the others do not call it."""
+    return from_first(function() if rank() == 0 else None)  # type: ignore[return-value]
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Refuse ranks of which one says other than rank 0 of what must be alike. Raises `BadInput` on all, naming the
+    first fact, the rank and both values."""
+    all_facts = shared(facts)
+    for number, of_rank in enumerate(all_facts):
+        for name, value in all_facts[0].items():
+            if of_rank.get(name) != value:
+                raise BadInput(
+                    f"{_ranks.places[number]} has {name} {of_rank.get(name)}, and rank 0 {value}: all ranks must have "
+                    "the same."
+                )
+
+
+# The end
+
+
+def is_first_to_tell() -> bool:
+    """Whether a problem of this process is for it to tell: of ranks, the first one that has any."""
+    if not started_by_many():
+        return True
+    try:
+        if _ranks.store is None:
+            _ranks.store = _met()
+        return _ranks.store.add("problems", 1) == 1
+    except (RuntimeError, ValueError, BadInput):
+        return rank() == 0 or not dist.is_initialized()
+
+
+def _met() -> Store:
+    """torchrun's store, for a rank that has a problem before it met the others."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise BadInput("no store is there before rank 0 has one")
+    return _store(_number("RANK"), _number("WORLD_SIZE"))
+
+
+def of_the_ranks(error: BaseException) -> BadInput | None:
+    """An error of a transfer in a sentence that says which rank is gone or does not answer; None for any other."""
+    if n_ranks() == 1 or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
+        return None
+    assert _ranks.store is not None
+    with suppress(RuntimeError):
+        if _ranks.store.check(["problems"]):
+            return BadInput("another rank has told what is wrong")
+    missing = _missing()
+    why = "timed out" if re.search(r"timed? ?out", str(error), re.IGNORECASE) else "was lost"
+    if not missing:
+        words = str(error).strip().splitlines()[0].rstrip(".")
+        return BadInput(f"{_ranks.places[rank()]}: the connection to another rank {why} ({words}), and all answer now.")
+    who = ", ".join(_ranks.places[number] for number in missing)
+    verb = "do" if len(missing) > 1 else "does"
+    return BadInput(
+        f"{who} {verb} not answer (a transfer {why}; parallel.timeout={_ranks.seconds:g}): see what happened there, "
+        "and go on from the last checkpoint with resume=true."
+    )
+
+
+def _missing() -> list[int]:
+    """The ranks that do not answer rank 0 within `ANSWER`, which is for it to tell; rank 0 where nobody tells."""
+    try:
+        dist.monitored_barrier(_ranks.watch, ANSWER, wait_all_ranks=True)
+    except RuntimeError as error:
+        if rank() != 0:
+            with suppress(RuntimeError):
+                assert _ranks.store is not None
+                _ranks.store.wait(["problems"], 2 * ANSWER)
+                return []
+            return [0]
+        numbers = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+        return [int(number) for number in re.findall(r"\d+", numbers[1])] if numbers else []
+    return []
+
+
+def leave(status: int) -> None:
+    """End this process as one of several ranks, at once: threads of a backend that are still there at an ordinary exit
+    make it abort now and then. Returns where there is one process."""
+    if not started_by_many():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    os._exit(status)

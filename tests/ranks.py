@@ -1,0 +1,20 @@
+"""Functions on several ranks, for tests: processes are started once, and kept while nothing goes wrong with them."""
+
+import atexit
+from typing import Any
+
+from experiments.suites.local_ranks import LocalRanks, RanksFailed
+
+_kept: dict[int, LocalRanks] = {}
+
+
+def run_ranks(n: int, function: Any, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """What a function of a module returns on each of `n` ranks. Raises `RanksFailed` with their tracebacks."""
+    if n not in _kept:
+        _kept[n] = LocalRanks(n)
+        atexit.register(_kept[n].end)
+    try:
+        return _kept[n].call(function, *arguments, timeout=timeout)
+    except RanksFailed:
+        _kept.pop(n).end()
+        raise
