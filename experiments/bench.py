@@ -11,6 +11,8 @@
     python -m experiments.bench suite=generation                          # run.c's tokens per second against torch's
     python -m experiments.bench suite=families                            # transformers' models against those read here
     python -m experiments.bench suite=equalities                          # several ranks against one process
+    python -m experiments.bench suite=survival                            # a run of two ranks, and what ends them
+    python -m experiments.bench suite=ranks                               # two ranks against two threads
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
@@ -43,7 +45,9 @@ from experiments.suites import (
     memory,
     page,
     peers,
+    ranks,
     routing,
+    survival,
     timing,
     tracing,
     tune,
@@ -62,11 +66,11 @@ from moe.run.jsonl import write_lines
 
 SUITES = (
     "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
-    "kernels", "layer", "tune",
+    "survival", "ranks", "kernels", "layer", "tune",
 )  # fmt: skip
 INSTEAD = (
-    "suite=routing, memory, tracing, watching, page, families, generation, equalities and train_step run on a CPU, and "
-    "sizes=smoke of the others in Triton's interpreter."
+    "suite=routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks and train_step "
+    "run on a CPU, and sizes=smoke of the others in Triton's interpreter."
 )
 
 
@@ -74,8 +78,8 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | kernels | layer |
-    # tune
+    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | survival | ranks |
+    # kernels | layer | tune
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all
@@ -199,7 +203,8 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
         routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
-        generation=generation, equalities=equalities, kernels=kernels, layer=layer, tune=tune,
+        generation=generation, equalities=equalities, survival=survival, ranks=ranks, kernels=kernels, layer=layer,
+        tune=tune,
     )  # fmt: skip
     suite = suites[cfg.suite]
     # What a suite takes beside the device and its size.

@@ -76,6 +76,7 @@ def command(
 
     def decorate(main: Callable[[C], Any]) -> Callable[[], None]:
         @functools.wraps(main)
+        @launch.parting()
         def entry() -> None:
             terminal.begin()
             given = sys.argv[1:]

@@ -12,6 +12,8 @@ diversity      small models fine-tuned on questions of more and more kinds, and 
 generation     how many tokens a second run.c says, against torch
 faults         small models trained with a known fault, and what the doctor says of them
 equalities     training on several ranks against one process
+ranks          steps of two processes against one with two threads
+survival       what a worker's end does to a run of two ranks
 families       transformers' models against what is read of their folders
 tracing        what a trace takes in memory, long ones and of folders larger than it
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models

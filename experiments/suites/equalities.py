@@ -83,11 +83,11 @@ def cases(asked: Settings) -> Iterator[Case]:
 
 
 @functools.cache
-def config(router: str, backend: str, *changes: str) -> Config:
-    """Small settings with a router of conf/router and the balance it comes with."""
+def config(router: str, backend: str, *changes: str, words: tuple[str, ...] = tuple(SMALL)) -> Config:
+    """Small settings (`words`) with a router of conf/router and the balance it comes with."""
     cli.register("train", Config)
     running = GlobalHydra.instance().is_initialized()  # as it is inside a command
-    overrides = [f"router={router}", *SMALL, f"dispatch={backend}", *changes]
+    overrides = [f"router={router}", *words, f"dispatch={backend}", *changes]
     if running:
         return cli.typed(cli.compose("train", Config, overrides), Config)
     with hydra.initialize_config_dir(str(cli.CONF), version_base=None):

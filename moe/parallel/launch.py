@@ -9,10 +9,13 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,8 @@ from moe.parallel.collectives import n_ranks, rank
 
 CONTRACT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MEET = timedelta(seconds=60)  # for the store and the first greeting
-ANSWER = timedelta(seconds=5)  # for a sign of life, once a rank is missed
+BEAT = 1.0  # seconds between two signs of life of a rank
+ANSWER = 4.0  # seconds for one, once a rank is missed
 LOST = re.compile(
     r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|peer|gloo|nccl|wait.*timeout", re.IGNORECASE
 )
@@ -35,7 +39,6 @@ class _Ranks:
 
     store: Store | None = None
     control: dist.ProcessGroup | None = None  # of gloo, for flags: no device waits for it
-    watch: dist.ProcessGroup | None = None  # of gloo, used only when a rank is missed
     seconds = 0.0  # that one is waited for
     places: list[str]  # who the ranks are, for people
 
@@ -75,7 +78,8 @@ def join(device: str, seconds: float) -> None:
             backend, store=PrefixStore("ranks", _ranks.store), rank=number, world_size=n, timeout=limit
         )
         _ranks.control = dist.new_group(backend="gloo", timeout=limit)
-        _ranks.watch = dist.new_group(backend="gloo", timeout=ANSWER)
+        beating = (_store(number, n, joins=True), number)
+        threading.Thread(target=_beat, args=beating, daemon=True, name="beat").start()
     except (RuntimeError, ValueError) as error:
         where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         words = str(error).splitlines()[0].rstrip(".")
@@ -97,15 +101,23 @@ def _number(name: str) -> int:
         ) from None
 
 
-def _store(number: int, n: int) -> Store:
-    """What ranks leave one another words in: torchrun's own where there is one, else one that rank 0 keeps. Every
-    attempt of torchrun has its own words there."""
+def _store(number: int, n: int, joins: bool = False) -> Store:
+    """What ranks leave one another words in: torchrun's own where there is one, else one that rank 0 keeps, but for one
+    that `joins` it. Every attempt of torchrun has its own words there."""
     address, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
     if not address:
         raise BadInput(f"MASTER_ADDR is not set, and ranks cannot meet: torchrun sets all of {', '.join(CONTRACT)}.")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(address, port, n, is_master=number == 0 and not agent, timeout=MEET)
+    store = TCPStore(address, port, n, is_master=number == 0 and not (agent or joins), timeout=MEET)
     return PrefixStore(f"switchyard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _beat(store: Store, number: int) -> None:
+    """Signs of life of this process, whatever its main thread waits for."""
+    with suppress(RuntimeError):
+        while True:
+            store.add(f"beats/{number}", 1)
+            time.sleep(BEAT)
 
 
 # Agreement, apart from the work on the device
@@ -207,52 +219,64 @@ def _met() -> Store:
 
 
 def of_the_ranks(error: BaseException) -> BadInput | None:
-    """An error of a transfer in a sentence that says which rank is gone or does not answer; None for any other."""
+    """An error of a transfer in a sentence that says which rank is gone or did not come; None for any other."""
     if n_ranks() == 1 or not isinstance(error, RuntimeError) or not LOST.search(str(error)):
         return None
     assert _ranks.store is not None
     with suppress(RuntimeError):
         if _ranks.store.check(["problems"]):
             return BadInput("another rank has told what is wrong")
-    missing = _missing()
-    why = "timed out" if re.search(r"timed? ?out", str(error), re.IGNORECASE) else "was lost"
+    missing, lives = _missing()
     if not missing:
         words = str(error).strip().splitlines()[0].rstrip(".")
-        return BadInput(f"{_ranks.places[rank()]}: the connection to another rank {why} ({words}), and all answer now.")
+        return BadInput(
+            f"{_ranks.places[rank()]}: a transfer between ranks failed ({words}), and all of them are alive."
+        )
     who = ", ".join(_ranks.places[number] for number in missing)
-    verb = "do" if len(missing) > 1 else "does"
-    return BadInput(
-        f"{who} {verb} not answer (a transfer {why}; parallel.timeout={_ranks.seconds:g}): see what happened there, "
-        "and go on from the last checkpoint with resume=true."
-    )
+    happened = f"did not come within parallel.timeout={_ranks.seconds:g} s" if lives else "is gone, or stopped"
+    return BadInput(f"{who} {happened}: see what happened there, and go on from the last checkpoint with resume=true.")
 
 
-def _missing() -> list[int]:
-    """The ranks that do not answer rank 0 within `ANSWER`, which is for it to tell; rank 0 where nobody tells."""
+def _missing() -> tuple[list[int], bool]:
+    """The ranks that give no sign of life, or, where all live (True), that have not missed anybody themselves, as they
+    never came to the transfer that the others gave up. Where there is no store, rank 0 is gone, which kept it."""
+    assert _ranks.store is not None
+    everyone = range(n_ranks())
     try:
-        dist.monitored_barrier(_ranks.watch, ANSWER, wait_all_ranks=True)
-    except RuntimeError as error:
-        if rank() != 0:
-            with suppress(RuntimeError):
-                assert _ranks.store is not None
-                _ranks.store.wait(["problems"], 2 * ANSWER)
-                return []
-            return [0]
-        numbers = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
-        return [int(number) for number in re.findall(r"\d+", numbers[1])] if numbers else []
-    return []
+        _ranks.store.set(f"misses/{rank()}", "somebody")
+        before, deadline = [_ranks.store.add(f"beats/{number}", 0) for number in everyone], time.monotonic() + ANSWER
+        while time.monotonic() < deadline:
+            time.sleep(BEAT / 4)
+            beats = [_ranks.store.add(f"beats/{number}", 0) for number in everyone]
+            if all(now > then for now, then in zip(beats, before, strict=True)) and _all_miss(everyone):
+                return [], True
+        still = [number for number in everyone if beats[number] == before[number]]
+        return still or [number for number in everyone if not _all_miss([number])], not still
+    except RuntimeError:
+        return [0], False
 
 
-def leave(status: int) -> None:
-    """End this process as one of several ranks, at once: threads of a backend that are still there at an ordinary exit
-    make it abort now and then. Returns where there is one process."""
+def _all_miss(numbers: Iterable[int]) -> bool:
+    assert _ranks.store is not None
+    return all(_ranks.store.check([f"misses/{number}"]) for number in numbers)
+
+
+@contextmanager
+def parting() -> Iterator[None]:
+    """What a command does is inside. One of several ranks ends there, at once and with the status that the command
+    would have ended with: threads of a backend that are still there at an ordinary exit make it abort now and then."""
     if not started_by_many():
+        yield
         return
+    status = 0
+    try:
+        yield
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        status = 1
+        traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    _exit(status)
-
-
-def _exit(status: int) -> NoReturn:
     os._exit(status)

@@ -19,7 +19,10 @@ TINY = [
     "model.d_ff=64", "model.moe.n_experts=4", "model.moe.k=2", "model.moe.d_expert=32", "batch_size=2", "rounds=1",
     "steps=2",
 ]  # fmt: skip
-SUITES = "train_step, routing, memory, tracing, watching, page, families, generation, kernels, layer, tune"
+SUITES = (
+    "train_step, routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks, kernels, "
+    "layer, tune"
+)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -174,7 +177,7 @@ def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monke
     assert error.count("error:") == 1
     for word in (
         f"suite={suite} cannot run here",
-        "suite=routing, memory, tracing, watching, page, families, generation and train_step",
+        "suite=routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks and ",
         "sizes=smoke",
         "interpreter",
     ):
