@@ -78,8 +78,8 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | survival | ranks |
-    # kernels | layer | tune
+    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | survival |
+    # ranks | kernels | layer | tune
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
     peers: list[str] = field(default_factory=list)  # train_step: transformers; layer: its contestants, or all

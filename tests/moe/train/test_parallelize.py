@@ -41,6 +41,11 @@ def test_the_reference_trains_so_too_on_four_ranks(router):
     agrees(config(router, "reference"), Layout(2, 2, 2))
 
 
+@pytest.mark.parametrize("router", ["softmax", "relu", "expert-choice"])
+def test_the_kernels_train_so_too_in_tritons_interpreter(router):
+    agrees(config(router, "triton", "train.batch_size=2", "model.n_layers=1"), EP, steps=1, tolerance=1e-5)
+
+
 VARIANTS = {
     "two micro-batches": ["train.accumulate=2"],
     "four micro-batches": ["train.batch_size=16", "train.accumulate=4", "balance.scope=global"],
@@ -75,12 +80,8 @@ def test_noise_is_the_tokens_own_whatever_the_layout(router):
     agrees(config(router, "torch", "train.accumulate=2"), Layout(1, 4, 2))
 
 
-def _compiled(cfg, layout, steps):
-    return trained(cfg, layout, steps)
-
-
 @pytest.mark.parametrize("layout", [Layout(1, 2, 1), EP], ids=str)
-def test_compiled_blocks_train_as_one_process(layout, monkeypatch):
+def test_compiled_blocks_train_as_one_process(layout):
     agrees(config("softmax", "torch", "train.compile=true"), layout, steps=2, tolerance=1e-9)
 
 
