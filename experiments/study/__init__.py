@@ -9,6 +9,7 @@ states    how far every job is
 worker    claim a job, train it, record what failed, and on to the next
 pool      workers of one machine, its cores and GPUs shared out
 cluster   workers as an array of a cluster's jobs
+requeued  one run as a cluster's job, put in the queue again until it is done
 start     a run's folder whose weights come from elsewhere
 branches  a model per domain, merged as experts: the runs of branch-train-mix and of what it is compared with
 """
