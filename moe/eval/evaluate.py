@@ -22,6 +22,7 @@ from moe.model.layer import LayerRouting
 from moe.model.transformer import Transformer, next_token_loss
 from moe.parallel import launch
 from moe.parallel.collectives import Ranks, all_summed_over_ranks, this_rank
+from moe.parallel.gradients import settle
 from moe.routing.contract import rows
 from moe.run.summary import DomainScore, ExpertLoad, LayerMetrics, Validation
 
@@ -62,6 +63,7 @@ def evaluate(
     # Every rank takes its turn of the batches, and all as many: one that has none left reads the first again.
     for turn in range(0, len(chunks), ranks.n):
         if stop():
+            settle(model)
             return None
         is_mine = turn + ranks.rank < len(chunks)
         chunk = chunks[turn + ranks.rank if is_mine else 0]
@@ -74,6 +76,7 @@ def evaluate(
         text.add(output.logits_BSV, targets_BS, domain_BS)
         for layer, routing in zip(layers, output.routing, strict=True):
             layer.add(routing, domain_BS)
+    settle(model)
     text.over_ranks(ranks, len(chunks))
     for layer in layers:
         layer.over_ranks()

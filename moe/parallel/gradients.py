@@ -17,6 +17,14 @@ def sum_gradients(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
+def settle(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: ranks keep their parts of weights alone again, which is what
+    the model's parameters are to be whenever somebody asks for them."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, itself where it is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator,no-any-return]

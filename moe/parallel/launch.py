@@ -77,7 +77,7 @@ def join(device: str, seconds: float) -> None:
         dist.init_process_group(
             backend, store=PrefixStore("ranks", _ranks.store), rank=number, world_size=n, timeout=limit
         )
-        _ranks.control = dist.new_group(backend="gloo", timeout=limit)
+        _ranks.control = new_group()
         beating = (_store(number, n, joins=True), number)
         threading.Thread(target=_beat, args=beating, daemon=True, name="beat").start()
     except (RuntimeError, ValueError) as error:
@@ -110,6 +110,11 @@ def _store(number: int, n: int, joins: bool = False) -> Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(address, port, n, is_master=number == 0 and not (agent or joins), timeout=MEET)
     return PrefixStore(f"switchyard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """A group of gloo over all ranks, for talk beside that of others; None where there is one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_ranks.seconds)) if n_ranks() > 1 else None
 
 
 def _beat(store: Store, number: int) -> None:

@@ -14,15 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.errors import BadInput
 from moe.parallel import launch
 from moe.parallel.collectives import n_ranks, rank
-from moe.parallel.gradients import local
+from moe.parallel.gradients import copies, local
 from moe.run import checkpoint, shards
 from moe.run.checkpoint import Snapshot
 from moe.run.manifest import RNG, entry_of
@@ -41,8 +39,13 @@ def save(
     of gloo, for what ranks say meanwhile. Raises `BadInput` as that does, on all ranks alike."""
     if n_ranks() == 1:
         return checkpoint.save(root, snapshot, keep=keep, score=score, warn=warn)
+    assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     final, tensors = root / checkpoint.name_of(snapshot.step), {**snapshot.model, **snapshot.optimizer}
-    needed = sum(launch.shared(sum(local(tensor).nbytes for tensor in tensors.values()), group))
+    meta = checkpoint.encode_meta(snapshot.meta)
+    ours = sum(
+        local(tensor).nbytes / copies(tensor) for tensor in tensors.values()
+    )  # what several keep is written once
+    needed = round(sum(launch.shared(ours, group))) + len(meta) + sum(state.nbytes for state in snapshot.rng.values())
 
     def refuse(outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -61,7 +64,7 @@ def save(
     def end() -> None:
         save_file(snapshot.rng, unfinished / RNG)
         entries = {RNG: entry_of(unfinished / RNG)} | {k: v for of_rank in written for k, v in of_rank.value.items()}
-        checkpoint.finish(unfinished, checkpoint.encode_meta(snapshot.meta), entries, snapshot.step, score)
+        checkpoint.finish(unfinished, meta, entries, snapshot.step, score)
         checkpoint.publish(unfinished, final, damage, warn)
 
     try:
@@ -71,8 +74,9 @@ def save(
     finally:
         if rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if rank() == 0:
-        checkpoint.prune(root, final, keep, warn)
+    pruned = launch.from_first(told(lambda: checkpoint.prune(root, final, keep, warn) if rank() == 0 else None), group)
+    if pruned.problem:
+        raise BadInput(f"{root}: older checkpoints cannot be deleted ({pruned.problem}).")
     return final
 
 
@@ -84,11 +88,11 @@ class Outcome:
 
 
 def told(work: Callable[[], Any]) -> Outcome:
-    """Do it, and tell what came of it instead of raising what a disk or another rank refuses."""
+    """Do it, and tell what came of it instead of raising: the other ranks wait to hear of it."""
     try:
         return Outcome(work())
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    except Exception as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         return Outcome(problem=reason if " at rank " in reason else f"{reason} at rank {rank()}")
 
 
@@ -106,7 +110,7 @@ class Saver:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[Path] | None = None
-        self.group = dist.new_group(backend="gloo") if n_ranks() > 1 else None
+        self.group = launch.new_group()
 
     def __enter__(self) -> "Saver":
         return self

@@ -4,6 +4,7 @@ Every tensor has its whole shape and the name it has in one process; each rank w
 own to keep, and whoever reads, one process or any number of ranks, reads of every file what it needs.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -73,9 +74,12 @@ def _described(folder: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp  # here, as above
 
     try:
-        described = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        described: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # whatever a header made DCP stumble over
         raise BadInput(f"{folder}: its tensors cannot be read ({_first_line(error)}).") from error
+    for name, about in described.items():
+        if sum(math.prod(chunk.sizes) for chunk in about.chunks) != math.prod(about.size):
+            raise BadInput(f"{folder}: the tensor {name} is not whole: a shard is missing.")
     return {name: about for name, about in described.items() if not RANDOM.fullmatch(name)}
 
 

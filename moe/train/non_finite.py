@@ -16,7 +16,7 @@ from moe.errors import BadInput
 from moe.eval.evaluate import Evaluation, eval_mode
 from moe.model.transformer import Transformer
 from moe.parallel import launch
-from moe.parallel.gradients import local
+from moe.parallel.gradients import local, settle
 from moe.run.checkpoint import last_good
 from moe.run.machine import autocast
 from moe.train.state import State
@@ -98,5 +98,6 @@ def first_bad_output(model: Transformer, micro_batches: Iterable[Tensor], cfg: C
     finally:
         for handle in handles:
             handle.remove()
+        settle(model)
     places = launch.shared(bad_outputs[0] if bad_outputs else None)
     return next((place for place in places if place), None)

@@ -37,7 +37,8 @@ def test_when_its_time_is_up_a_job_saves_is_queued_again_and_comes_to_its_end(tm
     steps = 60
     process = submitted(tmp_path, f"command={WORDS.format(tmp_path, steps)}", "tasks=2")
     while len(metrics(tmp_path)) < 3 and process.poll() is None:
-        pass  # until it takes steps
+        with suppress(subprocess.TimeoutExpired):  # until it takes steps
+            process.wait(0.1)
     for task in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error):
             if "submitit.core._submit" in " ".join(task.cmdline()):

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,54 @@ def test_a_disk_that_is_full_for_one_rank_is_one_sentence_for_all_and_nothing_is
     assert ours.endswith("the last good checkpoint is " + str(tmp_path / "step-00000001") + ".")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     checkpoint.verify(tmp_path / "step-00000001")
+
+
+def _needed(root, layout):
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: Usage(0)
+    try:
+        return _saved(root, [2], layout)[0]
+    finally:
+        shutil.disk_usage = usage
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 2), (2, 1, 1), (2, 2, 2)])
+def test_what_is_needed_is_what_is_written_however_many_ranks_keep_it(tmp_path, layout):
+    n = layout[0] * layout[1]
+    said = run_ranks(n, _needed, tmp_path, layout)[0]
+    bytes_ = sum(value.nbytes for value in full().values()) + torch.get_rng_state().nbytes + len('{\n "step": 2\n}\n')
+    needed = int(said.partition("it needs ")[2].partition(" bytes")[0].replace(",", ""))
+    assert abs(needed - 2**20 - bytes_) <= 2
+
+
+def _odd_meta(root):
+    try:
+        return sharded.save(root, replace(snapshot(1), meta={"t": (1, 2)}), keep=2)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_meta_that_json_would_alter_is_an_error_on_every_rank_before_anything_is_written(tmp_path):
+    ours, theirs = run_ranks(2, _odd_meta, tmp_path / "root")
+    assert ours == theirs
+    assert "JSON would not give it back" in ours
+    assert not (tmp_path / "root").exists()
+
+
+def _warned(root):
+    def warn(line):
+        raise RuntimeError("nobody listens")
+
+    damaged = root / "step-00000002"
+    if rank() == 0:
+        damaged.mkdir(parents=True)
+    return outcome(lambda: sharded.save(root, snapshot(2), keep=2, warn=warn))
+
+
+def test_an_error_of_rank_0_alone_reaches_the_others(tmp_path):
+    ours, theirs = run_ranks(2, _warned, tmp_path / "root")
+    assert ours == theirs
+    assert "nobody listens at rank 0" in ours
 
 
 def _aside(root, n):

@@ -104,6 +104,13 @@ def test_a_name_or_a_shape_that_is_not_there_is_named_on_every_rank(tmp_path):
         assert said == f"{tmp_path}: the tensor bias has shape (9,), and (8,) is needed."
 
 
+def test_a_shard_that_is_not_there_is_found_by_what_is_missing(tmp_path):
+    run_ranks(2, _written, tmp_path, 1, 2, 2)
+    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"the tensor [\w./]+ is not whole: a shard is missing"):
+        shards.read(tmp_path)
+
+
 def test_files_that_are_no_tensors_are_a_sentence(tmp_path):
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"garbage")
     with pytest.raises(BadInput, match="its tensors cannot be read"):
