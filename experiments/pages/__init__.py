@@ -17,6 +17,7 @@ trust_table   which metrics of routing may be believed
 claims_page   the ledger of published claims
 router_table  a line per file of conf/router
 branch_tables  what branch-train-mix came to
+simulate_table  what steps on many GPUs would take
 diversity_table  what more kinds of task did for others
 help_page     what `--help` prints
 """

@@ -13,5 +13,10 @@ recovery    metrics of routing on routers of known truth
 ledger      published claims, and what runs say of each
 planner     what a run will take: memory, devices, time, money
 streaming   what a trace will take that is made layer by layer
+cluster     machines that are not here, ranks on them, transfers between ranks
+traffic     the rows that an all-to-all moves
+step_time   what a step takes on many GPUs
+scale_out   ways of routing on more and more GPUs
+published   what others measured of steps and all-to-alls, and what is predicted
 branching   branch-train-mix: an arm against another, experts and domains
 """
