@@ -265,6 +265,10 @@ def compose(name: str, schema: type, overrides: list[str], number: int = 0) -> D
         files = ", ".join(word for word in overrides if (CONF / word.partition("=")[0]).is_dir())
         raise BadInput(f"a file of conf/ holds no settings ({files}): {first_line(error)}.") from None
     except (AssertionError, AttributeError):  # OmegaConf's, for settings of a group that is null
+        if any(key.startswith("machine.") for key in keys_of(overrides)):
+            raise BadInput(
+                "machine is null here, and its settings cannot be given one by one: choose machine=NAME."
+            ) from None
         group = "model.latent" if any(key.startswith("model.latent") for key in keys_of(overrides)) else "model.moe"
         raise BadInput(
             f"{group} is null here, and its settings cannot be given one by one: leave them out, choose a model that "

@@ -4,14 +4,18 @@
     python -m experiments.plan model=cpu-tiny measure=true                  # with the speed of a few steps taken here
     python -m experiments.plan model=olmoe-1b-7b gpu=h100 devices=8 mfu=0.4 price=2.5 tokens=1e12
     python -m experiments.plan model=llama3-405b gpu=h100 devices=16384 mfu=0.4 tokens=15.6e12
+    python -m experiments.plan model=olmoe-1b-7b machine=h100 parallel.shard=64 parallel.ep=8 tokens=1e12
     python -m experiments.plan model=mixtral-8x7b trace=1e5 rate=2e10        # instead, a trace made layer by layer
+
+With a machine of conf/machine the time of many GPUs is simulated, with what they send each other
+(docs/scale-out-plans.md).
 
 Memory is found by walking a step's forward and backward on tensors without data: no weight is allocated. How well that
 agrees with steps that were taken is in docs/planning.md.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +23,7 @@ import psutil
 
 from experiments import cli
 from experiments.pages import tables
+from experiments.stats.cluster import MachineConfig, ParallelConfig
 from experiments.stats.planner import (
     GPUS,
     Ask,
@@ -32,6 +37,10 @@ from experiments.stats.planner import (
     predicted_step,
     work_of,
 )
+from experiments.stats.scale_out import even_step
+from experiments.stats.step_time import Ask as StepAsk
+from experiments.stats.step_time import same_experts
+from experiments.stats.step_time import work_of as work_of_model
 from experiments.stats.streaming import streamed
 from experiments.suites import cases
 from experiments.suites.memory import step_seconds
@@ -47,7 +56,7 @@ class PlanConfig(Config):
     """A training run's settings, and what to plan it for."""
 
     gpu: str = ""  # a device of the table in experiments/stats/planner.py; "": this machine's processor
-    memory: Annotated[float, Between(0, ANY)] = 0.0  # bytes of one device; 0: the gpu's, or this machine's
+    memory: Annotated[float, Between(0, ANY)] = 0.0  # bytes of one device; 0: the gpu's, the machine's, or this one's
     devices: Annotated[int, Between(1, ANY)] = 1  # that share weights, gradients and optimiser state evenly
     mfu: Annotated[float, Between(0, 1)] = 0.0  # the share of the gpu's peak that training reaches; 0: time is not told
     measure: bool = False  # take a few steps here, and tell time by them
@@ -58,6 +67,8 @@ class PlanConfig(Config):
     trace: Annotated[float, Between(0, ANY)] = 0.0
     rate: Annotated[float, Between(0, ANY)] = 0.0  # trace: FLOPs per second; 0: time is not told
     price: Annotated[float, Between(0, ANY)] = 0.0  # of one device for an hour, in any currency
+    machine: MachineConfig | None = None  # instead of gpu, devices and mfu: GPUs whose steps are simulated
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # machine: its ranks; each takes train.batch_size
 
     def __post_init__(self) -> None:
         if self.gpu and self.gpu not in GPUS:
@@ -67,6 +78,15 @@ class PlanConfig(Config):
         if self.gpu and (self.measure or self.rates):
             here = "measure=true" if self.measure else f"rates={self.rates}"
             raise BadInput(f"{here} is of this machine, and gpu={self.gpu} is another: give mfu=... instead.")
+        if self.machine is None and self.parallel != ParallelConfig():
+            raise BadInput(
+                "parallel is of GPUs that are simulated: say which with machine=NAME, a file of conf/machine."
+            )
+        given = [name for name in ("gpu", "mfu", "measure", "rates") if getattr(self, name)]
+        given += ["devices"] if self.devices > 1 else []
+        if self.machine and given:
+            name = given[0]
+            raise BadInput(f"{name}={getattr(self, name)} and machine={self.machine.name} both say on what: give one.")
         if self.tokens and self.budget:
             raise BadInput("tokens and budget both say how long to train: give one.")
         if self.rate and not self.trace:
@@ -91,13 +111,32 @@ def ask_of(cfg: PlanConfig) -> Ask:
     train, training = cfg.train, flops(cfg.model, cfg.router).training
     device = GPUS.get(cfg.gpu) or Device(float(psutil.virtual_memory().total), 0.0)
     tokens = cfg.tokens or cfg.budget / training or float(train.steps * train.batch_size * cfg.model.context)
+    if cfg.machine:
+        return simulated(cfg, cfg.machine, tokens)
     rate = cfg.mfu * device.peak
     if cfg.measure:
         terminal.say("plan: taking a few steps")
         rate = training * train.batch_size * cfg.model.context / step_seconds(cfg)
     elif cfg.rates:
         rate = training * train.batch_size * cfg.model.context / predicted_step(cfg, read_rates(Path(cfg.rates)))
-    return Ask(tokens, cfg.devices, cfg.memory or device.memory, rate, cfg.price)
+    return Ask(tokens, cfg.devices, memory=cfg.memory or device.memory, rate=rate, price=cfg.price)
+
+
+def simulated(cfg: PlanConfig, machine: MachineConfig, tokens: float) -> Ask:
+    """What the settings ask for on GPUs that are simulated, each with a batch of its own, routes drawn evenly. Raises
+    `BadInput` for float32, and for layers whose experts differ."""
+    train, parallel, model = cfg.train, cfg.parallel, cfg.model
+    if train.precision == "fp32":
+        raise BadInput(f"train.precision=fp32 is not simulated on machine={machine.name}: accepted is bf16.")
+    ask = StepAsk(
+        tokens=train.batch_size // train.accumulate * model.context,
+        micro=train.accumulate,
+        recompute=train.checkpoint_activations,
+    )
+    k = same_experts(model).k if model.moe else 0
+    rate = even_step(work_of_model(model, cfg.router), machine, parallel, ask, k).tflops * 1e12
+    tokens *= 1 if cfg.tokens or cfg.budget else parallel.gpus
+    return Ask(tokens, parallel.gpus, parallel.replicate, parallel.gpus, cfg.memory or machine.memory, rate, cfg.price)
 
 
 def read_rates(path: Path) -> Rates:
@@ -129,10 +168,10 @@ def show(cfg: PlanConfig, ask: Ask, result: Plan) -> None:
         ("peak of a step", f"{gigabytes(memory.peak)}; checkpointed {gigabytes(result.checkpointed.peak)}"),
     ]
     # What depends on how many devices there are, and how fast.
-    if cfg.devices > 1:
-        share = gigabytes(result.state / cfg.devices)
+    if ask.devices > 1:
+        share = gigabytes(result.state / ask.sharing)
         held = f"{share} of the state and {gigabytes(memory.activations)} of activations"
-        rows.append((f"each of {cfg.devices:,} devices", held))
+        rows.append((f"each of {ask.devices:,} devices", held))
     rows.append(("time", time_in_words(cfg, result)))
     if result.money is not None:
         rows.append(("money", f"{result.money:,.0f} at {cfg.price:g} per device and hour"))
@@ -163,6 +202,8 @@ def time_in_words(cfg: PlanConfig, result: Plan) -> str:
     if result.seconds is None:
         return "not told: give measure=true or rates=... for this machine, or gpu=... mfu=..."
     by = f"{cfg.mfu:.0%} of {cfg.gpu}'s peak"
+    if cfg.machine:
+        by = f"simulated on {cfg.parallel.gpus:,} GPUs of {cfg.machine.name}"
     if cfg.measure or cfg.rates:
         by = "measured here" if cfg.measure else f"by the steps in {cfg.rates}"
     return f"{duration(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s ({by})"
@@ -170,7 +211,8 @@ def time_in_words(cfg: PlanConfig, result: Plan) -> str:
 
 def sentences(cfg: PlanConfig, ask: Ask, result: Plan) -> list[str]:
     """Whether it fits, and the arithmetic of how many devices it takes."""
-    where, room, beside = cfg.gpu or "this machine", gigabytes(ask.memory), gigabytes(result.memory.activations)
+    where = cfg.machine.name if cfg.machine else cfg.gpu or "this machine"
+    room, beside = gigabytes(ask.memory), gigabytes(result.memory.activations)
     also = " and bf16 copies" if result.memory.copies else ""
     match result.devices_needed:
         case None:
@@ -182,7 +224,8 @@ def sentences(cfg: PlanConfig, ask: Ask, result: Plan) -> list[str]:
             need += f"{room} each, leave room for {beside} of activations."
     if result.fits:
         return [f"It fits {where}. {need}"]
-    return [f"It does not fit {where} with devices={cfg.devices:,}. {need}", *result.advice]
+    many_devices = f"parallel.shard={ask.sharing:,}" if cfg.machine else f"devices={ask.devices:,}"
+    return [f"It does not fit {where} with {many_devices}. {need}", *result.advice]
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from experiments.refusals import CONF
 from experiments.stats import published
 from experiments.stats.cluster import MachineConfig, ParallelConfig, check_layout
 from experiments.stats.scale_out import Line, Loads, compare, layout, moved_by, routes_of, sensitivity
-from experiments.stats.step_time import Ask, Work, work_of
+from experiments.stats.step_time import Ask, Work, same_experts, work_of
 from moe.analysis.trace import Trace
 from moe.config import model as model_config
-from moe.config.model import ModelConfig, layer_moe, moe_layers
+from moe.config.model import ModelConfig, moe_layers
 from moe.config.parse import ANY, MANY, Between, OneOf, check_values, parse
 from moe.errors import BadInput
 from moe.run import machine, terminal
@@ -93,7 +93,7 @@ def main(cfg: SimulateConfig) -> None:
 
 def routing(cfg: SimulateConfig) -> list[Line]:
     """Every way of routing at every size."""
-    work, ask, moe = work_of(cfg.model), ask_of(cfg), first_experts(cfg.model)
+    work, ask, moe = work_of(cfg.model), ask_of(cfg), same_experts(cfg.model)
     all_loads = [Loads("even"), Loads(f"Zipf {cfg.zipf:g}", cfg.zipf)]
     if cfg.trace:
         all_loads.append(Loads("recorded", expert_TLK=recorded(cfg)))
@@ -115,7 +115,7 @@ def layouts(cfg: SimulateConfig, work: Work) -> list[ParallelConfig]:
 
 def what_matters(cfg: SimulateConfig) -> list[Any]:
     """The effects of constants at the largest size, with even loads."""
-    work, moe = work_of(cfg.model), first_experts(cfg.model)
+    work, moe = work_of(cfg.model), same_experts(cfg.model)
     parallel = max(layouts(cfg, work), key=lambda parallel: parallel.gpus)
     (expert_TK,) = routes_of(Loads("even"), cfg.sample * parallel.ep, moe.n_experts, moe.k)
     moved = moved_by(cfg.machine, parallel, expert_TK, moe.n_experts)
@@ -127,19 +127,9 @@ def ask_of(cfg: SimulateConfig) -> Ask:
     return Ask(**{name.name: getattr(cfg, name.name) for name in dataclasses.fields(Ask)})
 
 
-def first_experts(model: ModelConfig) -> Any:
-    """The experts of the first MoE layer. Raises `BadInput` where layers differ, or experts are of several kinds."""
-    layers = [layer_moe(model, layer) for layer in moe_layers(model)]
-    if any((moe.n_experts, moe.k, moe.depth) != (layers[0].n_experts, layers[0].k, 1.0) for moe in layers):
-        raise BadInput(f"model={model.name} has layers with other numbers of experts, choices or tokens than others.")
-    if layers[0].n_cheap or layers[0].widths:
-        raise BadInput(f"model={model.name} has experts that cost nothing or of several widths: not simulated.")
-    return layers[0]
-
-
 def recorded(cfg: SimulateConfig) -> np.ndarray:
     """(T, L, K): the routes of a trace. Raises `BadInput` for one of another shape."""
-    trace, moe = Trace(Path(cfg.trace)), first_experts(cfg.model)
+    trace, moe = Trace(Path(cfg.trace)), same_experts(cfg.model)
     theirs = sorted({*trace.about.n_experts})
     if theirs != [moe.n_experts] or trace.about.k != moe.k:
         raise BadInput(

@@ -43,9 +43,16 @@ class Ask:
 
     tokens: float  # to train on
     devices: int = 1  # that share weights, gradients and optimiser state evenly
+    copies: int = 1  # of the model, each shared by devices / copies
+    batches: int = 1  # of train.batch_size that a step takes: one, or one for each device
     memory: float = 0.0  # bytes of one device; 0: unknown
     rate: float = 0.0  # FLOPs per second of one device in training; 0: unknown
     price: float = 0.0  # of one device for an hour; 0: unknown
+
+    @property
+    def sharing(self) -> int:
+        """Devices that hold the state of one copy between them."""
+        return self.devices // self.copies
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,17 @@ def plan(cfg: Config, ask: Ask) -> Plan:
         stepping = _walk(cfg, train.batch_size // train.accumulate, False)
     total = costs.training * ask.tokens
     seconds = total / (ask.rate * ask.devices) if ask.rate else None
-    fits = _held(stepping, ask.devices) <= ask.memory if ask.memory else None
+    fits = _held(stepping, ask.sharing) <= ask.memory if ask.memory else None
     return Plan(
         size=size(model, cfg.router),
         flops=costs,
         memory=stepping,
         checkpointed=checkpointed,
         tokens=ask.tokens,
-        steps=ask.tokens / (train.batch_size * model.context),
+        steps=ask.tokens / (train.batch_size * model.context * ask.batches),
         total_flops=total,
         state=_state(stepping),
-        held=_held(stepping, ask.devices),
+        held=_held(stepping, ask.sharing),
         fits=fits,
         devices_needed=_devices(stepping, ask.memory),
         seconds=seconds,
@@ -134,17 +141,17 @@ def _advice(cfg: Config, ask: Ask, checkpointed: Memory) -> list[str]:
     """What to lower, each with what it leaves to be held by a device."""
     train, advice, smallest = cfg.train, [], checkpointed
     if not train.checkpoint_activations:
-        held = gigabytes(_held(checkpointed, ask.devices))
+        held = gigabytes(_held(checkpointed, ask.sharing))
         advice.append(f"With train.checkpoint_activations=true a device holds {held}.")
     if train.batch_size // train.accumulate > 1:
         smallest = _walk(cfg, 1, True, n_micro=2)
-        held, too = gigabytes(_held(smallest, ask.devices)), "that and " if advice else ""
+        held, too = gigabytes(_held(smallest, ask.sharing)), "that and " if advice else ""
         micro = f"train.accumulate={train.batch_size} (micro-batches of one sequence)"
         advice.append(f"With {too}{micro} a device holds {held}.")
     needed = _devices(smallest, ask.memory)
     if needed is None:
         advice.append("Lower model.context or model.vocab_size: the activations of one sequence alone are too many.")
-    elif needed > ask.devices:
+    elif needed > ask.sharing:
         advice.append(f"Then devices={needed} hold the state between them, at the least.")
     return advice
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from experiments.stats.cluster import MachineConfig, ParallelConfig
-from experiments.stats.step_time import Ask, Step, step, work_of
+from experiments.stats.step_time import Ask, step, work_of
 from experiments.stats.traffic import Traffic, draw, exchange, row_bytes, traffic
 from moe.config.model import ModelConfig
 
@@ -20,6 +20,7 @@ KRAKEN = "kraken pull 32"
 BRIDGE = "Megatron Bridge docs/performance-summary.md, 25.11"
 CORE = "2603.07685, abstract"
 D, E, K = 7168, 256, 8  # of DeepEP's measurements
+SAMPLE = 1024  # tokens of a rank whose routes are drawn, where a step has more
 
 # What the simulator says and nobody published a number for that could be found.
 UNCHECKED = (
@@ -119,17 +120,17 @@ def small(machines: Mapping[str, MachineConfig]) -> Iterator[Row]:
 
 
 def hierarchy(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelConfig]) -> Iterator[Row]:
-    """How much sooner rows arrive that go once to a node, on 4 nodes of 8."""
+    """How much sooner rows arrive that go once to a node, on 4 nodes of 8; the H800's stand in for theirs."""
     machine, parallel = machines["h800"], ParallelConfig(1, 32, 32)
     for name in ("deepseek-v3", "qwen3-30b-a3b"):
-        model = short(models[name])
+        model = dataclasses.replace(models[name], context=4096)
         assert model.moe is not None
-        moved = [routes(32, 8, 1024, 0, how, model.moe.n_experts, model.moe.k) for how in (False, True)]
+        moved = [routes(32, 8, SAMPLE, 0, how, model.moe.n_experts, model.moe.k) for how in (False, True)]
         row = row_bytes(model.d_model, "bf16")
         sooner = exchange(machine, moved[0], row) / exchange(machine, moved[1], row)
         yield Row(f"all-to-all of {name}, 32 GPUs", "h800", "× as fast", 1.55, 3.32, sooner, "", "2508.09591")
         ask = Ask(overlap_shards=1.0, recompute=False)
-        taken = [step(work_of(model), machine, parallel, [each_way], 1024, ask).seconds for each_way in moved]
+        taken = [step(work_of(model), machine, parallel, [way], SAMPLE, ask).seconds for way in moved]
         yield Row(f"step of {name}, 32 GPUs", "h800", "× as fast", 1.18, 1.27, taken[0] / taken[1], "", "2508.09591")
 
 
@@ -163,26 +164,17 @@ def steps(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelConfi
     """Whole training runs, in tokens per second and GPU, so that it does not matter how anyone counts FLOPs.
 
     They split models in pipelines, which are not simulated: here a step is one micro-batch, and what shards move is
-    hidden. Megatron's routes are forced to be even; DeepSeek hides its all-to-alls (2412.19437, 3.2.1)."""
-    for model, machine, gpus, ep, context, tokens, matmul, published, fitted, source in STEPS:
-        hidden = 1.0 if machine == "h800" else 0.0
-        ask = Ask(tokens, 1, matmul, "fp8" if machine == "h800" else "bf16", hidden, 1.0, False)
-        parallel = ParallelConfig(1, gpus, ep)
-        taken = run_of(machines[machine], dataclasses.replace(models[model], context=context), parallel, ask)
+    hidden. Megatron's routes are forced to be even; DeepSeek hides its all-to-alls, sends rows in fp8 and to 4 nodes at
+    most (2412.19437, 3.2)."""
+    for model, name, gpus, ep, context, tokens, matmul, published, fitted, source in STEPS:
+        deepseek = name == "h800"
+        rows, hidden, nodes = ("fp8", 1.0, 4) if deepseek else ("bf16", 0.0, 0)
+        cfg, machine = dataclasses.replace(models[model], context=context), machines[name]
+        moved = []
+        if cfg.moe is not None:
+            inside = min(ep, machine.gpus)
+            moved = [routes(ep, inside, SAMPLE, nodes, True, cfg.moe.n_experts, cfg.moe.k).evened()]
+        ask = Ask(tokens, 1, matmul, rows, hidden, overlap_shards=1.0, recompute=False)
+        taken = step(work_of(cfg), machine, ParallelConfig(1, gpus, ep), moved, SAMPLE, ask)
         what = f"{model}, {gpus:,} GPUs, {matmul}"
-        yield Row(what, machine, "tokens/s", published, published, tokens / taken.seconds, fitted, source)
-
-
-def run_of(machine: MachineConfig, model: ModelConfig, parallel: ParallelConfig, ask: Ask) -> Step:
-    """A step with even loads."""
-    moved, sampled = [], 1
-    if model.moe is not None:
-        sampled, inside = 1024, min(parallel.ep, machine.gpus)
-        nodes = 4 if machine.name == "h800" else 0  # of DeepSeek-V3's own routing
-        moved = [routes(parallel.ep, inside, sampled, nodes, True, model.moe.n_experts, model.moe.k).evened()]
-    return step(work_of(model), machine, parallel, moved, sampled, ask)
-
-
-def short(model: ModelConfig) -> ModelConfig:
-    """With sequences of 4,096 tokens."""
-    return dataclasses.replace(model, context=4096)
+        yield Row(what, name, "tokens/s", published, published, tokens / taken.seconds, fitted, source)

@@ -72,6 +72,17 @@ def routes_of(loads: Loads, n_tokens: int, n_experts: int, k: int, groups: int =
     return [draw(n_tokens, n_experts, k, loads.zipf, groups, min(K_GROUPS, groups), seed=seed)]
 
 
+def even_step(
+    work: Work, machine: MachineConfig, parallel: ParallelConfig, ask: Ask, k: int = 0, sample: int = 1024
+) -> Step:
+    """A step of a model of `k` choices whose routes are drawn evenly, or of a dense one (0)."""
+    moved, n_experts = [], max(layer.n_experts for layer in work.layers)
+    check_layout(parallel, machine, n_experts)
+    if n_experts:
+        moved = [moved_by(machine, parallel, draw(sample * parallel.ep, n_experts, k), n_experts)]
+    return step(work, machine, parallel, moved, sample, ask)
+
+
 def compare(
     work: Work, machine: MachineConfig, parallel: ParallelConfig, ask: Ask, k: int, all_loads: Sequence[Loads],
     capacity: float, sample: int,

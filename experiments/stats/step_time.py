@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from experiments.stats.cluster import MachineConfig, ParallelConfig, all_reduce, gather, meshes
 from experiments.stats.traffic import Traffic, exchange, row_bytes
-from moe.config.model import ModelConfig, head_dim, is_moe_layer, layer_moe
+from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.config.router import RouterConfig
+from moe.errors import BadInput
 from moe.model.cost import attention_matrices, expert_width, flops, mlp_size, size
 
 WEIGHT, GRADIENT, STATE = 2, 4, 16  # bytes: gathered in bf16, reduced in float32; weight, gradient and AdamW in float32
@@ -66,6 +67,16 @@ def work_of(cfg: ModelConfig, router: RouterConfig | None = None) -> Work:
     vocabulary = 2.0 * cfg.d_model * cfg.vocab_size
     training = float(flops(cfg, router).training)
     return Work(layers, cfg.d_model, vocabulary, max(0.0, total - known), training, cfg.vocab_size, hidden)
+
+
+def same_experts(model: ModelConfig) -> MoEConfig:
+    """The experts of all MoE layers. Raises `BadInput` where layers differ, or experts are of several kinds."""
+    first, *others = (layer_moe(model, layer) for layer in moe_layers(model))
+    if first.depth < 1 or any((moe.n_experts, moe.k, moe.depth) != (first.n_experts, first.k, 1.0) for moe in others):
+        raise BadInput(f"model={model.name} has layers with other numbers of experts, choices or tokens than others.")
+    if first.n_cheap or first.widths:
+        raise BadInput(f"model={model.name} has experts that cost nothing or of several widths: not simulated.")
+    return first
 
 
 @dataclass(frozen=True)
@@ -170,9 +181,8 @@ def memory(work: Work, parallel: ParallelConfig, ask: Ask, n_weights: float, imb
     the input of every layer in bf16 (and of every matmul, where nothing is recomputed), the rows of one layer's experts
     on the most loaded rank, and float32 logits with their gradient."""
     gathered = max(layer.dense_weights + layer.expert * layer.n_experts / parallel.ep for layer in work.layers)
-    rows = max((layer.n_experts > 0 for layer in work.layers), default=False)
-    k = (work.training / 3 - work.rest - sum(layer.dense for layer in work.layers)) if rows else 0.0
-    k /= sum(layer.row for layer in work.layers) or 1.0
+    in_experts = work.training / 3 - work.rest - sum(layer.dense for layer in work.layers)
+    k = in_experts / (sum(layer.row for layer in work.layers) or 1.0)
     one = ask.tokens * 2 * (8 * work.d_model + k * imbalance * work.expert_hidden)
     inputs = ask.tokens * 2 * work.d_model * len(work.layers) if ask.recompute else one * (len(work.layers) - 1)
     return n_weights * STATE / parallel.shard + gathered * WEIGHT + one + inputs + ask.tokens * work.vocab_size * 8

@@ -15,6 +15,9 @@ import numpy as np
 from experiments.stats.cluster import MachineConfig, transfer
 
 
+TINY = np.finfo(np.float32).tiny
+
+
 class Traffic(NamedTuple):
     """Rows of one all-to-all, of every rank in the group's order."""
 
@@ -108,11 +111,11 @@ def draw(
     groups, k_groups: experts only of the `k_groups` groups with the highest sum of their `best` best scores (0: K /
     k_groups of them, as in DeepSeek-V3, 2412.19437)."""
     generator = np.random.default_rng(seed)
-    logit_E = -zipf * np.log1p(generator.permutation(n_experts))
+    logit_E = (-zipf * np.log1p(generator.permutation(n_experts))).astype(np.float32)
     expert_TK = np.empty((n_tokens, k), np.int64)
     for lo in range(0, n_tokens, 8192):
         shape = (min(8192, n_tokens - lo), n_experts)
-        score_TE = logit_E + generator.gumbel(size=shape)
+        score_TE = logit_E - np.log(generator.standard_exponential(shape, np.float32).clip(TINY))
         if groups > 1 and k_groups < groups:
             score_TE = np.where(kept_groups(score_TE, groups, k_groups, best or k // k_groups), score_TE, -np.inf)
         expert_TK[lo : lo + len(score_TE)] = np.argpartition(-score_TE, k - 1, 1)[:, :k]

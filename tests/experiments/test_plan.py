@@ -90,3 +90,40 @@ def test_a_trace_is_planned_from_settings_alone(monkeypatch, capsys):
     assert "give rate=" in _run(monkeypatch, capsys, "model=mixtral-8x7b", "trace=1e5")
     assert "is dense and has no experts" in _refused(monkeypatch, capsys, "model=gpt2", "trace=1e5")
     assert "rate is of a trace" in _refused(monkeypatch, capsys, "rate=1e12")
+
+
+def test_the_time_of_many_gpus_is_simulated_with_a_batch_on_each(monkeypatch, capsys):
+    words = ("machine=h100", "parallel.replicate=2", "parallel.shard=4", "parallel.ep=4", "train.precision=bf16")
+    out = _run(monkeypatch, capsys, *TINY[:-1], *words, "train.steps=100")
+    assert "simulated on 8 GPUs of h100" in out
+    assert f"{100 * 4 * 32 * 8:,} tokens, 100 steps" in out
+    assert "each of 8 devices" in out
+    assert "It fits h100." in out
+
+
+def test_what_the_network_carries_makes_a_simulated_run_longer(monkeypatch, capsys):
+    words = ("machine=h100", "parallel.shard=8", "parallel.ep=8", "train.precision=bf16", "tokens=1e9")
+    fast, slow = (
+        float(out.partition("| time ")[2].split("tokens/s")[0].split()[-1].replace(",", ""))
+        for out in (
+            _run(monkeypatch, capsys, *TINY[:-1], *words),
+            _run(monkeypatch, capsys, *TINY[:-1], *words, "machine.nvlink.bandwidth=1e6"),
+        )
+    )
+    assert slow < fast / 10
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("parallel.shard=8",), "say which with machine=NAME"),
+        (("machine=h100", "gpu=h100"), "gpu=h100 and machine=h100 both say on what"),
+        (("machine=h100", "devices=4"), "devices=4 and machine=h100 both say on what"),
+        (("machine=h100",), "train.precision=fp32 is not simulated on machine=h100"),
+        (("machine=h100", "train.precision=bf16", "parallel.ep=2"), "parallel.ep=2 must divide parallel.shard=1"),
+        (("machine.gpus=4",), "machine is null here"),
+        (("machine=h100", "machine.nvlink.efficiency=2"), "machine.nvlink.efficiency=2.0 is out of range"),
+    ],
+)
+def test_a_machine_that_cannot_be_planned_for_is_refused(monkeypatch, capsys, words, sentence):
+    assert sentence in _refused(monkeypatch, capsys, *TINY, *words)

@@ -105,3 +105,11 @@ def test_no_rate_is_negative():
 @pytest.mark.parametrize(("seconds", "words"), [(90, "90.0 seconds"), (7200, "2.0 hours"), (86400 * 3, "3.0 days")])
 def test_a_duration_is_in_the_unit_that_a_person_would_say(seconds, words):
     assert planner.duration(seconds) == words
+
+
+def test_copies_share_nothing_and_a_batch_on_each_device_makes_fewer_steps():
+    cfg = _config()
+    shared, copied = (planner.plan(cfg, planner.Ask(1e6, 8, copies, batches=8)) for copies in (1, 4))
+    state = 16 * cost.size(cfg.model).total
+    assert copied.held - shared.held == pytest.approx(state * (1 / 2 - 1 / 8))
+    assert shared.steps == pytest.approx(1e6 / (8 * 64 * 8))
