@@ -13,9 +13,17 @@ from typing import Any
 
 import yaml
 
-from experiments.pages import branch_tables, coverage_table, diversity_table, router_table, sweep_table, trust_table
+from experiments.pages import (
+    branch_tables,
+    coverage_table,
+    diversity_table,
+    router_table,
+    simulate_table,
+    sweep_table,
+    trust_table,
+)
 from experiments.pages.tables import markdown
-from experiments.stats import branching, planner, recovery, streaming, verdict
+from experiments.stats import branching, planner, published, recovery, scale_out, streaming, verdict
 from experiments.stats.simulation import Line
 from experiments.suites import (
     alarm_table,
@@ -92,6 +100,7 @@ def sections() -> dict[str, str]:
         "streamed": streamed_presets(),
         "tracing": by_suite(tracing, "tracing"),
         **branches("branch_train_mix.jsonl"),
+        **simulated(),
     }
 
 
@@ -193,6 +202,26 @@ def branches(name: str) -> dict[str, str]:
     made = {key: markdown(*table) for key, table in branch_tables.all_tables(rows).items()}
     made["arms"] += f"\n`{first['command']}`, seeds {seeds}; {first['device']}, {commit(first)}\n"
     return {f"branch_{key}": table for key, table in made.items()}
+
+
+def simulated() -> dict[str, str]:
+    """What steps on many GPUs would take, by routes that are drawn and by a recording, and what others published."""
+    made: dict[str, str] = {}
+    for name in ("simulate", "simulate_recorded"):
+        lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+        kinds = {"routing": scale_out.Line, "effect": scale_out.Effect, "check": published.Row}
+        routing, effects, checks = (
+            [kind(**{key: line[key] for key in kind._fields}) for line in lines if line["kind"] == key_of]
+            for key_of, kind in kinds.items()
+        )
+        said = f"\n`{lines[0]['command']}`, {lines[0]['model']} on {lines[0]['machine']}; {commit(lines[0])}\n"
+        table = markdown(simulate_table.HEADINGS, simulate_table.cells(routing), simulate_table.LEFT)
+        made[name] = table + said
+        made[f"{name}_effects"] = markdown(simulate_table.EFFECTS, simulate_table.effect_cells(effects)) + said
+        if checks:
+            table = markdown(simulate_table.CHECKS, simulate_table.check_cells(checks), simulate_table.CHECKS_LEFT)
+            made[f"{name}_checks"] = f"{table}\n{simulate_table.summary(checks)}\n{said}"
+    return made
 
 
 def alarms(rows: list[dict[str, Any]]) -> str:

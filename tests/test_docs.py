@@ -80,6 +80,7 @@ SMALLER = {
     "rerouting": "tokens=64",
     "scaling": f"page=laws.md picture=laws.png records={ROOT / 'experiments' / 'results' / 'scaling.jsonl'}",
     "routers": "",
+    "simulate": "model.moe.n_experts=4 model.moe.k=2 gpus=[4] sample=8 tokens=64 out=rows.jsonl",
     "status": "",
     "sweep": TRAINING,
     "trace": "tokens=64",
