@@ -209,7 +209,7 @@ def simulated() -> dict[str, str]:
     made: dict[str, str] = {}
     for name in ("simulate", "simulate_recorded"):
         lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-        kinds = {"routing": scale_out.Line, "effect": scale_out.Effect, "check": published.Row}
+        kinds: dict[str, Any] = {"routing": scale_out.Line, "effect": scale_out.Effect, "check": published.Row}
         routing, effects, checks = (
             [kind(**{key: line[key] for key in kind._fields}) for line in lines if line["kind"] == key_of]
             for key_of, kind in kinds.items()

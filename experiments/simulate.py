@@ -83,7 +83,11 @@ def main(cfg: SimulateConfig) -> None:
         tables.print_table(simulate_table.CHECKS, rows, simulate_table.CHECKS_LEFT)
         terminal.say(simulate_table.summary(checked))
     if cfg.out:
-        facts = {"command": said(cfg), "model": cfg.model.name, "machine": cfg.machine.name}
+        facts = {
+            "command": command_line("simulate", *sys.argv[1:]),
+            "model": cfg.model.name,
+            "machine": cfg.machine.name,
+        }
         facts |= machine.git_state()._asdict()
         kinds: list[tuple[str, Any]] = [("routing", line) for line in lines]
         kinds += [("effect", effect) for effect in effects] + [("check", row) for row in checked]
@@ -159,12 +163,6 @@ def models() -> dict[str, ModelConfig]:
         small, name="qwen3-235b-a22b", n_layers=94, d_model=4096, n_heads=64, d_ff=12288, moe=moe
     )
     return named
-
-
-def said(cfg: SimulateConfig) -> str:
-    """The command line that gives these rows again."""
-    words = [word for word in sys.argv[1:] if not word.startswith("trace=")]
-    return command_line("simulate", *words, *(["trace=FOLDER"] if cfg.trace else []))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import numpy as np
 
 from experiments.stats.cluster import MachineConfig, transfer
 
-
 TINY = np.finfo(np.float32).tiny
 
 
