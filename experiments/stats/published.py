@@ -14,10 +14,10 @@ from experiments.stats.traffic import Traffic, draw, exchange, row_bytes, traffi
 from moe.config.model import ModelConfig
 
 CLOSE = 0.15  # the error within which a row counts as predicted
-V1 = "DeepEP docs/legacy.md"
-V2 = "DeepEP README.md"
+V1 = "legacy.md of DeepEP"
+V2 = "README.md of DeepEP"
 KRAKEN = "kraken pull 32"
-BRIDGE = "Megatron Bridge docs/performance-summary.md, 25.11"
+BRIDGE = "performance-summary.md of Megatron Bridge, 25.11"
 CORE = "2603.07685, abstract"
 D, E, K = 7168, 256, 8  # of DeepEP's measurements
 SAMPLE = 1024  # tokens of a rank whose routes are drawn, where a step has more
