@@ -41,6 +41,7 @@ class Line(NamedTuple):
     tokens_per_second: float  # of one GPU
     tflops: float
     memory: float
+    fits: bool  # one GPU holds that
     slower: float  # seconds over those of plain routing with even loads, less 1
 
 
@@ -113,7 +114,7 @@ def compare(
             moved = [moved_by(machine, parallel, expert_TK, n_experts) for expert_TK in layers]
             taken = step(work, machine, parallel, moved, sampled, ask)
             first = lines[0].seconds if lines else taken.seconds
-            lines.append(line(routing, loads.name, parallel, ask, layers, moved, sampled, taken, first))
+            lines.append(line(machine, routing, loads.name, parallel, ask, layers, moved, sampled, taken, first))
     return lines
 
 
@@ -123,7 +124,7 @@ def moved_by(machine: MachineConfig, parallel: ParallelConfig, expert_TK: np.nda
 
 
 def line(
-    routing: str, loads: str, parallel: ParallelConfig, ask: Ask, layers: Sequence[np.ndarray],
+    machine: MachineConfig, routing: str, loads: str, parallel: ParallelConfig, ask: Ask, layers: Sequence[np.ndarray],
     moved: Sequence[Traffic], sampled: int, taken: Step, first: float,
 ) -> Line:  # fmt: skip
     """What came of a way of routing."""
@@ -138,6 +139,7 @@ def line(
         tokens_per_second=ask.tokens * ask.micro / taken.seconds,
         tflops=taken.tflops,
         memory=taken.memory,
+        fits=bool(taken.memory <= machine.memory),
         slower=taken.seconds / first - 1,
     )  # fmt: skip
 

@@ -10,10 +10,10 @@ def _row(predicted, low=100.0, high=100.0, fitted=""):
 
 
 def test_a_line_has_a_cell_for_every_heading():
-    line = Line(64, 1, 64, 64, "4 nodes", "even", 3.97, 1.03, 0.0, 0.31, 34.7, 0.0021, 944, 265, 187e9, -0.046)
+    line = Line(64, 1, 64, 64, "4 nodes", "even", 3.97, 1.03, 0.0, 0.31, 34.7, 0.0021, 944, 265, 187e9, False, -0.046)
     (cells,) = simulate_table.cells([line])
     assert len(cells) == len(simulate_table.HEADINGS)
-    for text in ("1 × 64, 64", "3.97", "1.03×", "31%", "34.70 s", "-4.6%", "2.1 ms", "187.0 GB"):
+    for text in ("1 × 64, 64", "3.97", "1.03×", "31%", "34.70 s", "-4.6%", "2.1 ms", "187.0 GB, too much"):
         assert text in cells
 
 

@@ -50,6 +50,12 @@ def test_node_limited_routing_sends_fewer_rows_and_is_faster_where_the_network_p
     assert limited.slower < 0 == plain.slower
 
 
+def test_what_a_gpu_cannot_hold_is_said():
+    small = dataclasses.replace(MACHINE, memory=1e6)
+    assert _compare([EVEN])["top-k", "even"].fits
+    assert not compare(WORK, small, WIDE, Ask(), 8, [EVEN], 0.0, 64)[0].fits
+
+
 def test_there_is_nothing_to_limit_on_four_nodes_or_fewer():
     assert {routing for routing, _ in _compare([EVEN], ParallelConfig(1, 32, 32))} == {"top-k"}
 
