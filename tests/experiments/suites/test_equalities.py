@@ -18,7 +18,8 @@ def test_all_layouts_of_2_and_4_ranks_are_in_it():
     }
     assert set(equalities.LAYOUTS) == fitting
     asked = equalities.settings(torch.device("cpu"), True, 1)
-    assert len(list(equalities.cases(asked))) == len(asked.routers) * 2 * len(fitting)
+    assert len(list(equalities.cases(asked))) == len(asked.routers) * (len(fitting) + 1)
+    assert equalities.LAYOUTS[-2] == Layout(2, 2, 2)
 
 
 def test_a_row_holds_ranks_to_one_process_and_what_differs_is_wrong(monkeypatch):
