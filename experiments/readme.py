@@ -29,12 +29,15 @@ from experiments.suites import (
     alarm_table,
     alignment,
     cases,
+    equalities,
     evidence,
     families,
     faults,
     generation,
     memory,
     page,
+    ranks,
+    survival,
     tracing,
     train_step,
     watching,
@@ -101,6 +104,9 @@ def sections() -> dict[str, str]:
         "tracing": by_suite(tracing, "tracing"),
         **branches("branch_train_mix.jsonl"),
         **simulated(),
+        "equalities": equal_to_one_process(cases.read(RESULTS / "equalities.jsonl")),
+        "survival": by_suite(survival, "survival"),
+        "ranks": by_suite(ranks, "ranks"),
     }
 
 
@@ -237,6 +243,13 @@ def by_suite(suite: Any, name: str) -> str:
     rows = cases.read(RESULTS / f"{name}.jsonl")
     where = f"{rows[0]['device']}, torch {rows[0]['versions']['torch']}, {commit(rows[0])}"
     return f"{markdown(suite.HEADINGS, map(suite.cells, rows))}\n`{rows[0]['command']}`; {where}\n"
+
+
+def equal_to_one_process(rows: list[dict[str, Any]]) -> str:
+    """How far training on several ranks is from one process, router by router."""
+    first, steps = rows[0], next(row["steps"] for row in rows if "steps" in row)
+    where = f"{steps} steps; {first['device']}, torch {first['versions']['torch']}, {commit(first)}"
+    return f"{markdown(equalities.SUMMARY, equalities.summary(rows))}\n`{first['command']}`, {where}\n"
 
 
 def of_transformers(rows: list[dict[str, Any]]) -> str:

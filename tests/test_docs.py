@@ -29,6 +29,7 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = list(dict.fromkeys(commands_of(TEXT)))  # what stands on two pages is run once
 EXPERIMENTS = [line for line in COMMANDS if line.startswith("python -m experiments")]
+RANKS = [line for line in COMMANDS if line.startswith("torchrun ")]
 EXAMPLE, LIBRARY = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 DEMO = next(line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "experiments.compare" in line)
 
@@ -82,6 +83,7 @@ SMALLER = {
     "routers": "",
     "simulate": "model.moe.n_experts=4 model.moe.k=2 gpus=[4] sample=8 tokens=64 out=rows.jsonl",
     "status": "",
+    "submit": "executor=local nodes=1 tasks=2 gpus=0 cpus=1 folder=jobs",
     "sweep": TRAINING,
     "trace": "tokens=64",
     "trust": "draws=1 out=rows.jsonl",
@@ -117,6 +119,9 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     goes_on = name == "train" and "resume=true" in given and any(each.startswith("run=") for each in given)
     goes_on |= name == "sweep" and not any(each.startswith(("experiment=", "study.")) for each in given)
     extra = [] if goes_on else shlex.split(SMALLER[name])  # a run that goes on has its settings already
+    if name == "submit":
+        many = " ".join([*small_text(folder), "model.n_kv_heads=2", "train.device=cpu", "train.precision=fp32"])
+        given = [f"{word} {many}" if word.startswith("command=") else word for word in given]
     asked = name == "evaluate" and any(each.startswith("tasks=") for each in given)
     extra += ["limit=4"] * asked
     of_text = name in ("train", "compare", "sweep", "tokenizers", "branch_train_mix")
@@ -181,6 +186,29 @@ def test_a_command_runs_as_pasted(command, folder, demo, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", RANKS)
+def test_a_command_for_several_processes_runs_as_pasted(command, folder):
+    shutil.rmtree(folder / re.search(r"\brun=(\S+)", command)[1], ignore_errors=True)
+    said = run_ranks(command, folder)
+    assert "2 ranks" in said
+    assert "is finished" in said
+
+
+def run_ranks(command: str, folder: Path) -> str:
+    """Run a command of torchrun's, made small; what it printed."""
+    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:], *small_text(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def small_text(folder: Path) -> list[str]:
+    """Settings that make a training small, on the text of `folder`."""
+    text = ["data=text", f"data.path={folder / 'texts'}", f"data.cache={folder / 'cache'}", "data.clean.near=0"]
+    return [*TRAINING.split(), *text, "data.clean.max_repetition=1"]
+
+
 def make_folders(command: str, folder: Path, monkeypatch) -> None:
     """Run what has to come before a command: for every folder it reads, the first of the pages that names it as its
     own."""
@@ -189,7 +217,10 @@ def make_folders(command: str, folder: Path, monkeypatch) -> None:
         command,
     ):
         makers = [line for line in EXPERIMENTS if re.search(rf"\b(?:run|to|out)={place}(?![\w/-])", line)]
-        if makers and makers[0] != command and not (folder / place).exists():
+        of_ranks = [line for line in RANKS if re.search(rf"\brun={place}(?![\w/-])", line)]
+        if of_ranks and not (folder / place).exists():
+            run_ranks(of_ranks[0], folder)
+        elif makers and makers[0] != command and not (folder / place).exists():
             make_folders(makers[0], folder, monkeypatch)
             run(makers[0], folder, monkeypatch)
 

@@ -21,7 +21,16 @@ from moe.errors import BadInput
 from moe.routing.build import build_router
 
 FOLDER = cli.CONF / "router"
-HEADINGS = ("router", "what it does", "a token takes", "later tokens: training", "evaluation", "balance terms")
+HEADINGS = (
+    "router", "what it does", "a token takes", "later tokens: training", "evaluation", "balance terms", "over ranks",
+)  # fmt: skip
+# What the ranks of a run decide together, by what a router decides over.
+OVER_RANKS = {
+    "token": "each for its own",
+    "sequence": "each for its own",
+    "batch": "all their micro-batch",
+    "unknown": "as it is written",
+}
 LEFT = 2  # columns of words
 
 
@@ -54,7 +63,15 @@ def row(name: str) -> tuple[str, ...]:
         seen[router.causal and moe.depth == 1],
         seen[router.causal_in_eval],
         _balance(cfg),
+        _over_ranks(cfg),
     )
+
+
+def _over_ranks(cfg: Config) -> str:
+    """What several ranks decide over: capacity, which some routers come with, is of the micro-batch of all."""
+    if cfg.balance.tile:
+        return "refused"
+    return OVER_RANKS["batch" if cfg.balance.capacity else facts(cfg.router).decides]
 
 
 def _taken(cfg: Config, fixed_k: bool) -> str:

@@ -190,6 +190,28 @@ def compared(one: Trace, many: Trace) -> dict[str, Any]:
     }
 
 
+SUMMARY = ("router", "layouts", "on the reference", "losses", "gradients", "norm", "parameters", "counts")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each router: the largest of its errors over all layouts."""
+    by_router: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_router.setdefault(row["router"], []).append(row)
+    lines = []
+    for router, its in by_router.items():
+        done = [row for row in its if row["status"] == "measured" and "loss" in row]
+        if len(done) < len(its):
+            why = next(row.get("refused", row["status"]) for row in its if row not in done)
+            lines.append((router, str(len(done)), why, "", "", "", "", ""))
+            continue
+        numbers = (f"{max(row[name] for row in done):.0e}" for name in ("loss", "gradients", "norm", "parameters"))
+        layouts, reference = (sum(row["backend"] == backend for row in done) for backend in ("torch", "reference"))
+        equal = "equal" if all(row["counts"] for row in done) else "differ"
+        lines.append((router, str(layouts), str(reference), *numbers, equal))
+    return lines
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """What the table says of a row."""
     sizes = f"{row['replicate']} x {row['shard']}, {row['ep']}"

@@ -105,7 +105,7 @@ def trained(place: Path, fault: str) -> tuple[dict[str, Any], dict[str, torch.Te
         "told": sentence(told).replace(str(place), "."),
         "ended": (run / "summary.json").exists(),
         "steps": len(read_lines(run / "metrics.jsonl")) - 1,
-        "seconds": round(times[1] - times[0], 1) if len(times) > 1 else None,
+        "to_go_on": round(times[1] - times[0], 1) if len(times) > 1 else None,
     }
     return row, shards.read(path) if path else {}
 
@@ -208,14 +208,20 @@ def main() -> None:
     runpy.run_module("experiments.train", run_name="__main__")
 
 
+def shortened(told: str) -> str:
+    """The part of a sentence that says what is wrong, without numbers that are of this machine."""
+    told = re.sub(r"process \d+ on [\w.-]+", "process … on …", told).partition(": see what happened")[0]
+    return re.sub(r"it needs .*", "…", told).partition(". Go on with")[0]
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """What the table says of a row."""
     head = row["fault"], f"step {AT}, rank 1"
     if row["status"] != "measured":
         return *head, row["error"][:60], row["status"], "", ""
-    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    seconds = "" if row["to_go_on"] is None else f"{row['to_go_on']:.1f}"
     same = "yes" if row["same"] else f"to {row['error']:.0e}"
-    return *head, row["told"], "yes" if row["ended"] else "no", same, seconds
+    return *head, shortened(row["told"]), "yes" if row["ended"] else "no", same, seconds
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The two meshes of a run: the same ranks, once for what every token passes and once for the routed experts."""
 
+import functools
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class Meshes(NamedTuple):
         return self.experts.get_local_rank("ep")
 
 
+@functools.cache  # groups of ranks, and the threads of each, are never given back
 def build_meshes(layout: Layout, device: str) -> Meshes:
     """The meshes of a layout over all ranks, on cpu or cuda."""
     dense = init_device_mesh(device, (layout.replicate, layout.shard), mesh_dim_names=DENSE)

@@ -39,3 +39,12 @@ def test_a_row_holds_ranks_to_one_process_and_what_differs_is_wrong(monkeypatch)
         case.measure()
     equalities.local_ranks(2).end()
     equalities.local_ranks.cache_clear()
+
+
+def test_a_router_has_its_largest_errors_in_one_line():
+    row = {"router": "a", "backend": "torch", "status": "measured", "loss": 1e-16, "gradients": 2e-15, "norm": 0.0}
+    row |= {"parameters": 1e-15, "counts": True}
+    worse = row | {"gradients": 3e-13, "backend": "reference", "counts": False}
+    assert equalities.summary([row, worse]) == [("a", "1", "1", "1e-16", "3e-13", "0e+00", "1e-15", "differ")]
+    refused = {"router": "b", "status": "measured", "refused": "balance.tile=8"}
+    assert equalities.summary([refused])[0][:3] == ("b", "0", "balance.tile=8")

@@ -29,6 +29,22 @@ def test_a_run_that_does_not_come_to_its_end_is_wrong(monkeypatch):
         survival.measured("none")
 
 
+def test_the_table_says_what_is_wrong_and_nothing_of_this_machine():
+    told = "rank 1 (process 12 on a-host) is gone, or stopped: see what happened there, and go on from ..."
+    row = {
+        "fault": "SIGSTOP",
+        "status": "measured",
+        "told": told,
+        "ended": True,
+        "same": False,
+        "error": 3e-7,
+        "to_go_on": 4.06,
+    }
+    assert survival.cells(row) == (
+        "SIGSTOP", "step 7, rank 1", "rank 1 (process … on …) is gone, or stopped", "yes", "to 3e-07", "4.1",
+    )  # fmt: skip
+
+
 def test_every_fault_has_a_row():
     asked = survival.settings(torch.device("cpu"), True, 1)
     assert [case.key["fault"] for case in survival.cases(asked)] == list(survival.FAULTS)
