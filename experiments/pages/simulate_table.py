@@ -18,12 +18,12 @@ LEFT, CHECKS_LEFT = 4, 2
 def cells(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
     """The lines of ways of routing."""
     for line in lines:
+        memory = gigabytes(line.memory) + ("" if line.fits else ", too much")
         yield (
             f"{line.gpus:,}", f"{line.replicate} × {line.shard}, {line.ep}", line.routing, line.loads,
             f"{line.nodes:.2f}", f"{line.imbalance:.2f}×", f"{line.dropped:.1%}" if line.dropped else "",
             f"{line.exchange:.0%}", time(line.seconds), f"{line.slower:+.1%}", time(line.forward),
-            f"{line.tokens_per_second:,.0f}", f"{line.tflops:,.0f}",
-            gigabytes(line.memory) + ("" if line.fits else ", too much"),
+            f"{line.tokens_per_second:,.0f}", f"{line.tflops:,.0f}", memory,
         )  # fmt: skip
 
 
