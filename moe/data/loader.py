@@ -6,11 +6,13 @@ epoch n // windows; the order is a permutation drawn from (seed, epoch). So a ba
 workers, and after any interruption.
 """
 
+import atexit
 import hashlib
 import multiprocessing
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +29,7 @@ PATIENCE = 60.0  # seconds without a batch after which the workers are given up
 NO_TARGET = -1  # a target that is not to be learnt
 LOOK = 5.0  # seconds between looks at whether they have been
 T = TypeVar("T")
+_READ_AHEAD: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have workers
 
 
 @dataclass
@@ -143,6 +146,8 @@ class Loader:
                 f"data.workers={self.workers} cannot be started ({error.strerror or error}): they need shared memory "
                 "(/dev/shm), open files (ulimit -n) and processes (ulimit -u); data.workers=0 reads without them."
             ) from error
+        if self.workers:
+            _READ_AHEAD.add(iterator)
         while True:
             yield _batch(*(_handed_over(iterator) if self.workers else next(iterator)))
 
@@ -230,9 +235,9 @@ def _handed_over(iterator: Iterator[T]) -> T:
         wait for it, and afterwards it could not end."""
         workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
         now = [f"process {worker.pid} is {worker.status()}" for worker in workers]
+        states.extend(now)  # before any goes on and hands over a batch
         for worker in workers:
             worker.resume()
-        states.extend(now)
 
     watch = threading.Timer(PATIENCE, look)
     watch.start()
@@ -262,3 +267,11 @@ def _ignore_interruption(worker: int) -> None:
     """Signals to the whole process group are for the main process to answer: it needs its batches until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of iterators that are still held, say by a traceback: multiprocessing would ask with SIGTERM,
+    which they ignore, and wait for them for ever."""
+    for iterator in list(_READ_AHEAD):
+        iterator.__del__()

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -197,6 +199,23 @@ def test_a_worker_that_was_killed_is_named(dataset):
     with pytest.raises(RuntimeError) as caught:
         list(islice(read_on(), 10**4))
     assert f"the loader's worker process {worker.pid} ended (" in str(of_the_machine(caught.value))
+
+
+HELD = """
+import sys
+from pathlib import Path
+
+from moe.data.loader import Loader
+from moe.data.shards import Dataset
+
+batches = Loader(Dataset(Path(sys.argv[1])).split("train"), 8, 64, 3, workers=1).iterate(0)
+next(batches)
+sys.held = batches  # as a traceback holds it until the very end
+"""
+
+
+def test_a_process_that_still_holds_its_batches_ends(dataset):
+    subprocess.run([sys.executable, "-c", HELD, str(dataset.folder)], check=True, timeout=240)
 
 
 def test_a_refusal_in_a_worker_is_the_sentence_it_is_in_this_process(dataset, monkeypatch):
