@@ -174,11 +174,11 @@ def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
 
 
 def test_a_worker_that_was_stopped_is_named_with_how_long_it_was_waited_for(dataset, monkeypatch):
-    monkeypatch.setattr(moe.data.loader, "PATIENCE", 0.4)
-    monkeypatch.setattr(moe.data.loader, "LOOK", 0.2)
     before = set(psutil.Process().children())
     batches = Loader(dataset.split("train"), 8, 64, 3, workers=1).iterate(0)
-    next(batches)
+    next(batches)  # however long the worker takes to start
+    monkeypatch.setattr(moe.data.loader, "PATIENCE", 0.4)
+    monkeypatch.setattr(moe.data.loader, "LOOK", 0.2)
     (worker,) = set(psutil.Process().children()) - before
     worker.suspend()
     with pytest.raises(BadInput, match=rf"for 0.4 s \(process {worker.pid} is stopped\): .*data\.workers=0"):
