@@ -23,7 +23,7 @@ import psutil
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.stats.cluster import MachineConfig, ParallelConfig
+from experiments.stats.cluster import LayoutConfig, MachineConfig
 from experiments.stats.planner import (
     GPUS,
     Ask,
@@ -44,6 +44,7 @@ from experiments.stats.step_time import work_of as work_of_model
 from experiments.stats.streaming import streamed
 from experiments.suites import cases
 from experiments.suites.memory import step_seconds
+from moe.config.parallel import ParallelConfig
 from moe.config.parse import ANY, Between, nearest
 from moe.config.run import Config
 from moe.errors import BadInput
@@ -68,7 +69,12 @@ class PlanConfig(Config):
     rate: Annotated[float, Between(0, ANY)] = 0.0  # trace: FLOPs per second; 0: time is not told
     price: Annotated[float, Between(0, ANY)] = 0.0  # of one device for an hour, in any currency
     machine: MachineConfig | None = None  # instead of gpu, devices and mfu: GPUs whose steps are simulated
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # machine: its ranks; each takes train.batch_size
+
+    def layout(self) -> LayoutConfig:
+        """The ranks of `machine`, each of which takes train.batch_size; what is not given is 1."""
+        return LayoutConfig(
+            *(max(1, size) for size in (self.parallel.replicate, self.parallel.shard, self.parallel.ep))
+        )
 
     def __post_init__(self) -> None:
         if self.gpu and self.gpu not in GPUS:
@@ -125,7 +131,7 @@ def ask_of(cfg: PlanConfig) -> Ask:
 def simulated(cfg: PlanConfig, machine: MachineConfig, tokens: float) -> Ask:
     """What the settings ask for on GPUs that are simulated, each with a batch of its own, routes drawn evenly. Raises
     `BadInput` for float32, and for layers whose experts differ."""
-    train, parallel, model = cfg.train, cfg.parallel, cfg.model
+    train, parallel, model = cfg.train, cfg.layout(), cfg.model
     if train.precision == "fp32":
         raise BadInput(f"train.precision=fp32 is not simulated on machine={machine.name}: accepted is bf16.")
     ask = StepAsk(
@@ -203,7 +209,7 @@ def time_in_words(cfg: PlanConfig, result: Plan) -> str:
         return "not told: give measure=true or rates=... for this machine, or gpu=... mfu=..."
     by = f"{cfg.mfu:.0%} of {cfg.gpu}'s peak"
     if cfg.machine:
-        by = f"simulated on {cfg.parallel.gpus:,} GPUs of {cfg.machine.name}"
+        by = f"simulated on {cfg.layout().gpus:,} GPUs of {cfg.machine.name}"
     if cfg.measure or cfg.rates:
         by = "measured here" if cfg.measure else f"by the steps in {cfg.rates}"
     return f"{duration(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s ({by})"

@@ -80,6 +80,7 @@ def filled(text: str) -> str:
 
 def sections() -> dict[str, str]:
     """The text of every section by name."""
+    # What commands printed, as it is; and tables, each of rows that a command left.
     printed = {name: f"```\n{(RESULTS / f'{name}.txt').read_text()}```\n" for name in PRINTED}
     return printed | {
         "verdict": said(read_comparison("demo.json")),

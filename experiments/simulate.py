@@ -23,7 +23,7 @@ from experiments import cli
 from experiments.pages import simulate_table, tables
 from experiments.refusals import CONF
 from experiments.stats import published
-from experiments.stats.cluster import MachineConfig, ParallelConfig, check_layout
+from experiments.stats.cluster import MachineConfig, LayoutConfig, check_layout
 from experiments.stats.scale_out import Line, Loads, compare, layout, moved_by, routes_of, sensitivity
 from experiments.stats.step_time import Ask, Work, same_experts, work_of
 from moe.analysis.trace import Trace
@@ -42,7 +42,7 @@ class SimulateConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # not given: a layout for each number of `gpus`
+    parallel: LayoutConfig = field(default_factory=LayoutConfig)  # not given: a layout for each number of `gpus`
     gpus: list[int] = field(default_factory=lambda: [8, 64, 512, 4096])  # that are compared
     tokens: Annotated[int, Between(1, MANY)] = 8192  # of one GPU in a micro-batch
     micro: Annotated[int, Between(1, MANY)] = 4  # micro-batches of a step
@@ -108,10 +108,10 @@ def routing(cfg: SimulateConfig) -> list[Line]:
     return lines
 
 
-def layouts(cfg: SimulateConfig, work: Work) -> list[ParallelConfig]:
+def layouts(cfg: SimulateConfig, work: Work) -> list[LayoutConfig]:
     """The one that was given, or one for each number of GPUs."""
     n_experts = max(layer.n_experts for layer in work.layers)
-    if cfg.parallel != ParallelConfig():
+    if cfg.parallel != LayoutConfig():
         check_layout(cfg.parallel, cfg.machine, n_experts)
         return [cfg.parallel]
     return [layout(gpus, n_experts, cfg.machine) for gpus in cfg.gpus]

@@ -45,7 +45,7 @@ class MachineConfig:
 
 
 @dataclass
-class ParallelConfig:
+class LayoutConfig:
     """How ranks share a model: replicate · shard GPUs."""
 
     replicate: Annotated[int, Between(1, MANY)] = 1  # copies of the model
@@ -70,7 +70,7 @@ class Group(NamedTuple):
         return math.ceil(self.ranks / self.inside)
 
 
-def check_layout(parallel: ParallelConfig, machine: MachineConfig, n_experts: int) -> None:
+def check_layout(parallel: LayoutConfig, machine: MachineConfig, n_experts: int) -> None:
     """Raises `BadInput` for ranks that do not divide. `n_experts`: of a layer; 0: a dense model."""
     ep, shard, gpus = parallel.ep, parallel.shard, machine.gpus
     if ep > 1 and not n_experts:
@@ -89,7 +89,7 @@ def group(machine: MachineConfig, ranks: int, stride: int = 1) -> Group:
     return Group(ranks, max(1, min(ranks, machine.gpus // stride)))
 
 
-def meshes(machine: MachineConfig, parallel: ParallelConfig) -> dict[str, Group]:
+def meshes(machine: MachineConfig, parallel: LayoutConfig) -> dict[str, Group]:
     """The groups of every rank by name: shard and expert_shard hold weights in parts, replicate copies."""
     return {
         "shard": group(machine, parallel.shard),

@@ -198,7 +198,7 @@ def summary(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     by_router: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_router.setdefault(row["router"], []).append(row)
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for router, its in by_router.items():
         done = [row for row in its if row["status"] == "measured" and "loss" in row]
         if len(done) < len(its):

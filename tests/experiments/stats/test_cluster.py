@@ -8,7 +8,7 @@ from experiments.stats.cluster import (
     Group,
     LinkConfig,
     MachineConfig,
-    ParallelConfig,
+    LayoutConfig,
     all_reduce,
     check_layout,
     gather,
@@ -53,7 +53,7 @@ def test_every_rank_is_in_one_group_of_each_mesh_and_groups_lie_as_they_are_said
     """Against a list of all ranks: dense (replicate, shard), experts (replicate, shard / ep, ep)."""
     machine = MachineConfig(gpus=8)
     for replicate, shard, ep in [(1, 8, 8), (2, 16, 4), (4, 32, 16), (2, 4, 2), (3, 64, 8)]:
-        parallel = ParallelConfig(replicate, shard, ep)
+        parallel = LayoutConfig(replicate, shard, ep)
         groups, ranks = meshes(machine, parallel), range(replicate * shard)
         members = {
             "shard": {r for r in ranks if r // shard == 0},
@@ -76,10 +76,10 @@ def test_a_group_over_several_nodes_has_as_many_ranks_in_each():
 @pytest.mark.parametrize(
     ("parallel", "n_experts", "sentence"),
     [
-        (ParallelConfig(1, 8, 3), 9, r"parallel\.ep=3 must divide parallel\.shard=8"),
-        (ParallelConfig(1, 16, 16), 24, r"parallel\.ep=16 must divide the 24 experts"),
-        (ParallelConfig(1, 12, 1), 8, r"parallel\.shard=12 must divide machine\.gpus=8 of a node, or be a multiple"),
-        (ParallelConfig(1, 8, 8), 0, r"parallel\.ep=8 shares experts out, and a dense model has none"),
+        (LayoutConfig(1, 8, 3), 9, r"parallel\.ep=3 must divide parallel\.shard=8"),
+        (LayoutConfig(1, 16, 16), 24, r"parallel\.ep=16 must divide the 24 experts"),
+        (LayoutConfig(1, 12, 1), 8, r"parallel\.shard=12 must divide machine\.gpus=8 of a node, or be a multiple"),
+        (LayoutConfig(1, 8, 8), 0, r"parallel\.ep=8 shares experts out, and a dense model has none"),
     ],
 )
 def test_ranks_that_do_not_divide_are_refused(parallel, n_experts, sentence):
@@ -93,7 +93,7 @@ def test_all_small_layouts_are_refused_or_divide():
         for ep in range(1, 17):
             good = shard % ep == 0 and 8 % ep == 0 and all(max(n, 4) % min(n, 4) == 0 for n in (ep, shard))
             try:
-                check_layout(ParallelConfig(1, shard, ep), machine, 8)
+                check_layout(LayoutConfig(1, shard, ep), machine, 8)
             except BadInput:
                 assert not good, (shard, ep)
             else:
