@@ -15,7 +15,7 @@ agrees with steps that were taken is in docs/planning.md.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 

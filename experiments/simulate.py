@@ -23,7 +23,7 @@ from experiments import cli
 from experiments.pages import simulate_table, tables
 from experiments.refusals import CONF
 from experiments.stats import published
-from experiments.stats.cluster import MachineConfig, LayoutConfig, check_layout
+from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
 from experiments.stats.scale_out import Line, Loads, compare, layout, moved_by, routes_of, sensitivity
 from experiments.stats.step_time import Ask, Work, same_experts, work_of
 from moe.analysis.trace import Trace

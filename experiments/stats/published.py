@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
-from experiments.stats.cluster import MachineConfig, LayoutConfig
+from experiments.stats.cluster import LayoutConfig, MachineConfig
 from experiments.stats.step_time import Ask, step, work_of
 from experiments.stats.traffic import Traffic, draw, exchange, row_bytes, traffic
 from moe.config.model import ModelConfig

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.stats.cluster import MachineConfig, LayoutConfig, check_layout
+from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
 from experiments.stats.step_time import Ask, Step, Work, step
 from experiments.stats.traffic import Traffic, draw, dropped, traffic
 from moe.errors import BadInput

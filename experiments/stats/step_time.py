@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.stats.cluster import MachineConfig, LayoutConfig, all_reduce, gather, meshes
+from experiments.stats.cluster import LayoutConfig, MachineConfig, all_reduce, gather, meshes
 from experiments.stats.traffic import Traffic, exchange, row_bytes
 from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
 from moe.config.router import RouterConfig

@@ -6,9 +6,9 @@ import pytest
 
 from experiments.stats.cluster import (
     Group,
+    LayoutConfig,
     LinkConfig,
     MachineConfig,
-    LayoutConfig,
     all_reduce,
     check_layout,
     gather,

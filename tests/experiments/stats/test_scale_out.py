@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.stats.cluster import MachineConfig, LayoutConfig, check_layout
+from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
 from experiments.stats.scale_out import Loads, compare, layout, moved_by, routes_of, sensitivity
 from experiments.stats.step_time import Ask, work_of
 from experiments.stats.traffic import draw, nodes_touched

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiments.cli import CONF
-from experiments.stats.cluster import LinkConfig, MachineConfig, LayoutConfig
+from experiments.stats.cluster import LayoutConfig, LinkConfig, MachineConfig
 from experiments.stats.step_time import Ask, Layer, Work, rates, step, work_of
 from experiments.stats.traffic import draw, exchange, row_bytes, traffic
 from moe.config.model import ModelConfig, MoEConfig
