@@ -18,7 +18,9 @@ from moe.run.summary import Alarm, LayerMetrics, MetricsLine
 
 WINDOW = 50  # steps that a rule looks back
 MEASURED = 10  # values that it looks back of what is measured every log.every steps alone
-LEAP = 0.3  # nats: a smaller one of the loss is no spike
+LEAP = 0.3  # nats: a smaller one of the loss is no spike, unless the loss is
+TIMES = 5.0  # the highest of the last FEW losses: a spike however small they are, and however fast they fell before
+FEW = 5
 EVERY = 10  # steps from one look to the next
 YOUNG = 100  # steps in which nothing of a router is said: it has not learnt yet
 MORE = "balance.aux ten times as high, and at least 0.01"  # what most advise first
@@ -161,13 +163,22 @@ class Doctor:
         if loss is None or not math.isfinite(loss):
             return []
         alarms = []
-        if len(self.losses) == self.losses.maxlen and loss > min(self.losses) + LEAP:
+        if _leaps(loss, list(self.losses)) and line.step > self.spiked + WINDOW:
+            self.spiked = line.step
             middle = statistics.median(self.losses)
-            spread = 1.4826 * statistics.median(abs(value - middle) for value in self.losses)
-            if loss > middle + max(6 * spread, LEAP) and line.step > self.spiked + WINDOW:
-                self.spiked = line.step
-                evidence = f"{loss:.3f} nats per token, after a median of {middle:.3f} over {len(self.losses)} steps"
-                cause = "a bad batch, or a learning rate at its limit"
-                alarms = [Alarm(KINDS[-1], line.step, None, evidence, cause, "a lower optim.lr, or optim.clip=1.0")]
+            evidence = f"{loss:.3g} nats per token, after a median of {middle:.3g} over {len(self.losses)} steps"
+            cause = "a bad batch, or a learning rate at its limit"
+            alarms = [Alarm(KINDS[-1], line.step, None, evidence, cause, "a lower optim.lr, or optim.clip=1.0")]
         self.losses.append(loss)
         return alarms
+
+
+def _leaps(loss: float, before: list[float]) -> bool:
+    """Whether a loss is far above those before it: several times the highest of the last few, or by their spread."""
+    if len(before) >= FEW and 0 < TIMES * max(before[-FEW:]) < loss:
+        return True
+    if len(before) < WINDOW or loss <= min(before) + LEAP:  # most steps end here, before anything is sorted
+        return False
+    middle = statistics.median(before)
+    spread = 1.4826 * statistics.median(abs(value - middle) for value in before)
+    return loss > middle + max(6 * spread, LEAP)

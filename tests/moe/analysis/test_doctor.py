@@ -1,7 +1,9 @@
 """Claims about alarms: when each is raised, once, and by a doctor that was interrupted as by one that was not."""
 
+import copy
 import dataclasses
 import json
+import math
 import random
 import re
 
@@ -96,6 +98,37 @@ def test_a_spike_of_the_loss_is_told_and_a_noisy_loss_is_not():
     (alarm,) = raised(lines(loss=lambda step: noisy(step) + 3.0 * (step in (300, 301, 302))))
     assert (alarm.kind, alarm.step, alarm.layer) == ("loss spike", 300, None)
     assert "nats per token" in alarm.evidence
+
+
+CURVES = {  # step -> loss without its noise; the noise, as a share of it
+    "even": (lambda step: 3.0, 0.05),
+    "falling": (lambda step: 2.0 + 7.0 * math.exp(-step / 100), 0.1),
+    "learnt by heart": (lambda step: 5e-4 + 6.0 * math.exp(-step / 20), 0.1),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_ten_times_the_loss_is_told_at_its_step_and_a_healthy_one_is_not_whatever_its_size(curve):
+    shake = random.Random(curve)
+    mean, share = CURVES[curve]
+    losses = [mean(step) * math.exp(shake.gauss(0, share)) for step in range(1, 2001)]
+    doctor, false, caught = Doctor(), 0, []
+    for step, loss in enumerate(losses, 1):
+        if step > module.FEW:
+            sick = copy.deepcopy(doctor).read(MetricsLine(step, float(step), lm_loss=10 * loss))
+            caught.append([(alarm.kind, alarm.step) for alarm in sick] == [("loss spike", step)])
+        false += len(doctor.read(MetricsLine(step, float(step), lm_loss=loss)))
+    assert false <= len(losses) / 1000
+    assert sum(caught) >= 0.99 * len(caught), f"{sum(caught)} of {len(caught)}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_neither_is_a_spike_nor_hides_one(value):
+    doctor = Doctor()
+    lost = lambda step: value if step % 3 == 0 or 200 < step <= 270 else 3.0
+    assert [alarm for line in lines(loss=lost, steps=300) for alarm in doctor.read(line)] == []
+    (alarm,) = doctor.read(MetricsLine(301, 301.0, lm_loss=30.0))
+    assert (alarm.kind, alarm.step) == ("loss spike", 301)
 
 
 def test_the_evidence_has_the_numbers():
