@@ -4,6 +4,8 @@ Nothing divides in here: a rank's loss is its share of the step's, gradients are
 process whatever the layout. Weights keep their names and, as DTensors, their whole shapes.
 """
 
+import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +28,10 @@ DTYPES = {"same": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 def parallelize(model: Transformer, meshes: Meshes, cfg: ParallelConfig, compiled: bool = False) -> Transformer:
     """Put an initialised model, the same on every rank, on the meshes, in place. `compiled`: every block by
     torch.compile. Raises `BadInput` for experts that cannot be shared out."""
+    # What torch says of every tensor that ranks hold in turns, and of outputs that are views: nothing is amiss.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+
     # Experts first: each rank keeps its own and knows the way to the others.
     stacks = [module for module in model.modules() if isinstance(module, Experts)]
     if meshes.layout.ep > 1:
@@ -70,8 +76,13 @@ def share_out(stack: Experts, meshes: Meshes) -> None:
 def placement_of_experts(meshes: Meshes, of_experts: set[nn.Parameter]) -> Callable[[nn.Parameter], Any]:
     """Where a block's weights lie, as fully_shard asks: experts' on their own mesh, by expert where every rank gets as
     many and else by rows; all else where it is told. What is returned raises `BadInput` where neither is even."""
-    # Here, because not every torch that is accepted has them.
-    from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
+    try:  # not every torch that is accepted has them
+        from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise BadInput(
+            f"parallel.ep={meshes.layout.ep} needs a newer torch than {torch.__version__}: 2.13 has what it takes, or "
+            "take parallel.ep=1."
+        ) from None
 
     shard, mesh = meshes.layout.expert_shard(), HSDPMeshInfo(meshes.experts["replicate", "expert_shard"], 1, 0)
 
