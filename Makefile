@@ -2,12 +2,13 @@
 # show what each expert does.
 # make test: run the tests. Both create .venv and install on first use; both can be repeated.
 # make kernels: the tests that `make test` leaves out: compile every kernel for every GPU (minutes; if none changed, seconds).
+# make nightly: a hundred kills at random times of a training, in one process and with two ranks (an hour).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test kernels lint clean
+.PHONY: demo test kernels nightly lint clean
 demo: .venv/installed
 	$(PY) -m experiments.compare experiment=demo seeds=[0,1,2] margin=0.01 run=runs/demo resume=true
 	$(PY) -m experiments.inspector run=runs/demo/moe-seed0
@@ -17,6 +18,9 @@ test: .venv/installed-test
 
 kernels: .venv/installed-test
 	$(PY) -m pytest -m aot tests/kernels/test_aot.py
+
+nightly: .venv/installed-test
+	$(PY) -m pytest -m nightly tests/test_kills.py
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .
