@@ -67,8 +67,6 @@ def join(device: str, seconds: float) -> None:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    elif device == "auto":
-        device = "cpu"
 
     # Meet.
     try:

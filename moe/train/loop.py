@@ -217,7 +217,7 @@ def resolve(cfg: Config, folder: Path, dataset: Dataset, device: torch.device, s
         )
     cfg.run = str(folder)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size
-    precision, why = choose_precision(cfg, device)
+    precision, why = launch.first_then_tell(lambda: choose_precision(cfg, device))  # each might measure another
     if cfg.train.precision == "auto":
         say(f"precision: {precision}, because {why}")
     cfg.train.precision = precision
