@@ -221,6 +221,16 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_at_that_step(corpus, 
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(SAVED + 1))
 
 
+def test_half_the_bytes_of_weights_and_gradients_train_to_about_the_same(alone, corpus, tmp_path):
+    changes = CHANGES | {"parallel.weights": "bf16", "parallel.gradients": "bf16", "parallel.ep": 2}
+    of_ranks(2, settings(corpus, tmp_path / "run", changes))
+    ours, theirs = (read_summary(folder).val.loss for folder in (tmp_path / "run", alone))
+    assert ours != theirs
+    assert abs(ours / theirs - 1) < 0.01
+    kept = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints", print))
+    assert {value.dtype for name, value in kept.model.items() if name.endswith("weight")} == {torch.float32}
+
+
 def test_saving_aside_leaves_the_same_checkpoints(corpus, tmp_path):
     for name, aside in (("run", True), ("now", False)):
         of_ranks(2, settings(corpus, tmp_path / name, {"checkpoint.aside": aside, "parallel.ep": 2}))

@@ -104,3 +104,10 @@ def test_trying_a_router_of_ones_own_changes_nothing_of_its_run(own, corpus, tmp
     monkeypatch.setattr(beforehand, "rehearse", lambda *_: None)
     train(settings(corpus, tmp_path / "untried", changes))
     assert fate(tmp_path / "tried") == fate(tmp_path / "untried")
+
+
+def test_a_rank_that_does_not_see_the_runs_folder_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    beforehand.check_seen(tmp_path)
+    with pytest.raises(BadInput, match=r"run=.*/elsewhere cannot be seen by rank 0: all ranks must see one folder"):
+        beforehand.check_seen(tmp_path / "elsewhere")
