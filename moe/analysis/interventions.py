@@ -141,7 +141,7 @@ def _masked(router: Any, experts: list[int]) -> dict[str, Callable[..., Any]]:
         return x.index_fill(-1, torch.tensor(experts, device=x.device), -torch.inf)
 
     logits = router.logits
-    methods: dict[str, Callable[..., Any]] = {"logits": lambda x_TD: infinite(logits(x_TD))}
+    methods: dict[str, Callable[..., Any]] = {"logits": lambda x_TD, *ranks: infinite(logits(x_TD, *ranks))}
     if getattr(router, "bias_E", None) is not None:
         gate = router.gate
         methods["gate"] = lambda backend, logits_TE, k, score, bias_E, *rest: gate(

@@ -25,9 +25,7 @@ class ParallelConfig:
     weights: Annotated[str, OneOf("same", "bf16")] = "same"
     # gradients are summed over ranks as: same | fp32 | bf16
     gradients: Annotated[str, OneOf("same", "fp32", "bf16")] = "same"
-    timeout: Annotated[float, Between(1.0, 86400.0)] = (
-        300.0  # seconds that ranks wait for another before they give it up
-    )
+    timeout: Annotated[float, Between(1.0, 86400.0)] = 300.0  # seconds that ranks wait for another
 
 
 class Layout(NamedTuple):
