@@ -23,7 +23,7 @@ import psutil
 
 from experiments import cli
 from experiments.pages import tables
-from experiments.stats.cluster import LayoutConfig, MachineConfig
+from experiments.stats.cluster import MachineConfig, layout_of
 from experiments.stats.planner import (
     GPUS,
     Ask,
@@ -69,12 +69,6 @@ class PlanConfig(Config):
     rate: Annotated[float, Between(0, ANY)] = 0.0  # trace: FLOPs per second; 0: time is not told
     price: Annotated[float, Between(0, ANY)] = 0.0  # of one device for an hour, in any currency
     machine: MachineConfig | None = None  # instead of gpu, devices and mfu: GPUs whose steps are simulated
-
-    def layout(self) -> LayoutConfig:
-        """The ranks of `machine`, each of which takes train.batch_size; what is not given is 1."""
-        return LayoutConfig(
-            *(max(1, size) for size in (self.parallel.replicate, self.parallel.shard, self.parallel.ep))
-        )
 
     def __post_init__(self) -> None:
         if self.gpu and self.gpu not in GPUS:
@@ -131,7 +125,7 @@ def ask_of(cfg: PlanConfig) -> Ask:
 def simulated(cfg: PlanConfig, machine: MachineConfig, tokens: float) -> Ask:
     """What the settings ask for on GPUs that are simulated, each with a batch of its own, routes drawn evenly. Raises
     `BadInput` for float32, and for layers whose experts differ."""
-    train, parallel, model = cfg.train, cfg.layout(), cfg.model
+    train, parallel, model = cfg.train, layout_of(cfg.parallel), cfg.model
     if train.precision == "fp32":
         raise BadInput(f"train.precision=fp32 is not simulated on machine={machine.name}: accepted is bf16.")
     ask = StepAsk(
@@ -141,8 +135,10 @@ def simulated(cfg: PlanConfig, machine: MachineConfig, tokens: float) -> Ask:
     )
     k = same_experts(model).k if model.moe else 0
     rate = even_step(work_of_model(model, cfg.router), machine, parallel, ask, k).tflops * 1e12
-    tokens *= 1 if cfg.tokens or cfg.budget else parallel.gpus
-    return Ask(tokens, parallel.gpus, parallel.replicate, parallel.gpus, cfg.memory or machine.memory, rate, cfg.price)
+    tokens *= 1 if cfg.tokens or cfg.budget else parallel.ranks()
+    return Ask(
+        tokens, parallel.ranks(), parallel.replicate, parallel.ranks(), cfg.memory or machine.memory, rate, cfg.price
+    )
 
 
 def read_rates(path: Path) -> Rates:
@@ -209,7 +205,7 @@ def time_in_words(cfg: PlanConfig, result: Plan) -> str:
         return "not told: give measure=true or rates=... for this machine, or gpu=... mfu=..."
     by = f"{cfg.mfu:.0%} of {cfg.gpu}'s peak"
     if cfg.machine:
-        by = f"simulated on {cfg.layout().gpus:,} GPUs of {cfg.machine.name}"
+        by = f"simulated on {layout_of(cfg.parallel).ranks():,} GPUs of {cfg.machine.name}"
     if cfg.measure or cfg.rates:
         by = "measured here" if cfg.measure else f"by the steps in {cfg.rates}"
     return f"{duration(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s ({by})"

@@ -23,12 +23,13 @@ from experiments import cli
 from experiments.pages import simulate_table, tables
 from experiments.refusals import CONF
 from experiments.stats import published
-from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
+from experiments.stats.cluster import MachineConfig, check_layout, layout_of
 from experiments.stats.scale_out import Line, Loads, compare, layout, moved_by, routes_of, sensitivity
 from experiments.stats.step_time import Ask, Work, same_experts, work_of
 from moe.analysis.trace import Trace
 from moe.config import model as model_config
 from moe.config.model import ModelConfig, moe_layers
+from moe.config.parallel import Layout, ParallelConfig
 from moe.config.parse import ANY, MANY, Between, OneOf, check_values, parse
 from moe.errors import BadInput
 from moe.run import machine, terminal
@@ -42,7 +43,7 @@ class SimulateConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    parallel: LayoutConfig = field(default_factory=LayoutConfig)  # not given: a layout for each number of `gpus`
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # not given: a layout for each number of `gpus`
     gpus: list[int] = field(default_factory=lambda: [8, 64, 512, 4096])  # that are compared
     tokens: Annotated[int, Between(1, MANY)] = 8192  # of one GPU in a micro-batch
     micro: Annotated[int, Between(1, MANY)] = 4  # micro-batches of a step
@@ -103,24 +104,25 @@ def routing(cfg: SimulateConfig) -> list[Line]:
         all_loads.append(Loads("recorded", expert_TLK=recorded(cfg)))
     lines = []
     for parallel in layouts(cfg, work):
-        terminal.say(f"simulate: {parallel.gpus:,} GPUs")
+        terminal.say(f"simulate: {parallel.ranks():,} GPUs")
         lines += compare(work, cfg.machine, parallel, ask, moe.k, all_loads, cfg.capacity, cfg.sample)
     return lines
 
 
-def layouts(cfg: SimulateConfig, work: Work) -> list[LayoutConfig]:
+def layouts(cfg: SimulateConfig, work: Work) -> list[Layout]:
     """The one that was given, or one for each number of GPUs."""
     n_experts = max(layer.n_experts for layer in work.layers)
-    if cfg.parallel != LayoutConfig():
-        check_layout(cfg.parallel, cfg.machine, n_experts)
-        return [cfg.parallel]
+    if cfg.parallel != ParallelConfig():
+        parallel = layout_of(cfg.parallel)
+        check_layout(parallel, cfg.machine, n_experts)
+        return [parallel]
     return [layout(gpus, n_experts, cfg.machine) for gpus in cfg.gpus]
 
 
 def what_matters(cfg: SimulateConfig) -> list[Any]:
     """The effects of constants at the largest size, with even loads."""
     work, moe = work_of(cfg.model), same_experts(cfg.model)
-    parallel = max(layouts(cfg, work), key=lambda parallel: parallel.gpus)
+    parallel = max(layouts(cfg, work), key=Layout.ranks)
     (expert_TK,) = routes_of(Loads("even"), cfg.sample * parallel.ep, moe.n_experts, moe.k)
     moved = moved_by(cfg.machine, parallel, expert_TK, moe.n_experts)
     return sensitivity(work, cfg.machine, parallel, ask_of(cfg), [moved], cfg.sample)

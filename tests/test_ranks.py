@@ -18,7 +18,7 @@ from moe.run.jsonl import read_lines
 from moe.run.load import load_run
 from moe.run.summary import read_summary
 from tests.ranks import run_ranks
-from tests.small_runs import SAVED, STEPS, Killed, settings, train, train_until
+from tests.small_runs import SAVED, settings, train, train_until
 
 NUMBERS = ("loss", "lm_loss", "grad_norm")
 
@@ -82,6 +82,7 @@ def test_a_run_of_ranks_leaves_what_a_run_of_one_process_leaves(n, parallel, alo
     assert [line["counts"] for line in counts[0]] == [line["counts"] for line in counts[1]]
     # Every token's experts, in the order of the batch.
     chosen = [sorted((folder / "routing").rglob("*.npy")) for folder in (run, alone)]
+    assert len(chosen[1]) == 2
     assert [path.read_bytes() for path in chosen[0]] == [path.read_bytes() for path in chosen[1]]
     # The evaluation, window by window, and the loads of experts by domain.
     ours, theirs = (read_summary(folder) for folder in (run, alone))
@@ -240,8 +241,3 @@ def test_saving_aside_leaves_the_same_checkpoints(corpus, tmp_path):
         one, other = checkpoint.load(path), checkpoint.load(theirs / path.name)
         assert all(torch.equal(one.model[name], value) for name, value in other.model.items())
         assert all(torch.equal(one.optimizer[name], value) for name, value in other.optimizer.items())
-
-
-def test_what_ends_a_run_like_a_kill_is_no_error_of_its_own():
-    assert issubclass(Killed, BaseException)
-    assert STEPS > SAVED

@@ -69,8 +69,6 @@ def row(name: str) -> tuple[str, ...]:
 
 def _over_ranks(cfg: Config) -> str:
     """What several ranks decide over: capacity, which some routers come with, is of the micro-batch of all."""
-    if cfg.balance.tile:
-        return "refused"
     return OVER_RANKS["batch" if cfg.balance.capacity else facts(cfg.router).decides]
 
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
+from moe.config.parallel import Layout, ParallelConfig, check_experts, layout
 from moe.config.parse import ANY, MANY, Between
 from moe.errors import BadInput
 
@@ -44,20 +45,6 @@ class MachineConfig:
     network: LinkConfig = field(default_factory=lambda: LinkConfig(50e9, 0.9, 9.6e-6))  # between nodes
 
 
-@dataclass
-class LayoutConfig:
-    """How ranks share a model: replicate · shard GPUs."""
-
-    replicate: Annotated[int, Between(1, MANY)] = 1  # copies of the model
-    shard: Annotated[int, Between(1, MANY)] = 1  # ranks among which the weights of one copy are split
-    ep: Annotated[int, Between(1, MANY)] = 1  # of those, ranks that share the experts out whole; divides shard
-
-    @property
-    def gpus(self) -> int:
-        """Of all copies."""
-        return self.replicate * self.shard
-
-
 class Group(NamedTuple):
     """Ranks of a collective: how many, and how many of them stand in a node."""
 
@@ -70,15 +57,19 @@ class Group(NamedTuple):
         return math.ceil(self.ranks / self.inside)
 
 
-def check_layout(parallel: LayoutConfig, machine: MachineConfig, n_experts: int) -> None:
-    """Raises `BadInput` for ranks that do not divide. `n_experts`: of a layer; 0: a dense model."""
+def layout_of(parallel: ParallelConfig) -> Layout:
+    """The ranks that settings ask for, without a process that was started; what is not given is 1. Raises `BadInput` as
+    `moe.config.parallel.layout`."""
+    return layout(parallel, max(1, parallel.replicate) * max(1, parallel.shard))
+
+
+def check_layout(parallel: Layout, machine: MachineConfig, n_experts: int) -> None:
+    """Raises `BadInput` for ranks that do not share out experts, or nodes, evenly. `n_experts`: of a layer; 0: a dense
+    model."""
     ep, shard, gpus = parallel.ep, parallel.shard, machine.gpus
     if ep > 1 and not n_experts:
         raise BadInput(f"parallel.ep={ep} shares experts out, and a dense model has none: leave it 1.")
-    if shard % ep:
-        raise BadInput(f"parallel.ep={ep} must divide parallel.shard={shard}.")
-    if n_experts % ep:
-        raise BadInput(f"parallel.ep={ep} must divide the {n_experts} experts of a layer.")
+    check_experts(n_experts, ep)
     for name, ranks in (("parallel.ep", ep), ("parallel.shard", shard)):
         if max(ranks, gpus) % min(ranks, gpus):
             raise BadInput(f"{name}={ranks} must divide machine.gpus={gpus} of a node, or be a multiple of it.")
@@ -89,7 +80,7 @@ def group(machine: MachineConfig, ranks: int, stride: int = 1) -> Group:
     return Group(ranks, max(1, min(ranks, machine.gpus // stride)))
 
 
-def meshes(machine: MachineConfig, parallel: LayoutConfig) -> dict[str, Group]:
+def meshes(machine: MachineConfig, parallel: Layout) -> dict[str, Group]:
     """The groups of every rank by name: shard and expert_shard hold weights in parts, replicate copies."""
     return {
         "shard": group(machine, parallel.shard),

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
-from experiments.stats.cluster import LayoutConfig, MachineConfig
+from experiments.stats.cluster import MachineConfig
 from experiments.stats.step_time import Ask, step, work_of
 from experiments.stats.traffic import Traffic, draw, exchange, row_bytes, traffic
 from moe.config.model import ModelConfig
+from moe.config.parallel import Layout
 
 CLOSE = 0.15  # the error within which a row counts as predicted
 V1 = "legacy.md of DeepEP"
@@ -121,7 +122,7 @@ def small(machines: Mapping[str, MachineConfig]) -> Iterator[Row]:
 
 def hierarchy(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelConfig]) -> Iterator[Row]:
     """How much sooner rows arrive that go once to a node, on 4 nodes of 8; the H800's stand in for theirs."""
-    machine, parallel = machines["h800"], LayoutConfig(1, 32, 32)
+    machine, parallel = machines["h800"], Layout(1, 32, 32)
     for name in ("deepseek-v3", "qwen3-30b-a3b"):
         model = dataclasses.replace(models[name], context=4096)
         assert model.moe is not None
@@ -175,6 +176,6 @@ def steps(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelConfi
             inside = min(ep, machine.gpus)
             moved = [routes(ep, inside, SAMPLE, nodes, True, cfg.moe.n_experts, cfg.moe.k).evened()]
         ask = Ask(tokens, 1, matmul, rows, hidden, overlap_shards=1.0, recompute=False)
-        taken = step(work_of(cfg), machine, LayoutConfig(1, gpus, ep), moved, SAMPLE, ask)
+        taken = step(work_of(cfg), machine, Layout(1, gpus, ep), moved, SAMPLE, ask)
         what = f"{model}, {gpus:,} GPUs, {matmul}"
         yield Row(what, name, "tokens/s", published, published, tokens / taken.seconds, fitted, source)

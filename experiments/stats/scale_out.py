@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
+from experiments.stats.cluster import MachineConfig, check_layout
 from experiments.stats.step_time import Ask, Step, Work, step
 from experiments.stats.traffic import Traffic, draw, dropped, traffic
+from moe.config.parallel import Layout
 from moe.errors import BadInput
 
 K_GROUPS = 4  # nodes of a token in node-limited routing, as DeepSeek-V3
@@ -53,7 +54,7 @@ class Effect(NamedTuple):
     higher: float
 
 
-def layout(gpus: int, n_experts: int, machine: MachineConfig, most_ep: int = 64, most_shard: int = 512) -> LayoutConfig:
+def layout(gpus: int, n_experts: int, machine: MachineConfig, most_ep: int = 64, most_shard: int = 512) -> Layout:
     """Ranks for so many GPUs: experts over as many as there are, up to `most_ep`, weights up to `most_shard`, copies
     beyond. Raises `BadInput` where they do not divide."""
     shard = min(gpus, most_shard)
@@ -61,7 +62,7 @@ def layout(gpus: int, n_experts: int, machine: MachineConfig, most_ep: int = 64,
     ep = max(ep for ep in range(1, min(shard, most_ep, n_experts or 1) + 1) if fits(ep))
     if gpus % shard:
         raise BadInput(f"gpus={gpus} is not divisible by the {shard} that hold a copy between them.")
-    return LayoutConfig(gpus // shard, shard, ep)
+    return Layout(gpus // shard, shard, ep)
 
 
 def routes_of(loads: Loads, n_tokens: int, n_experts: int, k: int, groups: int = 1, seed: int = 0) -> list[np.ndarray]:
@@ -71,9 +72,7 @@ def routes_of(loads: Loads, n_tokens: int, n_experts: int, k: int, groups: int =
     return [draw(n_tokens, n_experts, k, loads.zipf, groups, min(K_GROUPS, groups), seed=seed)]
 
 
-def even_step(
-    work: Work, machine: MachineConfig, parallel: LayoutConfig, ask: Ask, k: int = 0, sample: int = 1024
-) -> Step:
+def even_step(work: Work, machine: MachineConfig, parallel: Layout, ask: Ask, k: int = 0, sample: int = 1024) -> Step:
     """A step of a model of `k` choices whose routes are drawn evenly, or of a dense one (0)."""
     moved, n_experts = [], max(layer.n_experts for layer in work.layers)
     check_layout(parallel, machine, n_experts)
@@ -83,7 +82,7 @@ def even_step(
 
 
 def compare(
-    work: Work, machine: MachineConfig, parallel: LayoutConfig, ask: Ask, k: int, all_loads: Sequence[Loads],
+    work: Work, machine: MachineConfig, parallel: Layout, ask: Ask, k: int, all_loads: Sequence[Loads],
     capacity: float, sample: int,
 ) -> list[Line]:  # fmt: skip
     """Plain routing, node-limited routing and a capacity factor, each with every kind of loads. A recording has no
@@ -116,18 +115,18 @@ def compare(
     return lines
 
 
-def moved_by(machine: MachineConfig, parallel: LayoutConfig, expert_TK: np.ndarray, n_experts: int) -> Traffic:
+def moved_by(machine: MachineConfig, parallel: Layout, expert_TK: np.ndarray, n_experts: int) -> Traffic:
     """The traffic of routes in one expert group."""
     return traffic(expert_TK, n_experts, parallel.ep, min(parallel.ep, machine.gpus))
 
 
 def line(
-    machine: MachineConfig, routing: str, loads: str, parallel: LayoutConfig, ask: Ask, layers: Sequence[np.ndarray],
+    machine: MachineConfig, routing: str, loads: str, parallel: Layout, ask: Ask, layers: Sequence[np.ndarray],
     moved: Sequence[Traffic], sampled: int, taken: Step, first: float,
 ) -> Line:  # fmt: skip
     """What came of a way of routing."""
     return Line(
-        parallel.gpus, parallel.replicate, parallel.shard, parallel.ep, routing, loads,
+        parallel.ranks(), parallel.replicate, parallel.shard, parallel.ep, routing, loads,
         nodes=float(np.mean([part.logical for part in moved])) / sampled,
         imbalance=taken.imbalance,
         dropped=float(np.mean([(expert_TK < 0).mean() for expert_TK in layers])) if "capacity" in routing else 0.0,
@@ -143,7 +142,7 @@ def line(
 
 
 def sensitivity(
-    work: Work, machine: MachineConfig, parallel: LayoutConfig, ask: Ask, moved: Sequence[Traffic], sampled: int
+    work: Work, machine: MachineConfig, parallel: Layout, ask: Ask, moved: Sequence[Traffic], sampled: int
 ) -> list[Effect]:
     """What a step does when a constant is a fifth lower, and a fifth higher; fractions of overlap, 0.2."""
     base = step(work, machine, parallel, moved, sampled, ask).seconds

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.stats.cluster import LayoutConfig, MachineConfig, all_reduce, gather, meshes
+from experiments.stats.cluster import MachineConfig, all_reduce, gather, meshes
 from experiments.stats.traffic import Traffic, exchange, row_bytes
 from moe.config.model import ModelConfig, MoEConfig, head_dim, is_moe_layer, layer_moe, moe_layers
+from moe.config.parallel import Layout
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 from moe.model.cost import attention_matrices, expert_width, flops, mlp_size, size
@@ -109,7 +110,7 @@ class Step(NamedTuple):
 
 
 def step(
-    work: Work, machine: MachineConfig, parallel: LayoutConfig, moved: Sequence[Traffic], sampled: int, ask: Ask
+    work: Work, machine: MachineConfig, parallel: Layout, moved: Sequence[Traffic], sampled: int, ask: Ask
 ) -> Step:
     """A step whose MoE layers move the traffic `moved`, in turn, of `sampled` tokens on every rank."""
     groups, share = meshes(machine, parallel), ask.tokens / sampled
@@ -176,7 +177,7 @@ def rates(machine: MachineConfig, matmul: str) -> tuple[float, float]:
     return machine.peak_bf16 * machine.dense_bf16, machine.peak_bf16 * machine.experts_bf16
 
 
-def memory(work: Work, parallel: LayoutConfig, ask: Ask, n_weights: float, imbalance: float) -> float:
+def memory(work: Work, parallel: Layout, ask: Ask, n_weights: float, imbalance: float) -> float:
     """Bytes of one GPU, by arithmetic: its part of weights, gradients and AdamW's state, one layer's weights gathered,
     the input of every layer in bf16 (and of every matmul, where nothing is recomputed), the rows of one layer's experts
     on the most loaded rank, and float32 logits with their gradient."""

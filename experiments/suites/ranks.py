@@ -19,11 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from experiments.suites import equalities
 from experiments.suites.cases import Case
 from experiments.suites.local_ranks import LocalRanks
-from moe.config.parallel import Layout, ParallelConfig
+from moe.config.parallel import Layout
 from moe.config.run import Config
-from moe.model.transformer import Transformer
 from moe.parallel.collectives import this_rank
-from moe.parallel.mesh import build_meshes
 from moe.train.optimizer import build_optimizer
 from moe.train.step import compute_gradients, update_routers
 
@@ -91,12 +89,7 @@ def raced(asked: Settings) -> dict[str, list[dict[str, float]]]:
 def timed(cfg: Config, layout: Layout, steps: int, threads: int) -> dict[str, float]:
     """Seconds of a step on this rank, after one that is not timed, and the share of one more that transfers take."""
     torch.set_num_threads(threads)
-    ranks = this_rank()
-    model = Transformer(cfg.model, cfg.router, cfg.balance).initialize(3)
-    if ranks.n > 1:
-        from moe.train.parallelize import parallelize  # here, because a process of its own need not import FSDP
-
-        parallelize(model, build_meshes(layout, "cpu"), ParallelConfig(layout.replicate, layout.shard, layout.ep))
+    ranks, model = this_rank(), equalities.model_of(cfg, layout, torch.float32)
     optimizer = build_optimizer(model, cfg.optim)
 
     def step(number: int) -> None:

@@ -23,7 +23,7 @@ class ParallelConfig:
     ep: Annotated[int, Between(0, RANKS)] = 1
     # weights are sent and computed with as: same (as they are kept) | bf16, half the bytes to gather
     weights: Annotated[str, OneOf("same", "bf16")] = "same"
-    # gradients are summed over ranks as: same | fp32 | bf16
+    # gradients are summed over ranks as: same (as weights are computed with) | fp32 | bf16
     gradients: Annotated[str, OneOf("same", "fp32", "bf16")] = "same"
     timeout: Annotated[float, Between(1.0, 86400.0)] = 300.0  # seconds that ranks wait for another
 
@@ -34,6 +34,10 @@ class Layout(NamedTuple):
     replicate: int = 1
     shard: int = 1
     ep: int = 1
+
+    def ranks(self) -> int:
+        """All of them."""
+        return self.replicate * self.shard
 
     def expert_shard(self) -> int:
         """Ranks that keep the weights of one rank's experts between them."""

@@ -160,8 +160,9 @@ def together() -> None:
 
 
 def device_of(name: str) -> str:
-    """The device of this rank where train.device is `name`: of several GPUs its own."""
-    if n_ranks() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+    """The device of this rank where train.device is `name`: of several GPUs its own, whichever is named, as a run that
+    is gone on with names rank 0's."""
+    if n_ranks() > 1 and (name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())):
         return f"cuda:{_number('LOCAL_RANK')}"
     return name
 
@@ -181,9 +182,9 @@ def first_then_others(function: Callable[[], T]) -> T:
     return function()
 
 
-def first_then_tell(function: Callable[[], T]) -> T:
+def first_then_tell(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What it returns on rank 0, on all ranks; the others do not call it."""
-    return from_first(function() if rank() == 0 else None)  # type: ignore[return-value]
+    return from_first(function() if rank() == 0 else None, group)  # type: ignore[return-value]
 
 
 def check_alike(facts: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     digest = body.pop("sha256", None)
     match body:
         case {"format": int(), "step": int(), "score": float() | int() | None, "files": dict(files)} if (
-            isinstance(digest, str) and len(body) == 4 and _is_whole(files) and all(map(_is_entry, files.values()))
+            isinstance(digest, str) and len(body) == 4 and _fit(files) and all(map(_is_entry, files.values()))
         ):
             pass
         case _:
@@ -77,9 +77,10 @@ def format_of(files: Iterable[str]) -> int:
     return WHOLE if set(files) == FILES else SHARDED
 
 
-def _is_whole(files: Iterable[str]) -> bool:
-    shards = set(files) - {META, RNG}
-    return set(files) == FILES or ({META, RNG} < set(files) and all(SHARD.fullmatch(name) for name in shards))
+def _fit(files: Iterable[str]) -> bool:
+    """Whether a folder of either format can have these files."""
+    rest = set(files) - {META, RNG}
+    return set(files) == FILES or ({META, RNG} < set(files) and all(SHARD.fullmatch(name) for name in rest))
 
 
 def _is_entry(entry: Any) -> bool:

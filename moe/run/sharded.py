@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,19 +42,21 @@ def save(
     assert keep >= 1, f"keep={keep} would delete the checkpoint just written"
     final, tensors = root / checkpoint.name_of(snapshot.step), {**snapshot.model, **snapshot.optimizer}
     meta = checkpoint.encode_meta(snapshot.meta)
-    ours = sum(
-        local(tensor).nbytes / copies(tensor) for tensor in tensors.values()
-    )  # what several keep is written once
+    # What several ranks keep alike is written once.
+    ours = sum(local(tensor).nbytes / copies(tensor) for tensor in tensors.values())
     needed = round(sum(launch.shared(ours, group))) + len(meta) + sum(state.nbytes for state in snapshot.rng.values())
 
+    def on_first(work: Callable[[], Any]) -> Outcome:
+        return launch.first_then_tell(lambda: told(work), group)
+
     def refuse(outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            if outcome.problem:
-                say = lambda problem=outcome.problem: checkpoint.cannot_be_written(final, problem, needed)
-                raise BadInput(launch.from_first(say() if rank() == 0 else "", group))
+        problems = [outcome.problem for outcome in outcomes if outcome.problem]
+        if problems:
+            say = lambda: checkpoint.cannot_be_written(final, problems[0], needed)
+            raise BadInput(launch.first_then_tell(say, group))
 
     # Rank 0 makes the folder, if this step has no good checkpoint yet.
-    begun = launch.from_first(told(lambda: checkpoint.begin(final, needed) if rank() == 0 else None), group)
+    begun = on_first(lambda: checkpoint.begin(final, needed))
     refuse([begun])
     unfinished, damage = begun.value
     if unfinished is None:
@@ -70,21 +72,21 @@ def save(
     try:
         written = launch.shared(told(lambda: _write(unfinished, tensors, group)), group)
         refuse(written)
-        refuse([launch.from_first(told(lambda: end() if rank() == 0 else None), group)])
+        refuse([on_first(end)])
     finally:
         if rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-    pruned = launch.from_first(told(lambda: checkpoint.prune(root, final, keep, warn) if rank() == 0 else None), group)
+    pruned = on_first(lambda: checkpoint.prune(root, final, keep, warn))
     if pruned.problem:
         raise BadInput(f"{root}: older checkpoints cannot be deleted ({pruned.problem}).")
     return final
 
 
-class Outcome:
+class Outcome(NamedTuple):
     """What a rank made of a part of the work: a value, or what was wrong."""
 
-    def __init__(self, value: Any = None, problem: str = "") -> None:
-        self.value, self.problem = value, problem
+    value: Any = None
+    problem: str = ""
 
 
 def told(work: Callable[[], Any]) -> Outcome:

@@ -322,7 +322,7 @@ def silent(line: str) -> None:
 
 def mesh_words(sizes: Layout) -> str:
     """The meshes, where there is more than one rank."""
-    if sizes.replicate * sizes.shard == 1:
+    if sizes.ranks() == 1:
         return ""
     return f"  {sizes.replicate} x {sizes.shard} ranks, ep={sizes.ep}"
 

@@ -255,9 +255,10 @@ def compute_gradients(
 
     # Over the ranks, in one sum: what was minimised, the gradients' norm, and what the layers did.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = squared_norm(gradients) if n_ranks() > 1 else torch.nn.utils.get_total_norm(gradients)
     if n_ranks() > 1:
-        norm, mean_losses = over_ranks(norm, mean_losses, layers)
+        norm, mean_losses = over_ranks(squared_norm(gradients), mean_losses, layers)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
 
     # Of this moment: selection biases, and how much every expert learns.
     if cfg.log.doctor:
@@ -327,10 +328,10 @@ def micro_batches(
         yield tokens_BS, targets_BS, None if part is None else list(part)
 
 
-def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False, n_micro: int = 1) -> LayerTotals:
-    """What of one forward pass, of `n_micro`, is summed over a step."""
+def layer_totals(routing: LayerRouting, tokens: int, keep_experts: bool = False, n_parts: int = 1) -> LayerTotals:
+    """What of one forward pass, of `n_parts`, is summed over a step."""
     detached = {name: value.detach() for name, value in routing.observed.items()}
-    losses = {name: value.detach().double() / n_micro for name, value in routing.losses.items()}
+    losses = {name: value.detach().double() / n_parts for name, value in routing.losses.items()}
     counts = routing.count_E, routing.wanted_E, routing.dropped, routing.skipped, tokens, detached
     expert = [this_rank().gathered(routing.expert)] if keep_experts else []
     return LayerTotals(*counts, expert, losses, routing.seen or {})

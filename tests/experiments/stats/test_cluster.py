@@ -6,16 +6,17 @@ import pytest
 
 from experiments.stats.cluster import (
     Group,
-    LayoutConfig,
     LinkConfig,
     MachineConfig,
     all_reduce,
     check_layout,
     gather,
     group,
+    layout_of,
     meshes,
     transfer,
 )
+from moe.config.parallel import Layout, ParallelConfig
 from moe.errors import BadInput
 
 FREE = MachineConfig(
@@ -53,7 +54,7 @@ def test_every_rank_is_in_one_group_of_each_mesh_and_groups_lie_as_they_are_said
     """Against a list of all ranks: dense (replicate, shard), experts (replicate, shard / ep, ep)."""
     machine = MachineConfig(gpus=8)
     for replicate, shard, ep in [(1, 8, 8), (2, 16, 4), (4, 32, 16), (2, 4, 2), (3, 64, 8)]:
-        parallel = LayoutConfig(replicate, shard, ep)
+        parallel = Layout(replicate, shard, ep)
         groups, ranks = meshes(machine, parallel), range(replicate * shard)
         members = {
             "shard": {r for r in ranks if r // shard == 0},
@@ -65,7 +66,7 @@ def test_every_rank_is_in_one_group_of_each_mesh_and_groups_lie_as_they_are_said
             inside = [r for r in its if r // machine.gpus == 0]
             assert groups[name] == Group(len(its), len(inside)), (name, parallel)
             assert groups[name].nodes == len({r // machine.gpus for r in its})
-        assert parallel.gpus == len(ranks)
+        assert parallel.ranks() == len(ranks)
 
 
 def test_a_group_over_several_nodes_has_as_many_ranks_in_each():
@@ -76,15 +77,20 @@ def test_a_group_over_several_nodes_has_as_many_ranks_in_each():
 @pytest.mark.parametrize(
     ("parallel", "n_experts", "sentence"),
     [
-        (LayoutConfig(1, 8, 3), 9, r"parallel\.ep=3 must divide parallel\.shard=8"),
-        (LayoutConfig(1, 16, 16), 24, r"parallel\.ep=16 must divide the 24 experts"),
-        (LayoutConfig(1, 12, 1), 8, r"parallel\.shard=12 must divide machine\.gpus=8 of a node, or be a multiple"),
-        (LayoutConfig(1, 8, 8), 0, r"parallel\.ep=8 shares experts out, and a dense model has none"),
+        (ParallelConfig(1, 8, 3), 9, r"parallel\.ep=3 does not divide parallel\.shard=8"),
+        (ParallelConfig(1, 16, 16), 24, r"parallel\.ep=16 does not divide model\.moe\.n_experts=24"),
+        (ParallelConfig(1, 12, 1), 8, r"parallel\.shard=12 must divide machine\.gpus=8 of a node, or be a multiple"),
+        (ParallelConfig(1, 8, 8), 0, r"parallel\.ep=8 shares experts out, and a dense model has none"),
     ],
 )
 def test_ranks_that_do_not_divide_are_refused(parallel, n_experts, sentence):
     with pytest.raises(BadInput, match=sentence):
-        check_layout(parallel, MachineConfig(gpus=8), n_experts)
+        check_layout(layout_of(parallel), MachineConfig(gpus=8), n_experts)
+
+
+def test_what_is_not_given_is_one_rank():
+    assert layout_of(ParallelConfig(shard=8)) == (1, 8, 1)
+    assert layout_of(ParallelConfig(replicate=4)) == (4, 1, 1)
 
 
 def test_all_small_layouts_are_refused_or_divide():
@@ -93,7 +99,7 @@ def test_all_small_layouts_are_refused_or_divide():
         for ep in range(1, 17):
             good = shard % ep == 0 and 8 % ep == 0 and all(max(n, 4) % min(n, 4) == 0 for n in (ep, shard))
             try:
-                check_layout(LayoutConfig(1, shard, ep), machine, 8)
+                check_layout(layout_of(ParallelConfig(1, shard, ep)), machine, 8)
             except BadInput:
                 assert not good, (shard, ep)
             else:

@@ -5,18 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.stats.cluster import LayoutConfig, MachineConfig, check_layout
+from experiments.stats.cluster import MachineConfig, check_layout
 from experiments.stats.scale_out import Loads, compare, layout, moved_by, routes_of, sensitivity
 from experiments.stats.step_time import Ask, work_of
 from experiments.stats.traffic import draw, nodes_touched
 from moe.config.model import ModelConfig, MoEConfig
+from moe.config.parallel import Layout
 from moe.errors import BadInput
 
 MOE = MoEConfig(n_experts=64, k=8, d_expert=64)
 MODEL = ModelConfig("m", 512, 64, n_layers=2, d_model=512, n_heads=4, d_ff=256, moe=MOE)
 WORK = work_of(MODEL)
 MACHINE = MachineConfig(gpus=8)
-WIDE = LayoutConfig(1, 64, 64)  # 8 nodes
+WIDE = Layout(1, 64, 64)  # 8 nodes
 EVEN = Loads("even")
 
 
@@ -32,7 +33,7 @@ def _compare(all_loads, parallel=WIDE, capacity=0.0, sample=128):
 def test_a_layout_uses_all_gpus_and_is_one_that_is_accepted(gpus, n_experts):
     parallel = layout(gpus, n_experts, MACHINE)
     check_layout(parallel, MACHINE, n_experts)
-    assert parallel.gpus == gpus
+    assert parallel.ranks() == gpus
     assert parallel.ep == min(gpus, n_experts, 64)
 
 
@@ -57,7 +58,7 @@ def test_what_a_gpu_cannot_hold_is_said():
 
 
 def test_there_is_nothing_to_limit_on_four_nodes_or_fewer():
-    assert {routing for routing, _ in _compare([EVEN], LayoutConfig(1, 32, 32))} == {"top-k"}
+    assert {routing for routing, _ in _compare([EVEN], Layout(1, 32, 32))} == {"top-k"}
 
 
 def test_uneven_loads_cost_what_their_busiest_rank_does_and_a_capacity_takes_that_back():
@@ -88,7 +89,7 @@ def test_a_recording_that_is_shorter_than_there_are_ranks_is_refused():
 
 
 def test_a_constant_that_is_not_used_does_not_matter_and_slower_links_never_help():
-    alone, moved = LayoutConfig(1, 8, 8), [moved_by(MACHINE, LayoutConfig(1, 8, 8), draw(8 * 128, 64, 8), 64)]
+    alone, moved = Layout(1, 8, 8), [moved_by(MACHINE, Layout(1, 8, 8), draw(8 * 128, 64, 8), 64)]
     ask = dataclasses.replace(Ask(), overlap_experts=0.5, overlap_shards=0.5)
     effects = {effect.what: effect for effect in sensitivity(WORK, MACHINE, alone, ask, moved, 128)}
     assert effects["network: bandwidth or efficiency"][1:] == (0, 0)

@@ -7,17 +7,18 @@ import pytest
 import yaml
 
 from experiments.cli import CONF
-from experiments.stats.cluster import LayoutConfig, LinkConfig, MachineConfig
+from experiments.stats.cluster import LinkConfig, MachineConfig
 from experiments.stats.step_time import Ask, Layer, Work, rates, step, work_of
 from experiments.stats.traffic import draw, exchange, row_bytes, traffic
 from moe.config.model import ModelConfig, MoEConfig
+from moe.config.parallel import Layout
 from moe.config.parse import parse
 from moe.model import cost
 
 MOE = MoEConfig(n_experts=16, k=4, d_expert=64, n_shared=1, first_dense=1)
 MODEL = ModelConfig("m", 512, 64, n_layers=3, d_model=128, n_heads=4, d_ff=256, moe=MOE)
 MACHINE = MachineConfig(gpus=4)
-LAYOUT = LayoutConfig(1, 8, 8)
+LAYOUT = Layout(1, 8, 8)
 ASK = Ask(tokens=256, overlap_shards=0.0, recompute=False)
 
 
@@ -43,7 +44,7 @@ def test_the_flops_of_the_parts_are_those_of_the_model(name):
 
 def test_one_gpu_without_experts_is_flops_over_what_its_matmuls_reach_and_the_update():
     model = dataclasses.replace(MODEL, moe=None)
-    taken = step(work_of(model), MACHINE, LayoutConfig(), [], 1, ASK)
+    taken = step(work_of(model), MACHINE, Layout(), [], 1, ASK)
     matmuls = cost.flops(model).training * 256 / (989e12 * 0.4)
     assert taken.dense == pytest.approx(matmuls)
     assert taken.update == pytest.approx(cost.size(model).total * 28 / 3.35e12)
@@ -93,7 +94,7 @@ def test_traffic_of_a_sample_stands_for_all_tokens():
 def test_shards_are_gathered_twice_and_reduced_once_and_copies_once_a_step():
     """Without latency, all in one node: bytes received over what NVLink reaches."""
     machine = MachineConfig(gpus=64, nvlink=LinkConfig(1e9, 1.0, 0.0))
-    parallel = LayoutConfig(2, 8, 4)
+    parallel = Layout(2, 8, 4)
     work = work_of(MODEL)
     dense = work.rest_weights + sum(layer.dense_weights for layer in work.layers)
     held = sum(layer.expert * layer.n_experts for layer in work.layers) / 4
@@ -129,7 +130,7 @@ def test_a_forward_pass_is_shorter_than_a_third_of_a_step():
 
 
 def test_more_shards_hold_less_each():
-    small, large = (_step(parallel=LayoutConfig(1, shard, 8)).memory for shard in (8, 64))
+    small, large = (_step(parallel=Layout(1, shard, 8)).memory for shard in (8, 64))
     total = cost.size(MODEL).total
     assert small - large == pytest.approx(total * 16 * (1 / 8 - 1 / 64))
 
@@ -142,4 +143,4 @@ def test_fp8_has_a_peak_and_efficiencies_of_its_own():
 
 def test_a_layer_without_experts_moves_nothing():
     work = Work([Layer(1.0, 0.0, 1.0, 0.0, 0)], 8, 0.0, 0.0, 3.0, 16, 0.0)
-    assert step(work, MACHINE, LayoutConfig(), [], 1, ASK).exchange == 0
+    assert step(work, MACHINE, Layout(), [], 1, ASK).exchange == 0

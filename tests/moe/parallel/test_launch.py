@@ -90,3 +90,13 @@ def test_gpus_that_are_not_here_are_refused_before_anybody_is_waited_for(monkeyp
         BadInput, match=r"train.device=cuda with 2 ranks needs NCCL and a GPU for each, and rank 0 has 0"
     ):
         launch.join("cuda", 1.0)
+
+
+def _devices(names):
+    return [launch.device_of(name) for name in names]
+
+
+def test_every_rank_has_a_gpu_of_its_own_also_where_rank_0s_is_named():
+    names = ["cpu", "auto", "cuda", "cuda:0"]
+    assert run_ranks(2, _devices, names) == [["cpu", "auto", f"cuda:{i}", f"cuda:{i}"] for i in (0, 1)]
+    assert _devices(names) == names

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from moe.errors import BadInput
-from moe.parallel import launch
 from moe.parallel.gradients import whole
 from moe.run import shards
 from tests.ranks import run_ranks
@@ -115,8 +114,3 @@ def test_files_that_are_no_tensors_are_a_sentence(tmp_path):
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"garbage")
     with pytest.raises(BadInput, match="its tensors cannot be read"):
         shards.read(tmp_path)
-
-
-def test_plain_and_shared_tensors_are_told_apart():
-    assert not isinstance(full()["bias"], DTensor)
-    assert launch.shared(1) == [1]
