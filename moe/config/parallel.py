@@ -1,4 +1,4 @@
-"""How the ranks of a run share its work, whatever their number: part of no result."""
+"""How the ranks of a run share its work: part of its result only where it is sent in fewer bits."""
 
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple

@@ -22,8 +22,20 @@ from moe.config.tune import TuneConfig
 from moe.errors import BadInput
 
 # Where a run is kept, what it may import, how it is watched, how fast it reads, what it does about a document that it
-# cannot read, and how ranks share its work: no part of its result, and free to change on resuming.
-FREE = ("run", "resume", "trust", "log", "data.cache", "data.workers", "data.on_error", "parallel")
+# cannot read, and which ranks share its work: no part of its result, and free to change on resuming.
+FREE = (
+    "run",
+    "resume",
+    "trust",
+    "log",
+    "data.cache",
+    "data.workers",
+    "data.on_error",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.ep",
+    "parallel.timeout",
+)
 # What else may change on resuming, as no step already taken depends on it; the run says so and keeps the new value. A
 # teacher, a recording or the run that a tokenizer is taken from may have moved.
 RESUMABLE = (
@@ -32,6 +44,8 @@ RESUMABLE = (
     "train.threads",
     "train.device",
     "train.checkpoint_activations",
+    "parallel.weights",
+    "parallel.gradients",
     "checkpoint",
     "distill.teacher",
     "balance.recorded",
@@ -76,6 +90,8 @@ YOUNGER = (
     "tune.alpha",
     "objective",
     "checkpoint.aside",
+    "parallel.weights",
+    "parallel.gradients",
 )
 
 

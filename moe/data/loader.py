@@ -139,6 +139,7 @@ class Loader:
             worker_init_fn=_ignore_interruption,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
         )
+        others = set(multiprocessing.active_children())
         try:
             iterator = iter(batches)
         except OSError as error:
@@ -148,8 +149,9 @@ class Loader:
             ) from error
         if self.workers:
             _READ_AHEAD.add(iterator)
+        workers = [child.pid for child in set(multiprocessing.active_children()) - others if child.pid]
         while True:
-            yield _batch(*(_handed_over(iterator) if self.workers else next(iterator)))
+            yield _batch(*(_handed_over(iterator, workers) if workers else next(iterator)))
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the loader stands before `step`, for a checkpoint: plain JSON values."""
@@ -226,18 +228,19 @@ def _batch(tokens: np.ndarray, targets: np.ndarray, domain: np.ndarray) -> Batch
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(domain))
 
 
-def _handed_over(iterator: Iterator[T]) -> T:
-    """The next of what workers hand over. Raises `BadInput` when none comes for `PATIENCE` seconds."""
+def _handed_over(iterator: Iterator[T], workers: Sequence[int]) -> T:
+    """The next of what `workers`, processes by number, hand over. Raises `BadInput` when none comes for `PATIENCE`
+    seconds."""
     states: list[str] = []
 
     def look() -> None:
         """Note what the workers do, and let go on who was stopped: in the middle of handing over, this process would
         wait for it, and afterwards it could not end."""
-        workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
-        now = [f"process {worker.pid} is {worker.status()}" for worker in workers]
+        processes = [psutil.Process(worker) for worker in workers if psutil.pid_exists(worker)]
+        now = [f"process {process.pid} is {process.status()}" for process in processes]
         states.extend(now)  # before any goes on and hands over a batch
-        for worker in workers:
-            worker.resume()
+        for process in processes:
+            process.resume()
 
     watch = threading.Timer(PATIENCE, look)
     watch.start()

@@ -90,7 +90,7 @@ def test_a_trace_drives_the_simulation_and_its_layers_take_turns(monkeypatch, ca
     ("words", "sentence"),
     [
         (("machine=h1000",), "machine=h1000"),
-        (("parallel.shard=16", "parallel.ep=3"), "parallel.ep=3 must divide parallel.shard=16"),
+        (("parallel.shard=16", "parallel.ep=3"), "parallel.ep=3 does not divide parallel.shard=16"),
         (("parallel.shard=12",), "parallel.shard=12 must divide machine.gpus=8"),
         (("overlap_experts=-0.1",), "overlap_experts=-0.1 is out of range"),
         (("overlap_shards=1.5",), "overlap_shards=1.5 is out of range"),

@@ -97,6 +97,8 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "optim.schedule": ("cosin", "cosine"),
     "train.precision": ("fp16", "bf16"),
     "train.non_finite": ("skipp", "skip"),
+    "parallel.weights": ("bf_16", "bf16"),
+    "parallel.gradients": ("fp23", "fp32"),
 }
 LIMITS = accepted(Config)
 BOUNDS = {path: (limit.low, limit.high) for path, limit in LIMITS.items() if isinstance(limit, Between)}
@@ -127,7 +129,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_one(key):
 
 
 def test_a_key_like_no_other_is_refused_with_all_that_are_accepted():
-    assert refusal({"checkpoint.zzz": 1}) == "checkpoint.zzz is not a setting; accepted here: every, keep."
+    assert refusal({"checkpoint.zzz": 1}) == "checkpoint.zzz is not a setting; accepted here: aside, every, keep."
 
 
 @pytest.mark.parametrize("path", WRONG_TYPES)

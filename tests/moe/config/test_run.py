@@ -48,6 +48,7 @@ def test_a_command_may_extend_the_settings():
 
 
 NOT_IN_FINGERPRINT = {"run", "resume", "trust", "data.cache", "data.workers", "data.on_error"}
+NOT_IN_FINGERPRINT |= {f"parallel.{name}" for name in ("replicate", "shard", "ep", "timeout")}
 
 
 def _other(value):
