@@ -2,7 +2,8 @@
 # show what each expert does.
 # make test: run the tests. Both create .venv and install on first use; both can be repeated.
 # make kernels: the tests that `make test` leaves out: compile every kernel for every GPU (minutes; if none changed, seconds).
-# make nightly: a hundred kills at random times of a training, in one process and with two ranks (an hour).
+# make nightly: a hundred kills at random times of a training, in one process and with two ranks, and whatever else takes
+# long (an hour).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$p"; break; }; done)
 PY := .venv/bin/python
@@ -20,7 +21,7 @@ kernels: .venv/installed-test
 	$(PY) -m pytest -m aot tests/kernels/test_aot.py
 
 nightly: .venv/installed-test
-	$(PY) -m pytest -m nightly tests/test_kills.py
+	$(PY) -m pytest -m nightly tests
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .

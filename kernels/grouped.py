@@ -130,8 +130,8 @@ def _(
 def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[Span]) -> Tensor:
     """p^T q over every expert's slots, written in its place of one tensor like w; 0 for an expert without rows."""
     dw = torch.empty_like(w)
-    for e in set(range(len(w))) - {e for e, _, _ in spans}:
-        dw[e] = 0
+    if without := sorted(set(range(len(w))) - {e for e, _, _ in spans}):
+        dw[without] = 0
     for e, lo, hi in spans:
         torch.mm(p[lo:hi].T, q[lo:hi], out=dw[e])
     return dw

@@ -74,7 +74,7 @@ SMALLER = {
     "alarms": "seeds=[0] steps=3 out=rows.jsonl",
     "inspector": "tokens=64",
     "intervene": "tokens=64",
-    "plan": "model.context=32 train.batch_size=2",
+    "plan": "model.context=32 model.n_layers=2 train.batch_size=2",
     "presets": "",
     "quantize": "tokens=256",
     "report": "",

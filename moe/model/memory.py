@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -173,20 +172,19 @@ def _let_go(p: Tensor) -> None:
     p.grad = None
 
 
-def _even(n_slots: int, n_experts: int) -> list[grouped.Span]:
-    """Slots of experts that all have as many rows, without room between them."""
-    ends = [n_slots * e // n_experts for e in range(n_experts + 1)]
-    return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(ends)) if lo < hi]
+def _spans(n_slots: int) -> list[grouped.Span]:
+    """All slots as one expert's: how many experts share them out changes no size."""
+    return [(0, 0, n_slots)] if n_slots else []
 
 
 def _forward(x: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, slot: Tensor, _: Tensor, n_slots: int,
              *rest: Any) -> Any:  # fmt: skip
-    return grouped.forward(_even(n_slots, len(up)), x, up, down, weight, token, slot, n_slots, *rest)
+    return grouped.forward(_spans(n_slots), x, up, down, weight, token, slot, n_slots, *rest)
 
 
 def _backward(dout: Tensor, x: Tensor, z: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, slot: Tensor,
               _: Tensor, *rest: Any) -> Any:  # fmt: skip
-    return grouped.backward(_even(len(z), len(up)), dout, x, z, up, down, weight, token, slot, *rest)
+    return grouped.backward(_spans(len(z)), dout, x, z, up, down, weight, token, slot, *rest)
 
 
 # Operations that are opaque to torch, by what computes them.

@@ -30,12 +30,14 @@ def _refused(monkeypatch, capsys, *words):
     return line
 
 
-def test_the_weights_of_llama_405b_alone_are_1_6_terabytes(monkeypatch, capsys):
+def test_the_weights_of_two_layers_of_llama_405b_alone_are_42_gigabytes(monkeypatch, capsys):
     words = ("model=llama3-405b", "model.context=64", "gpu=h100", "train.batch_size=1", "train.precision=fp32")
-    out = _run(monkeypatch, capsys, *words)
-    assert "1,623.4 GB (4 bytes × 405,853,388,800)" in out
+    out = _run(monkeypatch, capsys, *words, "model.n_layers=2")
+    d, f, vocabulary = 16384, 53248, 128256
+    n = 2 * vocabulary * d + d + 2 * (2 * d * (d + d // 16) + 3 * d * f + 2 * d)  # 8 of 128 heads have keys and values
+    assert f"42.3 GB (4 bytes × {n:,})" in out
     assert "does not fit h100 with devices=1" in out
-    assert "6,493.7 GB of weights, gradients and optimiser state, shared by" in out
+    assert "Then devices=3 hold the state between them, at the least." in out
 
 
 def test_a_budget_of_flops_is_told_in_tokens(monkeypatch, capsys):

@@ -14,7 +14,12 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("fault", TOLD)
+LEFT = ("SIGTERM to one", "disk full")  # half a minute each
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.nightly] if fault in LEFT else []) for fault in TOLD]
+)
 def test_the_run_comes_to_the_end_of_one_that_nothing_happened_to_and_a_person_is_told(fault):
     row = survival.measured(fault)
     assert row["ended"]
@@ -23,6 +28,7 @@ def test_the_run_comes_to_the_end_of_one_that_nothing_happened_to_and_a_person_i
     assert re.fullmatch(TOLD[fault], row["told"]), row["told"]
 
 
+@pytest.mark.nightly
 def test_a_run_that_does_not_come_to_its_end_is_wrong(monkeypatch):
     monkeypatch.setattr(survival, "SETTINGS", (*survival.SETTINGS, "train.batch_size=3"))
     with pytest.raises(survival.Wrong, match=r"train\.batch_size=3 in train\.accumulate=1 micro-batches cannot be sh"):

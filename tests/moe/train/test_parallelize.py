@@ -14,9 +14,9 @@ ROUTERS = sorted(path.stem for path in (equalities.cli.CONF / "router").glob("*.
 EP = Layout(1, 2, 2)
 
 
-def agrees(cfg, layout: Layout, steps: int = 3, tolerance: float = 1e-12) -> dict:
+def agrees(cfg, layout: Layout, steps: int = 3, tolerance: float = 1e-12, timeout: float = 120.0) -> dict:
     """A row of the suite, held to the tolerance."""
-    many = run_ranks(layout.replicate * layout.shard, trained, cfg, layout, steps)
+    many = run_ranks(layout.replicate * layout.shard, trained, cfg, layout, steps, timeout=timeout)
     row = compared(trained(cfg, Layout(), steps), many[0])
     assert max(row["loss"], row["gradients"], row["norm"], row["parameters"]) <= tolerance, row
     assert row["counts"], row
@@ -78,9 +78,8 @@ def test_noise_is_the_tokens_own_whatever_the_layout(router):
     agrees(config(router, "torch", "train.accumulate=2"), Layout(1, 4, 2))
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2, 1), EP], ids=str)
-def test_compiled_blocks_train_as_one_process(layout):
-    agrees(config("softmax", "torch", "train.compile=true"), layout, steps=2, tolerance=1e-9)
+def test_compiled_blocks_train_as_one_process():
+    agrees(config("softmax", "torch", "train.compile=true"), EP, steps=2, tolerance=1e-9, timeout=280)
 
 
 def _refused(cfg, layout):
