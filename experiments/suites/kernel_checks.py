@@ -26,6 +26,7 @@ GATES = (
     ("sigmoid", True, True, (1, 1)),
     ("sigmoid", True, True, (4, 2)),
     ("softmax", False, True, (4, 2)),
+    ("sqrt_softplus", True, True, (1, 1)),
 )
 
 

@@ -122,7 +122,7 @@ class RouterFacts:
     # the settings it reads, beside those that every router reads
     reads: tuple[str, ...]
     # how logits become scores; none: it has no logits, and so nothing that a balance term could read
-    score: Literal["softmax", "sigmoid", "relu", "none", "unknown"]
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "relu", "none", "unknown"]
     # how many experts it names for every token in training, unused ones included:
     # k        K
     # k_max    that many, or E where it is 0
@@ -152,6 +152,7 @@ _THRESHOLD = ("logits", "bias", "jitter", "frozen", "renormalize", "scale", "k_m
 FACTS = {
     "softmax": RouterFacts(_TOP_K, score="softmax", choices="k"),
     "sigmoid": RouterFacts(_TOP_K, score="sigmoid", choices="k"),
+    "sqrt_softplus": RouterFacts(_TOP_K, score="sqrt_softplus", choices="k"),
     "threshold": RouterFacts((*_THRESHOLD, "threshold"), score="softmax", choices="k_max"),
     "top-p": RouterFacts((*_THRESHOLD, "top_p"), score="softmax", choices="k_max"),
     "relu": RouterFacts(("logits", "bias", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),

@@ -16,12 +16,13 @@ from moe.routing.linear import LinearRouter
 
 
 class TopKRouter(LinearRouter):
-    """softmax, sigmoid: every token takes its K best-scored experts.
+    """softmax, sigmoid, sqrt_softplus: every token takes its K best-scored experts.
 
-    p = softmax(z) (Shazeer 2017, 1701.06538) or sigmoid(z) (DeepSeek-V3, 2412.19437); the K largest of p + b are
-    chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the chosen, divided by their
-    sum, or by `norm_min` where that is larger, when `renormalize`, times `scale`. With groups > 1 a token first chooses
-    its k_groups best groups of experts (DeepSeek-V2, 2405.04434; V3's node limit is this with a group per node).
+    p = softmax(z) (Shazeer 2017, 1701.06538), sigmoid(z) (DeepSeek-V3, 2412.19437) or sqrt(ln(1 + e^z)) (DeepSeek-V4);
+    the K largest of p + b are chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the
+    chosen, divided by their sum, or by `norm_min` where that is larger, when `renormalize`, times `scale`. With
+    groups > 1 a token first chooses its k_groups best groups of experts (DeepSeek-V2, 2405.04434; V3's node limit is
+    this with a group per node).
 
     noisy: in training z gets N(0, 1) · softplus(x W_noise^T) added (Shazeer 2017). second=random: in training the
     second expert is taken with probability min(1, 2 w_2 / (w_1 + w_2)) (GShard, 2006.16668). At inference a token

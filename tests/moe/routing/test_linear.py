@@ -41,7 +41,7 @@ def test_a_bias_is_added_to_every_experts_logit_and_learns(logits):
 
 
 @pytest.mark.parametrize("logits", ["linear", "cosine"])
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p", "relu"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "sqrt_softplus", "threshold", "top-p", "relu"])
 def test_every_linear_router_reads_the_same_logits(name, logits):
     cfg, plain = RouterConfig(name, logits=logits), RouterConfig(logits=logits)
     assert torch.equal(route(make_router(cfg), states()).logits_TE, make_router(plain).logits(states()))
