@@ -116,8 +116,8 @@ def _within_best_groups(
     group = tl.arange(0, WIDE)[None, :]
     kept = tl.zeros((ROWS, WIDE), dtype=tl.int32)
     for _ in range(K_GROUPS):
-        best = tl.argmax(_key(value, exists[None, :] & (kept == 0)), 1)
-        kept = tl.where(group == best[:, None], 1, kept)
+        index = tl.argmax(_key(value, exists[None, :] & (kept == 0)), 1)
+        kept = tl.where(group == index[:, None], 1, kept)
     return tl.broadcast_to(kept[:, :, None], ROWS, WIDE, MEMBERS).reshape(ROWS, WIDE * MEMBERS) > 0
 
 
@@ -153,12 +153,12 @@ def _gate(
         key = tl.where(column == tl.argmax(key, 1)[:, None], first + j, key)
     taken = (key > LOWEST) & (key <= LOWEST + K)
 
-    # The experts and their weights, each where its round says.
-    at = t.to(tl.int64)[:, None] * K + (key & 0x7FFFFFFF) - 1
-    tl.store(expert + at, e[None, :].to(tl.int64), mask=live[:, None] & taken)
+    # Weights and experts, each where its round says.
     total = tl.sum(tl.where(taken, score, 0.0), 1)[:, None]
     factor = SCALE / tl.maximum(total, TINY) if RENORMALIZE else SCALE + total * 0
+    at = t.to(tl.int64)[:, None] * K + (key & 0x7FFFFFFF) - 1
     tl.store(weight + at, score * factor, mask=live[:, None] & taken)
+    tl.store(expert + at, e[None, :].to(tl.int64), mask=live[:, None] & taken)
 
 
 @triton.jit
