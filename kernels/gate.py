@@ -153,12 +153,13 @@ def _gate(
         key = tl.where(column == tl.argmax(key, 1)[:, None], first + j, key)
     taken = (key > LOWEST) & (key <= LOWEST + K)
 
-    # Weights and experts, each where its round says.
+    # The experts and their weights, each where its round says. Adding up pointers in this order spills nothing.
+    place = (key & 0x7FFFFFFF) - 1
+    row = t.to(tl.int64)[:, None] * K
+    tl.store(expert + row + place, e[None, :].to(tl.int64), mask=live[:, None] & taken)
     total = tl.sum(tl.where(taken, score, 0.0), 1)[:, None]
     factor = SCALE / tl.maximum(total, TINY) if RENORMALIZE else SCALE + total * 0
-    at = t.to(tl.int64)[:, None] * K + (key & 0x7FFFFFFF) - 1
-    tl.store(weight + at, score * factor, mask=live[:, None] & taken)
-    tl.store(expert + at, e[None, :].to(tl.int64), mask=live[:, None] & taken)
+    tl.store(weight + row + place, score * factor, mask=live[:, None] & taken)
 
 
 @triton.jit
