@@ -181,11 +181,13 @@ def _layer(case: Case) -> None:
     fused._backward._init_fn(out_TD, x_TD, z, w_up_EFD, w_down_EDF, *rest)
 
 
-def _route(t: int, e: int, k: int, score: str, groups: int, k_groups: int) -> None:
-    """Launch the gate, forward and backward, and the plan of what it chose."""
-    bias_E = _new(e) if score == "sigmoid" else None
-    expert, *outputs = gate._forward._init_fn(_new(t, e), k, score, bias_E, True, 1.0, groups, k_groups, 2)
-    gate._backward._init_fn(_new(t, e), expert, *outputs, score, True, 1.0)
+def route(
+    t: int, e: int, k: int, score: str, groups: int = 1, k_groups: int = 1, dtype: torch.dtype = torch.float32
+) -> None:
+    """Launch the gate, forward and backward, and the plan of what it chose; logits in `dtype`."""
+    logits_TE, bias_E = _new(t, e, dtype=dtype), None if score == "softmax" else _new(e)
+    expert, *outputs = gate._forward._init_fn(logits_TE, k, score, bias_E, True, 1.0, groups, k_groups, 2)
+    gate._backward._init_fn(logits_TE, expert, *outputs, score, True, 1.0)
     fused._plan._init_fn(expert, None, e, torch.bfloat16, False)
 
 
@@ -196,8 +198,11 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _jobs() -> list[tuple[str, str, str, Callable[[], None]]]:
     """(shape, type, load, what launches its kernels)."""
     layers = [(case.shape, case.type, case.load, partial(_layer, case)) for case in CASES]
-    plain, grouped = partial(_route, 16384, 64, 8, "softmax", 1, 1), partial(_route, 16384, 256, 8, "sigmoid", 8, 4)
-    return [*layers, ("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped)]
+    plain, grouped = partial(route, 16384, 64, 8, "softmax"), partial(route, 16384, 256, 8, "sigmoid", 8, 4)
+    wide = partial(route, 16384, 2048, 64, "sqrt_softplus", dtype=torch.bfloat16)
+    return [
+        *layers, ("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped), ("wide", "16bit", "many", wide),
+    ]  # fmt: skip
 
 
 def _use(launch: Launch) -> str:

@@ -1,39 +1,68 @@
 """Router logits to the chosen experts: scores, top-k and what the balancing losses read, in one pass each way.
 
-A program holds a block of tokens' rows of logits in registers, all experts wide: softmax or sigmoid, the selection
-bias, group-limited choice, K rounds of argmax on integer keys (any K, every id in range and distinct whatever the
-logits), weights, log-sum-exp, and the block's column sums of probabilities. Backward recomputes the scores and writes
-d(logits) from all three gradients at once. Meaning as in `reference.gate`.
+A program holds a block of tokens' rows of logits in registers, all experts wide, in float32 at least: scores, the
+selection bias, group-limited choice, K rounds of argmax on integer keys (any K, every id in range and distinct whatever
+the logits), weights, log-sum-exp, and the block's column sums of probabilities. Rounds are a loop of the program, so
+that its size does not depend on K. Backward recomputes the scores and writes d(logits) from all three gradients at
+once. Meaning as in `reference.gate`.
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import operands
+from kernels import operands, reference
 
 NAME = "dispatch=triton"
 CELLS = 2048  # logits that one program holds: 8 to a thread, or the rounds of argmax spill
 WARPS = 8
+# Choices that backward reads at a time: their loads do not wait for each other. Forward's rounds do, and are never
+# unrolled: nothing of one can begin before the last has ended.
+AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
 def _load(logits, t, n_tokens, E: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, MEMBERS: tl.constexpr):
-    """Logits of tokens t laid out as WIDE groups of MEMBERS experts, both padded to powers of two; -> also expert ids
-    and which columns are experts."""
+    """Logits of tokens t, widened, laid out as WIDE groups of MEMBERS experts, both padded to powers of two; -> also
+    expert ids and which columns are experts."""
     column = tl.arange(0, WIDE * MEMBERS)
     PER_GROUP: tl.constexpr = E // GROUPS
     e = column // MEMBERS * PER_GROUP + column % MEMBERS
     real = (column // MEMBERS < GROUPS) & (column % MEMBERS < PER_GROUP)
     at = t.to(tl.int64)[:, None] * E + e[None, :]
     value = tl.load(logits + at, mask=(t < n_tokens)[:, None] & real[None, :], other=0.0)
+    if value.dtype != tl.float64:
+        value = value.to(tl.float32)
     return value, tl.where(real, e, E), real
 
 
 @triton.jit
+def _alone(value, SCORE: tl.constexpr):
+    """(score, its derivative) of every expert on its own, as `reference.scores` has them."""
+    if SCORE == "sigmoid":
+        score = 1 / (1 + tl.exp(-value))
+        return score, score * (1 - score)
+    else:
+        tl.static_assert(SCORE == "sqrt_softplus")
+        # With u = e^-|z|, softplus(z) is ln(1 + u), for z > 0 plus z. ln(1 + u) / u keeps its digits for a small u if
+        # the divisor is what was added; and for z < 0 the root of u is taken first, as it underflows later.
+        root_u = tl.exp(-tl.abs(value) / 2)
+        u = root_u * root_u
+        above = 1 + u
+        ratio = tl.where(above == 1, 1.0, tl.log(above) / tl.where(above == 1, 1.0, above - 1))
+        root = tl.sqrt(tl.where(value > 0, value + u * ratio, ratio))
+        outside = tl.where(value > 0, 1.0, root_u)
+        return outside * root, outside / (2 * above * root)
+
+
+@triton.jit
 def _score(value, real, SCORE: tl.constexpr, TINY: tl.constexpr):
-    """(score, probability, log-sum-exp, its slope): scores as chosen by, probabilities that sum to 1 per token.
+    """(score, its derivative, probability, log-sum-exp, its slope): scores as chosen by, probabilities that sum to 1
+    per token. A softmax has no derivative of one expert on its own: 1 stands in.
 
     Of a row whose largest logit is infinite the softmax is NaN and the log-sum-exp that infinity, as torch has them; a
     sigmoid is 1 or 0 there, as anywhere, and the log-sum-exp's slope NaN at the infinite logit alone."""
@@ -46,14 +75,13 @@ def _score(value, real, SCORE: tl.constexpr, TINY: tl.constexpr):
     lse = tl.where(infinite, top, top + tl.log(total))
     slope = softmax
     if SCORE == "softmax":
-        score = softmax
-        prob = softmax
+        return softmax, 1.0, softmax, lse, slope
     else:
-        tl.static_assert(SCORE == "sigmoid")
         slope = tl.where(infinite[:, None], power, softmax)
-        score = tl.where(real[None, :], 1 / (1 + tl.exp(-value)), 0.0)
+        score, derivative = _alone(value, SCORE)
+        score = tl.where(real[None, :], score, 0.0)
         prob = score / tl.maximum(tl.sum(score, 1), TINY)[:, None]
-    return score, prob, lse, slope
+        return score, derivative, prob, lse, slope
 
 
 @triton.jit
@@ -80,15 +108,15 @@ def _within_best_groups(
     left = tl.where(real[None, :], choice, float("-inf")).reshape(ROWS, WIDE, MEMBERS)
     expert = tl.arange(0, MEMBERS)[None, None, :]
     value = tl.zeros((ROWS, WIDE), dtype=choice.dtype)
-    for _ in tl.static_range(GROUP_TOP):
+    for _ in range(GROUP_TOP):
         best, index = tl.max(left, 2, return_indices=True)
         value += best
         left = tl.where(expert == index[:, :, None], float("-inf"), left)
     exists = tl.max(real.to(tl.int32).reshape(WIDE, MEMBERS), 1) > 0
     group = tl.arange(0, WIDE)[None, :]
     kept = tl.zeros((ROWS, WIDE), dtype=tl.int32)
-    for _ in tl.static_range(K_GROUPS):
-        _, index = tl.max(_key(value, exists[None, :] & (kept == 0)), 1, return_indices=True)
+    for _ in range(K_GROUPS):
+        index = tl.argmax(_key(value, exists[None, :] & (kept == 0)), 1)
         kept = tl.where(group == index[:, None], 1, kept)
     return tl.broadcast_to(kept[:, :, None], ROWS, WIDE, MEMBERS).reshape(ROWS, WIDE * MEMBERS) > 0
 
@@ -105,7 +133,7 @@ def _gate(
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n_tokens
     value, e, real = _load(logits, t, n_tokens, E, GROUPS, WIDE, MEMBERS)
-    score, prob, lse, _ = _score(value, real, SCORE, TINY)
+    score, _, prob, lse, _ = _score(value, real, SCORE, TINY)
     tl.store(lse_out + t, lse, mask=live)
     column_sum = tl.sum(tl.where(live[:, None], prob, 0.0), 0)
     tl.store(prob_out + tl.program_id(0) * E + e, column_sum, mask=real)
@@ -118,23 +146,20 @@ def _gate(
         free = free & _within_best_groups(ranked, real, K_GROUPS, GROUP_TOP, WIDE, MEMBERS)
     key = _key(choice, free)
 
-    # K rounds of argmax: store the expert, mark its column with the round, take it out of the next one.
-    taken = tl.zeros((ROWS, WIDE * MEMBERS), dtype=tl.int32)
-    column = tl.arange(0, WIDE * MEMBERS)[None, :]
-    total = tl.zeros((ROWS,), dtype=score.dtype)
-    for j in tl.static_range(K):
-        _, index = tl.max(key, 1, return_indices=True)
-        winner = column == index[:, None]
-        tl.store(expert + t * K + j, tl.sum(tl.where(winner, e[None, :], 0), 1).to(tl.int64), mask=live)
-        total += tl.sum(tl.where(winner, score, 0.0), 1)
-        taken = tl.where(winner, j + 1, taken)
-        key = _key(choice, free & (taken == 0))
+    # K rounds of argmax: the expert that is taken gets a key below all that are free, in which its round stands.
+    LOWEST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
+    column, first = tl.arange(0, WIDE * MEMBERS)[None, :], tl.full((1, 1), LOWEST + 1, key.dtype)
+    for j in range(K):
+        key = tl.where(column == tl.argmax(key, 1)[:, None], first + j, key)
+    taken = (key > LOWEST) & (key <= LOWEST + K)
 
-    # Weights, once their sum is known: the scores again, round by round.
+    # The experts and their weights, each where its round says. Adding up pointers in this order spills nothing.
+    place = (key & 0x7FFFFFFF) - 1
+    row = t.to(tl.int64)[:, None] * K
+    tl.store(expert + row + place, e[None, :].to(tl.int64), mask=live[:, None] & taken)
+    total = tl.sum(tl.where(taken, score, 0.0), 1)[:, None]
     factor = SCALE / tl.maximum(total, TINY) if RENORMALIZE else SCALE + total * 0
-    for j in tl.static_range(K):
-        chosen = tl.sum(tl.where(taken == j + 1, score, 0.0), 1)
-        tl.store(weight + t * K + j, chosen * factor, mask=live)
+    tl.store(weight + row + place, score * factor, mask=live[:, None] & taken)
 
 
 @triton.jit
@@ -148,15 +173,18 @@ def _gate_backward(
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n_tokens
     value, e, real = _load(logits, t, n_tokens, E, 1, 1, MEMBERS)
-    score, prob, _, slope = _score(value, real, SCORE, TINY)
+    score, derivative, prob, _, slope = _score(value, real, SCORE, TINY)
 
     # The weights' gradients to the columns that were chosen, and through their scale or their sum to the scores.
     dchosen = tl.zeros((ROWS, MEMBERS), dtype=score.dtype)
     chosen = tl.zeros((ROWS, MEMBERS), dtype=tl.int32)
-    for j in tl.static_range(K):
-        winner = e[None, :] == tl.load(expert + t * K + j, mask=live, other=0)[:, None]
-        dchosen += tl.where(winner, tl.load(dweight + t * K + j, mask=live, other=0.0)[:, None], 0.0)
-        chosen += winner.to(tl.int32)
+    STEP: tl.constexpr = tl.cdiv(K, tl.cdiv(K, AT_ONCE))
+    for start in range(0, K, STEP):
+        for j in tl.static_range(STEP):
+            at, there = t.to(tl.int64) * K + start + j, live & (start + j < K)
+            winner = e[None, :] == tl.load(expert + at, mask=there, other=-1)[:, None]
+            dchosen += tl.where(winner, tl.load(dweight + at, mask=there, other=0.0)[:, None], 0.0)
+            chosen += winner.to(tl.int32)
     dscore = dchosen * SCALE
     if RENORMALIZE:
         total = tl.sum(tl.where(chosen > 0, score, 0.0), 1)[:, None]
@@ -173,9 +201,9 @@ def _gate_backward(
         sum_score = tl.sum(score, 1)[:, None]
         inner = tl.where(sum_score > TINY, tl.sum(dp * prob, 1)[:, None], 0.0)
         dscore += (dp - inner) / tl.maximum(sum_score, TINY)
-        dlogits = dscore * score * (1 - score)
+        dlogits = dscore * derivative
     dlse_T1 = tl.load(dlse + t, mask=live, other=0.0)[:, None]
-    if SCORE == "sigmoid":  # a slope of NaN has no say where nobody reads the log-sum-exp
+    if SCORE != "softmax":  # a slope of NaN has no say where nobody reads the log-sum-exp
         slope = tl.where(dlse_T1 == 0, 0.0, slope)
     dlogits += dlse_T1 * slope
     tl.store(out + t.to(tl.int64)[:, None] * E + e[None, :], dlogits, mask=live[:, None] & real[None, :])
@@ -192,30 +220,32 @@ def _forward(
     logits_TE: Tensor, k: int, score: str, bias_E: Tensor | None, renormalize: bool, scale: float, groups: int,
     k_groups: int, group_top: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n_tokens, n_experts = logits_TE.shape
+    n_experts = logits_TE.shape[1]
     wide, members, rows = _shape(n_experts, groups)
-    expert = torch.empty(n_tokens, k, dtype=torch.int64, device=logits_TE.device)
-    weight, lse = logits_TE.new_empty(n_tokens, k), logits_TE.new_empty(n_tokens)
-    blocks = triton.cdiv(n_tokens, rows)
-    prob = logits_TE.new_empty(blocks, n_experts)
-    if not n_tokens:
+    blocks = triton.cdiv(len(logits_TE), rows)
+    expert, weight, lse, prob = _empty(logits_TE, k, (blocks, n_experts))
+    if not blocks:
         return expert, weight, lse, prob.sum(0)
     with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
         _gate[(blocks,)](
-            logits_TE, bias_E, expert, weight, lse, prob, n_tokens, E=n_experts, K=k, SCORE=score,
+            logits_TE, bias_E, expert, weight, lse, prob, len(logits_TE), E=n_experts, K=k, SCORE=score,
             RENORMALIZE=renormalize, SCALE=scale, GROUPS=groups, K_GROUPS=k_groups,
             GROUP_TOP=min(group_top, n_experts // groups), WIDE=wide, MEMBERS=members, ROWS=rows,
-            TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
+            TINY=torch.finfo(prob.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return expert, weight, lse, prob.sum(0)
 
 
 @_forward.register_fake
 def _(logits_TE, k, score, bias_E, renormalize, scale, groups, k_groups, group_top):  # type: ignore[no-untyped-def]
-    n_tokens, n_experts = logits_TE.shape
-    expert = torch.empty(n_tokens, k, dtype=torch.int64, device=logits_TE.device)
-    new = logits_TE.new_empty
-    return expert, new(n_tokens, k), new(n_tokens), new(n_experts)
+    return _empty(logits_TE, k, logits_TE.shape[1:])
+
+
+def _empty(logits_TE: Tensor, k: int, prob: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what forward gives, probabilities in the shape `prob`: float32, or float64 for float64 logits."""
+    expert = torch.empty(len(logits_TE), k, dtype=torch.int64, device=logits_TE.device)
+    new = partial(logits_TE.new_empty, dtype=reference.wide(logits_TE.dtype))
+    return expert, new(expert.shape), new(len(logits_TE)), new(prob)
 
 
 @torch.library.custom_op("switchyard::gate_backward", mutates_args=())
@@ -232,7 +262,7 @@ def _backward(
         _gate_backward[(triton.cdiv(n_tokens, rows),)](
             logits_TE, expert_TK, dweight_TK, dlse_T, dprob_E, out, n_tokens, E=n_experts,
             K=expert_TK.shape[1], SCORE=score, RENORMALIZE=renormalize, SCALE=scale, MEMBERS=members, ROWS=rows,
-            TINY=torch.finfo(logits_TE.dtype).tiny, num_warps=WARPS,
+            TINY=torch.finfo(dlse_T.dtype).tiny, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -250,9 +280,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _autograd_backward(ctx, _, dweight_TK, dlse_T, dprob_E):  # type: ignore[no-untyped-def]
     logits_TE, expert_TK = ctx.saved_tensors
+    dtype = reference.wide(logits_TE.dtype)
     shapes = (expert_TK.shape, logits_TE.shape[:1], logits_TE.shape[1:])
     gradients = [
-        logits_TE.new_zeros(shape) if gradient is None else gradient.contiguous()
+        torch.zeros(shape, dtype=dtype, device=logits_TE.device) if gradient is None else gradient.contiguous()
         for gradient, shape in zip((dweight_TK, dlse_T, dprob_E), shapes, strict=True)
     ]
     dlogits = _backward(logits_TE, expert_TK, *gradients, ctx.score, ctx.renormalize, ctx.scale)
@@ -279,13 +310,10 @@ def gate(
     k_groups: int = 1,
     group_top: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.gate` on a GPU: (T, E) float32 or float64 -> expert (T, K) int64, weight (T, K), log-sum-exp (T,) and
-    the probabilities' sum over tokens (E,). Raises `ValueError` for other dtypes and a choice that cannot be made, and
-    `NotImplementedError` for forward-mode derivatives."""
-    if logits_TE.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"router logits are {logits_TE.dtype}; dispatch=triton takes float32 or float64.")
+    """`reference.gate` on a GPU: (T, E) -> expert (T, K) int64, weight (T, K), log-sum-exp (T,) and the probabilities'
+    sum over tokens (E,). Raises `ValueError` as it does, and `NotImplementedError` for forward-mode derivatives."""
     operands.choice(NAME, logits_TE, k, score, bias_E, groups, k_groups)
     operands.refuse_tangents(NAME, logits_TE)
-    bias = None if bias_E is None else bias_E.detach().to(logits_TE.dtype).contiguous()
+    bias = None if bias_E is None else bias_E.detach().to(reference.wide(logits_TE.dtype)).contiguous()
     arguments = (k, score, bias, renormalize, scale, groups, k_groups, group_top)
     return _forward(logits_TE.contiguous(), *arguments)

@@ -16,7 +16,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")  # of all backends
 UNFUSED = ("swiglu_clipped",)  # of the torch and reference backends alone
 GATED = ("swiglu", "swiglu_clipped")  # whose pre-activation has a gate channel beside every other
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 Operand = tuple[Tensor | None, str, tuple[torch.dtype, ...]]  # a letter per dimension; the types it may have
 
@@ -64,9 +64,9 @@ def choice(name: str, logits_TE: Tensor, k: int, score: str, bias_E: Tensor | No
     if logits_TE.dim() != 2 or (bias_E is not None and bias_E.shape != logits_TE.shape[1:]):
         shapes = f"{tuple(logits_TE.shape)}, {None if bias_E is None else tuple(bias_E.shape)}"
         raise ValueError(f"{name} takes logits (T, E) and a bias (E,) or None; they are {shapes}.")
-    if not logits_TE.is_floating_point() or (bias_E is not None and not bias_E.is_floating_point()):
+    if logits_TE.dtype not in FLOATS or (bias_E is not None and bias_E.dtype not in FLOATS):
         kinds = f"{logits_TE.dtype}, {None if bias_E is None else bias_E.dtype}"
-        raise ValueError(f"{name} takes logits and a bias of floating-point numbers; they are {kinds}.")
+        raise ValueError(f"{name} takes logits and a bias in one of {_listed(FLOATS)}; they are {kinds}.")
     one_device(name, logits_TE, bias_E)
     n_experts = logits_TE.shape[1]
     if groups < 1 or n_experts % groups or not 0 < k <= min(k_groups, groups) * (n_experts // groups):

@@ -30,13 +30,15 @@ def gate(
     """The K experts of every token and their weights, and what the balancing losses read:
     (T, E) -> expert (T, K) int64, weight (T, K), log-sum-exp of the logits (T,), probabilities summed over tokens (E,).
 
-    score: "softmax" (over the experts) or "sigmoid" (each expert on its own); a token's probabilities are its scores
-    divided by their sum. `bias_E` takes part in the choice and not in the weight (loss-free balancing, Wang et al.
-    2408.15664). With `renormalize` a token's weights sum to `scale`. With groups > 1 a token chooses within its
-    `k_groups` best of that many equal groups of neighbouring experts, a group scored by the sum of its `group_top` best
-    experts (DeepSeek-V3, 2412.19437: 2; DeepSeek-V2, 2405.04434: 1). Ties go to the lower expert index. A row with a
-    NaN has undefined experts: check before."""
+    Logits in bfloat16 and float16 are widened: whatever comes out is float32 at least, d(logits) of the logits' dtype.
+    score: one of `scores`; a token's probabilities are its scores divided by their sum. `bias_E` takes part in the
+    choice and not in the weight (loss-free balancing, Wang et al. 2408.15664). With `renormalize` a token's weights sum
+    to `scale`. With groups > 1 a token chooses within its `k_groups` best of that many equal groups of neighbouring
+    experts, a group scored by the sum of its `group_top` best experts (DeepSeek-V3, 2412.19437: 2; DeepSeek-V2,
+    2405.04434: 1). Ties go to the lower expert index. A row with a NaN has undefined experts: check before. Raises
+    `ValueError` for other dtypes and for a choice that cannot be made."""
     operands.choice("dispatch=reference", logits_TE, k, score, bias_E, groups, k_groups)
+    logits_TE = logits_TE.to(wide(logits_TE.dtype))
     score_TE = scores(logits_TE, score)
     # Without a bias the logits order the experts as the scores do, and still tell apart scores that round to the same.
     rank_TE = score_TE.detach() + bias_E if bias_E is not None else logits_TE.detach()
@@ -94,13 +96,29 @@ def _rounds(rank_TE: Tensor, k: int, outside_TE: Tensor | None) -> Tensor:
         place_TE.scatter_(-1, chosen[-1], 0)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the 16-bit types, any other itself: what scores are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+FAR = -40.0  # below, ln(1 + e^z) is e^z to the last bit, in float64 too
+
+
 def scores(logits_TE: Tensor, score: str) -> Tensor:
-    """(T, E) -> (T, E): softmax over the experts, or each expert's sigmoid."""
-    if score == "softmax":
-        return logits_TE.softmax(-1)
-    if score == "sigmoid":
-        return logits_TE.sigmoid()
-    raise ValueError(f"score={score!r} is not one of softmax, sigmoid")
+    """(T, E) -> (T, E): "softmax" over the experts; or of each expert on its own, "sigmoid" (DeepSeek-V3, 2412.19437)
+    or "sqrt_softplus", the square root of ln(1 + e^z) (DeepSeek-V4).
+
+    The last has the derivative sigmoid(z) / (2 · score). Far below 0 score and derivative go like e^(z/2) and
+    e^(z/2) / 2: both are finite for every z, and 0 where e^(z/2) underflows, not where e^z has."""
+    match score:
+        case "softmax":
+            return logits_TE.softmax(-1)
+        case "sigmoid":
+            return logits_TE.sigmoid()
+        case "sqrt_softplus":  # both branches have finite derivatives, also where the other is taken
+            far_TE = (logits_TE.clamp(max=FAR) / 2).exp()
+            return torch.where(logits_TE < FAR, far_TE, (-F.logsigmoid(-logits_TE.clamp(min=FAR))).sqrt())
+    raise ValueError(f"score={score!r} is not one of {', '.join(operands.SCORES)}")
 
 
 def plan(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

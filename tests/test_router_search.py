@@ -18,6 +18,7 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from kernels import reference
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
@@ -234,7 +235,7 @@ def _by_hand(case, layer, x_BSD, report):
         for (t, e), weight in _taken(report).items():
             y_TD[t] += weight * _expert(layer, moe, e, x_TD[t])
     if layer.default_ED is not None:
-        score_TE = asked.logits_TE.softmax(-1) if asked.score == "softmax" else asked.logits_TE.sigmoid()
+        score_TE = reference.scores(asked.logits_TE, asked.score)
         for t, e in set(itertools.product(range(len(x_TD)), range(moe.n_experts))) - _taken(asked).keys():
             y_TD[t] += case.router.scale * score_TE[t, e] * layer.default_ED[e]
     for t in range(len(x_TD)) if moe.n_shared else ():

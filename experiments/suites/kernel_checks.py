@@ -26,6 +26,7 @@ GATES = (
     ("sigmoid", True, True, (1, 1)),
     ("sigmoid", True, True, (4, 2)),
     ("softmax", False, True, (4, 2)),
+    ("sqrt_softplus", True, True, (1, 1)),
 )
 
 
@@ -48,8 +49,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     for t in settings.tokens:
         yield case("plan", regular._replace(T=t), "", check_plan, "uniform")
 
-    # The gate in the two types it takes: every kind of score, then sizes that leave a program part empty.
-    for kind in ("fp32", "fp64"):
+    # The gate in the types it takes: every kind of score, then sizes that leave a program part empty.
+    for kind in ("bf16", "fp16", "fp32", "fp64"):
         for gate in GATES:
             name = f"gate {gate[0]}{' biased' * gate[1]}{' renormalised' * gate[2]}{' in groups' * (gate[3][0] > 1)}"
             yield case(name, regular, kind, check_gate, gate)

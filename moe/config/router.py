@@ -25,6 +25,8 @@ class RouterConfig:
 
     # linear | cosine (of state and expert vector, over a learned temperature)
     logits: Annotated[str, OneOf("linear", "cosine")] = "linear"
+    # in what logits are computed and kept: fp32 | bf16 | fp16 (scores, weights and losses are float32 all the same)
+    precision: Annotated[str, OneOf("fp32", "bf16", "fp16")] = "fp32"
     bias: bool = False  # a learned bias on every expert's logit
     noisy: bool = False  # Gaussian noise of learned size on the logits in training (Shazeer 2017)
     # in training the router reads x · u, u uniform in [1 − jitter, 1 + jitter] (Switch)
@@ -122,7 +124,7 @@ class RouterFacts:
     # the settings it reads, beside those that every router reads
     reads: tuple[str, ...]
     # how logits become scores; none: it has no logits, and so nothing that a balance term could read
-    score: Literal["softmax", "sigmoid", "relu", "none", "unknown"]
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "relu", "none", "unknown"]
     # how many experts it names for every token in training, unused ones included:
     # k        K
     # k_max    that many, or E where it is 0
@@ -146,15 +148,17 @@ class RouterFacts:
         return self.choices not in ("ragged", "mixture")
 
 
-_LINEAR = ("logits", "bias", "noisy", "jitter", "frozen", "scale", "gradient")
+_LOGITS = ("logits", "precision", "bias", "jitter")
+_LINEAR = (*_LOGITS, "noisy", "frozen", "scale", "gradient")
 _TOP_K = (*_LINEAR, "renormalize", "norm_min", "selection_bias", "groups", "k_groups", "group_top", "second")
-_THRESHOLD = ("logits", "bias", "jitter", "frozen", "renormalize", "scale", "k_max")
+_THRESHOLD = (*_LOGITS, "frozen", "renormalize", "scale", "k_max")
 FACTS = {
     "softmax": RouterFacts(_TOP_K, score="softmax", choices="k"),
     "sigmoid": RouterFacts(_TOP_K, score="sigmoid", choices="k"),
+    "sqrt_softplus": RouterFacts(_TOP_K, score="sqrt_softplus", choices="k"),
     "threshold": RouterFacts((*_THRESHOLD, "threshold"), score="softmax", choices="k_max"),
     "top-p": RouterFacts((*_THRESHOLD, "top_p"), score="softmax", choices="k_max"),
-    "relu": RouterFacts(("logits", "bias", "jitter", "scale", "l1", "l1_factor"), score="relu", choices="all"),
+    "relu": RouterFacts((*_LOGITS, "scale", "l1", "l1_factor"), score="relu", choices="all"),
     "sinkhorn": RouterFacts(("renormalize", "scale", "iterations"), score="softmax", choices="k", decides="batch"),
     "base": RouterFacts((), score="sigmoid", choices="k", decides="batch"),
     "hash": RouterFacts(("scale",), score="none", choices="k", flops=_no_flops),

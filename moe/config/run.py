@@ -75,6 +75,7 @@ YOUNGER = (
     "data.documents",
     "data.template",
     "router.norm_min",
+    "router.precision",
     "tokenizer.path",
     "seed_init",
     "seed_data",

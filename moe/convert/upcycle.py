@@ -6,13 +6,15 @@ never changed. What the target has and the source does not (a new router) is dra
 
 A claim that a function is preserved is one of exact arithmetic, in evaluation and without capacity; it needs weights of
 a token's K experts whose sum is known. That is `router.scale` where they are renormalised. For raw scores the sum is
-taken at router logits of 0 (scale · K / E of probabilities, scale · K / 2 of sigmoids), and the claim holds only there.
+taken at router logits of 0 (scale · K / E of probabilities, scale · K / 2 of sigmoids, scale · K · √ln 2 of roots of
+softplus), and the claim holds only there.
 
 Letters beyond the glossary: U matrices of an MLP's first half, gate and up or up alone · R slices of its hidden width.
 """
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 
@@ -333,6 +335,8 @@ def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
             return router.scale * n_taken / moe.n_experts
         case "sigmoid":
             return router.scale * n_taken / 2
+        case "sqrt_softplus":
+            return router.scale * n_taken * math.sqrt(math.log(2))
         case "relu":
             return router.scale * n_taken
     return router.scale

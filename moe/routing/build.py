@@ -19,7 +19,7 @@ def router_class(name: str) -> type[Router]:
 
     Raises `BadInput` for one of your own that cannot be imported or is no router."""
     match name:
-        case "softmax" | "sigmoid":
+        case "softmax" | "sigmoid" | "sqrt_softplus":
             return TopKRouter
         case "threshold":
             return ThresholdRouter

@@ -82,7 +82,7 @@ class Routing(NamedTuple):
     logits_TE: Tensor | None = None
     lse_T: Tensor | None = None  # log-sum-exp of a token's logits
     prob_E: Tensor | None = None  # probabilities (scores that sum to 1 for every token), summed over the tokens
-    score: str = "softmax"  # how logits become scores: softmax | sigmoid | relu
+    score: str = "softmax"  # how logits become scores: softmax | sigmoid | sqrt_softplus | relu
     rest_TE: Tensor | None = None  # weights of the experts a token did not take, for their default vectors
     # The router's own, scalars, each weighted by 1 whatever it is called: the router multiplies with its coefficient.
     # Names of the balance's terms and of what else a step's line has (`TAKEN`) are refused

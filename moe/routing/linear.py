@@ -25,6 +25,7 @@ class PlainRouter(Router):
         return linear_logits(x_TD, self.w_ED)
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of logits; fp32: float32, or the state's float64
 COSINE_TEMPERATURE = 0.3  # of cosine logits before anything is learned (X-MoE, 2204.09179)
 
 
@@ -34,7 +35,8 @@ class LinearRouter(Router):
     linear: z = x W^T. cosine: z = gain · cos(x, w_e) / 0.3, the gain learned (X-MoE, 2204.09179, which projects x to a
     lower dimension first). With `bias` a learned number is added to every expert's logit. In training x is first
     multiplied by u ~ U[1 − jitter, 1 + jitter], element by element (Switch, 2101.03961). Logits are float32 at
-    least, whatever the autocast dtype: in bf16 two experts' scores tie too often."""
+    least, whatever the autocast dtype: in bf16 two experts' scores tie too often. With `precision` bf16 or fp16 state
+    and weights are rounded to it, and so are the logits, in half the memory; fp16 ends at 65,504."""
 
     def __init__(self, cfg: RouterConfig, d_model: int, moe: MoEConfig, **where: int) -> None:
         super().__init__(cfg, d_model, moe, **where)
@@ -43,14 +45,16 @@ class LinearRouter(Router):
         self.gain = nn.Parameter(torch.ones(1), requires_grad=not cfg.frozen) if cfg.logits == "cosine" else None
 
     def logits(self, x_TD: Tensor, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008 — immutable
-        """(T, D) -> (T, E). Call it outside of autocast. `ranks`: who shares the batch, and so its noise."""
+        """(T, D) -> (T, E), in `precision`: whoever but a gate reads them asks for `wide`. Call it outside of autocast.
+        `ranks`: who shares the batch, and so its noise."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        kept = PRECISIONS.get(self.cfg.precision, dtype)
         x_TD, w_ED = self.jittered(x_TD.to(dtype), ranks), self.w_ED.to(dtype)
-        bias_E = None if self.logit_bias is None else self.logit_bias.to(dtype)
+        bias_E = None if self.logit_bias is None else self.logit_bias.to(kept)
         if self.gain is None:
-            return F.linear(x_TD, w_ED, bias_E)
-        cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(w_ED, dim=-1))
-        cosine_TE = cosine_TE * self.gain.to(dtype) / COSINE_TEMPERATURE
+            return F.linear(x_TD.to(kept), w_ED.to(kept), bias_E)
+        cosine_TE = F.linear(F.normalize(x_TD, dim=-1).to(kept), F.normalize(w_ED, dim=-1).to(kept))
+        cosine_TE = cosine_TE * self.gain.to(kept) / COSINE_TEMPERATURE
         return cosine_TE if bias_E is None else cosine_TE + bias_E
 
     def jittered(self, x_TD: Tensor, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008

@@ -12,16 +12,17 @@ from moe.config.router import RouterConfig, facts
 from moe.parallel.collectives import Ranks
 from moe.routing import balance
 from moe.routing.contract import UNUSED, Context, Router, Routing, probabilities
-from moe.routing.linear import LinearRouter
+from moe.routing.linear import LinearRouter, wide
 
 
 class TopKRouter(LinearRouter):
-    """softmax, sigmoid: every token takes its K best-scored experts.
+    """softmax, sigmoid, sqrt_softplus: every token takes its K best-scored experts.
 
-    p = softmax(z) (Shazeer 2017, 1701.06538) or sigmoid(z) (DeepSeek-V3, 2412.19437); the K largest of p + b are
-    chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the chosen, divided by their
-    sum, or by `norm_min` where that is larger, when `renormalize`, times `scale`. With groups > 1 a token first chooses
-    its k_groups best groups of experts (DeepSeek-V2, 2405.04434; V3's node limit is this with a group per node).
+    p = softmax(z) (Shazeer 2017, 1701.06538), sigmoid(z) (DeepSeek-V3, 2412.19437) or sqrt(ln(1 + e^z)) (DeepSeek-V4);
+    the K largest of p + b are chosen, b the selection bias (2408.15664; absent unless configured); weights are p of the
+    chosen, divided by their sum, or by `norm_min` where that is larger, when `renormalize`, times `scale`. With
+    groups > 1 a token first chooses its k_groups best groups of experts (DeepSeek-V2, 2405.04434; V3's node limit is
+    this with a group per node).
 
     noisy: in training z gets N(0, 1) · softplus(x W_noise^T) added (Shazeer 2017). second=random: in training the
     second expert is taken with probability min(1, 2 w_2 / (w_1 + w_2)) (GShard, 2006.16668). At inference a token
@@ -49,15 +50,16 @@ class TopKRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             # Scores, in training with noise.
             ranks = context.step.ranks
-            clean_TE = logits_TE = self.logits(x_TD, ranks)
+            read_TE = self.logits(x_TD, ranks)
+            clean_TE = logits_TE = wide(read_TE)
             smooth_E = None
             if self.training and self.w_noise_ED is not None:
                 noise_TE = F.softplus(F.linear(x_TD.to(clean_TE.dtype), self.w_noise_ED.to(clean_TE.dtype)))
-                logits_TE = clean_TE + ranks.drawn(torch.randn_like, clean_TE) * noise_TE
+                logits_TE = read_TE = clean_TE + ranks.drawn(torch.randn_like, clean_TE) * noise_TE
                 smooth_E = balance.smooth_load(clean_TE, logits_TE, noise_TE, self.k)
             # The K best, and which gradient their weights have.
             expert_TK, weight_TK, lse_T, prob_E = self.gate(
-                backend, logits_TE, self.k, self.score, self.bias_E, cfg.renormalize and not cfg.norm_min, cfg.scale,
+                backend, read_TE, self.k, self.score, self.bias_E, cfg.renormalize and not cfg.norm_min, cfg.scale,
                 cfg.groups, cfg.k_groups, cfg.group_top,
             )  # fmt: skip
             if cfg.norm_min:
@@ -144,8 +146,9 @@ class ThresholdRouter(LinearRouter):
         cfg, e = self.cfg, self.n_experts
         most = min(cfg.k_max or e, e)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD, context.step.ranks)
-            expert_TK, p_TK, lse_T, prob_E = self.gate(backend, logits_TE, most, "softmax", None, False, 1.0)
+            read_TE = self.logits(x_TD, context.step.ranks)
+            logits_TE = wide(read_TE)
+            expert_TK, p_TK, lse_T, prob_E = self.gate(backend, read_TE, most, "softmax", None, False, 1.0)
             taken_TK = self.asked(p_TK.detach()) | (torch.arange(most, device=x_TD.device) == 0)
             weight_TK = torch.where(taken_TK, p_TK, 0.0)
             if cfg.renormalize:
@@ -184,7 +187,7 @@ class ReluRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, backend: str, context: Context = Context()) -> Routing:  # noqa: B008
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD, context.step.ranks)
+            logits_TE = wide(self.logits(x_TD, context.step.ranks))
             score_TE = F.relu(logits_TE)
             n_tokens = max(1, len(x_TD))
             active_TE = logits_TE.detach() > 0

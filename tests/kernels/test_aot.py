@@ -93,6 +93,32 @@ def test_two_kernels_compile_well_for_a_gpu_of_each_maker():
     assert [row.counts["UTMALDG"] > 0 for row in rows] == [rows[0].tma, False, False, False]
 
 
+MANY = """
+import json
+from kernels import aot
+
+rows = []
+for name in ("sm_90", "gfx942"):
+    with aot.compiling(name) as launches:
+        aot.route(16, 2048, 64, "sqrt_softplus", dtype=aot.torch.bfloat16)
+        for launch in launches[:2]:
+            asm = launch.kernel.asm
+            row = aot._row(name, "16bit", "many", "wide", launch)
+            rows.append((row, (asm.get("ptx") or asm["amdgcn"]).count("\\n")))
+print(json.dumps(rows))
+"""
+
+
+def test_a_gate_of_2048_experts_and_64_choices_is_no_longer_than_one_of_few():
+    """As rounds were once written out, forward had 36,000 lines and took minutes to compile."""
+    done = _run("-c", MANY)
+    assert done.returncode == 0, done.stderr
+    rows = [(aot.Row(*row), lines) for row, lines in json.loads(done.stdout)]
+    assert [row.use for row, _ in rows] == ["gate", "gate_backward"] * 2
+    assert aot.check([row for row, _ in rows]) == []
+    assert all(lines < 5000 for _, lines in rows), rows
+
+
 def test_a_target_is_compiled_again_only_if_what_it_follows_from_changes(monkeypatch, tmp_path):
     tables = []
     monkeypatch.setattr(aot, "table", lambda name: tables.append(name) or [UP, PLACE])

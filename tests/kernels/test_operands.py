@@ -151,7 +151,7 @@ def test_a_gate_refuses_operands_and_choices_that_it_cannot_make(backend):
         ((logits, 1, "tanh"), "score='tanh' is not one of softmax, sigmoid"),
         ((logits[0], 1, "softmax"), "takes logits (T, E) and a bias (E,) or None; they are (4,), None."),
         ((logits, 1, "softmax", _draw(3)), "takes logits (T, E) and a bias (E,) or None; they are (3, 4), (3,)."),
-        ((logits, 1, "softmax", _ids(0, 1, 2, 3)), "floating-point numbers; they are torch.float64, torch.int64."),
+        ((logits, 1, "softmax", _ids(0, 1, 2, 3)), "float16, float32, float64; they are torch.float64, torch.int64."),
         ((logits, 1, "softmax", torch.zeros(4, device="meta")), "takes operands on one device; they are on ["),
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):

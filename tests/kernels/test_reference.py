@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
+from kernels import operands, reference
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")
 
@@ -21,8 +21,10 @@ def _gate(logits, k, score, bias, renormalize, scale):
     """One token's experts and weights."""
     if score == "softmax":
         scores = [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
-    else:
+    elif score == "sigmoid":
         scores = [_sigmoid(z) for z in logits]
+    else:
+        scores = [math.sqrt(math.log1p(math.exp(z))) for z in logits]
     chosen = sorted(range(len(logits)), key=lambda e: (-(scores[e] + (bias[e] if bias else 0)), e))[:k]
     total = sum(scores[e] for e in chosen) if renormalize else 1
     return chosen, [scale * scores[e] / total for e in chosen], scores
@@ -35,7 +37,7 @@ def test_gate_is_the_formula_and_ties_go_to_the_lower_expert(data):
     k = data.draw(st.integers(1, n_experts))
     row = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 2.0]), min_size=n_experts, max_size=n_experts)
     logits = data.draw(st.lists(row, min_size=1, max_size=4))
-    score, renormalize = data.draw(st.sampled_from(["softmax", "sigmoid"])), data.draw(st.booleans())
+    score, renormalize = data.draw(st.sampled_from(operands.SCORES)), data.draw(st.booleans())
     bias = data.draw(st.none() | row)
     expert, weight, lse, prob = reference.gate(
         torch.tensor(logits, dtype=torch.float64),
@@ -55,7 +57,7 @@ def test_gate_is_the_formula_and_ties_go_to_the_lower_expert(data):
     np.testing.assert_allclose(prob, want_prob, rtol=1e-12)
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", operands.SCORES)
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_gate_gradients_are_the_derivative_and_the_bias_gets_none(score, renormalize):
     logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -207,7 +209,7 @@ def test_under_autocast_the_reference_multiplies_in_bf16_and_sums_in_float32():
 
 
 def test_an_unknown_score_or_activation_is_refused():
-    with pytest.raises(ValueError, match="score='tanh' is not one of softmax, sigmoid"):
+    with pytest.raises(ValueError, match="score='tanh' is not one of softmax, sigmoid, sqrt_softplus"):
         reference.gate(torch.zeros(1, 2), 1, "tanh", None, True, 1.0)
     with pytest.raises(ValueError, match="activation='relu' is not one of swiglu"):
         reference.activate(torch.zeros(1, 2), "relu")

@@ -79,6 +79,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "model.moe.depth_causal": ("predict", "predictor"),
     "router.name": ("soft-max", "softmax"),
     "router.logits": ("cos", "cosine"),
+    "router.precision": ("fp32s", "fp32"),
     "router.second": ("rand", "random"),
     "router.gradient": ("straight", "straight-through"),
     "router.causal": ("treshold", "threshold"),

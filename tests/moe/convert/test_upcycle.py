@@ -85,7 +85,7 @@ def test_slices_of_the_mlp_in_whole_groups_give_the_dense_models_logits(activati
 def test_raw_scores_preserve_the_function_where_router_logits_are_zero():
     dense = config()
     tensors = tensors_of(dense)
-    for name in ("softmax", "sigmoid"):
+    for name in ("softmax", "sigmoid", "sqrt_softplus"):
         router = RouterConfig(name, renormalize=False, scale=1.5)
         for method, moe in (("copy", routed()), ("split", routed(8, 4, 6))):
             target = dataclasses.replace(dense, moe=MoEConfig(**moe))

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from kernels import operands, reference
 from moe.config.balance import BalanceConfig, validate
 from moe.config.model import MoEConfig
 from moe.config.router import RouterConfig
@@ -43,7 +44,7 @@ def test_a_tokens_experts_do_not_depend_on_the_other_tokens(router):
     assert torch.equal(alone, module(x, "reference").expert)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", operands.SCORES)
 def test_the_selection_bias_moves_the_choice_and_not_the_weight(name):
     module = _router(RouterConfig(name=name, selection_bias=True, renormalize=False))
     plain = module(_x(), "reference")
@@ -51,7 +52,7 @@ def test_the_selection_bias_moves_the_choice_and_not_the_weight(name):
     biased = module(_x(), "reference")
     assert (biased.expert[:, 0] == 4).all()
     assert not (plain.expert[:, 0] == 4).all()
-    scores = plain.logits_TE.softmax(-1) if name == "softmax" else plain.logits_TE.sigmoid()
+    scores = reference.scores(plain.logits_TE, name)
     torch.testing.assert_close(biased.weight, scores.gather(1, biased.expert))
     torch.testing.assert_close(biased.prob_E, plain.prob_E)
     assert "bias_E" in module.state_dict()
@@ -150,5 +151,5 @@ def test_a_module_that_fails_to_import_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_librarys_own_are_found_by_name():
-    assert router_class("softmax") is router_class("sigmoid") is TopKRouter
+    assert router_class("softmax") is router_class("sigmoid") is router_class("sqrt_softplus") is TopKRouter
     assert router_class("hash") is HashRouter

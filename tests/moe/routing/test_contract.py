@@ -14,12 +14,15 @@ def test_rows_name_every_choice_in_token_order():
     assert [each.tolist() for each in ragged.rows()] == [[1, 1], [2, 1], [1.0, 2.0]]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "relu"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus", "relu"])
 def test_probabilities_are_the_scores_over_their_sum(score):
     logits_TE = torch.tensor([[0.5, -1.0, 2.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
-    scores = {"softmax": logits_TE.exp(), "sigmoid": 1 / (1 + (-logits_TE).exp()), "relu": logits_TE.clamp_min(0)}[
-        score
-    ]
+    scores = {
+        "softmax": logits_TE.exp(),
+        "sigmoid": 1 / (1 + (-logits_TE).exp()),
+        "sqrt_softplus": (1 + logits_TE.exp()).log().sqrt(),
+        "relu": logits_TE.clamp_min(0),
+    }[score]
     expected = scores / scores.sum(-1, keepdim=True)
     torch.testing.assert_close(probabilities(logits_TE, score), expected, rtol=1e-12, atol=1e-12)
     routing = Routing(torch.zeros(2, 1), torch.ones(2, 1), None, logits_TE, score=score)

@@ -1,5 +1,6 @@
 """The logits that most routers start from: their formulas, noise and jitter, and a router that is not trained."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from moe.config.router import RouterConfig
 from moe.config.train import OptimConfig
 from moe.routing.balance import smooth_load
+from moe.routing.contract import Context
 from moe.train.optimizer import build_optimizer
 from tests.moe.routing.token_routers import EXACT, E, K, make_router, route, states
 
@@ -41,7 +43,7 @@ def test_a_bias_is_added_to_every_experts_logit_and_learns(logits):
 
 
 @pytest.mark.parametrize("logits", ["linear", "cosine"])
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "threshold", "top-p", "relu"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "sqrt_softplus", "threshold", "top-p", "relu"])
 def test_every_linear_router_reads_the_same_logits(name, logits):
     cfg, plain = RouterConfig(name, logits=logits), RouterConfig(logits=logits)
     assert torch.equal(route(make_router(cfg), states()).logits_TE, make_router(plain).logits(states()))
@@ -103,3 +105,26 @@ def test_a_frozen_router_has_no_gradient_and_no_optimizer(make_model, tokens, cf
 def test_frozen_is_read_by_every_router_that_says_so(name):
     assert not make_router(RouterConfig(name, frozen=True)).w_ED.requires_grad
     assert make_router(RouterConfig(name)).w_ED.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("logits", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["softmax", "sqrt_softplus", "threshold", "relu"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_logits_of_16_bits_are_rounded_once_and_all_that_reads_them_is_float32(precision, dtype, name, logits, backend):
+    cfg = RouterConfig(name, logits=logits, bias=True, precision=precision)
+    router, plain = make_router(cfg).float(), make_router(dataclasses.replace(cfg, precision="fp32")).float()
+    for each in (router, plain):
+        torch.nn.init.constant_(each.logit_bias, 0.3)
+    x = states().float()
+    routing, exact = (each(x, backend, Context()) for each in (router, plain))
+    assert router.logits(x).dtype == dtype
+    assert {routing.weight.dtype, routing.logits_TE.dtype, routing.lse_T.dtype, routing.prob_E.dtype} == {torch.float32}
+    assert routing.logits_TE.equal(routing.logits_TE.to(dtype).float())
+    assert not routing.logits_TE.equal(exact.logits_TE)
+    unit = torch.finfo(dtype).eps * exact.logits_TE.abs().max().item()
+    torch.testing.assert_close(routing.logits_TE, exact.logits_TE, rtol=0, atol=4 * unit)
+    (routing.weight.square().sum() + routing.lse_T.sum()).backward()
+    (exact.weight.square().sum() + exact.lse_T.sum()).backward()
+    error = (router.w_ED.grad - plain.w_ED.grad).norm() / plain.w_ED.grad.norm()
+    assert 0 < error < 16 * torch.finfo(dtype).eps
