@@ -16,6 +16,7 @@
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
+    python -m experiments.bench suite=tune modelled=true arch=sm_90       # anywhere: tiles ranked by a model
 
 Prints a table and writes a JSON line per row, with device, versions and commit, to `out`: by default below runs/bench,
 and with out=experiments/results/SUITE.jsonl where `python -m experiments.readme` reads it. Contestants take turns, so
@@ -47,7 +48,9 @@ from experiments.suites import (
     peers,
     ranks,
     routing,
+    shapes,
     survival,
+    tile_model,
     timing,
     tracing,
     tune,
@@ -56,6 +59,7 @@ from experiments.suites import (
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Rows, run
 from experiments.sweeps import check_each
+from kernels import tuning
 from moe.config.model import ModelConfig
 from moe.config.parse import OneOf, accepted
 from moe.config.run import Config, validate
@@ -94,6 +98,9 @@ class BenchConfig:
     steps: int = 3  # train_step: timed steps per contestant and round, after one untimed
     loads: list[str] = field(default_factory=lambda: list(layer.LOADS))  # layer
     counts: str = ""  # layer: routing/counts.jsonl of a run, for the recorded load
+    modelled: bool = False  # tune: rank tiles by a model of their clocks, on any machine, instead of timing them
+    arch: str = "sm_90"  # tune, modelled: a GPU as kernels/tuning.jsonl names it
+    shape: str = ""  # tune: sizes of the layer, by name; "": olmoe
     width: int = 256  # routing: D
     d_expert: int = 128  # routing: F of the layer that routing is a share of
     budget: float = 0.0  # seconds after which no new row is started; 0: no limit (not train_step)
@@ -130,6 +137,8 @@ def main(cfg: BenchConfig) -> None:
     cfg.out = cfg.out or str(default_out(cfg))
     if cfg.suite == "train_step":
         train_step(cfg, device)
+    elif cfg.modelled:
+        ranked(cfg)
     else:
         by_rows(cfg, device)
     terminal.say(f"rows: {cfg.out}")
@@ -159,9 +168,16 @@ def check(cfg: BenchConfig) -> None:
     elif cfg.peers:
         raise BadInput(f"peers={cfg.peers} means nothing to suite={cfg.suite}: train_step and layer have some.")
 
+    if cfg.shape:
+        known("shape", [cfg.shape], shapes.SHAPES)
+    if cfg.modelled:
+        if cfg.suite != "tune":
+            raise BadInput(f"modelled=true means nothing to suite={cfg.suite}: tune has a model.")
+        tile_model.machine(cfg.arch)
+
     # The machine.
     device = timing.find_device(cfg.device, "device")
-    if cfg.suite in ("kernels", "layer", "tune"):
+    if cfg.suite in ("kernels", "layer", "tune") and not cfg.modelled:
         timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
 
 
@@ -216,12 +232,22 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
         given |= {"names": cfg.peers} if cfg.peers else {}
     elif cfg.suite == "tune":
         given = {"kept": rows.kept}
+        given |= {"shapes": tune.loads(shapes.SHAPES[cfg.shape])} if cfg.shape and full else {}
     # Measure, and say it.
     settings = suite.settings(device, full, cfg.rounds, **given)
     measured = run(suite.cases(settings), rows, device, cfg.budget or math.inf, lambda line: print(line, flush=True))
     tables.print_table(suite.HEADINGS, map(suite.cells, measured))
     if cfg.suite == "tune":
         tune.conclude(measured, device, Path(cfg.out).with_name(tune.name(device)))
+
+
+def ranked(cfg: BenchConfig) -> None:
+    """Tiles for 16 bits in the order of a model: nothing is timed."""
+    shape = shapes.SHAPES[cfg.shape or "olmoe"]
+    rows = [row for use in tuning.USES for row in tile_model.ranking(use, "16bit", shape, cfg.arch)]
+    tables.print_table(tile_model.HEADINGS, map(tile_model.cells, tile_model.shown(rows)))
+    print("A model: the order and the ratios are what it says; nothing was measured.")
+    write_lines(Path(cfg.out), rows)
 
 
 def train_step(cfg: BenchConfig, device: torch.device) -> None:

@@ -85,8 +85,8 @@ def sass(code: str) -> list[Instruction]:
     for line in code.splitlines():
         if label := re.match(r"(\.L\w*):", line):
             labels += (label[1],)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+)?\s*(.*?)\s*;", line):
-            predicate, text = found.groups()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+)?\s*(.*?)\s*;", line):
+            predicate, text = match.groups()
             jump = re.match(r"BRA\S*\s+(.*)`\(([^)]+)\)", text)
             falls = bool(predicate or (jump and jump[1])) or not (jump or text.startswith(("EXIT", "RET")))
             lines.append(Instruction(text, labels, jump[2] if jump else "", falls))
@@ -101,10 +101,10 @@ def gcn(code: str) -> list[Instruction]:
     for line in code.splitlines():
         if label := re.match(r"(\.LBB\w*):", line):
             labels += (label[1],)
-        elif found := re.match(r"\t([a-z]\w+)([^;]*)", line):
-            jump = re.fullmatch(r"\s+(\.LBB\w+)\s*", found[2]) if "branch" in found[1] else None
-            falls = found[1] not in ("s_branch", "s_endpgm")
-            lines.append(Instruction(found[0].strip(), labels, jump[1] if jump else "", falls))
+        elif match := re.match(r"\t([a-z]\w+)([^;]*)", line):
+            jump = re.fullmatch(r"\s+(\.LBB\w+)\s*", match[2]) if "branch" in match[1] else None
+            falls = match[1] not in ("s_branch", "s_endpgm")
+            lines.append(Instruction(match[0].strip(), labels, jump[1] if jump else "", falls))
             labels = ()
     return lines
 
@@ -137,7 +137,7 @@ def _loop(code: list[Instruction], body: set[int], total: int) -> Loop:
     texts = [code[at].text for at in body]
 
     def strictest(wait: str) -> int | None:
-        return min((int(found[1], 0) for text in texts if (found := re.match(wait, text))), default=None)
+        return min((int(match[1], 0) for text in texts if (match := re.match(wait, text))), default=None)
 
     return Loop(
         instructions=len(body),

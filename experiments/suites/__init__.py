@@ -18,6 +18,7 @@ families       transformers' models against what is read of their folders
 tracing        what a trace takes in memory, long ones and of folders larger than it
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
 tune           candidate tiles for kernels/tuning.jsonl, timed
+tile_model     the same, ranked by a model of their clocks where there is no GPU
 
 What is checked, in stage correctness of `experiments.gpu_evidence`
 kernel_checks  each kernel against the reference
