@@ -4,6 +4,7 @@
     python -m experiments.bench suite=train_step peers=[transformers]     # and against transformers' models
     python -m experiments.bench suite=train_step model=gpu-50m model.vocab_size=4096 rounds=2
     python -m experiments.bench suite=routing                             # gate, plan and combine, on any machine
+    python -m experiments.bench suite=host                                # what the Triton experts cost the host
     python -m experiments.bench suite=memory                              # a step's memory, planned and measured
     python -m experiments.bench suite=tracing                             # a trace's memory, and one under a limit
     python -m experiments.bench suite=watching                            # what log.doctor costs a step
@@ -41,6 +42,7 @@ from experiments.suites import (
     facts,
     families,
     generation,
+    host,
     kernels,
     layer,
     memory,
@@ -69,12 +71,12 @@ from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
 
 SUITES = (
-    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
+    "train_step", "routing", "host", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
     "survival", "ranks", "kernels", "layer", "tune",
 )  # fmt: skip
 INSTEAD = (
-    "suite=routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks and train_step "
-    "run on a CPU, and sizes=smoke of the others in Triton's interpreter."
+    "suite=routing, host, memory, tracing, watching, page, families, generation, equalities, survival, ranks and "
+    "train_step run on a CPU, and sizes=smoke of the others in Triton's interpreter."
 )
 
 
@@ -82,7 +84,7 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | survival |
+    # train_step | routing | host | memory | tracing | watching | page | families | generation | equalities | survival |
     # ranks | kernels | layer | tune
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
@@ -218,7 +220,7 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
-        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
+        routing=routing, host=host, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
         generation=generation, equalities=equalities, survival=survival, ranks=ranks, kernels=kernels, layer=layer,
         tune=tune,
     )  # fmt: skip

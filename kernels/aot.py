@@ -262,7 +262,7 @@ def cached_table(name: str, cache: Path | None) -> list[Row]:
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["inputs"] == inputs:
-            return [Row(*row, loop and Loop(*loop)) for *row, loop in kept["rows"]]
+            return [Row._make((*row, loop and Loop(*loop))) for *row, loop in kept["rows"]]
     rows = table(name)
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -282,7 +282,7 @@ def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     read = machine_code.nvidia(asm["cubin"], launch.tuned) if cuda else machine_code.amd(asm["amdgcn"], launch.tuned)
     columns = getattr(metadata, "tmem_size", 0)
     blocks = blocks_per_multiprocessor(target, read.registers, metadata.num_warps, metadata.shared, columns)
-    counted = {instruction: read.count[instruction] for instruction in INSTRUCTIONS}
+    counted = {instruction: read.instructions[instruction] for instruction in INSTRUCTIONS}
     numbers = (read.registers, read.spilled, metadata.shared, blocks, counted, read.loop)
     return Row(name, use, kind, load, shape, tile, tma, *numbers)
 

@@ -46,7 +46,7 @@ class Reading(NamedTuple):
 
     registers: int  # of a thread; of both kinds on AMD
     spilled: int  # bytes that a thread stores to a stack
-    count: Counter[str]  # instructions by name; of a matmul, and on AMD of matrix instructions alone
+    instructions: Counter[str]  # by name; of a matmul, and on AMD of matrix instructions alone
     loop: Loop | None  # of a matmul
 
 

@@ -4,6 +4,7 @@ What is measured; `experiments.bench` runs one, `experiments.gpu_evidence` all b
 kernels        gate, plan and combine against the same work by hand, and against their floors in bytes
 layer          the experts of one layer against peers and a balanced bmm, forward and backward
 routing        gate, plan and combine of every backend, as a share of the layer, on any machine
+host           what a call of the Triton experts costs the host, forward and backward
 memory         what a training step takes, planned and measured
 watching       what log.doctor costs a training step
 page           how soon the inspector's page answers, in a browser

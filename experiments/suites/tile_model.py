@@ -183,4 +183,5 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     joined = lambda name: " + ".join(f"{number:,}" for number in row[name])
     step_clocks = (tables.number(row["step"][name], ",.0f") for name in Clocks._fields)
     head = row["use"], str(row["rank"]), tune.short(Tile(**row["tile"])), *step_clocks, row["bound"]
-    return *head, joined("steps"), joined("tiles"), f"{row['clocks_over_present']:.2f}×", "yes" if row["present"] else ""
+    rest = f"{row['clocks_over_present']:.2f}×", "yes" if row["present"] else ""
+    return *head, joined("steps"), joined("tiles"), *rest

@@ -113,6 +113,6 @@ ACCOUNT = "    .vgpr_count:     {}\n    .vgpr_spill_count: {}\n"
 def test_amds_account_is_read_and_a_spilled_register_is_four_bytes(registers, spilled):
     step = _gcn(".LBB0_0:", "v_mfma_f32_32x32x8_bf16 v[0:15], v[6:7], v[8:9], v[0:15]", "s_cbranch_vccz .LBB0_0")
     read = machine_code.amd(step + "\n" + ACCOUNT.format(registers, spilled), matmul=True)
-    assert (read.registers, read.spilled, read.count["v_mfma"]) == (registers, 4 * spilled, 1)
+    assert (read.registers, read.spilled, read.instructions["v_mfma"]) == (registers, 4 * spilled, 1)
     assert read.loop == Loop(2, 0, None, None, 0)
     assert machine_code.amd(step + "\n" + ACCOUNT.format(1, 0), matmul=False).loop is None
