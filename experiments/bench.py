@@ -4,6 +4,7 @@
     python -m experiments.bench suite=train_step peers=[transformers]     # and against transformers' models
     python -m experiments.bench suite=train_step model=gpu-50m model.vocab_size=4096 rounds=2
     python -m experiments.bench suite=routing                             # gate, plan and combine, on any machine
+    python -m experiments.bench suite=host                                # what the Triton experts cost the host
     python -m experiments.bench suite=memory                              # a step's memory, planned and measured
     python -m experiments.bench suite=tracing                             # a trace's memory, and one under a limit
     python -m experiments.bench suite=watching                            # what log.doctor costs a step
@@ -16,6 +17,7 @@
     python -m experiments.bench suite=kernels                             # on a GPU: microseconds against floors
     python -m experiments.bench suite=layer peers=[torch,grouped_mm]      # on a GPU: TF/s against peers
     python -m experiments.bench suite=tune                                # on a GPU: tiles for kernels/tuning.jsonl
+    python -m experiments.bench suite=tune modelled=true arch=sm_90       # anywhere: tiles ranked by a model
 
 Prints a table and writes a JSON line per row, with device, versions and commit, to `out`: by default below runs/bench,
 and with out=experiments/results/SUITE.jsonl where `python -m experiments.readme` reads it. Contestants take turns, so
@@ -40,6 +42,7 @@ from experiments.suites import (
     facts,
     families,
     generation,
+    host,
     kernels,
     layer,
     memory,
@@ -47,7 +50,9 @@ from experiments.suites import (
     peers,
     ranks,
     routing,
+    shapes,
     survival,
+    tile_model,
     timing,
     tracing,
     tune,
@@ -56,6 +61,7 @@ from experiments.suites import (
 from experiments.suites import train_step as train_step_suite
 from experiments.suites.cases import Rows, run
 from experiments.sweeps import check_each
+from kernels import tuning
 from moe.config.model import ModelConfig
 from moe.config.parse import OneOf, accepted
 from moe.config.run import Config, validate
@@ -65,12 +71,12 @@ from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
 
 SUITES = (
-    "train_step", "routing", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
+    "train_step", "routing", "host", "memory", "tracing", "watching", "page", "families", "generation", "equalities",
     "survival", "ranks", "kernels", "layer", "tune",
 )  # fmt: skip
 INSTEAD = (
-    "suite=routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks and train_step "
-    "run on a CPU, and sizes=smoke of the others in Triton's interpreter."
+    "suite=routing, host, memory, tracing, watching, page, families, generation, equalities, survival, ranks and "
+    "train_step run on a CPU, and sizes=smoke of the others in Triton's interpreter."
 )
 
 
@@ -78,7 +84,7 @@ INSTEAD = (
 class BenchConfig:
     """Settings of a benchmark. Behind one that a single suite reads stands which."""
 
-    # train_step | routing | memory | tracing | watching | page | families | generation | equalities | survival |
+    # train_step | routing | host | memory | tracing | watching | page | families | generation | equalities | survival |
     # ranks | kernels | layer | tune
     suite: str = "train_step"
     sizes: str = "full"  # full | smoke: tiny, to see that it runs (not train_step, whose model says its size)
@@ -94,6 +100,9 @@ class BenchConfig:
     steps: int = 3  # train_step: timed steps per contestant and round, after one untimed
     loads: list[str] = field(default_factory=lambda: list(layer.LOADS))  # layer
     counts: str = ""  # layer: routing/counts.jsonl of a run, for the recorded load
+    modelled: bool = False  # tune: rank tiles by a model of their clocks, on any machine, instead of timing them
+    arch: str = "sm_90"  # tune, modelled: a GPU as kernels/tuning.jsonl names it
+    shape: str = ""  # tune: sizes of the layer, by name; "": olmoe
     width: int = 256  # routing: D
     d_expert: int = 128  # routing: F of the layer that routing is a share of
     budget: float = 0.0  # seconds after which no new row is started; 0: no limit (not train_step)
@@ -130,6 +139,8 @@ def main(cfg: BenchConfig) -> None:
     cfg.out = cfg.out or str(default_out(cfg))
     if cfg.suite == "train_step":
         train_step(cfg, device)
+    elif cfg.modelled:
+        ranked(cfg)
     else:
         by_rows(cfg, device)
     terminal.say(f"rows: {cfg.out}")
@@ -159,9 +170,16 @@ def check(cfg: BenchConfig) -> None:
     elif cfg.peers:
         raise BadInput(f"peers={cfg.peers} means nothing to suite={cfg.suite}: train_step and layer have some.")
 
+    if cfg.shape:
+        known("shape", [cfg.shape], shapes.SHAPES)
+    if cfg.modelled:
+        if cfg.suite != "tune":
+            raise BadInput(f"modelled=true means nothing to suite={cfg.suite}: tune has a model.")
+        tile_model.machine(cfg.arch)
+
     # The machine.
     device = timing.find_device(cfg.device, "device")
-    if cfg.suite in ("kernels", "layer", "tune"):
+    if cfg.suite in ("kernels", "layer", "tune") and not cfg.modelled:
         timing.check_kernels(f"suite={cfg.suite}", device, cfg.sizes == "full", INSTEAD)
 
 
@@ -202,7 +220,7 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
     """A suite whose rows are written as they are made."""
     full, rows = cfg.sizes == "full", Rows(Path(cfg.out), facts.facts(device), cfg.resume)
     suites: dict[str, Any] = dict(
-        routing=routing, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
+        routing=routing, host=host, memory=memory, tracing=tracing, watching=watching, page=page, families=families,
         generation=generation, equalities=equalities, survival=survival, ranks=ranks, kernels=kernels, layer=layer,
         tune=tune,
     )  # fmt: skip
@@ -216,12 +234,22 @@ def by_rows(cfg: BenchConfig, device: torch.device) -> None:
         given |= {"names": cfg.peers} if cfg.peers else {}
     elif cfg.suite == "tune":
         given = {"kept": rows.kept}
+        given |= {"shapes": tune.loads(shapes.SHAPES[cfg.shape])} if cfg.shape and full else {}
     # Measure, and say it.
     settings = suite.settings(device, full, cfg.rounds, **given)
     measured = run(suite.cases(settings), rows, device, cfg.budget or math.inf, lambda line: print(line, flush=True))
     tables.print_table(suite.HEADINGS, map(suite.cells, measured))
     if cfg.suite == "tune":
         tune.conclude(measured, device, Path(cfg.out).with_name(tune.name(device)))
+
+
+def ranked(cfg: BenchConfig) -> None:
+    """Tiles for 16 bits in the order of a model: nothing is timed."""
+    shape = shapes.SHAPES[cfg.shape or "olmoe"]
+    rows = [row for use in tuning.USES for row in tile_model.ranking(use, "16bit", shape, cfg.arch)]
+    tables.print_table(tile_model.HEADINGS, map(tile_model.cells, tile_model.shown(rows)))
+    print("A model: the order and the ratios are what it says; nothing was measured.")
+    write_lines(Path(cfg.out), rows)
 
 
 def train_step(cfg: BenchConfig, device: torch.device) -> None:

@@ -11,4 +11,5 @@ fused         the experts on the Triton kernels below, as one autograd function:
 operands      what all of them ask of their operands, in a sentence each
 tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here
 aot           every kernel compiled for GPUs that are not here: registers, spills, shared memory, instructions (aot.txt)
+machine_code  what the assemblers made of one, and of a matmul's loop
 """

@@ -6,6 +6,13 @@
 
 It calls the functions that production calls, on tensors without memory, with Triton's launch replaced by its compiler:
 the constants, specialisations and tiles are those of a run. What the compilers made of it is read off the binaries.
+
+GPUs that take another's tiles (tuning.SAME) compile one layer of 16 bits under many rows, the gate and the plan; those
+that have tiles of their own, every tile and every form of a kernel.
+
+Of a matmul the table's last columns tell what a step of k is: loop, its instructions; bars, its barriers; copies and
+products, how many groups of asynchronous copies and of matrix instructions its strictest wait leaves in flight (a dot:
+it waits for none); outside, the instructions of the kernel that run once a tile.
 """
 
 import argparse
@@ -13,11 +20,8 @@ import difflib
 import hashlib
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,11 +35,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.knobs import NvidiaTool
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import fused, gate, tuning
+from kernels import fused, gate, machine_code, tuning
+from kernels.machine_code import Loop
 
 TABLE = Path(__file__).with_name("aot.txt")
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma", "LDGSTS", "UTMALDG")  # four matrix units, two asynchronous copies
@@ -60,6 +64,14 @@ TARGETS = {
     "sm_90": Target(GPUTarget("cuda", 90, 32), "HGMMA", 227 * KIB, 228 * KIB, KIB, 64, 32),
     "sm_100": Target(GPUTarget("cuda", 100, 32), "UTCHMMA", 227 * KIB, 228 * KIB, KIB, 64, 32),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "v_mfma", 64 * KIB, 64 * KIB, 0, 32, 16),
+    # With another's tiles, as tuning.SAME has them.
+    "sm_87": Target(GPUTarget("cuda", 87, 32), "HMMA", 163 * KIB, 164 * KIB, KIB, 48, 16),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), "HMMA", 99 * KIB, 100 * KIB, KIB, 48, 24),
+    "sm_103": Target(GPUTarget("cuda", 103, 32), "UTCHMMA", 227 * KIB, 228 * KIB, KIB, 64, 32),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), "HMMA", 99 * KIB, 100 * KIB, KIB, 48, 24),
+    "sm_121": Target(GPUTarget("cuda", 121, 32), "HMMA", 99 * KIB, 100 * KIB, KIB, 48, 24),
+    "gfx90a": Target(GPUTarget("hip", "gfx90a", 64), "v_mfma", 64 * KIB, 64 * KIB, 0, 32, 16),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), "v_mfma", 160 * KIB, 160 * KIB, 0, 32, 16),
 }
 TENSOR_COLUMNS = 512  # of tensor memory, where sm_100 keeps accumulators
 
@@ -133,6 +145,7 @@ class Row(NamedTuple):
     shared: int  # bytes per block
     blocks: int  # per multiprocessor
     counts: dict[str, int]  # of INSTRUCTIONS; of a matmul on cuda, and of every kernel on hip
+    loop: Loop | None  # of a matmul
 
 
 class _Driver:
@@ -195,14 +208,14 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _jobs() -> list[tuple[str, str, str, Callable[[], None]]]:
-    """(shape, type, load, what launches its kernels)."""
-    layers = [(case.shape, case.type, case.load, partial(_layer, case)) for case in CASES]
+def _jobs(name: str) -> list[tuple[str, str, str, Callable[[], None]]]:
+    """(shape, type, load, what launches its kernels) of a target."""
+    cases = (EVEN,) if name in tuning.SAME else CASES
+    layers = [(case.shape, case.type, case.load, partial(_layer, case)) for case in cases]
     plain, grouped = partial(route, 16384, 64, 8, "softmax"), partial(route, 16384, 256, 8, "sigmoid", 8, 4)
     wide = partial(route, 16384, 2048, 64, "sqrt_softplus", dtype=torch.bfloat16)
-    return [
-        *layers, ("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped), ("wide", "16bit", "many", wide),
-    ]  # fmt: skip
+    routes = [("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped), ("wide", "16bit", "many", wide)]
+    return [*layers, *(routes[:1] if name in tuning.SAME else routes)]
 
 
 def _use(launch: Launch) -> str:
@@ -222,7 +235,7 @@ def table(name: str) -> list[Row]:
     """Compile everything for one target. A binary that cases share is listed once, a matmul once per type and load."""
     rows: dict[tuple, Row] = {}
     with compiling(name) as launches:
-        for shape, kind, load, launch_all in _jobs():
+        for shape, kind, load, launch_all in _jobs(name):
             launches.clear()
             launch_all()
             for launch in launches:
@@ -252,7 +265,7 @@ def cached_table(name: str, cache: Path | None) -> list[Row]:
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["inputs"] == inputs:
-            return [Row(*row) for row in kept["rows"]]
+            return [Row._make((*row, loop and Loop(*loop))) for *row, loop in kept["rows"]]
     rows = table(name)
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -265,39 +278,16 @@ def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     target, use, asm, metadata = TARGETS[name], _use(launch), launch.kernel.asm, launch.kernel.metadata
     tile, tma = f"w{metadata.num_warps}", False
     if launch.tuned:
-        tma = tuning.table()[name, kind, load, use.split("_")[0]].tma
+        tma = tuning.table()[tuning.SAME.get(name, name), kind, load, use.split("_")[0]].tma
         sizes = "x".join(str(launch.options[f"BLOCK_{axis}"]) for axis in "MNK")
         tile = f"{sizes} {tile} s{metadata.num_stages}" + " tma" * tma
     cuda = target.gpu.backend == "cuda"
-    registers, spilled, count = _nvidia(asm["cubin"], launch.tuned) if cuda else _amd(asm["amdgcn"])
+    read = machine_code.nvidia(asm["cubin"], launch.tuned) if cuda else machine_code.amd(asm["amdgcn"], launch.tuned)
     columns = getattr(metadata, "tmem_size", 0)
-    blocks = blocks_per_multiprocessor(target, registers, metadata.num_warps, metadata.shared, columns)
-    counted = {instruction: count[instruction] for instruction in INSTRUCTIONS}
-    return Row(name, use, kind, load, shape, tile, tma, registers, spilled, metadata.shared, blocks, counted)
-
-
-def _nvidia(cubin: bytes, matmul: bool) -> tuple[int, int, Counter[str]]:
-    """Registers of a thread, bytes that it stores to a stack (ptxas: spill stores), and a matmul's instructions."""
-
-    def read(tool: NvidiaTool, *flags: str) -> str:
-        return subprocess.run([tool.path, *flags, file.name], capture_output=True, text=True, check=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", read(triton.knobs.nvidia.cuobjdump, "-res-usage"))
-        assert usage, "cuobjdump names no registers"
-        registers, stack = map(int, usage.groups())
-        code = read(triton.knobs.nvidia.nvdisasm, "-c", "-ndf") if matmul or stack else ""
-    words = {"": 4, ".64": 8, ".128": 16}
-    spilled = sum(words[width] for width in re.findall(r"\bSTL(\.64|\.128|)\b", code))
-    return registers, spilled, Counter(re.findall(r"\b[A-Z]+\b", code))
-
-
-def _amd(code: str) -> tuple[int, int, Counter[str]]:
-    """The same, from the assembler's own account. Registers are vector registers of both kinds."""
-    number = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)$", code, re.MULTILINE)}
-    return number["vgpr_count"], 4 * number["vgpr_spill_count"], Counter({"v_mfma": code.count("v_mfma")})
+    blocks = blocks_per_multiprocessor(target, read.registers, metadata.num_warps, metadata.shared, columns)
+    counted = {instruction: read.instructions[instruction] for instruction in INSTRUCTIONS}
+    numbers = (read.registers, read.spilled, metadata.shared, blocks, counted, read.loop)
+    return Row(name, use, kind, load, shape, tile, tma, *numbers)
 
 
 def blocks_per_multiprocessor(target: Target, registers: int, warps: int, shared: int, columns: int = 0) -> int:
@@ -327,8 +317,10 @@ def check(rows: list[Row]) -> list[str]:
     return wrong
 
 
-HEADER = ("target", "use", "type", "load", "shape", "tile", "regs", "spill", "shared", "blocks", *INSTRUCTIONS)
-WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(instruction) + 2 for instruction in INSTRUCTIONS))
+NUMBERS = ("regs", "spill", "shared", "blocks", *INSTRUCTIONS)
+OF_LOOP = ("loop", "bars", "copies", "products", "outside")  # as the fields of Loop
+HEADER = ("target", "use", "type", "load", "shape", "tile", *NUMBERS, *OF_LOOP)
+WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(name) + 2 for name in (*INSTRUCTIONS, *OF_LOOP)))
 
 
 def render(rows: list[Row]) -> str:
@@ -336,7 +328,9 @@ def render(rows: list[Row]) -> str:
     lines: list[tuple] = [HEADER]
     for row in rows:
         counts = [row.counts[instruction] for instruction in INSTRUCTIONS]
-        numbers = (row.registers, row.spilled, row.shared, row.blocks, *counts)
+        # Of a loop zero is a number: it is a wait for all.
+        loop = [value if value is None else str(value) for value in row.loop or [None] * len(OF_LOOP)]
+        numbers = (row.registers, row.spilled, row.shared, row.blocks, *counts, *loop)
         lines.append((row.target, row.use, row.type, row.load, row.shape, row.tile, *numbers))
     body = "".join(
         "".join(str(cell or ".").ljust(width) for cell, width in zip(line, WIDTHS, strict=True)).rstrip() + "\n"

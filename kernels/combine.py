@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import operands
+from kernels.plan import power_of_2
 
 UNROLLED = 16  # rows per token that are all in flight at once
 CELLS = 1024  # sums that one program keeps
@@ -70,9 +71,9 @@ def combine(
     if start_T1 is None and not 0 < k <= UNROLLED:
         start_T1, k = torch.arange(n_tokens + 1, device=y_ND.device) * k, 0
     d = y_ND.shape[1]
-    block = min(CELLS, triton.next_power_of_2(d))
-    rows = min(CELLS // block, triton.next_power_of_2(n_tokens))
-    _combine[(triton.cdiv(n_tokens, rows), triton.cdiv(d, block))](
+    block = min(CELLS, power_of_2(d))
+    rows = min(CELLS // block, power_of_2(n_tokens))
+    _combine[(-(-n_tokens // rows), -(-d // block))](
         y_ND, slot_N, weight_N, start_T1, offset_E1[-1:], out_TD, n_tokens,
         D=d, K=k, WEIGHTED=weight_N is not None, ACC=tl.float64 if y_ND.dtype == torch.float64 else tl.float32,
         ROWS=rows, BLOCK=block,

@@ -4,6 +4,7 @@ Types, shapes, devices and layout are looked at on every call: none of them wait
 expert that exists, tokens in order) is read in a debug build alone, TRITON_DEBUG=1, which does wait.
 """
 
+import functools
 import os
 
 import torch
@@ -24,6 +25,29 @@ Operand = tuple[Tensor | None, str, tuple[torch.dtype, ...]]  # a letter per dim
 def fit(name: str, **operands: Operand) -> None:
     """Raises `ValueError` unless all operands (None is not there) have the dimensions of their letters, which mean one
     size each, one of their types, and lie contiguously on one device. `name` is what takes them."""
+    # Nearly always they have. That is seen first and without a word, because the host looks before every kernel.
+    sizes: dict[str, int] = {}
+    device = None
+    for tensor, letters, dtypes in operands.values():
+        if tensor is None:
+            continue
+        names, shape, device = _names(letters), tensor.shape, device or tensor.device
+        if len(names) != len(shape) or tensor.dtype not in dtypes:
+            return _refuse(name, operands)
+        if not tensor.is_contiguous() or tensor.device != device:
+            return _refuse(name, operands)
+        for letter, size in zip(names, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                return _refuse(name, operands)
+
+
+@functools.cache
+def _names(letters: str) -> list[str]:
+    return letters.split()
+
+
+def _refuse(name: str, operands: dict[str, Operand]) -> None:
+    """`fit`'s sentence for what does not."""
     sizes: dict[str, int] = {}
     present = {key: (t, letters, dtypes) for key, (t, letters, dtypes) in operands.items() if t is not None}
     for tensor, letters, _ in present.values():

@@ -129,6 +129,11 @@ def _schedule(
     tl.store(tile_slot + tile, first + tile * BLOCK_M, mask=live)
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, 1 or more; Triton's own takes longer than the rest of a launch."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
 def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -> Plan:
     """Sort routed rows by expert: expert (T, K), or (N,) with token_N (N,) int64 -> the plan for tiles of block_m rows.
 
@@ -140,23 +145,23 @@ def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -
     operands.fit("plan", expert=(expert, rows, (torch.int64,)), token_N=(token_N, "N", (torch.int64,)))
     expert = operands.rows("plan", expert, token_N, 2**31, n_experts)
     n_rows, k = expert.numel(), 0 if token_N is not None else expert.shape[-1]
-    empty = functools.partial(torch.empty, dtype=torch.int32, device=expert.device)
-    n_blocks, n_tiles = triton.cdiv(n_rows, BLOCK), triton.cdiv(n_rows, block_m) + n_experts
-    width = triton.next_power_of_2(n_experts + 1)
+    empty = functools.partial(expert.new_empty, dtype=torch.int32)
+    n_blocks, n_tiles = -(-n_rows // BLOCK), -(-n_rows // block_m) + n_experts
+    width = power_of_2(n_experts + 1)
     out = Plan(
         empty(n_rows), empty(n_rows), empty(n_rows), empty(n_experts + 1), empty(n_tiles), empty(n_tiles), empty(1)
     )  # fmt: skip
-    count, base = empty(2, n_blocks, width)
-    block = min(BLOCK, max(16, triton.next_power_of_2(n_rows)))
+    count, base = empty((2, n_blocks, width))
+    block = min(BLOCK, max(16, power_of_2(n_rows)))
     common = dict(E=n_experts, WIDTH=width)
     if n_blocks:
         _count[(n_blocks,)](expert, count, n_rows, **common, BLOCK=block)
-    chunk = min(64, max(1, CELLS // width), triton.next_power_of_2(max(1, n_blocks)))
+    chunk = min(64, max(1, CELLS // width), power_of_2(max(1, n_blocks)))
     _scan[(1,)](
         count, base, out.offset_E1, out.tile_count, n_blocks, **common, CHUNK=chunk, BLOCK_M=block_m, num_warps=WARPS
     )
     schedule = max(1, min(SCHEDULE, CELLS // width))
-    _place[(n_blocks + triton.cdiv(n_tiles, schedule),)](
+    _place[(n_blocks - (-n_tiles // schedule),)](
         expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_J, out.tile_slot_J,
         n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(CELLS // BLOCK, block), SCHEDULE=schedule,
         BLOCK_M=block_m, num_warps=WARPS,

@@ -4,6 +4,7 @@ What is measured; `experiments.bench` runs one, `experiments.gpu_evidence` all b
 kernels        gate, plan and combine against the same work by hand, and against their floors in bytes
 layer          the experts of one layer against peers and a balanced bmm, forward and backward
 routing        gate, plan and combine of every backend, as a share of the layer, on any machine
+host           what a call of the Triton experts costs the host, forward and backward
 memory         what a training step takes, planned and measured
 watching       what log.doctor costs a training step
 page           how soon the inspector's page answers, in a browser
@@ -18,6 +19,7 @@ families       transformers' models against what is read of their folders
 tracing        what a trace takes in memory, long ones and of folders larger than it
 train_step     whole training steps: our MoE on every backend, its dense twin, transformers' models
 tune           candidate tiles for kernels/tuning.jsonl, timed
+tile_model     the same, ranked by a model of their clocks where there is no GPU
 
 What is checked, in stage correctness of `experiments.gpu_evidence`
 kernel_checks  each kernel against the reference

@@ -6,7 +6,8 @@ compile, spills, or gives another result is counted and not timed. `up`, `down`,
 so the best height of its tiles is the one whose four best times have the smallest sum. Repeat it on its own result to
 go on.
 
-    python -m experiments.bench suite=tune    # on a GPU: a row per candidate -> runs/bench
+    python -m experiments.bench suite=tune                 # on a GPU: a row per candidate -> runs/bench
+    python -m experiments.bench suite=tune shape=small     # the same on other widths than OLMoE's
     python -m experiments.gpu_evidence --out DIR --stage tune    # the same rows -> DIR/gpu-tune.jsonl
 
 Either puts the best tiles beside its rows, in tuning-<architecture>.jsonl.
@@ -32,7 +33,7 @@ from torch import Tensor
 from experiments.pages import tables
 from experiments.suites import timing
 from experiments.suites.cases import Case, Wrong
-from experiments.suites.shapes import Shape
+from experiments.suites.shapes import SHAPES, Shape
 from kernels import tuning
 from kernels.tuning import Tile
 from moe.run.jsonl import write_lines
@@ -46,9 +47,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
     "block_n": (16, 32, 64, 128, 256),
     "block_k": (16, 32, 64, 128),
-    "num_stages": (1, 2, 3, 4, 5, 6),
+    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "num_warps": (4, 8),
-    "parts": (1, 2, 4),
+    "parts": (1, 2, 4, 8),
     "group_m": (1, 4, 8, 16),
     "tma": (False, True),
     "per_sm": (0, 1, 2, 3),
@@ -77,12 +78,16 @@ class Settings:
 
 
 def settings(device: torch.device, full: bool, rounds: int = 3, **given: Any) -> Settings:
-    """OLMoE's widths at two loads, or what the interpreter does in seconds, with what is `given`."""
+    """OLMoE's widths at two loads, or what the interpreter does in seconds, with what is `given`: `shapes` too."""
     if not full:
         shapes = {"many": Shape(128, 32, 32, 1, 1), "few": Shape(8, 32, 32, 2, 1)}
         return Settings(device, shapes, ("16bit",), changed=0, rounds=1, seconds=0.0, **given)
-    shapes = {"many": Shape(16384, 2048, 1024, 64, 8), "few": Shape(256, 2048, 1024, 64, 8)}
-    return Settings(device, shapes, workers=8, rounds=rounds, **given)
+    return Settings(device, given.pop("shapes", None) or loads(SHAPES["olmoe"]), workers=8, rounds=rounds, **given)
+
+
+def loads(shape: Shape) -> dict[str, Shape]:
+    """A layer's sizes at its own number of tokens and at half the rows per expert below which they are few."""
+    return {"many": shape, "few": shape._replace(T=max(1, tuning.FEW * shape.E // (2 * shape.K)))}
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -122,7 +127,7 @@ def candidates(device: torch.device, use: str, kind: str, load: str, changed: in
     for names in itertools.combinations(VALUES if changed < 2 else TRADED, changed):
         for values in itertools.product(*(_neighbours(name, getattr(base, name)) for name in names)):
             tile = base._replace(**dict(zip(names, values, strict=True)))
-            if not changed or fits(tile, use, itemsize, limit, tuning.architecture(device)):
+            if fits(tile, use, itemsize, limit, tuning.architecture(device)):
                 tiles.append(tile)
     return tiles
 
@@ -137,7 +142,7 @@ def _neighbours(name: str, value: Any) -> list[Any]:
 def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     """Whether a tile may work: operands in flight within shared memory, at most 128 registers of sums per thread,
     slices of at least 16 columns, the copy engine where there is one, and settings that a kernel reads."""
-    shared = tile.num_stages * tile.block_k * (tile.block_m + tile.block_n) * itemsize
+    shared = shared_bytes(tile, use, itemsize, arch)
     sums = tile.block_m * tile.block_n / (32 * tile.num_warps)
     if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
         return False
@@ -145,6 +150,17 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
         return False
     # The weight gradient's kernel has one program per tile, no slices and no copy engine.
     return use != "wgrad" or (tile.parts, tile.per_sm, tile.tma) == (1, 0, False)
+
+
+def shared_bytes(tile: Tile, use: str, itemsize: int, arch: str) -> int:
+    """Bytes of shared memory that a tile's operands in flight take, as kernels/aot.txt has them.
+
+    One stage needs none, but where matrix instructions read shared memory while the next operands arrive. The weight
+    gradient loads where its rows lie before it loads them: a stage each."""
+    ahead = (tile.num_stages - 1) // 2 if use == "wgrad" else tile.num_stages - 1
+    read_there = arch in ("sm_90", "sm_100") and itemsize == 2
+    stages = max(1, ahead) + read_there
+    return stages * tile.block_k * (tile.block_m + tile.block_n) * itemsize
 
 
 def shared_memory(device: torch.device) -> int:

@@ -20,8 +20,8 @@ TINY = [
     "steps=2",
 ]  # fmt: skip
 SUITES = (
-    "train_step, routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks, kernels, "
-    "layer, tune"
+    "train_step, routing, host, memory, tracing, watching, page, families, generation, equalities, survival, ranks, "
+    "kernels, layer, tune"
 )
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -177,7 +177,7 @@ def test_suites_for_a_gpu_are_refused_without_one_naming_what_works(suite, monke
     assert error.count("error:") == 1
     for word in (
         f"suite={suite} cannot run here",
-        "suite=routing, memory, tracing, watching, page, families, generation, equalities, survival, ranks and ",
+        "suite=routing, host, memory, tracing, watching, page, families, generation, equalities, survival, ranks and ",
         "sizes=smoke",
         "interpreter",
     ):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import aot, tuning
+from kernels.machine_code import Loop
 
 ROOT = Path(__file__).parents[2]
 NONE = dict.fromkeys(aot.INSTRUCTIONS, 0)
 UP = aot.Row(
     "sm_90", "up", "16bit", "many", "even", "128x256x64 w8 s4 tma", tma=True, registers=180, spilled=0, shared=196640,
-    blocks=1, counts={**NONE, "HGMMA": 4, "UTMALDG": 4},
+    blocks=1, counts={**NONE, "HGMMA": 4, "UTMALDG": 4}, loop=Loop(98, 4, 0, 1, 1702),
 )  # fmt: skip
-PLACE = UP._replace(use="place", tile="w8", tma=False, counts=NONE)
+PLACE = UP._replace(use="place", tile="w8", tma=False, counts=NONE, loop=None)
 
 
 def _run(*arguments, **environment):
@@ -91,6 +93,12 @@ def test_two_kernels_compile_well_for_a_gpu_of_each_maker():
     assert aot.check(rows) == []
     assert all(row.registers > 0 and row.blocks > 0 for row in rows)
     assert [row.counts["UTMALDG"] > 0 for row in rows] == [rows[0].tma, False, False, False]
+    loops = [row.loop and Loop(*row.loop) for row in rows]
+    assert loops[1] is loops[3] is None, "no matmul"
+    for loop in loops[::2]:
+        assert loop.outside > loop.instructions > 30
+        assert loop.barriers > 0
+    assert loops[0].products == 1, "the loads of the next step overlap with the product of this one"
 
 
 MANY = """
@@ -232,6 +240,26 @@ def test_the_kept_table_has_a_column_for_every_number():
     start = {name: header.index(name) for name in ("regs", "spill", "shared", "blocks", "HGMMA", "UTMALDG")}
     read = {name: first[at:].split()[0] for name, at in start.items()}
     assert read == dict(regs="180", spill=".", shared="196640", blocks="1", HGMMA="4", UTMALDG="4")
+
+
+def test_of_a_loop_a_wait_for_all_is_zero_and_no_wait_is_a_dot():
+    for row, cells in (
+        (UP, ["98", "4", "0", "1", "1702"]),
+        (UP._replace(loop=Loop(91, 0, None, 2, 621)), ["91", "0", ".", "2", "621"]),
+        (PLACE, ["."] * 5),
+    ):
+        assert aot.render([row]).split()[-5:] == cells
+    assert aot.HEADER[-5:] == ("loop", "bars", "copies", "products", "outside")
+
+
+def test_every_gpu_that_has_tiles_or_takes_anothers_is_compiled():
+    assert set(aot.TARGETS) == {arch for arch, *_ in tuning.table()} - {"interpreter"} | set(tuning.SAME)
+    for name, target in aot.TARGETS.items():
+        arch = str(target.gpu.arch)
+        assert name == (arch if target.gpu.backend == "hip" else f"sm_{arch}")
+        kinds = {(kind, load) for _, kind, load, _ in aot._jobs(name)}
+        few = {("16bit", "many"), ("fp32", "many")}  # the gate's numbers are float32
+        assert kinds == (few if name in tuning.SAME else set(product(tuning.TYPES, tuning.LOADS)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kernels import plan as module
 from kernels import reference
-from kernels.plan import plan
+from kernels.plan import plan, power_of_2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -282,3 +282,9 @@ def test_reruns_give_the_same_plan():
     n = first.tile_count.item()
     assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
     assert all(torch.equal(a[:n], b[:n]) for a, b in zip(first[4:6], second[4:6], strict=True))
+
+
+def test_a_width_is_the_smallest_power_of_two_that_holds_it():
+    widths = [power_of_2(n) for n in range(1, 300)]
+    assert all(width.bit_count() == 1 and width >= n > width // 2 for n, width in enumerate(widths, 1))
+    assert power_of_2(0) == 1

@@ -10,8 +10,8 @@ import torch
 
 from experiments.suites import cases, tune
 from experiments.suites.cases import Rows, Wrong, run
-from experiments.suites.shapes import Shape
-from kernels import tuning
+from experiments.suites.shapes import SHAPES, Shape
+from kernels import aot, tuning
 from kernels.tuning import Tile
 from tests import fake_cuda
 from tests.experiments.bench_command import command
@@ -32,8 +32,7 @@ def test_candidates_differ_by_steps_and_fit(kind, load):
                 assert len(set(found)) == len(found) > 1
                 for tile in found:
                     assert sum(a != b for a, b in zip(tile, base, strict=True)) == changed
-                    shared = tile.num_stages * tile.block_k * (tile.block_m + tile.block_n)
-                    assert shared * (2 if kind == "16bit" else 4) <= HOPPER
+                    assert tune.shared_bytes(tile, use, 2 if kind == "16bit" else 4, "sm_90") <= HOPPER
                     assert tile.block_m * tile.block_n <= 128 * 32 * tile.num_warps
                     if use == "wgrad":
                         assert not tile.tma
@@ -43,6 +42,49 @@ def test_candidates_differ_by_steps_and_fit(kind, load):
 def test_a_gpu_without_a_copy_engine_gets_no_candidate_with_it():
     with tuning.target("sm_80"):
         assert not any(tile.tma for tile in tune.candidates(CPU, "up", "16bit", "many", 1, 163 * 1024))
+
+
+GPUS = tuple(dict.fromkeys(arch for arch, *_ in tuning.table() if arch != "interpreter"))
+
+
+@pytest.mark.parametrize("key", tuning.table(), ids="-".join)
+def test_every_tile_that_ships_is_a_candidate_and_so_it_is_from_each_of_its_neighbours(key, monkeypatch):
+    arch, kind, load, use = key
+    shipped, limit = tuning.table()[key], aot.TARGETS[arch].block_shared if arch in aot.TARGETS else HOPPER
+    assert tune.fits(shipped, use, 2 if kind == "16bit" else 4, limit, arch)
+    with tuning.target(arch):
+        assert tune.candidates(CPU, use, kind, load, 0, limit) == [shipped]
+        neighbours = tune.candidates(CPU, use, kind, load, 1, limit)
+        for tile in neighbours:
+            monkeypatch.setattr(tune, "present", lambda *given, tile=tile: tile)
+            changed = next(name for name in tune.VALUES if getattr(tile, name) != getattr(shipped, name))
+            if getattr(shipped, changed) in tune.VALUES[changed]:
+                assert shipped in tune.candidates(CPU, use, kind, load, 1, limit)
+    assert arch == "interpreter" or all(value in tune.VALUES[name] for name, value in shipped._asdict().items())
+
+
+def test_bytes_in_flight_are_never_more_than_the_compilers_took_and_mostly_the_same():
+    exact = 0
+    for line in aot.TABLE.read_text().splitlines()[2:]:
+        cells = line.replace(" tma", "").split()
+        if cells[0] in GPUS and (use := cells[1].split("_")[0]) in tuning.USES:
+            m, n, k = map(int, cells[5].split("x"))
+            warps, stages, shared = int(cells[6][1:]), int(cells[7][1:]), int(cells[10])
+            tile = Tile(m, n, k, 8, 1, warps, stages, False, 0)
+            arch, itemsize = cells[0], 2 if cells[2] == "16bit" else 4
+            assert tune.shared_bytes(tile, use, itemsize, arch) <= shared, line
+            exact += shared - tune.shared_bytes(tile, use, itemsize, arch) < 1024 or cells[2] != "16bit"
+    assert exact > 200
+
+
+def test_the_loads_of_a_layer_are_many_and_few_rows_an_expert():
+    for shape in SHAPES.values():
+        loads = tune.loads(shape)
+        assert loads["many"] == shape
+        assert loads["few"].T * shape.K < tuning.FEW * shape.E <= shape.T * shape.K
+    shapes = tune.loads(SHAPES["small"])
+    assert tune.settings(CPU, full=True, shapes=shapes).shapes == shapes
+    assert tune.settings(CPU, full=True).shapes["many"] == SHAPES["olmoe"]
 
 
 def _settings(**changes):
