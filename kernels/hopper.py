@@ -139,7 +139,7 @@ def _multiply_tiles(z, h, schedule, ring, inner_end, COLUMNS: gl.constexpr, GROU
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # threads copied x, tensor cores read it
             w_tile = w_ring.index(stage).reshape([BLOCK_N, BLOCK_K]).permute([1, 0])
-            acc = warpgroup_mma(x_ring.index(stage), w_tile, acc, use_acc=start > 0, is_async=True)
+            acc = warpgroup_mma(x_ring.index(stage), w_tile, acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
             mbarrier.arrive(empty.index(before), pred=start > 0)
             before = stage
@@ -190,7 +190,7 @@ def _up(
 
 
 def up(x_TD: Tensor, w_up_EFD: Tensor, z: Tensor | None, h: Tensor, plan: Plan, tile: tuning.Tile) -> None:
-    """`ragged_mm.up` for swiglu: x (T, D), w_up (E, 2F, D) -> into z (N, 2F), unless it is None, and h (N, F), in slots.
+    """`ragged_mm.up` for swiglu: x (T, D), w_up (E, 2F, D) into z (N, 2F), unless it is None, and h (N, F), in slots.
     Raises `ValueError` for a GPU other than sm_90, types other than 16-bit ones, and sizes and tiles that it cannot
     cut."""
     n_experts, n_columns, inner = w_up_EFD.shape

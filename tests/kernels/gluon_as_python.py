@@ -1,13 +1,12 @@
 """Gluon kernels run line by line as Python on CPU tensors: nothing of Triton's interprets them.
 
-`running(module)` puts stand-ins in the place of the names that a kernel's module takes from Gluon. Partitions take turns
+`running(module, kernel)` puts stand-ins in the place of the names that a module takes from Gluon. Partitions take turns
 in one order; nothing is timed. Whatever is asynchronous happens as late as it may (a copy lands once every partition
 waits, a product is made at the wait that it must not pass) and whatever is awaited is seen at once, so that a barrier
 that is missing, too early or never reached shows on every run: as NaN, as another tile's numbers, or as a deadlock.
 Layouts are not looked at: that they fit is the compiler's to say.
 """
 
-import itertools
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -160,17 +159,16 @@ class Sums:
     def wait(self, outstanding, deps):
         (acc,) = deps
         while len(acc.products) > outstanding:
-            a, b, use = acc.products.pop(0)
-            product = a.to(torch.float32) @ b.to(torch.float32)
-            acc.value = acc.value + product if use else product
+            a, b = acc.products.pop(0)
+            acc.value = acc.value + a.to(torch.float32) @ b.to(torch.float32)
         return acc if outstanding else acc.value
 
 
-def _multiply(block, a, b, acc, use_acc, is_async):
+def _multiply(block, a, b, acc, is_async):
     assert is_async
     assert block.fenced, "tensor cores read what threads wrote, with no fence since"
     block.fenced = False
-    acc.products.append((a, b, use_acc))
+    acc.products.append((a, b))
     return acc
 
 

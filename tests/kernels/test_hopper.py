@@ -3,13 +3,15 @@ GPU that is not here, and refused where it cannot run."""
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
-from kernels import hopper, tuning
+from kernels import aot, hopper, tuning
 from kernels.ragged_mm import up
 from tests.kernels.gluon_as_python import running
+from tests.kernels.test_aot import _run
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import _error, _loops, _operands
 
@@ -58,7 +60,7 @@ def test_it_is_the_loops_for_any_sizes_that_it_takes(dtype, d, f, keep_z):
     _hold("some rows have no expert", dtype, d=d, f=f, keep_z=keep_z)
 
 
-@pytest.mark.parametrize(("tiles_m", "tiles_n", "group_m"), itertools.product((1, 5, 16), (1, 3), (1, 4, 8)))
+@pytest.mark.parametrize(("tiles_m", "tiles_n", "group_m"), list(itertools.product((1, 5, 16), (1, 3), (1, 4, 8))))
 def test_every_tile_of_rows_meets_every_tile_of_columns_once_and_a_group_before_the_next(tiles_m, tiles_n, group_m):
     places = [hopper.place.fn(tile, tiles_m, tiles_n, group_m) for tile in range(tiles_m * tiles_n)]
     assert sorted(places) == list(itertools.product(range(tiles_m), range(tiles_n)))
@@ -112,3 +114,80 @@ def test_no_rows_launch_nothing(monkeypatch):
     with tuning.target("sm_90"):
         z, h = up(torch.zeros(0, 64, dtype=torch.float16), w_up, none, "swiglu", TILE, False)
     assert (len(z), len(h)) == (0, 0)
+
+
+COMPILED = """
+import json, sys
+from kernels import aot, hopper, tuning
+
+tile = tuning.table()["sm_90", "16bit", "many", "up"]._replace(**json.loads(sys.argv[1]))
+new = lambda *shape: aot._new(*shape, dtype=aot.torch.bfloat16)
+where = aot.fused.Plan(*(aot._new(size, dtype=aot.torch.int32) for size in (4096, 4096, 4096, 9, 40, 40, 1)))
+with aot.compiling("sm_90") as launches:
+    z = new(4096, 2048) if json.loads(sys.argv[2]) else None
+    hopper.up(new(2048, 2048), new(8, 2048, 2048), z, new(4096, 1024), where, tile)
+kernel = launches[0].kernel
+registers, spilled, counts = aot._nvidia(kernel.asm["cubin"], True)
+with aot.tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(kernel.asm["cubin"])
+    file.flush()
+    tool = aot.triton.knobs.nvidia.nvdisasm.path
+    code = aot.subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+keys = ("HGMMA", "LDGSTS", "UTMALDG", "USETMAXREG", "SYNCS", "LDL", "STL")
+numbers = dict(warps=kernel.metadata.num_warps, shared=kernel.metadata.shared, registers=registers, spilled=spilled)
+print(json.dumps(numbers | {key: counts[key] for key in keys} | {"code": code}))
+"""
+
+
+def _loop(code, instruction):
+    """The instructions of the innermost loop with this one."""
+    lines = re.findall(r"^(\.L_x_\d+):|^ +/\*[0-9a-f]{4,}\*/ +(.+?) ;?$", code, re.MULTILINE)
+    start, loops = {}, []
+    for at, (label, text) in enumerate(lines):
+        start[label] = at
+        if (back := re.search(r"BRA `\((\.L_x_\d+)\)", text)) and back[1] in start:
+            loops.append([text for _, text in lines[start[back[1]] : at + 1] if text])
+    return min((loop for loop in loops if any(instruction in text for text in loop)), key=len)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("changes", "keep_z", "registers", "columns"),
+    [
+        (dict(parts=2, gluon=True), True, 168, 256), (dict(parts=8, gluon=True), False, 168, 256),
+        (dict(parts=2, gluon=True, block_m=64, block_n=128, num_warps=4, per_sm=2), True, 128, 128),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_it_compiles_to_an_unspilled_loop_of_products_beside_a_loop_of_copies(changes, keep_z, registers, columns):
+    done = _run("-c", COMPILED, json.dumps(changes), json.dumps(keep_z))
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    code = compiled.pop("code")
+    tile = tuning.table()["sm_90", "16bit", "many", "up"]._replace(**changes)
+
+    # Registers: as many as the programs of a multiprocessor leave, then dealt out again; nothing on the stack.
+    assert compiled["registers"] == registers
+    assert compiled["warps"] == tile.num_warps + 4
+    assert (compiled["spilled"], compiled["LDL"], compiled["STL"]) == (0, 0, 0)
+    target, blocks = aot.TARGETS["sm_90"], (registers, compiled["warps"], compiled["shared"])
+    assert aot.blocks_per_multiprocessor(target, *blocks) == tile.per_sm
+    assert {"ALLOC", "DEALLOC"} <= set(re.findall(r"USETMAXREG\.(?:TRY_)?(\w+)\.", code))
+
+    # The multiplying warps: four products of 16 from shared memory, one step under way while the next is awaited.
+    products = _loop(code, "HGMMA")
+    shapes = [re.search(r"HGMMA\.(\w+)\.F32\.BF16 R\d+, gdesc", text) for text in products if "HGMMA" in text]
+    assert [shape and shape[1] for shape in shapes] == [f"64x{columns}x16"] * 4
+    assert compiled["HGMMA"] == 4
+    assert any("WARPGROUP.DEPBAR.LE gsb0, 0x1" in text for text in products)
+    assert not any("LDGSTS" in text or "UTMALDG" in text for text in products)
+    assert len(products) <= 66
+
+    # The loading warps: one block of w by the copy engine, 16 bytes of x at a time past the first cache.
+    copies = _loop(code, "UTMALDG")
+    assert sum("UTMALDG.4D" in text for text in copies) == 1
+    rows = [text for text in copies if "LDGSTS." in text]
+    assert len(rows) == compiled["LDGSTS"] == tile.block_m * tile.block_k // (8 * 128)
+    assert all("LDGSTS.E.BYPASS.128" in text for text in rows)
+    assert any("ARRIVES.LDGSTSBAR" in text for text in copies)
+    assert not any("HGMMA" in text for text in copies)
