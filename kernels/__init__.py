@@ -6,6 +6,7 @@ fused         the experts on the Triton kernels below, as one autograd function:
   gate          logits to the chosen experts, and what the balancing losses read
   plan          routed rows sorted by expert, and a schedule of tiles
   ragged_mm     each expert's rows times its matrix, gather and activation fused in
+  hopper        ragged_mm's first product with warps that load beside warps that multiply, on sm_90: off until proven
   ragged_wgrad  weight gradients
   combine       a token's rows, summed
 operands      what all of them ask of their operands, in a sentence each

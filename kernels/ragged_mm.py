@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import operands, tuning
+from kernels import hopper, operands, tuning
 from kernels.plan import Plan
 
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
@@ -263,6 +263,9 @@ def up(
     z = x_TD.new_empty(n_rows if keep_z else 0, width)
     h = x_TD.new_empty(n_rows, width // 2 if activation == "swiglu" else width)
     kept = z if keep_z else None
+    if tile.gluon and activation == "swiglu":
+        hopper.up(x_TD, w_up_EFD, kept, h, plan, tile)
+        return z, h
     _launch(x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", activation, gather=True, k_major=True, h=h)
     return z, h
 

@@ -44,6 +44,7 @@ class Tile(NamedTuple):
     num_stages: int  # tiles of k in flight
     tma: bool  # weights and contiguous rows through the tensor memory accelerator (Hopper and later)
     per_sm: int  # programs per multiprocessor that walk over all tiles; 0: one program per tile
+    gluon: bool = False  # up's swiglu product by hopper.py instead: on sm_90, for 16 bits, once a GPU has proven it
 
 
 @contextmanager

@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "group_m": (1, 4, 8, 16),
     "tma": (False, True),
     "per_sm": (0, 1, 2, 3),
+    "gluon": (False, True),
 }
 TRADED = ("block_m", "block_n", "block_k", "num_stages", "num_warps")  # shared memory and registers for one another
 SAME = 3e-2  # relative error between two tiles' results: rounding to 16 bits, or another order of sums
@@ -147,6 +148,8 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
         return False
     if tile.tma and (not arch.startswith("sm_") or int(arch[3:]) < 90):
+        return False
+    if tile.gluon and (arch, use, itemsize, tile.tma) != ("sm_90", "up", 2, True):
         return False
     # The weight gradient's kernel has one program per tile, no slices and no copy engine.
     return use != "wgrad" or (tile.parts, tile.per_sm, tile.tma) == (1, 0, False)
@@ -336,7 +339,8 @@ def conclude(rows: Sequence[dict[str, Any]], device: torch.device, path: Path) -
 def short(tile: Tile) -> str:
     """A tile in a few characters, as kernels/aot.txt writes it."""
     words = [f"{tile.block_m}x{tile.block_n}x{tile.block_k}", f"w{tile.num_warps}", f"s{tile.num_stages}"]
-    return " ".join([*words, f"g{tile.group_m}", f"p{tile.parts}", f"per_sm{tile.per_sm}"] + ["tma"] * tile.tma)
+    words += [f"g{tile.group_m}", f"p{tile.parts}", f"per_sm{tile.per_sm}"]
+    return " ".join(words + ["tma"] * tile.tma + ["gluon"] * tile.gluon)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -87,6 +87,14 @@ def test_the_loads_of_a_layer_are_many_and_few_rows_an_expert():
     assert tune.settings(CPU, full=True).shapes["many"] == SHAPES["olmoe"]
 
 
+def test_a_candidate_with_gluon_is_ups_on_hopper_in_16_bits_alone():
+    for arch, use, kind in itertools.product(("sm_80", "sm_90", "sm_100"), tuning.USES, tuning.TYPES):
+        with tuning.target(arch):
+            found = tune.candidates(CPU, use, kind, "many", 1, HOPPER)
+        wanted = (arch, use, kind) == ("sm_90", "up", "16bit")
+        assert [tile.gluon for tile in found].count(True) == wanted, f"{arch} {use} {kind}"
+
+
 def _settings(**changes):
     return tune.settings(CPU, full=False, **changes)
 
