@@ -33,16 +33,16 @@ class Form(NamedTuple):
         """Itself. Raises `ValueError` for what no expert computes, naming it and what would be accepted."""
         if self.activation not in ACTIVATIONS:
             accepted = ", ".join((*ACTIVATIONS, *NAMED))
-            raise ValueError(f"activation={self.activation!r} is not one of {accepted}")
+            raise ValueError(f"activation={self.activation!r} is not one of {accepted}.")
         if not self.gated and self._replace(weigh_input=False) != Form(self.activation):
             raise ValueError(
-                f"activation={self.activation} has no gate: interleaved, alpha, limit and shift are swiglu's alone; they "
-                f"are {self.interleaved}, {self.alpha}, {self.limit}, {self.shift}."
+                f"activation={self.activation} has no gate: interleaved, alpha, limit and shift are swiglu's alone; "
+                f"they are {self.interleaved}, {self.alpha}, {self.limit}, {self.shift}."
             )
-        if not (math.isfinite(self.alpha) and math.isfinite(self.shift) and 0 <= self.limit < math.inf):
+        if not (abs(self.alpha) < math.inf and abs(self.shift) < math.inf and 0 <= self.limit < math.inf):
             raise ValueError(
-                f"swiglu takes a finite alpha and shift, and a finite limit of 0 (none) or more; they are {self.alpha}, "
-                f"{self.shift}, {self.limit}."
+                f"swiglu takes a finite alpha and shift, and a finite limit of 0 (none) or more; they are "
+                f"{self.alpha}, {self.shift}, {self.limit}."
             )
         return self
 
@@ -52,7 +52,7 @@ NAMED = {"swiglu_clipped": Form("swiglu", interleaved=True, alpha=1.702, limit=7
 
 
 def form_of(given: Form | str) -> Form:
-    """A form, or the one that has this name: an activation's with everything else left as it is. Raises `ValueError`."""
+    """A form, or the one of this name: an activation with everything else as it is by default. Raises `ValueError`."""
     if isinstance(given, Form):
         return given.check()
     return NAMED.get(given) or Form(given).check()

@@ -49,8 +49,10 @@ def _forward(
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
     form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input), weight_N.flatten()
     with torch.cuda.device_of(x_TD):
-        z, h = up(x_TD, w_up_EFD, b_up_EF, weight, where, form, tile("up"), tf32, keep_z)
-        y_ND = down(h, w_down_EDF, b_down_ED, where, tile("down"), tf32)
+        z, h = up(
+            x_TD, w_up_EFD, where, form, tile("up"), tf32, keep_z, b_up_EF, weight if weigh_input else None
+        )  # fmt: skip
+        y_ND = down(h, w_down_EDF, where, tile("down"), tf32, b_down_ED)
         out_TD = combine(
             y_ND, where.slot_N, None if weigh_input else weight, start_T1, where.offset_E1, len(x_TD)
         )  # fmt: skip
@@ -82,8 +84,7 @@ def _backward(
         for_z = for_x or for_up or for_b_up
         if for_z or for_down or for_weight:
             dz, h, dweight_N = dh(
-                dout_TD, w_down_EDF, b_down_ED, z, weight, where, form, tile("dh"), tf32,
-                for_z=for_z, for_h=for_down, for_weight=for_weight,
+                dout_TD, w_down_EDF, z, weight, where, form, tile("dh"), tf32, for_z, for_down, for_weight, b_down_ED
             )  # fmt: skip
         if for_down:
             dw_down_EDF = _weight_gradient(dout_TD, h, w_down_EDF, where, True, tile("wgrad"), tf32)

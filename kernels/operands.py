@@ -106,9 +106,7 @@ def layer(
         )
     for key, bias, size in (("b_up", b_up_EF, (*e, *width)), ("b_down", b_down_ED, (*e, *d))):
         if bias is not None and bias.shape != size:
-            raise ValueError(
-                f"{name} takes {key} {size}, one for each of w_{key[2:]}'s rows; it is {tuple(bias.shape)}."
-            )
+            raise ValueError(f"{name} takes {key} {size}, a number for each row; it is {tuple(bias.shape)}.")
     rows = (len(x_TD), *expert.shape[-1:]) if token_N is None else (token_N.numel(),)
     if expert.shape != weight.shape or expert.shape != rows or (token_N is not None and token_N.dim() != 1):
         raise ValueError(

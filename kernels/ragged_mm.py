@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import operands, tuning
 from kernels.epilogue import add_bias, columns, store, store_activated, store_backward, store_gated
-from kernels.form import Form
+from kernels.form import Form, form_of
 from kernels.plan import Plan
 
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
@@ -190,24 +190,25 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def up(
-    x_TD: Tensor, w_up_EFD: Tensor, b_up_EF: Tensor | None, weight_N: Tensor, plan: Plan, form: Form,
-    tile: tuning.Tile, tf32: bool, keep_z: bool = True,
+    x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile, tf32: bool, keep_z: bool = True,
+    b_up_EF: Tensor | None = None, weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """z = x[token] @ w_up[e]^T + b_up[e] and h = act(z), or act(w z) for weights on the input: -> (N, F) or (N, 2F) for
-    swiglu, without a row unless kept; (N, F), in slots."""
+    """z = x[token] @ w_up[e]^T + b_up[e] and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept;
+    (N, F), in slots. weight_N: the rows' weights, which a form with weights on the input takes: h = act(w z)."""
+    form = form_of(form)
     _fit("up", plan, (w_up_EFD, "E W D"), x=(x_TD, "T D"), b_up=(b_up_EF, "E W"))
     n_rows, width = len(plan.row_N), w_up_EFD.shape[1]
     z = x_TD.new_empty(n_rows if keep_z else 0, width)
     h = x_TD.new_empty(n_rows, width // form.width(1))
     _launch(
         x_TD, w_up_EFD, z if keep_z else None, plan, tile, tf32, "activate", form, gather=True, bias=b_up_EF, h=h,
-        weight=weight_N if form.weigh_input else None,
+        weight=weight_N,
     )  # fmt: skip
     return z, h
 
 
 def down(
-    h_NF: Tensor, w_down_EDF: Tensor, b_down_ED: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool
+    h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, b_down_ED: Tensor | None = None
 ) -> Tensor:
     """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots."""
     _fit("down", plan, (w_down_EDF, "E D F"), h=(h_NF, "N F"), b_down=(b_down_ED, "E D"))
@@ -217,11 +218,12 @@ def down(
 
 
 def dh(
-    dout_TD: Tensor, w_down_EDF: Tensor, b_down_ED: Tensor | None, z: Tensor, weight_N: Tensor, plan: Plan, form: Form,
-    tile: tuning.Tile, tf32: bool, for_z: bool = True, for_h: bool = True, for_weight: bool = True,
+    dout_TD: Tensor, w_down_EDF: Tensor, z: Tensor, weight_N: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile,
+    tf32: bool, for_z: bool = True, for_h: bool = True, for_weight: bool = True, b_down_ED: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dL/dz, the weighted hidden rows w h (h for weights on the input), and dL/dw: -> (as z), (N, F), in slots; (N,) by
     row, 0 without expert. Those that are not asked for have no row."""
+    form = form_of(form)
     _fit("dh", plan, (w_down_EDF, "E D F"), dout=(dout_TD, "T D"), z=(z, "N W"), b_down=(b_down_ED, "E D"))
     operands.fit("dh", weight=(weight_N, "N", operands.FLOATS), row_N=(plan.row_N, "N", MAPS))
     n_rows, width = len(z), w_down_EDF.shape[2]
@@ -250,15 +252,15 @@ def _fit(name: str, plan: Plan, matrix: tuple[Tensor, str], **floats: tuple[Tens
     """Operands of one type, and those in slots of as many rows as the plan has; a stack of matrices by rows or by
     columns."""
     w, letters = matrix
+    key = "w_up" if name in ("up", "dx") else "w_down"
     if not operands.dense(w):
-        raise ValueError(f"{name} takes matrices stored by rows or by columns; strides are {tuple(w.stride())}.")
-    first, *last = letters.split()
+        raise ValueError(f"{name} takes {key} stored by rows or by columns; its strides are {tuple(w.stride())}.")
     if not w.is_contiguous():
+        first, *last = letters.split()
         w, letters = w.mT, " ".join((first, *reversed(last)))
     dtypes = (w.dtype,) if w.dtype in operands.FLOATS else operands.FLOATS
-    kinds = {key: (tensor, letters, dtypes) for key, (tensor, letters) in floats.items()}
-    weights = "w_up" if name in ("up", "dx") else "w_down"
-    operands.fit(name, **kinds, **{weights: (w, letters, dtypes)}, token_N=(plan.token_N, "N", MAPS))
+    kinds = {key: (tensor, letters, dtypes) for key, (tensor, letters) in {**floats, key: (w, letters)}.items()}
+    operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
 
 
 def _launch(
