@@ -199,7 +199,7 @@ def of_run(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
     device, train = machine.choose_device("auto"), run_cfg.train
     what = cfg.what(data, train.eval_tokens, train.batch_size // train.accumulate)
     # Triton need not work here.
-    backend = dispatch.choose("auto" if run_cfg.dispatch == "triton" else run_cfg.dispatch, device, model.cfg)[0]
+    backend = dispatch.choose("auto" if run_cfg.dispatch == "triton" else run_cfg.dispatch, device)[0]
     placed = dataclasses.replace(run_cfg, train=dataclasses.replace(train, device=str(device)))
     context = cfg.context or model.cfg.context
     check_context(context, model.cfg)
@@ -227,7 +227,7 @@ def of_hf(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
         lambda: hf_weights.load(source).eval().to(device),
         context,
         what.batch_size or max(1, AT_ONCE // context),
-        dispatch.choose("auto", device, settings)[0],
+        dispatch.choose("auto", device)[0],
         nullcontext,
         text_start(source, tokenizer) if tokenizer else None,
     )

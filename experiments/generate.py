@@ -77,7 +77,7 @@ def main(cfg: GenerateConfig) -> None:
     device = machine.choose_device("auto")
     model, tokenizer, _ = load_run(Path(cfg.run), cfg.which, cfg.trust)
     model = model.to(device)
-    backend = dispatch.choose("auto", device, model.cfg)[0]  # where it was trained need not be here
+    backend = dispatch.choose("auto", device)[0]  # where it was trained need not be here
     template = chat_template(cfg, tokenizer) if cfg.user else None
     ids = reply_ids(template, asked(cfg), tokenizer) if template else tokenizer.encode(cfg.prompt)
     check_causal(model)

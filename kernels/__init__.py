@@ -1,13 +1,15 @@
 """What an MoE layer computes, on plain tensors and ints.
 
+form          what an expert computes: its activation, the order of its rows, where its weights multiply
 reference     every op in plain torch, any dtype up to float64: the definition of correct
 grouped       the experts on ordinary matmuls: dispatch=torch
 fused         the experts on the Triton kernels below, as one autograd function: dispatch=triton
   gate          logits to the chosen experts, and what the balancing losses read
   plan          routed rows sorted by expert, and a schedule of tiles
   ragged_mm     each expert's rows times its matrix, gather and activation fused in
+  epilogue      what becomes of such a product before it is stored: biases, activations, their derivatives
   hopper        ragged_mm's first product with warps that load beside warps that multiply, on sm_90: off until proven
-  ragged_wgrad  weight gradients
+  ragged_wgrad  gradients of weights and biases
   combine       a token's rows, summed
 operands      what all of them ask of their operands, in a sentence each
 tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here

@@ -39,6 +39,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import fused, gate, machine_code, tuning
+from kernels.form import Form
 from kernels.machine_code import Loop
 
 TABLE = Path(__file__).with_name("aot.txt")
@@ -189,9 +190,9 @@ def _layer(case: Case) -> None:
     routing = list(fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
     x_TD, w_down_EDF = _new(t, d, dtype=dtype), _new(e, d, f, dtype=dtype)
     w_up_EFD = _new(e, case.width, d, dtype=dtype)
-    rest = (_new(*rows), routing, start_T1, case.activation, tf32)
-    out_TD, z = fused._forward._init_fn(x_TD, w_up_EFD, w_down_EDF, *rest)
-    fused._backward._init_fn(out_TD, x_TD, z, w_up_EFD, w_down_EDF, *rest)
+    weights, form = (w_up_EFD, w_down_EDF, _new(*rows), None, None), Form(case.activation)
+    out_TD, z = fused._forward._init_fn(x_TD, *weights, routing, start_T1, *form, tf32, True)
+    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, routing, *form, tf32, [True] * 4 + [False] * 2)
 
 
 def route(

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kernels import operands, tuning
 from kernels.combine import combine
+from kernels.form import Form, form_of
 from kernels.gate import refuse_second_derivative
 from kernels.plan import Plan, plan
 from kernels.ragged_mm import dh, down, dx, up
-from kernels.ragged_wgrad import ragged_wgrad
+from kernels.ragged_wgrad import ragged_sum, ragged_wgrad
 
 NAME = "dispatch=triton"
 
@@ -40,54 +41,79 @@ def _(expert, token_N, n_experts, dtype, tf32, even=True):  # type: ignore[no-un
 
 @torch.library.custom_op("switchyard::fused_experts", mutates_args=())
 def _forward(
-    x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, routing: list[Tensor],
-    start_T1: Tensor | None, activation: str, tf32: bool, keep_z: bool = True,
+    x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
+    b_down_ED: Tensor | None, routing: list[Tensor], start_T1: Tensor | None, activation: str, interleaved: bool,
+    alpha: float, limit: float, shift: float, weigh_input: bool, tf32: bool, keep_z: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer's output and z, which has no rows unless it is kept for the backward."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
+    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input), weight_N.flatten()
     with torch.cuda.device_of(x_TD):
-        z, h = up(x_TD, w_up_EFD, where, activation, tile("up"), tf32, keep_z)
-        y_ND = down(h, w_down_EDF, where, tile("down"), tf32)
-        out_TD = combine(y_ND, where.slot_N, weight_N.flatten(), start_T1, where.offset_E1, len(x_TD))
+        z, h = up(
+            x_TD, w_up_EFD, where, form, tile("up"), tf32, keep_z, b_up_EF, weight if weigh_input else None
+        )  # fmt: skip
+        y_ND = down(h, w_down_EDF, where, tile("down"), tf32, b_down_ED)
+        out_TD = combine(
+            y_ND, where.slot_N, None if weigh_input else weight, start_T1, where.offset_E1, len(x_TD)
+        )  # fmt: skip
     return out_TD, z
 
 
 @_forward.register_fake
-def _(x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, activation, tf32, keep_z=True):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_TD), x_TD.new_empty(weight_N.numel() if keep_z else 0, w_up_EFD.shape[1])
+def _(x_TD, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), x_TD.new_empty(weight_N.numel() if rest[-1] else 0, w_up_EFD.shape[1])
 
 
 @torch.library.custom_op("switchyard::fused_experts_backward", mutates_args=())
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
-    routing: list[Tensor], start_T1: Tensor | None, activation: str, tf32: bool,
-    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b_up_EF: Tensor | None, b_down_ED: Tensor | None, start_T1: Tensor | None, routing: list[Tensor], activation: str,
+    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, tf32: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    dx_TD, dw_up_EFD, dw_down_EDF = (x_TD.new_empty(0) for _ in range(3))
+    form, weight, n_experts = (
+        Form(activation, interleaved, alpha, limit, shift, weigh_input),
+        weight_N.flatten(),
+        len(w_up_EFD),
+    )
+    for_x, for_up, for_down, for_weight, for_b_up, for_b_down = wanted
+    likes = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
+    dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED = operands.gradients_like(likes, (False,) * 6)
     with torch.cuda.device_of(x_TD):
-        dz, h, dweight_N = dh(
-            dout_TD, w_down_EDF, z, weight_N.flatten(), where, activation, tile("dh"), tf32,
-            for_z=for_x or for_up, for_h=for_down, for_weight=for_weight,
-        )  # fmt: skip
+        for_z = for_x or for_up or for_b_up
+        if for_z or for_down or for_weight:
+            dz, h, dweight_N = dh(
+                dout_TD, w_down_EDF, z, weight, where, form, tile("dh"), tf32, for_z, for_down, for_weight, b_down_ED
+            )  # fmt: skip
         if for_down:
-            dw_down_EDF = ragged_wgrad(dout_TD, h, where, True, len(w_up_EFD), tile("wgrad"), tf32)
-        del h
+            dw_down_EDF = _weight_gradient(dout_TD, h, w_down_EDF, where, True, tile("wgrad"), tf32)
+            del h
+        if for_b_down:
+            db_down_ED = ragged_sum(dout_TD, None if weigh_input else weight, where, True, n_experts)
         if for_up:
-            dw_up_EFD = ragged_wgrad(dz, x_TD, where, False, len(w_up_EFD), tile("wgrad"), tf32)
+            dw_up_EFD = _weight_gradient(dz, x_TD, w_up_EFD, where, False, tile("wgrad"), tf32)
+        if for_b_up:
+            db_up_EF = ragged_sum(dz, None, where, False, n_experts)
         if for_x:
             dx_ND = dx(dz, w_up_EFD, where, tile("dx"), tf32)
             dx_TD = combine(dx_ND, where.slot_N, None, start_T1, where.offset_E1, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N.view(weight_N.shape) if for_weight else dweight_N
+    dweight_N = dweight_N.view(weight_N.shape) if for_weight else dweight_N
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED
 
 
 @_backward.register_fake
-def _(
-    dout_TD, x_TD, z, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, activation, tf32,
-    for_x=True, for_up=True, for_down=True, for_weight=True,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N), (for_x, for_up, for_down, for_weight))
+def _(dout_TD, x_TD, z, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, *rest):  # type: ignore[no-untyped-def]
+    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED), rest[-1])
+
+
+def _weight_gradient(  # type: ignore[no-untyped-def]
+    p: Tensor, q: Tensor, w: Tensor, where: Plan, gather_p: bool, tile, tf32: bool
+) -> Tensor:
+    """p^T q by expert, stored as w is: by columns, it is the transpose of q^T p."""
+    if w.is_contiguous():
+        return ragged_wgrad(p, q, where, gather_p, len(w), tile, tf32)
+    return ragged_wgrad(q, p, where, not gather_p, len(w), tile, tf32).mT
 
 
 def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
@@ -97,22 +123,22 @@ def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, routing, start_T1, ctx.activation, ctx.tf32, keep_z = inputs
+    *tensors, routing, start_T1, activation, interleaved, alpha, limit, shift, weigh_input, tf32, keep_z = inputs
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
-    ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, start_T1, *routing)
+    ctx.settings = (activation, interleaved, alpha, limit, shift, weigh_input, tf32)
+    ctx.save_for_backward(tensors[0], output[1], *tensors[1:], start_T1, *routing)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or a tensor of zeros as large as z would be made for it
 
 
 def _autograd_backward(ctx, dout_TD, dz):  # type: ignore[no-untyped-def]
-    *tensors, start_T1 = (saved := ctx.saved_tensors)[:6]  # once: activation checkpointing unpacks no tensor twice
-    routing, wanted = list(saved[6:]), ctx.needs_input_grad[:4]
-    gradients = [None] * 4
-    if dout_TD is not None:
-        computed = _backward(dout_TD.contiguous(), *tensors, routing, start_T1, ctx.activation, ctx.tf32, *wanted)
-        gradients = [gradient if want else None for gradient, want in zip(computed, wanted, strict=True)]
-    # None for the rest: an argument that has its default is not among them.
-    return *gradients, [None] * len(routing), *[None] * (len(ctx.needs_input_grad) - 5)
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
+    tensors, routing, wanted = saved[:8], list(saved[8:]), list(ctx.needs_input_grad[:6])
+    rest = ([None] * len(routing), *[None] * (len(ctx.needs_input_grad) - 7))
+    if dout_TD is None:
+        return *[None] * 6, *rest
+    computed = _backward(dout_TD.contiguous(), *tensors, routing, *ctx.settings, wanted)
+    return *(gradient if want else None for gradient, want in zip(computed, wanted, strict=True)), *rest
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -126,21 +152,25 @@ def experts(
     token_N: Tensor | None,
     expert: Tensor,
     weight: Tensor,
-    activation: str,
+    form: Form | str,
     tf32: bool = False,
+    b_up_EF: Tensor | None = None,
+    b_down_ED: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.experts` on a GPU: -> the weighted sum (T, D) and the rows of every expert (E,) int64.
 
-    expert and weight are (T, K) with token_N None, or (N,) with token_N (N,) ascending; -1 is no expert. tf32: float32
-    may be multiplied in tf32 (10 bits of mantissa), where the GPU's matrix cores do that, instead of exactly. Under
-    autocast x and the weights are rounded to its dtype. Raises `ValueError` for operands the kernels do not take, in a
-    debug build (TRITON_DEBUG=1) for wrong rows too, and `NotImplementedError` for forward-mode derivatives."""
-    kind = x_TD.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
-    _check(x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, activation)
-    operands.refuse_tangents(NAME, x_TD, w_up_EFD, w_down_EDF, weight)
+    expert and weight are (T, K) with token_N None, or (N,) with token_N (N,) ascending; -1 is no expert (of another
+    rank's, say: ids are of the weights that are given). Each expert's matrix is stored by rows or by columns (the
+    transpose of an (E, D, 2F) tensor is taken without a copy). tf32: float32 may be multiplied in tf32 (10 bits of
+    mantissa), where the GPU's matrix cores do that, instead of exactly. Under autocast x, the weights and the biases
+    are rounded to its dtype. Raises `ValueError` for operands the kernels do not take, in a debug build
+    (TRITON_DEBUG=1) for wrong rows too, and `NotImplementedError` for forward-mode derivatives."""
+    form = form_of(form)
+    x_TD, w_up_EFD, w_down_EDF, b_up_EF, b_down_ED = operands.under_autocast(
+        x_TD, w_up_EFD, w_down_EDF, b_up_EF, b_down_ED
+    )
+    _check(x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, form, b_up_EF, b_down_ED)
+    operands.refuse_tangents(NAME, x_TD, w_up_EFD, w_down_EDF, weight, b_up_EF, b_down_ED)
     n_tokens, n_experts = len(x_TD), len(w_up_EFD)
     expert = operands.rows(NAME, expert, token_N, n_tokens, n_experts)
     start_T1 = None
@@ -148,23 +178,32 @@ def experts(
         token_N = token_N.contiguous()
         start_T1 = torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=x_TD.device))
     routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32, tuning.is_even(w_up_EFD))
-    floats = (x_TD.contiguous(), w_up_EFD.contiguous(), w_down_EDF.contiguous(), weight.contiguous())
-    out_TD, _ = _forward(*floats, list(routing), start_T1, activation, tf32, operands.wants_gradient(*floats))
+    floats = (x_TD.contiguous(), w_up_EFD, w_down_EDF, weight.contiguous(), b_up_EF, b_down_ED)
+    out_TD, _ = _forward(*floats, list(routing), start_T1, *form, tf32, operands.wants_gradient(*floats))
     return out_TD, Plan(*routing).offset_E1.diff().long()
 
 
 def _check(
     x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, token_N: Tensor | None, expert: Tensor, weight: Tensor,
-    activation: str,
+    form: Form, b_up_EF: Tensor | None, b_down_ED: Tensor | None,
 ) -> None:  # fmt: skip
     """One sentence for what the kernels do not take."""
-    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, activation)
+    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert, weight, form, b_up_EF, b_down_ED)
+    for name, w in (("w_up", w_up_EFD), ("w_down", w_down_EDF)):
+        if not operands.dense(w):
+            raise ValueError(
+                f"{NAME} takes {name} with each expert's matrix stored by rows or by columns, without gaps; its "
+                f"strides are {tuple(w.stride())}: {name}.contiguous() is a copy that is."
+            )
+    for name, bias in (("b_up", b_up_EF), ("b_down", b_down_ED)):
+        if bias is not None and not bias.is_contiguous():
+            raise ValueError(f"{NAME} takes a contiguous {name}; its strides are {tuple(bias.stride())}.")
+
     # Sizes that 32-bit addresses and row numbers still reach.
     width, d = w_up_EFD.shape[1:]
     if width * d >= 2**31:  # an address within one expert's matrix is an int32
         raise ValueError(
-            f"dispatch=triton takes experts whose w_up has fewer than 2^31 elements; "
-            f"{2 if activation == 'swiglu' else 1}F·D is {width * d}."
+            f"{NAME} takes experts whose w_up has fewer than 2^31 elements; {form.width(1)}F·D is {width * d}."
         )
     if expert.numel() >= 2**31:
-        raise ValueError(f"dispatch=triton takes fewer than 2^31 routed rows; there are {expert.numel()}.")
+        raise ValueError(f"{NAME} takes fewer than 2^31 routed rows; there are {expert.numel()}.")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import operands, reference
+from kernels.form import Form, form_of
 
 NAME = "dispatch=torch"
 
@@ -24,28 +25,22 @@ Span = tuple[int, int, int]  # an expert, its first slot, its last slot + 1
 
 @torch.library.custom_op("switchyard::grouped_experts", mutates_args=())
 def _forward(
-    x_TD: Tensor,
-    w_up_EFD: Tensor,
-    w_down_EDF: Tensor,
-    weight_N: Tensor,
-    token_N: Tensor,
-    slot_N: Tensor,
-    offset_E1: Tensor,
-    n_slots: int,
-    activation: str,
-    keep_z: bool = True,
-    b_up_EF: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
+    b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, offset_E1: Tensor, n_slots: int, activation: str,
+    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer's output and z, which has no rows unless it is kept for the backward."""
-    tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
-    return forward(_spans(offset_E1), *tensors, n_slots, activation, keep_z, b_up_EF)
+    tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
+    form = Form(activation, interleaved, alpha, limit, shift, weigh_input)
+    return forward(_spans(offset_E1), *tensors, n_slots, form, keep_z)
 
 
 def forward(
-    spans: list[Span], x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, token_N: Tensor,
-    slot_N: Tensor, n_slots: int, activation: str, keep_z: bool = True, b_up_EF: Tensor | None = None,
+    spans: list[Span], x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
+    b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, n_slots: int, form: Form, keep_z: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `_forward` computes, with the experts' slots told by the host: so its memory can be walked without data."""
+    # Up and its bias: z is what backward will read, before a weight on the input multiplies it.
     end = spans[-1][2] if spans else 0
     x_RD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
     z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
@@ -54,77 +49,94 @@ def forward(
         if b_up_EF is not None:
             z_RF[lo:hi] += b_up_EF[e]
     z_RF[end:] = 0
-    h_RF, y_RD = reference.activate(z_RF, activation), torch.empty_like(x_RD)
+    weighed = z_RF * _to_slots(weight_N, slot_N, n_slots)[:, None].to(z_RF.dtype) if form.weigh_input else z_RF
+
+    # Down, its bias, and each token's sum.
+    h_RF, y_RD = reference.activate(weighed, form), torch.empty_like(x_RD)
     for e, lo, hi in spans:
         torch.mm(h_RF[lo:hi], w_down_EDF[e].T, out=y_RD[lo:hi])
+        if b_down_ED is not None:
+            y_RD[lo:hi] += b_down_ED[e]
     y_RD[end:] = 0
-    out_TD = _combine(y_RD, slot_N, token_N, weight_N, len(x_TD))
+    out_TD = _combine(y_RD, slot_N, token_N, None if form.weigh_input else weight_N, len(x_TD))
     return out_TD, z_RF if keep_z else z_RF.new_empty(0, z_RF.shape[1])
 
 
 @_forward.register_fake
-def _(
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, n_slots, activation, keep_z=True, b_up_EF=None
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    return torch.empty_like(x_TD), x_TD.new_empty(n_slots if keep_z else 0, w_up_EFD.shape[1])
+def _(x_TD, w_up_EFD, w_down_EDF, weight_N, b_up, b_down, token_N, slot_N, offset_E1, n_slots, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD), x_TD.new_empty(n_slots if rest[-1] else 0, w_up_EFD.shape[1])
 
 
 @torch.library.custom_op("switchyard::grouped_experts_backward", mutates_args=())
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
-    token_N: Tensor, slot_N: Tensor, offset_E1: Tensor, activation: str,
-    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True, for_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b_up_EF: Tensor | None, b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, offset_E1: Tensor,
+    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
-    tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N)
-    return backward(_spans(offset_E1), *tensors, activation, for_x, for_up, for_down, for_weight, for_bias)
+    tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
+    form = Form(activation, interleaved, alpha, limit, shift, weigh_input)
+    return backward(_spans(offset_E1), *tensors, form, wanted)
 
 
 def backward(
     spans: list[Span], dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor,
-    weight_N: Tensor, token_N: Tensor, slot_N: Tensor, activation: str,
-    for_x: bool = True, for_up: bool = True, for_down: bool = True, for_weight: bool = True, for_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `_backward` computes, with the experts' slots told by the host."""
+    weight_N: Tensor, b_up_EF: Tensor | None, b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, form: Form,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `_backward` computes, with the experts' slots told by the host; `wanted`: of x, w_up, w_down, the rows'
+    weights, b_up and b_down, whose gradients."""
+    for_x, for_up, for_down, for_weight, for_b_up, for_b_down = wanted
     end = spans[-1][2] if spans else 0
     token_R = _to_slots(token_N, slot_N, len(z_RF))
     # Empty slots read token 0 and weigh nothing: whatever they compute, they add zero to every gradient.
     weight_R1 = _to_slots(weight_N, slot_N, len(z_RF))[:, None].to(x_TD.dtype)
     dout_RD = dout_TD.index_select(0, token_R)
-    dh_RF = torch.zeros_like(z_RF[:, : w_down_EDF.shape[2]])  # of the unweighted output; 0 for rows with no expert
-    if for_x or for_up or for_weight or for_bias:
+
+    # Through down and the activation. Of the unweighted output; 0 for rows with no expert.
+    dh_RF = torch.zeros_like(z_RF[:, : w_down_EDF.shape[2]])
+    if for_x or for_up or for_weight or for_b_up:
         for e, lo, hi in spans:
             torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
-    h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, activation)
-    dx_TD, dw_up_EFD, dw_down_EDF, db_up_EF = (x_TD.new_empty(0) for _ in range(4))
-    dweight_N = weight_N.new_empty(0)
+    if form.weigh_input:  # the weight's gradient is that of z's factor
+        h_RF, dfactor_RF = _activate_backward(z_RF * weight_R1, dh_RF, form)
+        dz_RF, dweight_of = dfactor_RF * weight_R1, (dfactor_RF, z_RF)
+        weighted_h_RF, weighted_dout_RD = h_RF, dout_RD
+    else:
+        h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, form)
+        dweight_of = (dh_RF, h_RF)
+        weighted_h_RF, weighted_dout_RD = h_RF * weight_R1, dout_RD * weight_R1
+
+    # What is wanted of the rest.
+    likes = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
+    dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED = operands.gradients_like(likes, (False,) * 6)
     if for_weight:
-        dweight_R = torch.linalg.vecdot(dh_RF.to(weight_N.dtype), h_RF.to(weight_N.dtype))
+        dweight_R = torch.linalg.vecdot(*(side.to(weight_N.dtype) for side in dweight_of))
+        if b_down_ED is not None and not form.weigh_input:
+            for e, lo, hi in spans:
+                dweight_R[lo:hi] += (dout_RD[lo:hi] @ b_down_ED[e]).to(weight_N.dtype)
         dweight_N = dweight_R.index_select(0, slot_N)
     if for_down:
-        dw_down_EDF = _weight_gradient(dout_RD, h_RF * weight_R1, w_down_EDF, spans)
+        dw_down_EDF = _weight_gradient(dout_RD, weighted_h_RF, w_down_EDF, spans)
     if for_up:
         dw_up_EFD = _weight_gradient(dz_RF, x_TD.index_select(0, token_R), w_up_EFD, spans)
-    if for_bias:
-        db_up_EF = dz_RF.new_zeros(w_up_EFD.shape[:2])
-        for e, lo, hi in spans:
-            torch.sum(dz_RF[lo:hi], 0, out=db_up_EF[e])
+    if for_b_up:
+        db_up_EF = _bias_gradient(dz_RF, w_up_EFD.shape[:2], spans)
+    if for_b_down:
+        db_down_ED = _bias_gradient(weighted_dout_RD, w_down_EDF.shape[:2], spans)
     if for_x:
         dx_RD = torch.empty_like(dout_RD)
         for e, lo, hi in spans:
             torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
         dx_RD[end:] = 0
         dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
-    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF
+    return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED
 
 
 @_backward.register_fake
-def _(
-    dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, activation,
-    for_x=True, for_up=True, for_down=True, for_weight=True, for_bias=False,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    wanted = (for_x, for_up, for_down, for_weight, for_bias)
-    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N, w_up_EFD[:, :, 0]), wanted)
+def _(dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, *rest):  # type: ignore[no-untyped-def]
+    return operands.gradients_like((x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED), rest[-1])
 
 
 def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[Span]) -> Tensor:
@@ -135,6 +147,14 @@ def _weight_gradient(p: Tensor, q: Tensor, w: Tensor, spans: list[Span]) -> Tens
     for e, lo, hi in spans:
         torch.mm(p[lo:hi].T, q[lo:hi], out=dw[e])
     return dw
+
+
+def _bias_gradient(p: Tensor, size: torch.Size, spans: list[Span]) -> Tensor:
+    """p summed over every expert's slots; 0 for an expert without rows."""
+    db = p.new_zeros(size)
+    for e, lo, hi in spans:
+        torch.sum(p[lo:hi], 0, out=db[e])
+    return db
 
 
 def slots(expert_N: Tensor, n_experts: int) -> tuple[Tensor, Tensor, int]:
@@ -171,50 +191,48 @@ def _combine(y_RD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | N
     return F.embedding_bag(slot_N, y_RD, start_T, mode="sum", per_sample_weights=weight)
 
 
-def _activate_backward(z: Tensor, dh: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _activate_backward(z: Tensor, dh: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """h and dL/dz from z and dL/dh."""
-    match activation:
+    match form.activation:
         case "swiglu":
-            (gate, up), dz = z.chunk(2, dim=-1), torch.empty_like(z)
-            silu, width = F.silu(gate), z.shape[-1] // 2
-            dz[:, :width] = torch.ops.aten.silu_backward(dh * up, gate)
-            torch.mul(dh, silu, out=dz[:, width:])
-            return silu * up, dz
-        case "swiglu_clipped":
-            (gate, up), dz = (z[..., ::2], z[..., 1::2]), torch.empty_like(z)
-            low, middle = gate.clamp(max=reference.CLIP), up.clamp(-reference.CLIP, reference.CLIP)
-            share = torch.sigmoid(reference.CLIP_ALPHA * low)
-            slope = share * (1 + reference.CLIP_ALPHA * low * (1 - share))
-            dz[..., ::2] = torch.where(gate <= reference.CLIP, dh * (middle + 1) * slope, 0)
-            dz[..., 1::2] = torch.where(up.abs() <= reference.CLIP, dh * low * share, 0)
-            return low * share * (middle + 1), dz
+            (gate, up), dz = reference.gates(z, form), torch.empty_like(z)
+            dgate, dup = reference.gates(dz, form)
+            if form == Form("swiglu", form.interleaved, weigh_input=form.weigh_input):
+                silu = F.silu(gate)
+                dgate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
+                torch.mul(dh, silu, out=dup)
+                return silu * up, dz
+            low, middle = gate, up
+            if form.limit:
+                low, middle = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+            share = torch.sigmoid(form.alpha * low)
+            slope = share * (1 + form.alpha * low * (1 - share))
+            dgate.copy_(torch.where(gate <= low, dh * (middle + form.shift) * slope, 0))
+            dup.copy_(torch.where(up == middle, dh * low * share, 0))
+            return low * share * (middle + form.shift), dz
         case "gelu" | "gelu_tanh":
-            approximate = "tanh" if activation == "gelu_tanh" else "none"
+            approximate = "tanh" if form.activation == "gelu_tanh" else "none"
             return F.gelu(z, approximate=approximate), torch.ops.aten.gelu_backward(dh, z, approximate=approximate)
-        case "relu2":
-            positive = F.relu(z)
-            return positive.square(), 2 * positive * dh
-    raise ValueError(f"activation={activation!r}")
+    assert form.activation == "relu2"
+    positive = F.relu(z)
+    return positive.square(), 2 * positive * dh
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1, _, ctx.activation, keep_z, b_up_EF = inputs
-    ctx.has_bias = b_up_EF is not None
+    *tensors, _, activation, interleaved, alpha, limit, shift, weigh_input, keep_z = inputs
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
-    ctx.save_for_backward(x_TD, output[1], w_up_EFD, w_down_EDF, weight_N, token_N, slot_N, offset_E1)
+    ctx.form = (activation, interleaved, alpha, limit, shift, weigh_input)
+    ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or an (R, F) tensor of zeros would be made for z
 
 
 def _autograd_backward(ctx, dout_TD, dz_RF):  # type: ignore[no-untyped-def]
-    wanted = (*ctx.needs_input_grad[:4], ctx.has_bias and ctx.needs_input_grad[-1])
-    gradients = [None] * 5
-    if dout_TD is not None:
-        computed = _backward(dout_TD.contiguous(), *ctx.saved_tensors, ctx.activation, *wanted)
-        gradients = [gradient if want else None for gradient, want in zip(computed, wanted, strict=True)]
-    # None for the rest: an argument that has its default is not among them.
-    rest = [None] * (len(ctx.needs_input_grad) - 4)
-    return *gradients[:4], *(rest[:-1] + gradients[4:] if ctx.has_bias else rest)
+    wanted, rest = list(ctx.needs_input_grad[:6]), [None] * (len(ctx.needs_input_grad) - 6)
+    if dout_TD is None:
+        return *[None] * 6, *rest
+    computed = _backward(dout_TD.contiguous(), *ctx.saved_tensors, *ctx.form, wanted)
+    return *(gradient if want else None for gradient, want in zip(computed, wanted, strict=True)), *rest
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -227,25 +245,22 @@ def experts(
     token_N: Tensor,
     expert_N: Tensor,
     weight_N: Tensor,
-    activation: str,
+    form: Form | str,
     b_up_EF: Tensor | None = None,
+    b_down_ED: Tensor | None = None,
 ) -> Tensor:
     """`reference.experts` with one sort and no per-expert gradient copies. `token_N` must be ascending.
 
-    Under autocast, x and the weights are rounded to its dtype first; sums accumulate in float32. Raises `ValueError`
-    for operands of other types and shapes, in a debug build (TRITON_DEBUG=1) for wrong rows too, and
+    Under autocast, x, the weights and the biases are rounded to its dtype first; sums accumulate in float32. Raises
+    `ValueError` for operands of other types and shapes, in a debug build (TRITON_DEBUG=1) for wrong rows too, and
     `NotImplementedError` for forward-mode derivatives."""
-    kind = x_TD.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x_TD, w_up_EFD, w_down_EDF = x_TD.to(dtype), w_up_EFD.to(dtype), w_down_EDF.to(dtype)
-        b_up_EF = None if b_up_EF is None else b_up_EF.to(dtype)
-    floats = (x_TD, w_up_EFD, w_down_EDF, weight_N)
-    biases = () if b_up_EF is None else (b_up_EF,)
-    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, unfused=operands.UNFUSED)
-    operands.refuse_tangents(NAME, *floats, *biases)
+    form = form_of(form)
+    x_TD, w_up_EFD, w_down_EDF, b_up_EF, b_down_ED = operands.under_autocast(
+        x_TD, w_up_EFD, w_down_EDF, b_up_EF, b_down_ED
+    )
+    operands.layer(NAME, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED)
+    floats = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
+    operands.refuse_tangents(NAME, *floats)
     expert_N = operands.rows(NAME, expert_N, token_N, len(x_TD), len(w_up_EFD))
     where = slots(expert_N, len(w_up_EFD))
-    keep_z = operands.wants_gradient(*floats, *biases)
-    out_TD, _ = _forward(*floats, token_N, *where, activation, keep_z, *biases)
-    return out_TD
+    return _forward(*floats, token_N, *where, *form, operands.wants_gradient(*floats))[0]

@@ -6,6 +6,8 @@ expert that exists, tokens in order) is read in a debug build alone, TRITON_DEBU
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,9 @@ from torch._C import _functorch as functorch
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 
+from kernels.form import Form
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")  # of all backends
-UNFUSED = ("swiglu_clipped",)  # of the torch and reference backends alone
-GATED = ("swiglu", "swiglu_clipped")  # whose pre-activation has a gate channel beside every other
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 Operand = tuple[Tensor | None, str, tuple[torch.dtype, ...]]  # a letter per dimension; the types it may have
@@ -99,32 +100,37 @@ def choice(name: str, logits_TE: Tensor, k: int, score: str, bias_E: Tensor | No
 
 def layer(
     name: str, x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, token_N: Tensor | None, expert: Tensor,
-    weight: Tensor, activation: str, mixed: bool = False, unfused: tuple[str, ...] = (),
+    weight: Tensor, form: Form, b_up_EF: Tensor | None, b_down_ED: Tensor | None, mixed: bool = False,
 ) -> None:  # fmt: skip
-    """What every backend asks of a layer's operands, as `fused.experts` has them; mixed: x and the weights may be of
-    different types; unfused: activations that it has beside those of all. Raises `ValueError`."""
+    """What every backend asks of a layer's operands, as `fused.experts` has them; mixed: x, the weights and the biases
+    may be of different types. Raises `ValueError`."""
     # What kind of operands they are, wherever they lie.
-    if activation not in (*ACTIVATIONS, *unfused):
-        raise ValueError(f"activation={activation!r} is not one of {', '.join((*ACTIVATIONS, *unfused))}.")
-    kinds = (x_TD.dtype, w_up_EFD.dtype, w_down_EDF.dtype)
+    present = [t for t in (b_up_EF, b_down_ED) if t is not None]
+    kinds = (x_TD.dtype, w_up_EFD.dtype, w_down_EDF.dtype, *(bias.dtype for bias in present))
     if not set(kinds) <= set(FLOATS) or not (mixed or len(set(kinds)) == 1):
         raise ValueError(
-            f"{name} takes x and both weights in one of {_listed(FLOATS)}; they are {', '.join(map(str, kinds))}."
+            f"{name} takes x and both weights{', and biases' if present else ''} in one of {_listed(FLOATS)}; they are "
+            f"{', '.join(map(str, kinds))}."
         )
     ids(name, expert, token_N)
     if weight.dtype not in FLOATS:
         raise ValueError(f"{name} takes the rows' weights in one of {_listed(FLOATS)}; they are {weight.dtype}.")
-    one_device(name, x_TD, w_up_EFD, w_down_EDF, expert, weight, token_N)
+    one_device(name, x_TD, w_up_EFD, w_down_EDF, expert, weight, token_N, *present)
+    if form.weigh_input and b_up_EF is not None:
+        raise ValueError(f"{name} takes weights on the experts' input (weigh_input) without biases of w_up.")
 
     # Shapes: of the layer and its weights, then of the routing.
     e, d, f = w_up_EFD.shape[:1], x_TD.shape[1:], w_down_EDF.shape[2:]
-    gate = 2 if activation in GATED else 1
+    gate = form.width(1)
     width = tuple(gate * size for size in f)
     if (len(d), len(f)) != (1, 1) or w_up_EFD.shape != (*e, *width, *d) or w_down_EDF.shape != (*e, *d, *f):
         raise ValueError(
             f"{name} takes x (T, D), w_up (E, {gate}F, D), w_down (E, D, F); they are {tuple(x_TD.shape)}, "
             f"{tuple(w_up_EFD.shape)}, {tuple(w_down_EDF.shape)}."
         )
+    for key, bias, size in (("b_up", b_up_EF, (*e, *width)), ("b_down", b_down_ED, (*e, *d))):
+        if bias is not None and bias.shape != size:
+            raise ValueError(f"{name} takes {key} {size}, a number for each row; it is {tuple(bias.shape)}.")
     rows = (len(x_TD), *expert.shape[-1:]) if token_N is None else (token_N.numel(),)
     if expert.shape != weight.shape or expert.shape != rows or (token_N is not None and token_N.dim() != 1):
         raise ValueError(
@@ -133,13 +139,27 @@ def layer(
         )
 
 
+def dense(w: Tensor) -> bool:
+    """Whether a stack of matrices (E, ., .) lies without gaps, each stored by rows or by columns."""
+    return w.is_contiguous() or w.mT.is_contiguous()
+
+
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def refuse_tangents(name: str, *tensors: Tensor) -> None:
+def under_autocast(x: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """x and these as autocast would have them for a matmul, in its dtype; without it, as they are."""
+    kind, tensors = x.device.type, (x, *rest)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def refuse_tangents(name: str, *tensors: Tensor | None) -> None:
     """Raises `NotImplementedError` for tensors with a forward-mode tangent, which a custom op would lose."""
-    if _has_tangent(*tensors):
+    if _has_tangent(*(tensor for tensor in tensors if tensor is not None)):
         raise NotImplementedError(f"{name} has no forward-mode derivative; dispatch=reference does.")
 
 
@@ -159,15 +179,18 @@ def _has_tangent(*tensors: Tensor) -> bool:
         return _has_tangent(*unwrapped)
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
+def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow, so that something has to be kept for it."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def gradients_like(tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def gradients_like(tensors: tuple[Tensor | None, ...], wanted: Sequence[bool]) -> tuple[Any, ...]:
     """Tensors as these where they are wanted, and empty ones elsewhere."""
+    (first, *_) = tensors
+    assert first is not None
     return tuple(
-        torch.empty_like(tensor) if want else tensor.new_empty(0) for tensor, want in zip(tensors, wanted, strict=True)
+        torch.empty_like(tensor) if want and tensor is not None else (first if tensor is None else tensor).new_empty(0)
+        for tensor, want in zip(tensors, wanted, strict=True)
     )
 
 

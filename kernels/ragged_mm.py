@@ -2,15 +2,16 @@
 
 One kernel, four uses (slots as `plan` lays them out; rows of one expert lie side by side):
 
-    up      z = x[token] @ w_up[e]^T, h = act(z)          gathered rows     epilogue activate
-    down    y = h @ w_down[e]^T                           contiguous rows   epilogue store
+    up      z = x[token] @ w_up[e]^T + b_up[e], h = act(z)    gathered rows     epilogue activate
+    down    y = h @ w_down[e]^T + b_down[e]                   contiguous rows   epilogue store
     dh      dh = dout[token] @ w_down[e]; from it, in registers, dz = act'(z) dh w, h w, and dw = <dh, h>
-                                                          gathered rows     epilogue backward
-    dx      dx = dz @ w_up[e]                             contiguous rows   epilogue store
+            (+ <dout[token], b_down[e]>)                      gathered rows     epilogue backward
+    dx      dx = dz @ w_up[e]                                 contiguous rows   epilogue store
 
 A program walks over tiles of the schedule (block_m rows of one expert by block_n columns), so the host never learns how
 many rows an expert got. Sums are in float32 (float64 for float64); no atomics; every element is written by one program,
-in one order: reruns are bitwise equal. A swiglu tile reads gate and up columns in turns, so one accumulator holds both.
+in one order: reruns are bitwise equal. A swiglu tile reads gate and up columns in turns, or where they lie in another
+order as many of either, so one accumulator holds both. A matrix may be stored by rows or by columns.
 
 Letters: J tiles of the schedule. In BLOCK_M, BLOCK_N and BLOCK_K alone, M, N, K are a tile's rows, its columns and the
 part of the summed width that is loaded at a time, as in every matmul kernel.
@@ -23,6 +24,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import hopper, operands, tuning
+from kernels.epilogue import add_bias, columns, store, store_activated, store_backward, store_gated
+from kernels.form import Form, form_of
 from kernels.plan import Plan
 
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
@@ -50,126 +53,18 @@ def clamp(index, SIZE: tl.constexpr):
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """An ungated activation and its derivative."""
-    if ACTIVATION == "gelu":
-        cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))
-        return z * cdf, cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "gelu_tanh":
-        cdf = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        slope = 1.5957691216057308 * (1 + 0.134145 * z * z)
-        return z * cdf, cdf + z * cdf * (1 - cdf) * slope
-    else:
-        tl.static_assert(ACTIVATION == "relu2")
-        positive = tl.maximum(z, 0.0)
-        return positive * positive, 2 * positive
-
-
-@triton.jit
-def columns(acc, PARTS: tl.constexpr):
-    """acc (rows, columns) cut into PARTS (1, 2 or 4) slices of columns, as a tuple."""
-    if PARTS == 1:
-        slices = (acc,)
-    else:
-        tl.static_assert(acc.shape[1] % PARTS == 0)
-        left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-        slices = columns(left, PARTS // 2) + columns(right, PARTS // 2)
-    return slices
-
-
-@triton.jit
-def _store(y, out, slot, live, start, COLUMNS: tl.constexpr):
-    """out[slot, start:] = y."""
-    column = start + tl.arange(0, y.shape[1])[None, :]
-    tl.store(
-        out + slot.to(tl.int64)[:, None] * COLUMNS + column,
-        y.to(out.dtype.element_ty),
-        mask=live[:, None] & (column < COLUMNS),
-    )
-
-
-@triton.jit
-def _store_activated(y, z, h, slot, live, start, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """z = y, if there is a z, and h = act(y). For swiglu y holds gate and up columns in turns, z keeps them in two
-    halves."""
-    at = slot.to(tl.int64)[:, None]
-    if ACTIVATION == "swiglu":
-        gate, up = y.reshape(y.shape[0], y.shape[1] // 2, 2).split()
-        f = start // 2 + tl.arange(0, y.shape[1] // 2)[None, :]
-        keep = live[:, None] & (f < COLUMNS // 2)
-        if z is not None:
-            tl.store(z + at * COLUMNS + f, gate.to(z.dtype.element_ty), mask=keep)
-            tl.store(z + at * COLUMNS + (COLUMNS // 2 + f), up.to(z.dtype.element_ty), mask=keep)
-        tl.store(h + at * (COLUMNS // 2) + f, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=keep)
-    else:
-        if z is not None:
-            _store(y, z, slot, live, start, COLUMNS)
-        # Of z as it is stored, as the backward will read it; in its fewer bits it also takes fewer registers.
-        value, _ = activate(y.to(h.dtype.element_ty).to(y.dtype), ACTIVATION)
-        _store(value, h, slot, live, start, COLUMNS)
-
-
-@triton.jit
-def _store_backward(dh, z, dz, h, w, slot, live, start, F: tl.constexpr, ACTIVATION: tl.constexpr):
-    """dz = act'(z) dh w and w h, those that there are; returns <dh, h> over these columns, the gradient of w."""
-    at = slot.to(tl.int64)[:, None]
-    f = start + tl.arange(0, dh.shape[1])[None, :]
-    keep = live[:, None] & (f < F)
-    if ACTIVATION == "swiglu":
-        gate = tl.load(z + at * (2 * F) + f, mask=keep, other=0.0).to(dh.dtype)
-        up = tl.load(z + at * (2 * F) + (F + f), mask=keep, other=0.0).to(dh.dtype)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        value = silu * up
-        if dz is not None:
-            dgate = dh * w[:, None] * up * (sigmoid + silu * (1 - sigmoid))
-            tl.store(dz + at * (2 * F) + f, dgate.to(dz.dtype.element_ty), mask=keep)
-            tl.store(dz + at * (2 * F) + (F + f), (dh * w[:, None] * silu).to(dz.dtype.element_ty), mask=keep)
-    else:
-        value, slope = activate(tl.load(z + at * F + f, mask=keep, other=0.0).to(dh.dtype), ACTIVATION)
-        if dz is not None:
-            _store(dh * w[:, None] * slope, dz, slot, live, start, F)
-    if h is not None:
-        _store(value * w[:, None], h, slot, live, start, F)
-    return tl.sum(dh * value, 1)
-
-
-@triton.jit
 def _ragged_mm(
-    a,
-    b,
-    out,
-    h,
-    z,
-    weight,
-    dweight,
-    token,
-    row,
-    offset,
-    tile_expert,
-    tile_slot,
-    tile_count,
-    inner_end,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    K_MAJOR: tl.constexpr,
-    GATHER: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    A_TMA: tl.constexpr,
-    B_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    a, b, out, h, z, weight, dweight, bias, token, row, offset, tile_expert, tile_slot, tile_count, inner_end,
+    COLUMNS: tl.constexpr, INNER: tl.constexpr, K_MAJOR: tl.constexpr, GATHER: tl.constexpr, EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product."""
-    PAIRED: tl.constexpr = (
-        ACTIVATION == "swiglu" and EPILOGUE == "activate"
-    )  # columns are gate 0, up 0, gate 1, up 1, ...
+    # Where gates and others lie apart, a tile takes both: in turns, or, of a matrix whose columns are contiguous, in
+    # halves, so that it reads runs of either.
+    PAIRED: tl.constexpr = ACTIVATION == "swiglu" and EPILOGUE == "activate" and not INTERLEAVED
+    HALVES: tl.constexpr = PAIRED and not K_MAJOR
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.load(tile_count)
     for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
@@ -194,8 +89,15 @@ def _ragged_mm(
             source = tl.load(token + slot, mask=live, other=0) if GATHER else tl.where(live, slot, first)
             a_rows = a + source.to(tl.int64)[:, None] * INNER
         if not B_TMA:
-            within = column if COLUMNS % BLOCK_N == 0 else clamp(column, COLUMNS)
-            b_column = (within % 2) * (COLUMNS // 2) + within // 2 if PAIRED else within
+            if HALVES:
+                f = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) % (BLOCK_N // 2)
+                is_column = f < COLUMNS // 2
+                within = f if COLUMNS % BLOCK_N == 0 else clamp(f, COLUMNS // 2)
+                b_column = tl.arange(0, BLOCK_N) // (BLOCK_N // 2) * (COLUMNS // 2) + within
+            else:
+                is_column = column < COLUMNS
+                within = column if COLUMNS % BLOCK_N == 0 else clamp(column, COLUMNS)
+                b_column = (within % 2) * (COLUMNS // 2) + within // 2 if PAIRED else within
             b_columns = b + e.to(tl.int64) * (COLUMNS * INNER) + b_column[None, :] * (INNER if K_MAJOR else 1)
 
         # The product, BLOCK_K of the summed width at a time: load a piece of either side, multiply, add.
@@ -209,7 +111,9 @@ def _ragged_mm(
                 inside = start_k + inner < INNER
                 a_tile = tl.load(a_rows + clamp(start_k + inner, INNER)[None, :], mask=inside[None, :], other=0.0)
             if B_TMA:
-                if PAIRED:
+                if HALVES:
+                    b_tile = b.load([e, start_k, 0, tile_n * (BLOCK_N // 2)]).reshape(BLOCK_K, BLOCK_N)
+                elif PAIRED:
                     b_tile = b.load([e, tile_n * (BLOCK_N // 2), 0, start_k]).reshape(BLOCK_N, BLOCK_K).T
                 elif K_MAJOR:
                     b_tile = b.load([e, tile_n * BLOCK_N, start_k]).reshape(BLOCK_N, BLOCK_K).T
@@ -221,31 +125,63 @@ def _ragged_mm(
                 else:
                     at = clamp(start_k + inner, INNER)[:, None] * (1 if K_MAJOR else COLUMNS)
                     b_tile = tl.load(
-                        b_columns + at, mask=(start_k + inner < INNER)[:, None] & (column < COLUMNS)[None, :], other=0.0
+                        b_columns + at, mask=(start_k + inner < INNER)[:, None] & is_column[None, :], other=0.0
                     )
             acc = dot(a_tile, b_tile, acc, PRECISION)
 
-        # Epilogue and store, in PARTS slices of columns, so that one slice's temporaries are live at a time.
+        # What the epilogue needs of every row. Weights stand by row, not by slot.
         WIDTH: tl.constexpr = BLOCK_N // PARTS
         total = tl.zeros((BLOCK_M,), dtype=ACC)
         source_row = slot
         w = total
-        if EPILOGUE == "backward":  # weights stand by row, not by slot
+        if EPILOGUE == "backward" or (EPILOGUE == "activate" and WEIGH):
             source_row = tl.load(row + slot, mask=live, other=0)
             w = tl.load(weight + source_row, mask=live, other=0.0).to(ACC)
-        slices = columns(acc, PARTS)
+        if dweight is not None and bias is not None:  # noqa: SIM102  # the compiler knows this, and not which tile
+            if tile_n == 0:
+                total = _along(a_rows, bias + e.to(tl.int64) * INNER, inner_end, INNER, BLOCK_M, BLOCK_K, ACC)
+
+        # Epilogue and store, in PARTS slices of columns, so that one slice's temporaries are live at a time.
+        slices = columns(acc, 2 * PARTS if HALVES else PARTS)
         for part in tl.static_range(PARTS):
             start = tile_n * BLOCK_N + part * WIDTH
             if EPILOGUE == "store":
-                _store(slices[part], out, slot, live, start, COLUMNS)
+                y = add_bias(slices[part], bias, e, start, COLUMNS, COLUMNS, 0)
+                store(y, out, slot, live, start, COLUMNS, COLUMNS, 0)
             elif EPILOGUE == "activate":
-                _store_activated(slices[part], out, h, slot, live, start, COLUMNS, ACTIVATION)
+                if ACTIVATION == "swiglu":
+                    y = slices[part]
+                    if HALVES:
+                        y = tl.join(slices[part], slices[part + PARTS]).reshape(BLOCK_M, WIDTH)
+                    store_gated(
+                        y, out, h, bias, w, e, slot, live, start // 2, COLUMNS // 2, INTERLEAVED, WEIGH, ALPHA, LIMIT,
+                        SHIFT,
+                    )  # fmt: skip
+                else:
+                    store_activated(
+                        slices[part], out, h, bias, w, e, slot, live, start, COLUMNS, ACTIVATION, WEIGH
+                    )  # fmt: skip
             else:
                 tl.static_assert(EPILOGUE == "backward")
-                total += _store_backward(slices[part], z, out, h, w, slot, live, start, COLUMNS, ACTIVATION)
+                total += store_backward(
+                    slices[part], z, out, h, w, slot, live, start, COLUMNS, ACTIVATION, INTERLEAVED, WEIGH, ALPHA,
+                    LIMIT, SHIFT,
+                )  # fmt: skip
         if dweight is not None:
             # Each tile of columns leaves its part of d(weight); the host adds them up.
             tl.store(dweight + source_row.to(tl.int64) * TILES_N + tile_n, total, mask=live)
+
+
+@triton.jit
+def _along(rows, vector, end, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """The inner product of every one of these rows and a vector, INNER wide."""
+    total = tl.zeros((BLOCK_M,), dtype=ACC)
+    for start in range(0, end, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        inside = inner < INNER
+        row = tl.load(rows + inner[None, :], mask=inside[None, :], other=0.0).to(ACC)
+        total += tl.sum(row * tl.load(vector + inner, mask=inside, other=0.0).to(ACC)[None, :], 1)
+    return total
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -254,100 +190,130 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def up(
-    x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, activation: str, tile: tuning.Tile, tf32: bool, keep_z: bool = True
-) -> tuple[Tensor, Tensor]:
-    """z = x[token] @ w_up[e]^T and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept; (N, F), in
-    slots."""
-    _fit("up", plan, x=(x_TD, "T D"), w_up=(w_up_EFD, "E W D"))
+    x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile, tf32: bool, keep_z: bool = True,
+    b_up_EF: Tensor | None = None, weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """z = x[token] @ w_up[e]^T + b_up[e] and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept;
+    (N, F), in slots. weight_N: the rows' weights, which a form with weights on the input takes: h = act(w z)."""
+    form = form_of(form)
+    _fit("up", plan, (w_up_EFD, "E W D"), x=(x_TD, "T D"), b_up=(b_up_EF, "E W"))
     n_rows, width = len(plan.row_N), w_up_EFD.shape[1]
     z = x_TD.new_empty(n_rows if keep_z else 0, width)
-    h = x_TD.new_empty(n_rows, width // 2 if activation == "swiglu" else width)
+    h = x_TD.new_empty(n_rows, width // form.width(1))
     kept = z if keep_z else None
-    if tile.gluon and activation == "swiglu":
+    if tile.gluon and form == Form("swiglu") and b_up_EF is None and w_up_EFD.is_contiguous():
         hopper.up(x_TD, w_up_EFD, kept, h, plan, tile)
         return z, h
-    _launch(x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", activation, gather=True, k_major=True, h=h)
+    _launch(
+        x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", form, gather=True, bias=b_up_EF, h=h, weight=weight_N
+    )  # fmt: skip
     return z, h
 
 
-def down(h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool) -> Tensor:
-    """y = h @ w_down[e]^T: (N, F) -> (N, D), in slots."""
-    _fit("down", plan, h=(h_NF, "N F"), w_down=(w_down_EDF, "E D F"))
+def down(
+    h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, b_down_ED: Tensor | None = None
+) -> Tensor:
+    """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots."""
+    _fit("down", plan, (w_down_EDF, "E D F"), h=(h_NF, "N F"), b_down=(b_down_ED, "E D"))
     y = h_NF.new_empty(len(h_NF), w_down_EDF.shape[1])
-    _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", "", gather=False, k_major=True)
+    _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", None, gather=False, bias=b_down_ED)
     return y
 
 
 def dh(
-    dout_TD: Tensor, w_down_EDF: Tensor, z: Tensor, weight_N: Tensor, plan: Plan, activation: str, tile: tuning.Tile,
-    tf32: bool, for_z: bool = True, for_h: bool = True, for_weight: bool = True,
+    dout_TD: Tensor, w_down_EDF: Tensor, z: Tensor, weight_N: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile,
+    tf32: bool, for_z: bool = True, for_h: bool = True, for_weight: bool = True, b_down_ED: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/dz, the weighted hidden rows w h, and dL/dw: -> (as z), (N, F), in slots; (N,) by row, 0 without expert. Those
-    that are not asked for have no row."""
-    _fit("dh", plan, dout=(dout_TD, "T D"), w_down=(w_down_EDF, "E D F"), z=(z, "N W"))
+    """dL/dz, the weighted hidden rows w h (h for weights on the input), and dL/dw: -> (as z), (N, F), in slots; (N,) by
+    row, 0 without expert. Those that are not asked for have no row."""
+    form = form_of(form)
+    _fit("dh", plan, (w_down_EDF, "E D F"), dout=(dout_TD, "T D"), z=(z, "N W"), b_down=(b_down_ED, "E D"))
     operands.fit("dh", weight=(weight_N, "N", operands.FLOATS), row_N=(plan.row_N, "N", MAPS))
     n_rows, width = len(z), w_down_EDF.shape[2]
-    if z.shape[1] != (2 * width if activation == "swiglu" else width):
-        raise ValueError(f"dh takes the z of w_down's F={width} and {activation}; it is {tuple(z.shape)}.")
+    if z.shape[1] != form.width(width):
+        raise ValueError(f"dh takes the z of w_down's F={width} and {form.activation}; it is {tuple(z.shape)}.")
     dz = z.new_empty(n_rows if for_z else 0, z.shape[1])
     h = z.new_empty(n_rows if for_h else 0, width)
     parts = weight_N.new_zeros(n_rows if for_weight else 0, triton.cdiv(width, tile.block_n))
     _launch(
-        dout_TD, w_down_EDF, dz if for_z else None, plan, tile, tf32, "backward", activation, gather=True,
-        k_major=False, h=h if for_h else None, z=z, weight=weight_N, dweight=parts if for_weight else None,
+        dout_TD, w_down_EDF.mT, dz if for_z else None, plan, tile, tf32, "backward", form, gather=True,
+        bias=None if form.weigh_input else b_down_ED, h=h if for_h else None, z=z, weight=weight_N,
+        dweight=parts if for_weight else None,
     )  # fmt: skip
     return dz, h, parts.sum(1)
 
 
 def dx(dz: Tensor, w_up_EFD: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool) -> Tensor:
     """dx = dz @ w_up[e]: -> (N, D), in slots."""
-    _fit("dx", plan, dz=(dz, "N W"), w_up=(w_up_EFD, "E W D"))
+    _fit("dx", plan, (w_up_EFD, "E W D"), dz=(dz, "N W"))
     out = dz.new_empty(len(dz), w_up_EFD.shape[2])
-    _launch(dz, w_up_EFD, out, plan, tile, tf32, "store", "", gather=False, k_major=False)
+    _launch(dz, w_up_EFD.mT, out, plan, tile, tf32, "store", None, gather=False)
     return out
 
 
-def _fit(name: str, plan: Plan, **floats: tuple[Tensor | None, str]) -> None:
-    """Operands of one type, and those in slots of as many rows as the plan has."""
-    (first, _), *_ = floats.values()
-    dtypes = operands.FLOATS if first is None or first.dtype not in operands.FLOATS else (first.dtype,)
-    kinds = {key: (tensor, letters, dtypes) for key, (tensor, letters) in floats.items()}
+def _fit(name: str, plan: Plan, matrix: tuple[Tensor, str], **floats: tuple[Tensor | None, str]) -> None:
+    """Operands of one type, and those in slots of as many rows as the plan has; a stack of matrices by rows or by
+    columns."""
+    w, letters = matrix
+    key = "w_up" if name in ("up", "dx") else "w_down"
+    if not operands.dense(w):
+        raise ValueError(f"{name} takes {key} stored by rows or by columns; its strides are {tuple(w.stride())}.")
+    if not w.is_contiguous():
+        first, *last = letters.split()
+        w, letters = w.mT, " ".join((first, *reversed(last)))
+    dtypes = (w.dtype,) if w.dtype in operands.FLOATS else operands.FLOATS
+    kinds = {key: (tensor, letters, dtypes) for key, (tensor, letters) in {**floats, key: (w, letters)}.items()}
     operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
 
 
 def _launch(
-    a: Tensor, b: Tensor, out: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str, activation: str,
-    gather: bool, k_major: bool, h: Tensor | None = None, z: Tensor | None = None, weight: Tensor | None = None,
-    dweight: Tensor | None = None,
+    a: Tensor, b_ENK: Tensor, out: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str,
+    form: Form | None, gather: bool, bias: Tensor | None = None, h: Tensor | None = None, z: Tensor | None = None,
+    weight: Tensor | None = None, dweight: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One use of the kernel: b is (E, columns, inner) when k_major, else (E, inner, columns). An output that is None is
-    not written."""
-    n_experts, n_columns, inner = b.shape if k_major else (b.shape[0], b.shape[2], b.shape[1])
+    """One use of the kernel: b_ENK is (E, columns, inner), stored in this order (k_major) or by columns. An output that
+    is None is not written."""
+    n_columns, inner = b_ENK.shape[1:]
     if not len(plan.row_N) or not n_columns:
         return
+    k_major = b_ENK.is_contiguous()
+    b = b_ENK if k_major else b_ENK.mT
+    form = form or Form("")
 
     # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.
-    b_tma = tile.tma and b.shape[2] * b.element_size() % 16 == 0
+    paired = epilogue == "activate" and form.gated and not form.interleaved
+    run = b.shape[2] // (2 if paired and not k_major else 1)  # contiguous elements
+    b_tma = tile.tma and run * b.element_size() % 16 == 0
     a_tma = tile.tma and not gather and inner * a.element_size() % 16 == 0
     a_source: Tensor | TensorDescriptor = a
     b_source: Tensor | TensorDescriptor = b
     if a_tma:
         a_source = TensorDescriptor(a, [len(a), inner], [inner, 1], [tile.block_m, tile.block_k])
-    if b_tma and epilogue == "activate" and activation == "swiglu":  # gate and up columns in turns
-        shape = [n_experts, n_columns // 2, 2, inner]
-        strides = [n_columns * inner, inner, n_columns // 2 * inner, 1]
-        b_source = TensorDescriptor(b, shape, strides, [1, tile.block_n // 2, 2, tile.block_k])
-    elif b_tma:
-        block = [1, tile.block_n, tile.block_k] if k_major else [1, tile.block_k, tile.block_n]
-        b_source = TensorDescriptor(b, list(b.shape), list(b.stride()), block)
+    if b_tma:
+        b_source = _described(b, paired, k_major, tile)
 
     # As many programs as tiles at most: the schedule's bound, because the host does not know their count.
     total = len(plan.tile_expert_J) * triton.cdiv(n_columns, tile.block_n)
     _ragged_mm[(min(total, tuning.programs(a.device, tile)),)](
-        a_source, b_source, out, h, z, weight, dweight, plan.token_N, plan.row_N, plan.offset_E1,
+        a_source, b_source, out, h, z, weight, dweight, bias, plan.token_N, plan.row_N, plan.offset_E1,
         plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner,
-        COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=activation,
+        COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=form.activation,
+        INTERLEAVED=form.interleaved, WEIGH=form.weigh_input, ALPHA=form.alpha, LIMIT=form.limit, SHIFT=form.shift,
         PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def _described(b: Tensor, paired: bool, k_major: bool, tile: tuning.Tile) -> TensorDescriptor:
+    """Stacked matrices for the copy engine, in blocks of a tile's columns and its part of the summed width."""
+    if paired and k_major:  # gates and others in turns
+        n_columns, inner = b.shape[1:]
+        shape, strides = [len(b), n_columns // 2, 2, inner], [n_columns * inner, inner, n_columns // 2 * inner, 1]
+        return TensorDescriptor(b, shape, strides, [1, tile.block_n // 2, 2, tile.block_k])
+    if paired:  # in halves
+        inner, n_columns = b.shape[1:]
+        shape, strides = [len(b), inner, 2, n_columns // 2], [n_columns * inner, n_columns, n_columns // 2, 1]
+        return TensorDescriptor(b, shape, strides, [1, tile.block_k, 2, tile.block_n // 2])
+    block = [1, tile.block_n, tile.block_k] if k_major else [1, tile.block_k, tile.block_n]
+    return TensorDescriptor(b, list(b.shape), list(b.stride()), block)

@@ -1,7 +1,8 @@
-"""Weight gradients of grouped matmuls: for every expert, the product of its rows of two matrices, one of them gathered.
+"""Gradients of weights and biases of grouped matmuls: for every expert, the product of its rows of two matrices, one of
+them gathered, and the sum of its rows of one.
 
-dw_down[e] (D, F) = sum over the expert's slots s of dout[token_s]^T (w h)[s]
-dw_up[e]   (F, D) = sum over the expert's slots s of dz[s]^T x[token_s]
+dw_down[e] (D, F) = sum over the expert's slots s of dout[token_s]^T (w h)[s]     db_down[e] (D) = of w dout[token_s]
+dw_up[e]   (F, D) = sum over the expert's slots s of dz[s]^T x[token_s]           db_up[e]   (F) = of dz[s]
 
 A program owns one tile of one expert's gradient and walks over that expert's rows in order, so nothing is added
 atomically and an expert with no row gets zeros. BLOCK_M, BLOCK_N, BLOCK_K are a tile's rows, its columns and the slots
@@ -15,6 +16,8 @@ from torch import Tensor
 from kernels import operands, tuning
 from kernels.plan import Plan
 from kernels.ragged_mm import MAPS, accumulator, clamp, dot
+
+ROWS, COLUMNS = 32, 128  # of a bias' gradient, that one program adds at a time
 
 
 @triton.jit
@@ -56,6 +59,45 @@ def _ragged_wgrad(
     # Store: an expert without a slot stores its zeros.
     out_tile = out + e.to(tl.int64) * (P_WIDTH * Q_WIDTH) + m.to(tl.int64)[:, None] * Q_WIDTH + n[None, :]
     tl.store(out_tile, acc.to(out.dtype.element_ty), mask=(m[:, None] < P_WIDTH) & (n[None, :] < Q_WIDTH))
+
+
+@triton.jit
+def _ragged_sum(
+    p, out, token, row, weight, offset,
+    WIDTH: tl.constexpr, GATHER: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[e] = sum of p[rows], weighted if there are weights, over expert e's rows; one BLOCK of columns a program."""
+    e = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(offset + e + 1)
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    for first in range(tl.load(offset + e), end, ROWS):
+        slot = first + tl.arange(0, ROWS)
+        live = slot < end
+        source = (tl.load(token + slot, mask=live, other=0) if GATHER else slot).to(tl.int64)
+        at = p + source[:, None] * WIDTH + column[None, :]
+        value = tl.load(at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0).to(ACC)
+        if weight is not None:
+            at = tl.load(row + slot, mask=live, other=0)
+            value *= tl.load(weight + at, mask=live, other=0.0).to(ACC)[:, None]
+        total += tl.sum(value, 0)
+    tl.store(out + e.to(tl.int64) * WIDTH + column, total.to(out.dtype.element_ty), mask=column < WIDTH)
+
+
+def ragged_sum(p: Tensor, weight_N: Tensor | None, plan: Plan, gather: bool, n_experts: int) -> Tensor:
+    """p summed by expert: -> (E, width of p). Gathered, p is (T, .), rows of tokens; else (N, .), in slots. weight_N
+    (N,) by row multiplies them."""
+    operands.fit(
+        "ragged_sum", p=(p, "T P" if gather else "N P", operands.FLOATS), weight=(weight_N, "N", operands.FLOATS),
+        token_N=(plan.token_N, "N", MAPS), row_N=(plan.row_N, "N", MAPS),
+    )  # fmt: skip
+    width = p.shape[1]
+    out = p.new_empty(n_experts, width)
+    _ragged_sum[(triton.cdiv(width, COLUMNS), n_experts)](
+        p, out, plan.token_N, plan.row_N, weight_N, plan.offset_E1, WIDTH=width, GATHER=gather,
+        ACC=accumulator(p.dtype), ROWS=ROWS, BLOCK=COLUMNS,
+    )  # fmt: skip
+    return out
 
 
 def ragged_wgrad(

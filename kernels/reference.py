@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import operands
+from kernels.form import Form, form_of
 
 ROUNDS = 16  # of maxima at most: for more experts a token a sort is quicker (on a CPU)
 CACHED = 2**18  # logits that rounds of maxima go through at a time
@@ -143,29 +144,28 @@ def count(expert_N: Tensor, n_experts: int) -> Tensor:
     return count_E1.scatter_add(0, bucket_N, torch.ones_like(bucket_N))[:-1]
 
 
-CLIP, CLIP_ALPHA = 7.0, 1.702  # of swiglu_clipped
-
-
-def activate(z_NF: Tensor, activation: str) -> Tensor:
-    """An MLP's nonlinearity on its pre-activation.
-
-    swiglu (Shazeer 2002.05202): (N, 2F) -> (N, F), gate columns first · gelu (exact), gelu_tanh (GPT-2's approximation)
-    and relu2 (squared ReLU, 2109.08668): (N, F) -> (N, F) · swiglu_clipped (gpt-oss, 2508.10925): (N, 2F) -> (N, F), a
-    gate g before each other column u; with g cut off above 7 and u beyond ±7, g · sigmoid(1.702 g) · (u + 1)."""
-    match activation:
+def activate(z_NF: Tensor, form: Form | str) -> Tensor:
+    """An MLP's nonlinearity on its pre-activation: (N, 2F) -> (N, F) for swiglu, (N, F) -> (N, F) for the others; see
+    `Form`. Raises `ValueError` for a form that there is not."""
+    form = form_of(form)
+    match form.activation:
         case "swiglu":
-            gate_NF, up_NF = z_NF.chunk(2, dim=-1)
-            return F.silu(gate_NF) * up_NF
-        case "swiglu_clipped":
-            gate_NF, up_NF = z_NF[..., ::2].clamp(max=CLIP), z_NF[..., 1::2].clamp(-CLIP, CLIP)
-            return gate_NF * torch.sigmoid(CLIP_ALPHA * gate_NF) * (up_NF + 1)
+            gate_NF, up_NF = gates(z_NF, form)
+            if form.limit:
+                gate_NF, up_NF = gate_NF.clamp(max=form.limit), up_NF.clamp(-form.limit, form.limit)
+            share = F.silu(gate_NF) if form.alpha == 1 else gate_NF * torch.sigmoid(form.alpha * gate_NF)
+            return share * (up_NF + form.shift if form.shift else up_NF)
         case "gelu":
             return F.gelu(z_NF)
         case "gelu_tanh":
             return F.gelu(z_NF, approximate="tanh")
-        case "relu2":
-            return F.relu(z_NF).square()
-    raise ValueError(f"activation={activation!r} is not one of {', '.join((*operands.ACTIVATIONS, *operands.UNFUSED))}")
+    assert form.activation == "relu2"
+    return F.relu(z_NF).square()
+
+
+def gates(z: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """The gate and the other columns of a swiglu's z, views: (N, 2F) -> (N, F), (N, F)."""
+    return (z[..., ::2], z[..., 1::2]) if form.interleaved else z.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
 def experts(
@@ -175,22 +175,28 @@ def experts(
     token_N: Tensor,
     expert_N: Tensor,
     weight_N: Tensor,
-    activation: str,
+    form: Form | str,
     b_up_EF: Tensor | None = None,
+    b_down_ED: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum over every token's rows of its experts' MLPs: (T, D) -> (T, D). b_up_EF: biases of w_up.
+    """The weighted sum over every token's rows of its experts' MLPs: (T, D) -> (T, D).
 
     Row n sends token token_N[n] to expert expert_N[n] (-1: to none) with weight weight_N[n]. For swiglu the F of
-    w_up_EFD counts gate and up channels (2F), gate first. Raises `ValueError` for operands of other types and shapes,
+    w_up_EFD and b_up_EF counts gate and up channels (2F). Raises `ValueError` for operands of other types and shapes,
     in a debug build (TRITON_DEBUG=1) for wrong rows too."""
-    name, mixed = "dispatch=reference", torch.is_autocast_enabled(x_TD.device.type)
-    operands.layer(name, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, mixed, operands.UNFUSED)
+    name, mixed, form = "dispatch=reference", torch.is_autocast_enabled(x_TD.device.type), form_of(form)
+    operands.layer(
+        name, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED, mixed
+    )  # fmt: skip
     expert_N = operands.rows(name, expert_N, token_N, len(x_TD), len(w_up_EFD))
     out_TD = torch.zeros_like(x_TD)
     for e in range(len(w_up_EFD)):
         row = torch.nonzero(expert_N == e).squeeze(-1)
-        z = x_TD[token_N[row]] @ w_up_EFD[e].T
-        h = activate(z if b_up_EF is None else z + b_up_EF[e].to(z.dtype), activation)
-        y = (h @ w_down_EDF[e].T) * weight_N[row, None].to(h.dtype)
+        x, w = x_TD[token_N[row]], weight_N[row, None]
+        z = (x * w.to(x.dtype) if form.weigh_input else x) @ w_up_EFD[e].T
+        h = activate(z if b_up_EF is None else z + b_up_EF[e].to(z.dtype), form)
+        y = h @ w_down_EDF[e].T
+        y = y if b_down_ED is None else y + b_down_ED[e].to(y.dtype)
+        y = y if form.weigh_input else y * w.to(h.dtype)
         out_TD = out_TD.index_add(0, token_N[row], y.to(out_TD.dtype))  # under autocast y is narrower
     return out_TD

@@ -18,6 +18,7 @@ class MoEConfig:
     d_expert: Annotated[int, Between(1, 100_000_000)] = 128  # F, hidden width of one expert
     n_shared: Annotated[int, Between(0, 1_000_000)] = 0  # experts that every token passes, each of width d_expert
     shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
+    weigh_input: bool = False  # a row's weight multiplies what enters its expert, not what leaves it (Llama 4)
     # layer l of L has experts where (l + 1) % every == 0 and first_dense <= l < L - last_dense; the others are dense
     # MLPs of width d_ff
     every: Annotated[int, Between(1, 100_000)] = 1
@@ -107,6 +108,9 @@ class ModelConfig:
     d_ff: Annotated[int, Between(1, 100_000_000)] = 512  # width of a dense MLP
     # of every MLP and expert
     activation: Annotated[str, OneOf("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")] = "swiglu"
+    # swiglu_clipped (gpt-oss): g · sigmoid(alpha g) · (u + 1), gate g cut off above the limit and u beyond ± it
+    swiglu_alpha: Annotated[float, Between(-1e6, 1e6)] = 1.702
+    swiglu_limit: Annotated[float, Between(0, 1e6)] = 7.0  # see swiglu_alpha; 0: none
     norm: Annotated[str, OneOf("rms", "layer")] = "rms"  # root mean square, or mean and variance
     norm_eps: Annotated[float, Between(0, 1)] = 1e-5  # added to the variance
     # before | after attention and MLP: of what they read, or of what they add to the stream (OLMo 2)
@@ -194,6 +198,7 @@ def validate(model: ModelConfig) -> None:
     _validate_attention(model)
     _validate_rope(model)
     _validate_rope_scaling(model, model.rope_scaling)
+    _validate_activation(model)
     if model.moe is not None:
         _validate_layers(model, model.moe)
 
@@ -220,6 +225,25 @@ def _validate_attention(model: ModelConfig) -> None:
         raise BadInput(
             f"model.window_layers={layers} must be layers in rising order, from 0 to {model.n_layers - 1}, each once."
         )
+
+
+def _validate_activation(model: ModelConfig) -> None:
+    """Refuse constants of an activation that is another, and weights on an input beside what they do not multiply."""
+    plain = ModelConfig()
+    for name in ("swiglu_alpha", "swiglu_limit"):
+        value, usual = getattr(model, name), getattr(plain, name)
+        if value != usual and model.activation != "swiglu_clipped":
+            raise BadInput(
+                f"model.{name}={value} means nothing to model.activation={model.activation}: leave it {usual}."
+            )
+    if model.moe is not None and model.moe.weigh_input:
+        if model.expert_bias:
+            raise BadInput("model.moe.weigh_input=true takes experts without biases: set model.expert_bias=false.")
+        if model.moe.n_cheap:
+            raise BadInput(
+                f"model.moe.weigh_input=true takes real experts alone; {model.moe.n_cheap} of them cost nothing "
+                "(model.moe.n_null, n_copy, n_constant)."
+            )
 
 
 def _validate_rope(model: ModelConfig) -> None:

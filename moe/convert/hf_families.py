@@ -32,7 +32,7 @@ class Family:
 # What these settings of the model are unless a family fixes them otherwise or leaves them open.
 PLAIN: dict[str, Any] = {"embed_scale": 1.0, "residual_scale": 1.0, "attn_scale": 0.0, "logit_divisor": 1.0}
 PLAIN |= {"rope_fraction": 1.0, "norm_at": "before"}
-PLAIN |= {"sinks": False, "expert_bias": False}
+PLAIN |= {"sinks": False, "expert_bias": False, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 # What every setting of router and experts is unless a family fixes it otherwise or leaves it open.
 USUAL: dict[str, Any] = {
@@ -49,6 +49,7 @@ USUAL: dict[str, Any] = {
     "router.shared": False,
     "model.moe.n_shared": 0,
     "model.moe.shared_gate": False,
+    "model.moe.weigh_input": False,
     "model.moe.widths": [],
     "model.moe.n_experts_by_layer": [],
     "model.moe.k_by_layer": [],

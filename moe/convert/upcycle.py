@@ -418,9 +418,12 @@ def _check_router(router: RouterConfig) -> None:
 
 
 def _check_plain(moe: MoEConfig) -> None:
-    for key in ("widths", "n_null", "n_copy", "n_constant"):
+    for key in ("widths", "n_null", "n_copy", "n_constant", "weigh_input"):
         if getattr(moe, key):
-            raise BadInput(f"model.moe.{key}={getattr(moe, key)}: only experts of one kind and width are converted.")
+            raise BadInput(
+                f"model.moe.{key}={getattr(moe, key)}: only experts of one kind and width, weighed as they leave, are "
+                "converted."
+            )
 
 
 def _check_body(source: ModelConfig, target: ModelConfig) -> None:

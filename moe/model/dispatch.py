@@ -8,21 +8,20 @@ Letters beyond the glossary: G widths that experts have, as in experts.py.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import grouped, operands, reference, tuning
-from moe.config.model import ModelConfig
 from moe.errors import BadInput
 from moe.model.experts import Experts, ExpertWeights, MixedExperts
 from moe.routing.contract import Routing
 
 
-def choose(name: str, device: torch.device, model: ModelConfig | None = None) -> tuple[str, str]:
-    """The backend that dispatch=`name` means on `device`, and why. Raises `BadInput` for one that cannot work there, or
-    not with this model."""
+def choose(name: str, device: torch.device) -> tuple[str, str]:
+    """The backend that dispatch=`name` means on `device`, and why. Raises `BadInput` for one that cannot work there."""
     if name not in ("auto", "triton"):
         return name, "as asked"
-    obstacle = (unfused(model) if model is not None else "") or tuning.obstacle(device)
+    obstacle = tuning.obstacle(device)
     if name == "triton" and obstacle:
         raise BadInput(f"dispatch=triton cannot run here: {obstacle}. dispatch=torch can.")
     if name == "triton":
@@ -30,15 +29,6 @@ def choose(name: str, device: torch.device, model: ModelConfig | None = None) ->
     if device.type == "cuda" and not obstacle:
         return "triton", f"the device is a GPU with {tuning.architecture(device)} tiles"
     return "torch", obstacle or "the device is no GPU"
-
-
-def unfused(model: ModelConfig) -> str:
-    """What of this model the Triton kernels do not compute; "" if nothing."""
-    if model.moe is not None and model.expert_bias:
-        return "its kernels have no model.expert_bias=true"
-    if model.moe is not None and model.activation in operands.UNFUSED:
-        return f"its kernels have no model.activation={model.activation}"
-    return ""
 
 
 def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
@@ -54,17 +44,14 @@ def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backe
 
 def apply_local(weights: ExpertWeights, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
     """`apply` for experts whose weights are all here."""
-    w_up_EFD, w_down_EDF, up_bias_EF, down_bias_ED, activation = weights
-    if backend == "triton" and up_bias_EF is not None:
-        raise ValueError("dispatch=triton does not compute model.expert_bias=true: dispatch=torch does.")
+    w_up_EFD, w_down_EDF, b_up_EF, b_down_ED, form = weights
     if backend == "triton":
         from kernels import fused  # here, because Triton is not everywhere
 
         rows = (routing.token_N, routing.expert, routing.weight)
-        return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, activation, _tf32())
+        return fused.experts(x_TD, w_up_EFD, w_down_EDF, *rows, form, _tf32(), b_up_EF, b_down_ED)
     token_N, expert_N, weight_N = routing.rows()
-    biases = () if up_bias_EF is None else (up_bias_EF,)
-    arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation, *biases)
+    arguments = (x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED)
     match backend:
         case "reference":
             y_TD = reference.experts(*arguments)
@@ -72,17 +59,12 @@ def apply_local(weights: ExpertWeights, x_TD: Tensor, routing: Routing, backend:
             y_TD = grouped.experts(*arguments)
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
-    if down_bias_ED is not None:  # a token's weights, summed by expert, times the biases
-        taken = (token_N, expert_N.clamp_min(0))
-        weight_TE = weight_N.new_zeros(len(x_TD), len(w_up_EFD))
-        weight_TE = weight_TE.index_put(taken, torch.where(expert_N < 0, 0, weight_N), accumulate=True)
-        y_TD = y_TD + weight_TE.to(y_TD.dtype) @ down_bias_ED.to(y_TD.dtype)
     return y_TD, reference.count(expert_N, len(w_up_EFD))
 
 
 def _apply_elsewhere(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
     """Experts that the ranks of a group share out among them: each row is sent to its expert's rank and comes back.
-    What is computed there is `apply_local`, of rows that each are a token of their own."""
+    What is computed there is `apply_local`, of rows that each are a token of their own, with a weight of 1."""
     assert experts.exchange is not None
     n_experts = len(experts.w_up_EFD)
 
@@ -91,8 +73,14 @@ def _apply_elsewhere(experts: Experts, x_TD: Tensor, routing: Routing, backend: 
         return apply_local(experts.weights().here(), row_MD, alone, backend)[0]
 
     token_N, expert_N, weight_N = routing.rows()
-    y_TD = experts.exchange(x_TD, token_N, expert_N, weight_N, n_experts, compute)
-    return y_TD, reference.count(expert_N, n_experts)
+    count_E = reference.count(expert_N, n_experts)
+    if not experts.form.weigh_input:
+        return experts.exchange(x_TD, token_N, expert_N, weight_N, n_experts, compute), count_E
+    row_ND = x_TD.index_select(0, token_N) * weight_N[:, None].to(x_TD.dtype)
+    row_N = torch.arange(len(token_N), device=token_N.device)
+    y_ND = experts.exchange(row_ND, row_N, expert_N, torch.ones_like(weight_N), n_experts, compute)
+    start_T = torch.searchsorted(token_N, torch.arange(len(x_TD), device=token_N.device))
+    return F.embedding_bag(row_N, y_ND, start_T, mode="sum"), count_E
 
 
 def check(x_TD: Tensor, routing: Routing, backend: str) -> None:

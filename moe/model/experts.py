@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.form import NAMED, Form
 from kernels.reference import activate
 from moe.config.model import ModelConfig, MoEConfig
 from moe.parallel.gradients import local, whole
@@ -22,12 +23,12 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig, width: int) -> None:
         super().__init__()
-        self.activation = cfg.activation
+        self.form = form(cfg)
         self.up = nn.Linear(cfg.d_model, up_width(cfg, width), bias=cfg.bias)
         self.down = nn.Linear(width, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(activate(self.up(x), self.activation))
+        return self.down(activate(self.up(x), self.form))
 
 
 class ExpertWeights(NamedTuple):
@@ -37,12 +38,12 @@ class ExpertWeights(NamedTuple):
     w_down_EDF: Tensor
     up_bias_EF: Tensor | None
     down_bias_ED: Tensor | None
-    activation: str
+    form: Form
 
     def here(self) -> "ExpertWeights":
         """Those of this rank's experts, where ranks share them out."""
         up_bias_EF, down_bias_ED = (None if b is None else local(b) for b in (self.up_bias_EF, self.down_bias_ED))
-        return ExpertWeights(local(self.w_up_EFD), local(self.w_down_EDF), up_bias_EF, down_bias_ED, self.activation)
+        return ExpertWeights(local(self.w_up_EFD), local(self.w_down_EDF), up_bias_EF, down_bias_ED, self.form)
 
 
 class Experts(nn.Module):
@@ -55,7 +56,7 @@ class Experts(nn.Module):
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
-        self.activation = cfg.activation
+        self.form = form(cfg)._replace(weigh_input=moe.weigh_input)
         self.w_up_EFD = nn.Parameter(torch.empty(moe.n_experts, up_width(cfg, moe.d_expert), cfg.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(moe.n_experts, cfg.d_model, moe.d_expert))
         self.up_bias_EF: nn.Parameter | None = None
@@ -66,7 +67,7 @@ class Experts(nn.Module):
 
     def weights(self) -> ExpertWeights:
         """The weights as they are at this moment."""
-        return ExpertWeights(self.w_up_EFD, self.w_down_EDF, self.up_bias_EF, self.down_bias_ED, self.activation)
+        return ExpertWeights(self.w_up_EFD, self.w_down_EDF, self.up_bias_EF, self.down_bias_ED, self.form)
 
     def gradient_norms(self) -> Tensor:
         """The norm of every expert's gradients, (E,) in float32 at least; 0 for those without any."""
@@ -134,6 +135,13 @@ class CheapExperts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
 
+def form(cfg: ModelConfig) -> Form:
+    """What an MLP of this model computes."""
+    if cfg.activation == "swiglu_clipped":
+        return NAMED[cfg.activation]._replace(alpha=cfg.swiglu_alpha, limit=cfg.swiglu_limit)
+    return Form(cfg.activation)
+
+
 def up_width(cfg: ModelConfig, width: int) -> int:
     """Rows of the up projection: swiglu has a gate beside it."""
-    return 2 * width if cfg.activation.startswith("swiglu") else width
+    return form(cfg).width(width)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from kernels import grouped
+from kernels.form import Form
 from moe.config.balance import BalanceConfig
 from moe.config.model import ModelConfig
 from moe.config.router import RouterConfig
@@ -177,14 +178,16 @@ def _spans(n_slots: int) -> list[grouped.Span]:
     return [(0, 0, n_slots)] if n_slots else []
 
 
-def _forward(x: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, slot: Tensor, _: Tensor, n_slots: int,
-             *rest: Any) -> Any:  # fmt: skip
-    return grouped.forward(_spans(n_slots), x, up, down, weight, token, slot, n_slots, *rest)
+def _forward(*arguments: Any) -> Any:
+    tensors, n_slots, form, keep_z = arguments[:8], arguments[9], Form(*arguments[10:16]), arguments[16]
+    forward: Callable[..., Any] = grouped.forward
+    return forward(_spans(n_slots), *tensors, n_slots, form, keep_z)
 
 
-def _backward(dout: Tensor, x: Tensor, z: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, slot: Tensor,
-              _: Tensor, *rest: Any) -> Any:  # fmt: skip
-    return grouped.backward(_spans(len(z)), dout, x, z, up, down, weight, token, slot, *rest)
+def _backward(*arguments: Any) -> Any:
+    tensors, form, wanted = arguments[:10], Form(*arguments[11:17]), arguments[17]
+    backward: Callable[..., Any] = grouped.backward
+    return backward(_spans(len(tensors[2])), *tensors, form, wanted)
 
 
 # Operations that are opaque to torch, by what computes them.

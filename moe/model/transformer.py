@@ -281,7 +281,7 @@ def hidden_matrices(model: Transformer) -> dict[str, int]:
     names = {}
     for prefix, module in model.blocks.named_modules(prefix="blocks"):
         if isinstance(module, Attention | LatentAttention | MLP | Experts):
-            gated = isinstance(module, MLP | Experts) and module.activation == "swiglu"
+            gated = isinstance(module, MLP | Experts) and module.form.gated and not module.form.interleaved
             for name, p in module.named_parameters():
                 if p.dim() >= 2 and not name.endswith(ZERO):
                     names[f"{prefix}.{name}"] = 2 if gated and name in ("up.weight", "w_up_EFD") else 1

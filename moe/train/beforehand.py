@@ -39,7 +39,7 @@ def check(cfg: Config) -> None:
     # The text and the machine.
     if cfg.data.name == "text" and not is_there(cfg.data.path):
         raise BadInput(f"data.path={cfg.data.path} does not exist; accepted is a file, a folder or a glob.")
-    dispatch.choose(cfg.dispatch, machine.choose_device(cfg.train.device), cfg.model)
+    dispatch.choose(cfg.dispatch, machine.choose_device(cfg.train.device))
 
     # Other runs.
     trust = cfg.trust or cfg.router.name

@@ -93,7 +93,7 @@ def train(cfg: Config, say: Callable[[str], None] = terminal.say) -> Summary:
     device = machine.choose_device(launch.device_of(cfg.train.device))
     threads = machine.set_threads(cfg.train)
     machine.keep_freed_memory()
-    backend, why = dispatch.choose(cfg.dispatch, device, cfg.model)
+    backend, why = dispatch.choose(cfg.dispatch, device)
     if cfg.dispatch == "auto" and cfg.model.moe:
         say(f"dispatch: {backend}, because {why}")
     cfg.dispatch = backend

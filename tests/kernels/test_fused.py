@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import combine, ragged_mm, ragged_wgrad
 from kernels import fused as module
 from kernels import plan as planning
+from kernels.form import ACTIVATIONS, Form, form_of
 from kernels.fused import experts
-from kernels.operands import ACTIVATIONS
 from tests.kernels.small_experts import RESULTS, layer_arguments, named_gradients, run_kernels, wrong_results
 from tests.kernels.test_plan import DEVICE, LOADS
 from tests.kernels.test_ragged_mm import Spy
@@ -35,7 +35,7 @@ def test_output_and_gradients_are_the_references_for_any_load(load):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_output_and_gradients_are_right_for_any_activation_and_dtype(activation, dtype):
-    assert wrong_results(layer_arguments(LOADS["zipf"], activation=activation, dtype=dtype, d=36, f=28)) == []
+    assert wrong_results(layer_arguments(LOADS["zipf"], form=activation, dtype=dtype, d=36, f=28)) == []
 
 
 @pytest.mark.parametrize("k", range(1, 10))
@@ -55,8 +55,8 @@ def test_no_token_and_one_token_are_enough(n_tokens, n_experts):
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_ragged_rows_are_the_references(activation):
     token, expert = LIST
-    assert wrong_results(layer_arguments(expert, token, n_tokens=10, activation=activation)) == []
-    assert wrong_results(layer_arguments([], [], n_tokens=10, activation=activation)) == []
+    assert wrong_results(layer_arguments(expert, token, n_tokens=10, form=activation)) == []
+    assert wrong_results(layer_arguments([], [], n_tokens=10, form=activation)) == []
 
 
 @settings(max_examples=15)
@@ -67,7 +67,7 @@ def test_ragged_rows_are_the_references(activation):
 )
 def test_output_and_gradients_are_the_references_for_any_rows(rows, times, activation):
     rows = sorted(rows * times)
-    arguments = layer_arguments([e for _, e in rows], [t for t, _ in rows], n_tokens=6, activation=activation, d=7, f=3)
+    arguments = layer_arguments([e for _, e in rows], [t for t, _ in rows], n_tokens=6, form=activation, d=7, f=3)
     assert wrong_results(arguments) == []
 
 
@@ -95,7 +95,7 @@ def test_strided_operands_change_nothing():
         (layer_arguments(LIST[1], LIST[0], n_tokens=10), layer_arguments(LIST[1], LIST[0], n_tokens=10)),
     ):
         for name, each in strided.items():
-            if torch.is_tensor(each):  # every second element of a larger one
+            if torch.is_tensor(each) and name not in ("w_up", "w_down"):  # every second element of a larger one
                 strided[name] = each.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(each.requires_grad)
                 assert not strided[name].is_contiguous()
         results = [run_kernels(each) for each in (plain, strided)]
@@ -122,14 +122,24 @@ def test_reruns_are_bitwise_equal(dtype):
 
 def _ops(arguments):
     """The arguments of the three ops."""
-    x, w_up, w_down, token, expert, weight, activation = arguments.values()
+    x, w_up, w_down, token, expert, weight, form, *biases = arguments.values()
     plan = (expert, token, len(w_up), x.dtype, False)
     routing = list(module._plan(*plan))
     start = None if token is None else torch.searchsorted(token, torch.arange(len(x) + 1, device=DEVICE))
-    rest = (weight, routing, start, activation, False)
-    out, z = module._forward(x, w_up, w_down, *rest)
-    detached = [each.detach() for each in (torch.randn_like(out), x, z, w_up, w_down, weight)]
-    return {"plan": plan, "forward": (x, w_up, w_down, *rest), "backward": (*detached, *rest[1:])}
+    weights, rest = (w_up, w_down, weight, *(biases or (None, None))), (*form_of(form), False)
+    out, z = module._forward(x, *weights, routing, start, *rest, True)
+    detach = lambda tensors: [None if each is None else each.detach() for each in tensors]
+    backward = (*detach((torch.randn_like(out), x, z, *weights)), start, routing, *rest)
+    return {
+        "plan": plan,
+        "forward": (x, *weights, routing, start, *rest, True),
+        "backward": (*backward, [True] * 4 + [bool(biases)] * 2),
+    }
+
+
+def _biases(arguments):
+    shapes = {"b_up_EF": arguments["w_up"].shape[:2], "b_down_ED": arguments["w_down"].shape[:2]}
+    return {name: torch.ones(shape, dtype=torch.float64, device=DEVICE) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("op", ["plan", "forward", "backward"])
@@ -142,9 +152,12 @@ def test_opcheck_passes(op, ragged):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     if op == "plan":  # what the schedule does not use is never written, so no two runs agree there
         tests = tests[:2]
-    more = {"plan": (), "forward": (False,), "backward": (True, False, False, True)}[op]
-    without = [each.detach() if torch.is_tensor(each) else each for each in _ops(arguments)[op]]
-    for operands in (_ops(arguments)[op], (*without, *more)):
+    # Also with biases, and with no gradient but some.
+    for biased in (False, True):
+        operands = list(_ops({**arguments, **_biases(arguments)} if biased else arguments)[op])
+        if biased and op != "plan":
+            operands = [each.detach() if torch.is_tensor(each) else each for each in operands]
+            operands[-1] = False if op == "forward" else [True, False, False, True, True, True]
         result = torch.library.opcheck(getattr(module, f"_{op}"), operands, test_utils=tests)
         assert set(result.values()) == {"SUCCESS"}
 
@@ -251,7 +264,7 @@ REFUSALS = {
     "x of three dimensions": ({"x": torch.zeros(1, 2, 4)}, "they are (1, 2, 4), (5, 6, 4), (5, 4, 3)."),
     "an ungated width": ({"w_up": torch.zeros(5, 3, 4)}, "they are (2, 4), (5, 3, 4), (5, 4, 3)."),
     "a gated width": (
-        {"activation": "gelu"},
+        {"form": "gelu"},
         "w_up (E, 1F, D), w_down (E, D, F); they are (2, 4), (5, 6, 4), (5, 4, 3).",
     ),
     "another number of experts": ({"w_down": torch.zeros(4, 4, 3)}, "they are (2, 4), (5, 6, 4), (4, 4, 3)."),
@@ -265,7 +278,14 @@ REFUSALS = {
         "they are (6,), (6,), None.",
     ),
     "tokens of other rows": ({"token": torch.zeros(6, dtype=torch.int64)}, "they are (2, 3), (2, 3), (6,)."),
-    "activation": ({"activation": "relu"}, "activation='relu' is not one of swiglu, gelu, gelu_tanh, relu2."),
+    "activation": (
+        {"form": "relu"},
+        "activation='relu' is not one of swiglu, gelu, gelu_tanh, relu2, swiglu_clipped.",
+    ),
+    "a matrix with gaps": (
+        {"w_up": torch.zeros(5, 6, 8)[..., ::2]},
+        "takes w_up with each expert's matrix stored by rows or by columns, without gaps; its strides are (48, 8, 2)",
+    ),
 }
 
 
@@ -282,7 +302,7 @@ def test_two_to_the_31_rows_are_refused():
     new = lambda *shape: torch.empty(shape, device="meta")
     ids = torch.empty(1, 2**31, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"takes fewer than 2\^31 routed rows; there are 2147483648\.$"):
-        module._check(new(1, 4), new(5, 6, 4), new(5, 4, 3), None, ids, new(1, 2**31), "swiglu")
+        module._check(new(1, 4), new(5, 6, 4), new(5, 4, 3), None, ids, new(1, 2**31), Form("swiglu"), None, None)
 
 
 def test_one_experts_weight_of_two_to_the_31_elements_is_refused():
@@ -290,7 +310,7 @@ def test_one_experts_weight_of_two_to_the_31_elements_is_refused():
     d, ids = 2**15, torch.empty(1, 2, dtype=torch.int64, device="meta")
 
     def check(f, activation, gate):
-        module._check(new(1, d), new(2, gate * f, d), new(2, d, f), None, ids, new(1, 2), activation)
+        module._check(new(1, d), new(2, gate * f, d), new(2, d, f), None, ids, new(1, 2), Form(activation), None, None)
 
     for activation, gate in (("swiglu", 2), ("relu2", 1)):
         check(2**16 // gate - 1, activation, gate)

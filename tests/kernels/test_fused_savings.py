@@ -7,8 +7,8 @@ import torch
 
 from kernels import fused as module
 from kernels import ragged_mm, ragged_wgrad, tuning
+from kernels.form import ACTIVATIONS
 from kernels.fused import experts
-from kernels.operands import ACTIVATIONS
 from tests.kernels.small_experts import RESULTS, layer_arguments, run_kernels
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
@@ -35,7 +35,7 @@ def _frozen(arguments, names):
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_what_is_frozen_costs_no_kernel_and_leaves_the_other_gradients_bitwise(frozen, activation):
-    arguments, (names, launches) = layer_arguments(LOADS["zipf"], activation=activation), FROZEN[frozen]
+    arguments, (names, launches) = layer_arguments(LOADS["zipf"], form=activation), FROZEN[frozen]
     whole, seen = run_kernels(arguments), []
     real = {name: getattr(module, name) for name in ("dh", "ragged_wgrad", "dx")}
 
@@ -68,7 +68,7 @@ def test_what_is_not_asked_of_the_backward_is_not_stored_by_it():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_without_a_gradient_z_is_not_written_and_the_output_is_bitwise_the_same(activation, dtype):
-    arguments = layer_arguments(LOADS["zipf"], activation=activation, dtype=dtype)
+    arguments = layer_arguments(LOADS["zipf"], form=activation, dtype=dtype)
     frozen = _frozen(arguments, RESULTS[1:])
     with poisoned():
         whole = experts(*arguments.values())[0]
@@ -115,7 +115,7 @@ def _saved(arguments):
 def test_saved_are_x_and_z_and_16_bytes_a_row_whatever_the_load(load, activation):
     """2 D + 4 K F + 16 K bytes per token in 16 bits for swiglu, 2 D + 2 K F + 16 K for the rest: x, z, and of every row
     its weight, slot, row and token. Beside that only the schedule, 8 bytes a tile, and 4 an expert, 8 in all."""
-    arguments = layer_arguments(LOADS[load], activation=activation, dtype=torch.bfloat16, d=64, f=48)
+    arguments = layer_arguments(LOADS[load], form=activation, dtype=torch.bfloat16, d=64, f=48)
     t, k, d, f, e = 24, 3, 64, 48, 5
     tiles = -(-t * k // tuning.block_m(torch.device(DEVICE), torch.bfloat16, False, t * k, e)) + e
     per_token = 2 * d + (4 if activation == "swiglu" else 2) * k * f + 16 * k

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import grouped, reference
+from kernels.form import form_of
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2", "swiglu_clipped")
 DIFFERENTIABLE = ("x", "w_up", "w_down", "weight")
@@ -28,13 +29,15 @@ def _arguments(token, expert, n_tokens=6, n_experts=5, d=4, f=3, activation="swi
     }
 
 
-def _ops(arguments):
+def _ops(arguments, biases=(None, None), wanted=(True,) * 4 + (False,) * 2):
     """The arguments of the forward op and of the backward op."""
+    wanted = list(wanted)
     x, up, down, token, expert, weight, activation = arguments.values()
     slot, offset, n_slots = grouped.slots(expert, len(up))
-    forward = (x, up, down, weight, token, slot, offset, n_slots, activation)
+    form = form_of(activation)
+    forward = (x, up, down, weight, *biases, token, slot, offset, n_slots, *form, True)
     z = grouped._forward(*forward)[1]
-    backward = (torch.randn_like(x), x, z, up, down, weight, token, slot, offset, activation)
+    backward = (torch.randn_like(x), x, z, up, down, weight, *biases, token, slot, offset, *form, wanted)
     return forward, tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in backward)
 
 
@@ -91,13 +94,11 @@ def test_gradients_are_the_derivative(activation):
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("op", ["forward", "backward"])
 def test_opcheck_passes(op, activation):
-    forward, backward = _ops(_arguments(*ROWS, activation=activation))
-    function, operands = (grouped._forward, forward) if op == "forward" else (grouped._backward, backward)
-    bias = torch.ones(forward[1].shape[:2], dtype=torch.float64)
-    more = (False, bias) if op == "forward" else (True, False, False, True, True)
-    without = [each.detach() if isinstance(each, torch.Tensor) else each for each in operands]
-    for some in (operands, (*without, *more)):
-        assert set(torch.library.opcheck(function, some).values()) == {"SUCCESS"}
+    arguments = _arguments(*ROWS, activation=activation)
+    biases = [torch.ones(arguments[name].shape[:2], dtype=torch.float64) for name in ("w_up", "w_down")]
+    for some in (_ops(arguments), _ops(arguments, biases, (True, False, False, True, True, True))):
+        function, operands = (grouped._forward, some[0]) if op == "forward" else (grouped._backward, some[1])
+        assert set(torch.library.opcheck(function, operands).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -106,18 +107,21 @@ def test_with_biases_output_and_gradients_are_the_references_where_some_are_clip
     token, expert = (torch.tensor(rows).repeat_interleave(times) for rows in ROWS)
     arguments = _arguments(token.tolist(), expert.tolist(), activation=activation)
     arguments["x"] = (6 * arguments["x"]).detach().requires_grad_()
-    bias = torch.randn(arguments["w_up"].shape[:2], dtype=torch.float64, requires_grad=True)
-    inputs = [*(arguments[name] for name in DIFFERENTIABLE), bias]
-    expected, got = (f.experts(*arguments.values(), bias) for f in (reference, grouped))
+    biases = [
+        torch.randn(arguments[name].shape[:2], dtype=torch.float64, requires_grad=True) for name in ("w_up", "w_down")
+    ]
+    inputs = [*(arguments[name] for name in DIFFERENTIABLE), *biases]
+    expected, got = (f.experts(*arguments.values(), *biases) for f in (reference, grouped))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     mine, theirs = (torch.autograd.grad(out.square().sum(), inputs, retain_graph=True) for out in (got, expected))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.equal(torch.autograd.grad(got.square().sum(), bias)[0], mine[-1])  # the others frozen or not
+    for bias, gradient in zip(biases, mine[-2:], strict=True):  # the others frozen or not
+        assert torch.equal(torch.autograd.grad(got.square().sum(), bias, retain_graph=True)[0], gradient)
     with torch.autocast("cpu", torch.bfloat16):
         floats = {name: each.float() if torch.is_tensor(each) and each.is_floating_point() else each
                   for name, each in arguments.items()}  # fmt: skip
-        rounded = grouped.experts(*floats.values(), bias.float())
+        rounded = grouped.experts(*floats.values(), *(bias.float() for bias in biases))
     assert (rounded - expected).norm() / expected.norm() < 0.03
 
 

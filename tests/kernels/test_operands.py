@@ -129,7 +129,10 @@ def test_every_kernel_refuses_operands_of_another_type_shape_or_layout(name):
             tensor[None] if tensor.dim() > 1 else tensor.repeat(2)
         )
         if tensor.dim() > 1:
-            cases[f"{name} takes contiguous operands; {key} is not"] = tensor.repeat_interleave(2, -1)[..., ::2]
+            layout = f"{name} takes contiguous operands; {key} is not"
+            if key.startswith("w_"):
+                layout = f"{name} takes {key} stored by rows or by columns; its strides are "
+            cases[layout] = tensor.repeat_interleave(2, -1)[..., ::2]
         for sentence, wrong in cases.items():
             with pytest.raises(ValueError, match=f"^{sentence}"):
                 function(*{**floats, key: wrong}.values(), *rest)

@@ -24,6 +24,18 @@ IMPOSSIBLE = {  # settings that cannot go together, and the words that say so
         {"balance.tile": 2048, "model.moe.k": 2, "train.batch_size": 8, "model.context": 128},
         "balance.tile=2048 is more than twice the 128 rows of an expert in a micro-batch",
     ),
+    "weights on the input of experts with biases": (
+        {"model.moe.weigh_input": True, "model.expert_bias": True},
+        "model.moe.weigh_input=true takes experts without biases",
+    ),
+    "weights on the input of experts that cost nothing": (
+        {"model.moe.weigh_input": True, "model.moe.n_null": 2},
+        "model.moe.weigh_input=true takes real experts alone; 2 of them cost nothing",
+    ),
+    "a limit of an activation without one": (
+        {"model.swiglu_limit": 5.0},
+        "model.swiglu_limit=5.0 means nothing to model.activation=swiglu: leave it 7.0.",
+    ),
     "capacity below one token": (
         {"balance.capacity": 1e-6},
         "balance.capacity=1e-06 leaves no expert room for one token",

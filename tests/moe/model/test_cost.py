@@ -170,11 +170,12 @@ CASES = {name: (preset.router, preset.balance, preset.moe) for name, preset in P
 }
 
 
-def _experts_at_once(x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, activation):
+def _experts_at_once(x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED):
     """`reference.experts` in two matmuls over all live rows, as 64 experts one by one take torch's counter seconds."""
     live_N = expert_N >= 0
     token_N, expert_N, weight_N = token_N[live_N], expert_N[live_N], weight_N[live_N]
-    h_NF = activate((x_TD[token_N, None] @ w_up_EFD[expert_N].mT)[:, 0], activation)
+    assert b_up_EF is b_down_ED is None
+    h_NF = activate((x_TD[token_N, None] @ w_up_EFD[expert_N].mT)[:, 0], form)
     y_ND = (h_NF[:, None] @ w_down_EDF[expert_N].mT)[:, 0] * weight_N[:, None]
     return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
 

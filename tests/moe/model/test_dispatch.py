@@ -1,6 +1,5 @@
 """Which backend is taken where, and why."""
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -52,21 +51,31 @@ def test_triton_that_is_missing_or_untested_is_refused(monkeypatch):
         dispatch.choose("triton", CPU)
 
 
-@pytest.mark.parametrize("change", [{"expert_bias": True}, {"activation": "swiglu_clipped"}])
-def test_a_model_that_the_kernels_do_not_compute_takes_torch_and_refuses_triton_by_name(
-    monkeypatch, model_config, change
-):
-    ((name, value),) = change.items()
-    cfg, why = model_config(**change), f"its kernels have no model.{name}={str(value).lower()}"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.choose("triton", CPU, model_config())[0] == "triton"
-    assert dispatch.choose("triton", CPU, dataclasses.replace(cfg, moe=None))[0] == "triton"  # it has no experts
-    with pytest.raises(BadInput, match=rf"dispatch=triton cannot run here: {why}\. dispatch=torch can\."):
-        dispatch.choose("triton", CPU, cfg)
-    assert dispatch.choose("auto", CPU, cfg) == ("torch", why)
-    layer = MoELayer(cfg, cfg.moe, RouterConfig())
-    with pytest.raises(ValueError, match=r"triton does not compute model\.expert_bias|swiglu_clipped' is not one of"):
-        layer(torch.ones(1, 4, 12), "triton")
+CHECKPOINTS = {
+    "gpt-oss": dict(expert_bias=True, activation="swiglu_clipped"),
+    "another limit": dict(activation="swiglu_clipped", swiglu_alpha=1.2, swiglu_limit=0.3),
+    "biases of gelu": dict(expert_bias=True, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("weigh_input", [False, True])
+@pytest.mark.parametrize("change", CHECKPOINTS)
+def test_every_backend_computes_what_checkpoints_have(model_config, change, weigh_input):
+    cfg = model_config(**{**CHECKPOINTS[change], **({"expert_bias": False} if weigh_input else {})})
+    cfg.moe.weigh_input = weigh_input
+    torch.manual_seed(0)
+    layer = MoELayer(cfg, cfg.moe, RouterConfig()).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(std=0.5)
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    results = []
+    for backend in ("reference", "torch", "triton"):
+        y = layer(x, backend)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), layer.parameters())])
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_biases_of_the_down_projection_come_with_a_tokens_weight_and_not_to_rows_without_expert(model_config):
@@ -78,7 +87,7 @@ def test_biases_of_the_down_projection_come_with_a_tokens_weight_and_not_to_rows
         experts.down_bias_ED.copy_(torch.arange(5)[:, None] + 1)
     expert_TK = torch.tensor([[0, 4, -1], [-1, -1, -1], [2, 2, 1]])
     weight_TK = torch.tensor([[0.5, 2.0, 9.0], [9.0, 9.0, 9.0], [1.0, 1.0, 3.0]], dtype=torch.float64)
-    for backend in ("reference", "torch"):
+    for backend in ("reference", "torch", "triton"):
         y_TD, _ = dispatch.apply(experts, torch.ones(3, 12).double(), Routing(expert_TK, weight_TK, None), backend)
         assert y_TD[:, 0].tolist() == [0.5 + 2 * 5, 0, 3 + 3 + 3 * 2]
 

@@ -60,6 +60,7 @@ VARIANTS = {
     "experts of several widths": ["model.moe.widths=[16,16,16,16,24,24,24,24]"],
     "dense layers first": ["model.moe.first_dense=1"],
     "expert biases": ["model.expert_bias=true", "model.activation=gelu"],
+    "weights on the input": ["model.moe.weigh_input=true"],
     "activations computed again": ["train.checkpoint_activations=true"],
     "tied embeddings": ["model.tie_embeddings=true"],
     "jitter": ["router.jitter=0.1"],
