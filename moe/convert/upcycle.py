@@ -6,8 +6,7 @@ never changed. What the target has and the source does not (a new router) is dra
 
 A claim that a function is preserved is one of exact arithmetic, in evaluation and without capacity; it needs weights of
 a token's K experts whose sum is known. That is `router.scale` where they are renormalised. For raw scores the sum is
-taken at router logits of 0 (scale · K / E of probabilities, scale · K / 2 of sigmoids, scale · K · √ln 2 of roots of
-softplus), and the claim holds only there.
+taken at router logits of 0 (of probabilities scale · K / E, of other scores theirs), and the claim holds only there.
 
 Letters beyond the glossary: U matrices of an MLP's first half, gate and up or up alone · R slices of its hidden width.
 """
@@ -336,7 +335,7 @@ def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
         case "sigmoid":
             return router.scale * n_taken / 2
         case "sqrt_softplus":
-            return router.scale * n_taken * math.sqrt(math.log(2))
+            return router.scale * n_taken * math.log(2) ** 0.5
         case "relu":
             return router.scale * n_taken
     return router.scale
@@ -420,10 +419,7 @@ def _check_router(router: RouterConfig) -> None:
 def _check_plain(moe: MoEConfig) -> None:
     for key in ("widths", "n_null", "n_copy", "n_constant", "weigh_input"):
         if getattr(moe, key):
-            raise BadInput(
-                f"model.moe.{key}={getattr(moe, key)}: only experts of one kind and width, weighed as they leave, are "
-                "converted."
-            )
+            raise BadInput(f"model.moe.{key}={getattr(moe, key)}: only plain experts of one width are converted.")
 
 
 def _check_body(source: ModelConfig, target: ModelConfig) -> None:
