@@ -336,9 +336,7 @@ def _weight_sum(router: RouterConfig, moe: MoEConfig) -> float:
             return router.scale * n_taken / 2
         case "sqrt_softplus":
             return router.scale * n_taken * math.log(2) ** 0.5
-        case "relu":
-            return router.scale * n_taken
-    return router.scale
+    return router.scale * (n_taken if about.score == "relu" else 1)
 
 
 def _slices(dense: ModelConfig, moe: MoEConfig, router: RouterConfig) -> int:
