@@ -39,7 +39,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import fused, gate, machine_code, tuning
-from kernels.form import Form
+from kernels.form import NAMED, Form
 from kernels.machine_code import Loop
 
 TABLE = Path(__file__).with_name("aot.txt")
@@ -87,13 +87,15 @@ class Case(NamedTuple):
     f: int
     experts: int
     k: int
-    activation: str = "swiglu"
+    form: Form = Form("swiglu")
     ragged: bool = False  # rows are listed with their tokens
+    biased: bool = False
+    by_columns: bool = False  # how matrices are stored
 
     @property
     def width(self) -> int:
         """Columns of up's product."""
-        return 2 * self.f if self.activation == "swiglu" else self.f
+        return self.form.width(self.f)
 
     @property
     def even(self) -> bool:
@@ -109,12 +111,15 @@ class Case(NamedTuple):
 EVEN = Case("even", "16bit", 16384, 2048, 1024, 64, 8)  # OLMoE's layer
 CASES = (
     *(EVEN._replace(type=kind, tokens=tokens) for kind in tuning.TYPES for tokens in (64, 16384)),
-    EVEN._replace(shape="tanh", activation="gelu_tanh"),
-    *(EVEN._replace(shape="gelu", type=kind, activation="gelu") for kind in tuning.TYPES),
+    EVEN._replace(shape="tanh", form=Form("gelu_tanh")),
+    *(EVEN._replace(shape="gelu", type=kind, form=Form("gelu")) for kind in tuning.TYPES),
     EVEN._replace(shape="clamped", f=1408),  # no multiple of the widest tile
     Case("masked", "16bit", 1000, 96, 80, 5, 3),  # multiples of 16, and of no tile
-    Case("odd", "16bit", 1000, 100, 52, 5, 3, "gelu"),  # rows that no copy engine takes
+    Case("odd", "16bit", 1000, 100, 52, 5, 3, Form("gelu")),  # rows that no copy engine takes
     EVEN._replace(shape="ragged", ragged=True),
+    EVEN._replace(shape="gpt-oss", form=NAMED["swiglu_clipped"], biased=True),
+    EVEN._replace(shape="columns", by_columns=True),
+    EVEN._replace(shape="weighed", form=Form("swiglu", weigh_input=True)),
 )
 
 
@@ -188,11 +193,13 @@ def _layer(case: Case) -> None:
     token_N = _new(t * k, dtype=torch.int64) if case.ragged else None
     start_T1 = _new(t + 1, dtype=torch.int64) if case.ragged else None
     routing = list(fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
-    x_TD, w_down_EDF = _new(t, d, dtype=dtype), _new(e, d, f, dtype=dtype)
-    w_up_EFD = _new(e, case.width, d, dtype=dtype)
-    weights, form = (w_up_EFD, w_down_EDF, _new(*rows), None, None), Form(case.activation)
-    out_TD, z = fused._forward._init_fn(x_TD, *weights, routing, start_T1, *form, tf32, True)
-    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, routing, *form, tf32, [True] * 4 + [False] * 2)
+    stack = lambda m, n: _new(e, n, m, dtype=dtype).mT if case.by_columns else _new(e, m, n, dtype=dtype)
+    x_TD = _new(t, d, dtype=dtype)
+    biases = [_new(e, n, dtype=dtype) if case.biased else None for n in (case.width, d)]
+    weights = (stack(case.width, d), stack(d, f), _new(*rows), *biases)
+    out_TD, z = fused._forward._init_fn(x_TD, *weights, routing, start_T1, *case.form, tf32, True)
+    wanted = [True] * 4 + [case.biased] * 2
+    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, routing, *case.form, tf32, wanted)
 
 
 def route(
@@ -219,14 +226,14 @@ def _jobs(name: str) -> list[tuple[str, str, str, Callable[[], None]]]:
     return [*layers, *(routes[:1] if name in tuning.SAME else routes)]
 
 
-def _use(launch: Launch) -> str:
-    """What a launch is for."""
-    options = launch.options
+def _use(launch: Launch, shape: str) -> str:
+    """What a launch is for. Of matrices by columns, it is the other one that is read along its rows."""
+    options, by_rows = launch.options, shape != "columns"
     if launch.name == "_ragged_mm":
-        store = "down" if options["K_MAJOR"] else "dx"
+        store = "down" if options["K_MAJOR"] == by_rows else "dx"
         return {"activate": "up", "backward": "dh", "store": store}[options["EPILOGUE"]]
     if launch.name == "_ragged_wgrad":
-        return "wgrad_down" if options["GATHER_P"] else "wgrad_up"
+        return "wgrad_down" if options["GATHER_P"] == by_rows else "wgrad_up"
     if launch.name == "_combine":
         return "combine_weighted" if options["WEIGHTED"] else "combine_plain"
     return launch.name.removeprefix("_")
@@ -276,7 +283,7 @@ def cached_table(name: str, cache: Path | None) -> list[Row]:
 
 
 def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
-    target, use, asm, metadata = TARGETS[name], _use(launch), launch.kernel.asm, launch.kernel.metadata
+    target, use, asm, metadata = TARGETS[name], _use(launch, shape), launch.kernel.asm, launch.kernel.metadata
     tile, tma = f"w{metadata.num_warps}", False
     if launch.tuned:
         tma = tuning.table()[tuning.SAME.get(name, name), kind, load, use.split("_")[0]].tma
