@@ -3,6 +3,7 @@
     python -m kernels.aot            # compile all, print the table, fail on what is wrong or differs from aot.txt
     python -m kernels.aot --write    # the same, and keep the table in aot.txt
     python -m kernels.aot --cache build/aot    # as the first, but compile only what changed since the last time
+    python -m kernels.aot --try sm_90 flatten=1 ragged=1    # what a GPU's 16-bit matmuls would be with other tiles
 
 It calls the functions that production calls, on tensors without memory, with Triton's launch replaced by its compiler:
 the constants, specialisations and tiles are those of a run. What the compilers made of it is read off the binaries.
@@ -253,6 +254,33 @@ def table(name: str) -> list[Row]:
     return list(rows.values())
 
 
+def tried(name: str, changes: dict[str, Any]) -> list[Row]:
+    """The matmuls of one layer in 16 bits, with these settings of their tiles changed."""
+    kept = tuning.table()
+    changed = {key: entry._replace(**changes) if key[0] == name else entry for key, entry in kept.items()}
+    with patch.object(tuning, "table", lambda: changed), compiling(name) as launches:
+        _layer(EVEN)
+        return [_row(name, EVEN.type, EVEN.load, EVEN.shape, launch) for launch in launches if launch.tuned]
+
+
+def _changes(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """What --try asks for. Refuses what it cannot."""
+    name, *settings = words
+    own = sorted(TARGETS.keys() - tuning.SAME.keys())
+    if name not in own:
+        refuse(f"--try {name} is no GPU with tiles of its own; accepted are {', '.join(own)}")
+    changes = {}
+    for word in settings:
+        key, _, value = word.partition("=")
+        if key not in tuning.Tile._fields or not value.isdigit():
+            refuse(
+                f"--try {name} {word} is no setting of a tile; accepted are {', '.join(tuning.Tile._fields)}, "
+                "each =NUMBER"
+            )
+        changes[key] = type(tuning.table()[name, "16bit", "many", "up"]._asdict()[key])(int(value))
+    return name, changes
+
+
 def _inputs(name: str) -> str:
     """A digest of all that decides what a target's kernels compile to: this folder's sources and tiles (the cases and
     the targets among them), the versions of Triton and torch, and what Triton is told by the environment."""
@@ -362,7 +390,10 @@ def refuse(message: str) -> NoReturn:
     """One sentence on stderr in place of argparse's usage, and exit status 2."""
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown != message:
-        message = f"{unknown} is no option; accepted are --write, --cache FOLDER, --jobs NUMBER and --help"
+        message = (
+            f"{unknown} is no option; accepted are --write, --cache FOLDER, --try GPU SETTING=NUMBER, --jobs NUMBER "
+            "and --help"
+        )
     print(f"error: {message}.", file=sys.stderr)
     raise SystemExit(2)
 
@@ -372,13 +403,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the table in aot.txt instead of comparing with it")
     parser.add_argument("--cache", type=Path, help="a folder: targets whose kernels have not changed are read from it")
+    parser.add_argument(
+        "--try", nargs="+", dest="tried", metavar="GPU SETTING=NUMBER", help="compile these tiles alone"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets that compile at the same time")
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_args()
     if not arguments.jobs >= 1:
         refuse(f"--jobs {arguments.jobs} is out of range: accepted is at least 1")
+    asked = _changes(arguments.tried) if arguments.tried else None
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: there is nothing to compile; unset it.")
+    if asked:
+        rows = tried(*asked)
+        print(render(rows), end="")
+        for sentence in (wrong := check(rows)):
+            print(sentence, file=sys.stderr)
+        raise SystemExit(bool(wrong))
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         tables = pool.map(partial(cached_table, cache=arguments.cache), TARGETS)
         rows = [row for target_rows in tables for row in target_rows]

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import hopper, operands, tuning
@@ -31,6 +32,7 @@ from kernels.plan import Plan
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAPS = (torch.int32,)  # what a plan's parts are
+RAGGED_ROWS = 2**30  # that a descriptor of ragged rows reaches
 
 
 @triton.jit
@@ -58,6 +60,7 @@ def _ragged_mm(
     COLUMNS: tl.constexpr, INNER: tl.constexpr, K_MAJOR: tl.constexpr, GATHER: tl.constexpr, EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product."""
@@ -67,7 +70,7 @@ def _ragged_mm(
     HALVES: tl.constexpr = PAIRED and not K_MAJOR
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.load(tile_count)
-    for tile in range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         # Which tile: GROUP_M tiles of rows take all columns before the next group, so a matrix stays in cache.
         group = tile // (GROUP_M * TILES_N)
         height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -78,7 +81,8 @@ def _ragged_mm(
         e = tl.load(tile_expert + tile_m)
         first = tl.load(tile_slot + tile_m)
         slot = first + tl.arange(0, BLOCK_M)
-        live = slot < tl.load(offset + e + 1)
+        end = tl.load(offset + e + 1)
+        live = slot < end
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         inner = tl.arange(0, BLOCK_K)
 
@@ -147,7 +151,10 @@ def _ragged_mm(
             start = tile_n * BLOCK_N + part * WIDTH
             if EPILOGUE == "store":
                 y = add_bias(slices[part], bias, e, start, COLUMNS, COLUMNS, 0)
-                store(y, out, slot, live, start, COLUMNS, COLUMNS, 0)
+                if OUT_TMA:
+                    store_ragged(out, first, end - first, [0, start], y.to(out.dtype))
+                else:
+                    store(y, out, slot, live, start, COLUMNS, COLUMNS, 0)
             elif EPILOGUE == "activate":
                 if ACTIVATION == "swiglu":
                     y = slices[part]
@@ -292,14 +299,22 @@ def _launch(
     if b_tma:
         b_source = _described(b, paired, k_major, tile)
 
+    # Which rows it writes: all but those past an expert's last. Triton's interpreter has no such descriptors.
+    out_tma = tile.ragged and epilogue == "store" and not INTERPRETED and len(a) <= RAGGED_ROWS
+    out_tma = out_tma and n_columns * a.element_size() % 16 == 0
+    target: Tensor | TensorDescriptor | None = out
+    if out_tma:
+        target = create_ragged_descriptor(out, [tile.block_m, tile.block_n // tile.parts])
+
     # As many programs as tiles at most: the schedule's bound, because the host does not know their count.
     total = len(plan.tile_expert_J) * triton.cdiv(n_columns, tile.block_n)
     _ragged_mm[(min(total, tuning.programs(a.device, tile)),)](
-        a_source, b_source, out, h, z, weight, dweight, bias, plan.token_N, plan.row_N, plan.offset_E1,
+        a_source, b_source, target, h, z, weight, dweight, bias, plan.token_N, plan.row_N, plan.offset_E1,
         plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner,
         COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=form.activation,
         INTERLEAVED=form.interleaved, WEIGH=form.weigh_input, ALPHA=form.alpha, LIMIT=form.limit, SHIFT=form.shift,
         PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
+        OUT_TMA=out_tma, FLATTEN=tile.flatten,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -12,21 +12,23 @@ that are summed over at a time.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
 from kernels import operands, tuning
 from kernels.plan import Plan
-from kernels.ragged_mm import MAPS, accumulator, clamp, dot
+from kernels.ragged_mm import INTERPRETED, MAPS, RAGGED_ROWS, accumulator, clamp, dot
 
 ROWS, COLUMNS = 32, 128  # of a bias' gradient, that one program adds at a time
 
 
 @triton.jit
 def _ragged_wgrad(
-    p, q, out, token, offset,
-    P_WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, GATHER_P: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    p, q, out, token, offset, P_WIDTH: tl.constexpr, Q_WIDTH: tl.constexpr, GATHER_P: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = p[rows]^T q[rows] over expert e's rows; `token` maps a slot to the row of the gathered one."""
+    """out[e] = p[rows]^T q[rows] over expert e's rows; `token` maps a slot to the row of the gathered one. TMA: the
+    other one comes by the copy engine, which gives zeros for slots that are not the expert's."""
     TILES_M: tl.constexpr = (P_WIDTH + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (Q_WIDTH + BLOCK_N - 1) // BLOCK_N
 
@@ -35,8 +37,10 @@ def _ragged_wgrad(
     e = tl.program_id(1)
     group = tile // (GROUP_M * TILES_N)
     height = tl.minimum(TILES_M - group * GROUP_M, GROUP_M)
-    m = (group * GROUP_M + tile % (GROUP_M * TILES_N) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % (GROUP_M * TILES_N) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = (group * GROUP_M + tile % (GROUP_M * TILES_N) % height) * BLOCK_M
+    first_n = tile % (GROUP_M * TILES_N) // height * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     # An asynchronous copy may touch an address whose lane is masked off: every address is a valid one.
     p_column = m if P_WIDTH % BLOCK_M == 0 else clamp(m, P_WIDTH)
     q_column = n if Q_WIDTH % BLOCK_N == 0 else clamp(n, Q_WIDTH)
@@ -50,10 +54,16 @@ def _ragged_wgrad(
         at = tl.where(live, slot, first)
         source = tl.load(token + at).to(tl.int64)
         # p is read as its transpose: one that is transposed after the load goes through registers on sm_80.
-        p_row = p + (source if GATHER_P else at.to(tl.int64))[None, :] * P_WIDTH
-        q_row = q + (at.to(tl.int64) if GATHER_P else source)[:, None] * Q_WIDTH
-        p_tile = tl.load(p_row + p_column[:, None], mask=live[None, :] & (m[:, None] < P_WIDTH), other=0.0)
-        q_tile = tl.load(q_row + q_column[None, :], mask=live[:, None] & (n[None, :] < Q_WIDTH), other=0.0)
+        if TMA and not GATHER_P:
+            p_tile = load_ragged(p, first, end - first, [0, first_m]).T
+        else:
+            p_row = p + (source if GATHER_P else at.to(tl.int64))[None, :] * P_WIDTH
+            p_tile = tl.load(p_row + p_column[:, None], mask=live[None, :] & (m[:, None] < P_WIDTH), other=0.0)
+        if TMA and GATHER_P:
+            q_tile = load_ragged(q, first, end - first, [0, first_n])
+        else:
+            q_row = q + (at.to(tl.int64) if GATHER_P else source)[:, None] * Q_WIDTH
+            q_tile = tl.load(q_row + q_column[None, :], mask=live[:, None] & (n[None, :] < Q_WIDTH), other=0.0)
         acc = dot(p_tile, q_tile, acc, PRECISION)
 
     # Store: an expert without a slot stores its zeros.
@@ -112,9 +122,15 @@ def ragged_wgrad(
     p_width, q_width = p.shape[1], q.shape[1]
     out = p.new_empty(n_experts, p_width, q_width)
     grid = (triton.cdiv(p_width, tile.block_m) * triton.cdiv(q_width, tile.block_n), n_experts)
+    # The side that is not gathered may come by the copy engine: Triton's interpreter has no such descriptors.
+    in_slots, block = (q, tile.block_n) if gather_p else (p, tile.block_m)
+    tma = tile.ragged and not INTERPRETED and in_slots.stride(0) * p.element_size() % 16 == 0
+    tma = tma and 0 < len(in_slots) <= RAGGED_ROWS
+    rows = create_ragged_descriptor(in_slots, [tile.block_k, block]) if tma else in_slots
+    p_source, q_source = (p, rows) if gather_p else (rows, q)
     _ragged_wgrad[grid](
-        p, q, out, plan.token_N, plan.offset_E1, P_WIDTH=p_width, Q_WIDTH=q_width, GATHER_P=gather_p,
-        PRECISION=tuning.precision(p.device, tf32), ACC=accumulator(p.dtype),
+        p_source, q_source, out, plan.token_N, plan.offset_E1, P_WIDTH=p_width, Q_WIDTH=q_width, GATHER_P=gather_p,
+        TMA=tma, PRECISION=tuning.precision(p.device, tf32), ACC=accumulator(p.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -44,7 +44,10 @@ class Tile(NamedTuple):
     num_stages: int  # tiles of k in flight
     tma: bool  # weights and contiguous rows through the tensor memory accelerator (Hopper and later)
     per_sm: int  # programs per multiprocessor that walk over all tiles; 0: one program per tile
-    gluon: bool = False  # up's swiglu product by hopper.py instead: on sm_90, for 16 bits, once a GPU has proven it
+    # What follows is tried by the tuner, and off until a GPU has proven it.
+    flatten: bool = False  # one loop over tiles and their sums: the next tile is loaded while this one is written
+    ragged: bool = False  # an expert's rows through the accelerator too: down's and dx's output, wgrad's in slots
+    gluon: bool = False  # up's swiglu product by hopper.py instead: on sm_90, for 16 bits
 
 
 @contextmanager

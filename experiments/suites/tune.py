@@ -53,6 +53,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "group_m": (1, 4, 8, 16),
     "tma": (False, True),
     "per_sm": (0, 1, 2, 3),
+    "flatten": (False, True),
+    "ragged": (False, True),
     "gluon": (False, True),
 }
 TRADED = ("block_m", "block_n", "block_k", "num_stages", "num_warps")  # shared memory and registers for one another
@@ -147,7 +149,12 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     sums = tile.block_m * tile.block_n / (32 * tile.num_warps)
     if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
         return False
-    if tile.tma and (not arch.startswith("sm_") or int(arch[3:]) < 90):
+    hopper = arch.startswith("sm_") and int(arch[3:]) >= 90
+    if (tile.tma or tile.gluon) and not hopper:
+        return False
+    if tile.ragged and not (hopper and use in ("down", "dx", "wgrad")):
+        return False
+    if tile.flatten and (use == "wgrad" or not tile.per_sm):
         return False
     if tile.gluon and (arch, use, itemsize, tile.tma) != ("sm_90", "up", 2, True):
         return False
@@ -340,7 +347,9 @@ def short(tile: Tile) -> str:
     """A tile in a few characters, as kernels/aot.txt writes it."""
     words = [f"{tile.block_m}x{tile.block_n}x{tile.block_k}", f"w{tile.num_warps}", f"s{tile.num_stages}"]
     words += [f"g{tile.group_m}", f"p{tile.parts}", f"per_sm{tile.per_sm}"]
-    return " ".join(words + ["tma"] * tile.tma + ["gluon"] * tile.gluon)
+    return " ".join(
+        words + ["tma"] * tile.tma + [name for name in ("flatten", "ragged", "gluon") if getattr(tile, name)]
+    )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

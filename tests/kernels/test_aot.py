@@ -65,6 +65,30 @@ def test_kernels_without_tiles_are_compiled_for_every_gpu(compiled):
     assert {(name, use) for name in aot.TARGETS for use in uses} <= listed
 
 
+TRIED = """
+import json, sys
+from kernels import aot
+
+rows = aot.tried("sm_90", {name: True for name in sys.argv[1:]})
+print(json.dumps([(row.use, row.registers, row.spilled, row.loop.instructions, row.counts["LDGSTS"]) for row in rows]))
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("settings", [(), ("ragged",), ("flatten",), ("flatten", "ragged")], ids="-".join)
+def test_what_a_gpu_has_yet_to_prove_compiles_without_a_spill_and_loads_with_fewer_instructions(settings):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", TRIED, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    rows = {use: rest for use, *rest in json.loads(done.stdout)}
+    assert len(rows) == 6
+    for use, (registers, spilled, steps, copies) in rows.items():
+        assert (registers <= 255, spilled) == (True, 0)
+        if use.startswith("wgrad"):
+            assert (copies <= 39, steps <= 190) == ("ragged" in settings,) * 2
+    assert (rows["up"][2] > 1000) == ("flatten" in settings)  # one loop, with the epilogue in it
+
+
 FEW = """
 import json
 from kernels import aot
@@ -297,7 +321,19 @@ def test_compiling_leaves_nothing_behind_whatever_happens_inside():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["--wirte"], "--wirte is no option; accepted are --write, --cache FOLDER, --jobs NUMBER and --help."),
+        (
+            ["--wirte"],
+            "--wirte is no option; accepted are --write, --cache FOLDER, --try GPU SETTING=NUMBER, --jobs NUMBER and "
+            "--help.",
+        ),
+        (
+            ["--try", "sm_89", "flatten=1"],
+            "--try sm_89 is no GPU with tiles of its own; accepted are gfx942, sm_100, sm_80, sm_86, sm_90.",
+        ),
+        (
+            ["--try", "sm_90", "flat=1"],
+            f"--try sm_90 flat=1 is no setting of a tile; accepted are {', '.join(tuning.Tile._fields)}, each =NUMBER.",
+        ),
         (["--jobs", "many"], "argument --jobs: invalid int value: 'many'."),
         (["--jobs", "0"], "--jobs 0 is out of range: accepted is at least 1."),
     ],

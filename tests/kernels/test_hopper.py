@@ -117,7 +117,7 @@ def test_no_rows_launch_nothing(monkeypatch):
 
 
 COMPILED = """
-import json, sys
+import json, subprocess, sys, tempfile
 from kernels import aot, hopper, tuning
 
 tile = tuning.table()["sm_90", "16bit", "many", "up"]._replace(**json.loads(sys.argv[1]))
@@ -127,12 +127,13 @@ with aot.compiling("sm_90") as launches:
     z = new(4096, 2048) if json.loads(sys.argv[2]) else None
     hopper.up(new(2048, 2048), new(8, 2048, 2048), z, new(4096, 1024), where, tile)
 kernel = launches[0].kernel
-registers, spilled, counts = aot._nvidia(kernel.asm["cubin"], True)
-with aot.tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+reading = aot.machine_code.nvidia(kernel.asm["cubin"], True)
+registers, spilled, counts = reading.registers, reading.spilled, reading.instructions
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(kernel.asm["cubin"])
     file.flush()
     tool = aot.triton.knobs.nvidia.nvdisasm.path
-    code = aot.subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
 keys = ("HGMMA", "LDGSTS", "UTMALDG", "USETMAXREG", "SYNCS", "LDL", "STL")
 numbers = dict(warps=kernel.metadata.num_warps, shared=kernel.metadata.shared, registers=registers, spilled=spilled)
 print(json.dumps(numbers | {key: counts[key] for key in keys} | {"code": code}))
