@@ -144,15 +144,17 @@ def store_backward(
             up = load(z, slot, live, start, WIDTH, F, 2 * F, F, dh.dtype)
         if WEIGH:
             value, for_gate, for_up = gated(gate * w[:, None], up * w[:, None], ALPHA, LIMIT, SHIFT)
-            total = dh * (for_gate * gate + for_up * up)
+            for_gate *= dh
+            for_up *= dh
+            total = for_gate * gate + for_up * up
         else:
             value, for_gate, for_up = gated(gate, up, ALPHA, LIMIT, SHIFT)
             total = dh * value
 
         # dz, as z lies.
         if dz is not None:
-            dgate = dh * w[:, None] * for_gate
-            dup = dh * w[:, None] * for_up
+            dgate = for_gate * w[:, None] if WEIGH else dh * w[:, None] * for_gate
+            dup = for_up * w[:, None] if WEIGH else dh * w[:, None] * for_up
             if INTERLEAVED:
                 store(tl.join(dgate, dup).reshape(dh.shape[0], 2 * WIDTH), dz, slot, live, 2 * start, 2 * F, 2 * F, 0)
             else:
