@@ -11,6 +11,7 @@ fused         the experts on the Triton kernels below, as one autograd function:
   hopper        ragged_mm's first product with warps that load beside warps that multiply, on sm_90: off until proven
   ragged_wgrad  gradients of weights and biases
   combine       a token's rows, summed
+quantized     experts whose weights are stored in int8 or mxfp4, for inference, on any of the three
 operands      what all of them ask of their operands, in a sentence each
 tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here
 aot           every kernel compiled for GPUs that are not here: registers, spills, shared memory, instructions (aot.txt)

@@ -55,13 +55,50 @@ def clamp(index, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _e2m1(code):
+    """The numbers of 4-bit floats, int32 -> float32: exact."""
+    magnitude = code & 7
+    # From code 2 on the bits are those of a float32, after its exponent's bias; below there are 0 and 0.5.
+    bits = tl.where(magnitude > 1, (magnitude << 22) + 0x3F000000, magnitude * 0x3F000000)
+    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e8m0(scale):
+    """2^(scale - 127), uint8 -> float32: 0 is a subnormal there, 255 is NaN."""
+    scale = scale.to(tl.int32)
+    return ((scale << 23) | tl.where((scale == 0) | (scale == 255), 1 << 22, 0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mxfp4_tile(values, scales, start_k, INNER: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K numbers of mxfp4 from start_k on, of the columns that begin at these pointers: (BLOCK_K, columns)
+    float32. Past INNER they are tiny and finite, so that their products with zeros are zeros."""
+    tl.static_assert(INNER % 32 == 0)
+    GROUPS: tl.constexpr = (BLOCK_K + 31) // 32  # a part of one, or some
+    byte = start_k // 2 + tl.arange(0, BLOCK_K // 2)
+    group = start_k // 32 + tl.arange(0, GROUPS)
+    if INNER % BLOCK_K == 0:
+        scale = tl.load(scales[:, None] + group[None, :])
+    else:
+        byte = clamp(byte, INNER // 2)
+        inside = group < INNER // 32
+        scale = tl.load(scales[:, None] + tl.where(inside, group, 0)[None, :], mask=inside[None, :], other=0)
+    packed = tl.load(values[:, None] + byte[None, :]).to(tl.int32)
+    numbers = tl.interleave(_e2m1(packed & 15), _e2m1(packed >> 4))
+    numbers = numbers.reshape(values.shape[0], GROUPS, BLOCK_K // GROUPS)
+    return (numbers * _e8m0(scale)[:, :, None]).reshape(values.shape[0], BLOCK_K).T
+
+
+@triton.jit
 def _ragged_mm(
-    a, b, out, h, z, weight, dweight, bias, token, row, offset, tile_expert, tile_slot, tile_count, inner_end,
+    a, b, out, h, z, weight, dweight, bias, token, row, offset, tile_expert, tile_slot, tile_count, inner_end, scale,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, K_MAJOR: tl.constexpr, GATHER: tl.constexpr, EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
     OUT_TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr,
 ):  # fmt: skip
     """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product."""
     # Where gates and others lie apart, a tile takes both: in turns, or, of a matrix whose columns are contiguous, in
@@ -102,7 +139,11 @@ def _ragged_mm(
                 is_column = column < COLUMNS
                 within = column if COLUMNS % BLOCK_N == 0 else clamp(column, COLUMNS)
                 b_column = (within % 2) * (COLUMNS // 2) + within // 2 if PAIRED else within
-            b_columns = b + e.to(tl.int64) * (COLUMNS * INNER) + b_column[None, :] * (INNER if K_MAJOR else 1)
+            if QUANT == "mxfp4":
+                b_columns = b + e.to(tl.int64) * (COLUMNS * INNER // 2) + b_column * (INNER // 2)
+                scale_columns = scale + e.to(tl.int64) * (COLUMNS * INNER // 32) + b_column * (INNER // 32)
+            else:
+                b_columns = b + e.to(tl.int64) * (COLUMNS * INNER) + b_column[None, :] * (INNER if K_MAJOR else 1)
 
         # The product, BLOCK_K of the summed width at a time: load a piece of either side, multiply, add.
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
@@ -123,6 +164,8 @@ def _ragged_mm(
                     b_tile = b.load([e, tile_n * BLOCK_N, start_k]).reshape(BLOCK_N, BLOCK_K).T
                 else:
                     b_tile = b.load([e, start_k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+            elif QUANT == "mxfp4":
+                b_tile = _mxfp4_tile(b_columns, scale_columns, start_k, INNER, BLOCK_K)
             else:
                 if INNER % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0:
                     b_tile = tl.load(b_columns + (start_k + inner)[:, None] * (1 if K_MAJOR else COLUMNS))
@@ -131,7 +174,12 @@ def _ragged_mm(
                     b_tile = tl.load(
                         b_columns + at, mask=(start_k + inner < INNER)[:, None] & is_column[None, :], other=0.0
                     )
+            if QUANT != "":
+                # The interpreter would take whole numbers for bit patterns of bfloat16.
+                b_tile = b_tile.to(tl.float32).to(a_tile.dtype) if INTERPRETED else b_tile.to(a_tile.dtype)
             acc = dot(a_tile, b_tile, acc, PRECISION)
+        if QUANT == "int8":  # a column's scale is one factor of its whole sum
+            acc *= tl.load(scale + e.to(tl.int64) * COLUMNS + b_column).to(ACC)[None, :]
 
         # What the epilogue needs of every row. Weights stand by row, not by slot.
         WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -198,32 +246,35 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def up(
     x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile, tf32: bool, keep_z: bool = True,
-    b_up_EF: Tensor | None = None, weight_N: Tensor | None = None,
+    b_up_EF: Tensor | None = None, weight_N: Tensor | None = None, scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """z = x[token] @ w_up[e]^T + b_up[e] and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept;
-    (N, F), in slots. weight_N: the rows' weights, which a form with weights on the input takes: h = act(w z)."""
+    (N, F), in slots. weight_N: the rows' weights, which a form with weights on the input takes: h = act(w z). scales:
+    of weights that are quantised, w_up being the values."""
     form = form_of(form)
-    _fit("up", plan, (w_up_EFD, "E W D"), x=(x_TD, "T D"), b_up=(b_up_EF, "E W"))
+    _fit("up", plan, (w_up_EFD, "E W D"), scales, x=(x_TD, "T D"), b_up=(b_up_EF, "E W"))
     n_rows, width = len(plan.row_N), w_up_EFD.shape[1]
     z = x_TD.new_empty(n_rows if keep_z else 0, width)
     h = x_TD.new_empty(n_rows, width // form.width(1))
     kept = z if keep_z else None
-    if tile.gluon and form == Form("swiglu") and b_up_EF is None and w_up_EFD.is_contiguous():
+    if tile.gluon and form == Form("swiglu") and b_up_EF is None and scales is None and w_up_EFD.is_contiguous():
         hopper.up(x_TD, w_up_EFD, kept, h, plan, tile)
         return z, h
     _launch(
-        x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", form, gather=True, bias=b_up_EF, h=h, weight=weight_N
+        x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", form, gather=True, bias=b_up_EF, h=h, weight=weight_N,
+        scales=scales,
     )  # fmt: skip
     return z, h
 
 
 def down(
-    h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, b_down_ED: Tensor | None = None
-) -> Tensor:
-    """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots."""
-    _fit("down", plan, (w_down_EDF, "E D F"), h=(h_NF, "N F"), b_down=(b_down_ED, "E D"))
+    h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, b_down_ED: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots. scales: as in `up`."""
+    _fit("down", plan, (w_down_EDF, "E D F"), scales, h=(h_NF, "N F"), b_down=(b_down_ED, "E D"))
     y = h_NF.new_empty(len(h_NF), w_down_EDF.shape[1])
-    _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", None, gather=False, bias=b_down_ED)
+    _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", None, gather=False, bias=b_down_ED, scales=scales)
     return y
 
 
@@ -258,11 +309,16 @@ def dx(dz: Tensor, w_up_EFD: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool) 
     return out
 
 
-def _fit(name: str, plan: Plan, matrix: tuple[Tensor, str], **floats: tuple[Tensor | None, str]) -> None:
+def _fit(
+    name: str, plan: Plan, matrix: tuple[Tensor, str], scales: Tensor | None = None,
+    **floats: tuple[Tensor | None, str],
+) -> None:  # fmt: skip
     """Operands of one type, and those in slots of as many rows as the plan has; a stack of matrices by rows or by
-    columns."""
+    columns, or quantised and by rows."""
     w, letters = matrix
     key = "w_up" if name in ("up", "dx") else "w_down"
+    if scales is not None:
+        return _fit_quantized(name, plan, key, w, letters, scales, floats)
     if not operands.dense(w):
         raise ValueError(f"{name} takes {key} stored by rows or by columns; its strides are {tuple(w.stride())}.")
     if not w.is_contiguous():
@@ -273,14 +329,32 @@ def _fit(name: str, plan: Plan, matrix: tuple[Tensor, str], **floats: tuple[Tens
     operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
 
 
+def _fit_quantized(
+    name: str, plan: Plan, key: str, w: Tensor, letters: str, scales: Tensor,
+    floats: dict[str, tuple[Tensor | None, str]],
+) -> None:  # fmt: skip
+    """`_fit` of values and scales; the other operands are of the activations' type, which come first."""
+    (a, _), (e, n, k) = next(iter(floats.values())), letters.split()
+    assert a is not None
+    dtypes = (a.dtype,) if a.dtype in operands.FLOATS else operands.FLOATS
+    kinds: dict[str, operands.Operand] = {other: (*operand, dtypes) for other, operand in floats.items()}
+    if w.dtype == torch.int8:
+        kinds |= {key: (w, letters, (torch.int8,)), "scales": (scales, f"{e} {n}", (torch.float32,))}
+    else:
+        kinds |= {key: (w, f"{e} {n} G 16", (torch.uint8,)), "scales": (scales, f"{e} {n} G", (torch.uint8,))}
+    operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
+    if w.dtype == torch.uint8 and (w.shape[3], 32 * w.shape[2]) != (16, a.shape[1]):
+        raise ValueError(f"{name} takes mxfp4 {key} with 16 bytes for 32 of {k}={a.shape[1]}; it is {tuple(w.shape)}.")
+
+
 def _launch(
     a: Tensor, b_ENK: Tensor, out: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str,
     form: Form | None, gather: bool, bias: Tensor | None = None, h: Tensor | None = None, z: Tensor | None = None,
-    weight: Tensor | None = None, dweight: Tensor | None = None,
+    weight: Tensor | None = None, dweight: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One use of the kernel: b_ENK is (E, columns, inner), stored in this order (k_major) or by columns. An output that
-    is None is not written."""
-    n_columns, inner = b_ENK.shape[1:]
+    """One use of the kernel: b_ENK is (E, columns, inner), stored in this order (k_major) or by columns; mxfp4's
+    (E, columns, groups, 16). An output that is None is not written."""
+    n_columns, inner = b_ENK.shape[1], a.shape[1]
     if not len(plan.row_N) or not n_columns:
         return
     k_major = b_ENK.is_contiguous()
@@ -290,7 +364,7 @@ def _launch(
     # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.
     paired = epilogue == "activate" and form.gated and not form.interleaved
     run = b.shape[2] // (2 if paired and not k_major else 1)  # contiguous elements
-    b_tma = tile.tma and run * b.element_size() % 16 == 0
+    b_tma = tile.tma and scales is None and run * b.element_size() % 16 == 0
     a_tma = tile.tma and not gather and inner * a.element_size() % 16 == 0
     a_source: Tensor | TensorDescriptor = a
     b_source: Tensor | TensorDescriptor = b
@@ -310,13 +384,14 @@ def _launch(
     total = len(plan.tile_expert_J) * triton.cdiv(n_columns, tile.block_n)
     _ragged_mm[(min(total, tuning.programs(a.device, tile)),)](
         a_source, b_source, target, h, z, weight, dweight, bias, plan.token_N, plan.row_N, plan.offset_E1,
-        plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner,
+        plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner, scales,
         COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=form.activation,
         INTERLEAVED=form.interleaved, WEIGH=form.weigh_input, ALPHA=form.alpha, LIMIT=form.limit, SHIFT=form.shift,
         PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
         OUT_TMA=out_tma, FLATTEN=tile.flatten,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
+        QUANT="" if scales is None else "int8" if scales.is_floating_point() else "mxfp4",
     )  # fmt: skip
 
 
