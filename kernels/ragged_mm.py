@@ -56,11 +56,10 @@ def clamp(index, SIZE: tl.constexpr):
 
 @triton.jit
 def _e2m1(code):
-    """The numbers of 4-bit floats, int32 -> float32: exact."""
-    magnitude = code & 7
-    # From code 2 on the bits are those of a float32, after its exponent's bias; below there are 0 and 0.5.
-    bits = tl.where(magnitude > 1, (magnitude << 22) + 0x3F000000, magnitude * 0x3F000000)
-    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+    """The numbers of 4-bit floats, uint32 -> float32: exact."""
+    # Sign, exponent and mantissa go where a float32 has them: twice shifted by one product, the rest masked off. The
+    # exponent's bias is then a factor, which makes a number of the subnormals (0.5) too.
+    return ((code * ((1 << 28) + (1 << 22))) & 0x81C00000).to(tl.float32, bitcast=True) * 2.0**126
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def _mxfp4_tile(values, scales, start_k, INNER: tl.constexpr, BLOCK_K: tl.conste
         byte = clamp(byte, INNER // 2)
         inside = group < INNER // 32
         scale = tl.load(scales[:, None] + tl.where(inside, group, 0)[None, :], mask=inside[None, :], other=0)
-    packed = tl.load(values[:, None] + byte[None, :]).to(tl.int32)
+    packed = tl.load(values[:, None] + byte[None, :]).to(tl.uint32)
     numbers = tl.interleave(_e2m1(packed & 15), _e2m1(packed >> 4))
     numbers = numbers.reshape(values.shape[0], GROUPS, BLOCK_K // GROUPS)
     return (numbers * _e8m0(scale)[:, :, None]).reshape(values.shape[0], BLOCK_K).T
