@@ -5,6 +5,7 @@ import gc
 import importlib
 import itertools
 import os
+import sys
 from typing import Any
 
 import hypothesis
@@ -41,6 +42,14 @@ ROUTERS = {
     "softmax": RouterConfig(),
     "sigmoid-raw-biased": RouterConfig("sigmoid", renormalize=False, selection_bias=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_end():
+    """No rank outlives the file of tests that asked for it."""
+    yield
+    if ranks := sys.modules.get("tests.ranks"):
+        ranks.end_ranks()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
