@@ -18,7 +18,7 @@ test: .venv/installed-test
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 kernels: .venv/installed-test
-	$(PY) -m pytest -m aot tests/kernels/test_aot.py tests/kernels/test_hopper.py
+	$(PY) -m pytest -m aot tests/kernels
 
 nightly: .venv/installed-test
 	$(PY) -m pytest -m nightly tests
