@@ -266,9 +266,9 @@ def tried(name: str, changes: dict[str, Any]) -> list[Row]:
 def _changes(words: list[str]) -> tuple[str, dict[str, Any]]:
     """What --try asks for. Refuses what it cannot."""
     name, *settings = words
-    own = sorted(TARGETS.keys() - tuning.SAME.keys())
-    if name not in own:
-        refuse(f"--try {name} is no GPU with tiles of its own; accepted are {', '.join(own)}")
+    tiled = sorted(TARGETS.keys() - tuning.SAME.keys())
+    if name not in tiled:
+        refuse(f"--try {name} is no GPU with tiles of its own; accepted are {', '.join(tiled)}")
     changes = {}
     for word in settings:
         key, _, value = word.partition("=")

@@ -40,6 +40,7 @@ REFUSED_ROUTERS = {
     "sinkhorn": "router.name=sinkhorn",
     "soft": "router.name=soft",
     "sparsemixer": "router.gradient=sparsemixer",
+    "sqrt_softplus": "router.name=sqrt_softplus",
     "straight-through": "router.gradient=straight-through",
     "threshold": "router.name=threshold",
     "top-p": "router.name=top-p",
