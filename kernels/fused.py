@@ -72,11 +72,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    form, weight, n_experts = (
-        Form(activation, interleaved, alpha, limit, shift, weigh_input),
-        weight_N.flatten(),
-        len(w_up_EFD),
-    )
+    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input), weight_N.flatten()
+    n_experts = len(w_up_EFD)
     for_x, for_up, for_down, for_weight, for_b_up, for_b_down = wanted
     likes = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
     dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED = operands.gradients_like(likes, (False,) * 6)
@@ -176,7 +173,7 @@ def experts(
     start_T1 = None
     if token_N is not None:
         token_N = token_N.contiguous()
-        start_T1 = torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=x_TD.device))
+        start_T1 = operands.starts(token_N, n_tokens)
     routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32, tuning.is_even(w_up_EFD))
     floats = (x_TD.contiguous(), w_up_EFD, w_down_EDF, weight.contiguous(), b_up_EF, b_down_ED)
     out_TD, _ = _forward(*floats, list(routing), start_T1, *form, tf32, operands.wants_gradient(*floats))
@@ -195,9 +192,7 @@ def _check(
                 f"{NAME} takes {name} with each expert's matrix stored by rows or by columns, without gaps; its "
                 f"strides are {tuple(w.stride())}: {name}.contiguous() is a copy that is."
             )
-    for name, bias in (("b_up", b_up_EF), ("b_down", b_down_ED)):
-        if bias is not None and not bias.is_contiguous():
-            raise ValueError(f"{NAME} takes a contiguous {name}; its strides are {tuple(bias.stride())}.")
+    operands.contiguous(NAME, b_up=b_up_EF, b_down=b_down_ED)
 
     # Sizes that 32-bit addresses and row numbers still reach.
     width, d = w_up_EFD.shape[1:]

@@ -58,7 +58,7 @@ def forward(
         if b_down_ED is not None:
             y_RD[lo:hi] += b_down_ED[e]
     y_RD[end:] = 0
-    out_TD = _combine(y_RD, slot_N, token_N, None if form.weigh_input else weight_N, len(x_TD))
+    out_TD = combine(y_RD, slot_N, token_N, None if form.weigh_input else weight_N, len(x_TD))
     return out_TD, z_RF if keep_z else z_RF.new_empty(0, z_RF.shape[1])
 
 
@@ -101,12 +101,11 @@ def backward(
             torch.mm(dout_RD[lo:hi], w_down_EDF[e], out=dh_RF[lo:hi])
     if form.weigh_input:  # the weight's gradient is that of z's factor
         h_RF, dfactor_RF = _activate_backward(z_RF * weight_R1, dh_RF, form)
-        dz_RF, dweight_of = dfactor_RF * weight_R1, (dfactor_RF, z_RF)
-        weighted_h_RF, weighted_dout_RD = h_RF, dout_RD
+        dz_RF, dweight_of, factor_R1 = dfactor_RF * weight_R1, (dfactor_RF, z_RF), None
     else:
         h_RF, dz_RF = _activate_backward(z_RF, dh_RF * weight_R1, form)
-        dweight_of = (dh_RF, h_RF)
-        weighted_h_RF, weighted_dout_RD = h_RF * weight_R1, dout_RD * weight_R1
+        dweight_of, factor_R1 = (dh_RF, h_RF), weight_R1
+    weighed = lambda side: side if factor_R1 is None else side * factor_R1  # what leaves an expert
 
     # What is wanted of the rest.
     likes = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
@@ -118,19 +117,19 @@ def backward(
                 dweight_R[lo:hi] += (dout_RD[lo:hi] @ b_down_ED[e]).to(weight_N.dtype)
         dweight_N = dweight_R.index_select(0, slot_N)
     if for_down:
-        dw_down_EDF = _weight_gradient(dout_RD, weighted_h_RF, w_down_EDF, spans)
+        dw_down_EDF = _weight_gradient(dout_RD, weighed(h_RF), w_down_EDF, spans)
     if for_up:
         dw_up_EFD = _weight_gradient(dz_RF, x_TD.index_select(0, token_R), w_up_EFD, spans)
     if for_b_up:
         db_up_EF = _bias_gradient(dz_RF, w_up_EFD.shape[:2], spans)
     if for_b_down:
-        db_down_ED = _bias_gradient(weighted_dout_RD, w_down_EDF.shape[:2], spans)
+        db_down_ED = _bias_gradient(weighed(dout_RD), w_down_EDF.shape[:2], spans)
     if for_x:
         dx_RD = torch.empty_like(dout_RD)
         for e, lo, hi in spans:
             torch.mm(dz_RF[lo:hi], w_up_EFD[e], out=dx_RD[lo:hi])
         dx_RD[end:] = 0
-        dx_TD = _combine(dx_RD, slot_N, token_N, None, len(x_TD))
+        dx_TD = combine(dx_RD, slot_N, token_N, None, len(x_TD))
     return dx_TD, dw_up_EFD, dw_down_EDF, dweight_N, db_up_EF, db_down_ED
 
 
@@ -184,9 +183,9 @@ def _spans(offset_E1: Tensor) -> list[Span]:
     return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 
-def _combine(y_RD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
+def combine(y_RD: Tensor, slot_N: Tensor, token_N: Tensor, weight_N: Tensor | None, n_tokens: int) -> Tensor:
     """Each token's sum of its rows' slots, weighted or not, in float32 at least; rows come in token order."""
-    start_T = torch.searchsorted(token_N, torch.arange(n_tokens, device=token_N.device))
+    start_T = operands.starts(token_N, n_tokens)[:-1]
     weight = None if weight_N is None else weight_N.to(y_RD.dtype)
     return F.embedding_bag(slot_N, y_RD, start_T, mode="sum", per_sample_weights=weight)
 

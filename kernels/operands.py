@@ -139,6 +139,18 @@ def layer(
         )
 
 
+def contiguous(name: str, **biases: Tensor | None) -> None:
+    """Raises `ValueError` for a bias whose numbers do not lie side by side."""
+    for key, bias in biases.items():
+        if bias is not None and not bias.is_contiguous():
+            raise ValueError(f"{name} takes a contiguous {key}; its strides are {tuple(bias.stride())}.")
+
+
+def starts(token_N: Tensor, n_tokens: int) -> Tensor:
+    """Where every token's rows begin among rows in token order, and where the last ones end: (N,) -> (T + 1,) int64."""
+    return torch.searchsorted(token_N, torch.arange(n_tokens + 1, device=token_N.device))
+
+
 def dense(w: Tensor) -> bool:
     """Whether a stack of matrices (E, ., .) lies without gaps, each stored by rows or by columns."""
     return w.is_contiguous() or w.mT.is_contiguous()

@@ -183,9 +183,7 @@ def _check(
     like_up, like_down = (x_TD.new_empty(()).expand(w.shape) for w in (w_up, w_down))
     operands.layer(name, x_TD, like_up, like_down, token_N, expert, weight, form, b_up_EF, b_down_ED)
     operands.one_device(name, x_TD, *w_up, *w_down)
-    for key, bias in (("b_up", b_up_EF), ("b_down", b_down_ED)):
-        if bias is not None and not bias.is_contiguous():
-            raise ValueError(f"{name} takes a contiguous {key}; its strides are {tuple(bias.stride())}.")
+    operands.contiguous(name, b_up=b_up_EF, b_down=b_down_ED)
     if operands.wants_gradient(x_TD, *w_up, *w_down, weight, b_up_EF, b_down_ED):
         raise ValueError(f"{name} has no backward for quantised weights; call it under torch.no_grad().")
     operands.refuse_tangents(name, x_TD, w_up.scales, w_down.scales, weight, b_up_EF, b_down_ED)
@@ -203,9 +201,7 @@ def _on_kernels(
     # Tiles of a light load, whose registers have room to widen in.
     shape = (x_TD.device, x_TD.dtype, tf32, weight.numel(), len(up_values))
     up_tile, down_tile = (tuning.tile(use, *shape, even=False) for use in ("up", "down"))
-    start_T1, flat_N = None, weight.flatten()
-    if token_N is not None:
-        start_T1 = torch.searchsorted(token_N, torch.arange(len(x_TD) + 1, device=x_TD.device))
+    start_T1, flat_N = None if token_N is None else operands.starts(token_N, len(x_TD)), weight.flatten()
     with torch.cuda.device_of(x_TD):
         where = plan.plan(expert, token_N, len(up_values), up_tile.block_m)
         _, h_NF = ragged_mm.up(

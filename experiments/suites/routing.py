@@ -172,7 +172,7 @@ def of_torch(logits: Tensor, k: int, y_ND: Tensor) -> dict[str, Function]:
     return {
         "gate": lambda: reference.gate(logits, k, "softmax"),
         "plan": lambda: grouped.slots(expert_N, logits.shape[1]),
-        "combine": lambda: grouped._combine(y_RD, slot_N, token_N, weight_N, len(logits)),
+        "combine": lambda: grouped.combine(y_RD, slot_N, token_N, weight_N, len(logits)),
     }
 
 

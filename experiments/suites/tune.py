@@ -150,7 +150,7 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
         return False
     hopper = arch.startswith("sm_") and int(arch[3:]) >= 90
-    if (tile.tma or tile.gluon) and not hopper:
+    if tile.tma and not hopper:
         return False
     if tile.ragged and not (hopper and use in ("down", "dx", "wgrad")):
         return False
@@ -158,7 +158,7 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
         return False
     if tile.gluon and (arch, use, itemsize, tile.tma) != ("sm_90", "up", 2, True):
         return False
-    # The weight gradient's kernel has one program per tile, no slices and no copy engine.
+    # The weight gradient's kernel has one program per tile, no slices, and its own use of the copy engine.
     return use != "wgrad" or (tile.parts, tile.per_sm, tile.tma) == (1, 0, False)
 
 

@@ -8,7 +8,6 @@ Letters beyond the glossary: G widths that experts have, as in experts.py.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import grouped, operands, reference, tuning
@@ -79,8 +78,7 @@ def _apply_elsewhere(experts: Experts, x_TD: Tensor, routing: Routing, backend: 
     row_ND = x_TD.index_select(0, token_N) * weight_N[:, None].to(x_TD.dtype)
     row_N = torch.arange(len(token_N), device=token_N.device)
     y_ND = experts.exchange(row_ND, row_N, expert_N, torch.ones_like(weight_N), n_experts, compute)
-    start_T = torch.searchsorted(token_N, torch.arange(len(x_TD), device=token_N.device))
-    return F.embedding_bag(row_N, y_ND, start_T, mode="sum"), count_E
+    return grouped.combine(y_ND, row_N, token_N, None, len(x_TD)), count_E
 
 
 def check(x_TD: Tensor, routing: Routing, backend: str) -> None:

@@ -9,7 +9,7 @@ from kernels import fused as module
 from kernels import ragged_mm, ragged_wgrad, tuning
 from kernels.form import ACTIVATIONS
 from kernels.fused import experts
-from tests.kernels.small_experts import RESULTS, layer_arguments, run_kernels
+from tests.kernels.small_experts import RESULTS, call, layer_arguments, named_gradients, run_kernels
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
 
@@ -54,6 +54,27 @@ def test_what_is_frozen_costs_no_kernel_and_leaves_the_other_gradients_bitwise(f
         got = torch.autograd.grad(out, [arguments[name] for name in left], dout)
     assert seen == launches
     assert all(torch.equal(each, whole[name]) for name, each in zip(left, got, strict=True))
+
+
+BIASES = {  # whose gradient is wanted: the launches of the backward's kernels
+    "b_up_EF": ["dh", "ragged_sum"],
+    "b_down_ED": ["ragged_sum"],
+    "w_down": ["dh", "ragged_wgrad"],
+    "x": ["dh", "dx"],
+}
+
+
+@pytest.mark.parametrize("wanted", BIASES)
+def test_a_bias_that_is_frozen_costs_no_kernel_and_one_that_is_not_its_own_alone(wanted):
+    arguments = layer_arguments(LOADS["zipf"], form="swiglu_clipped", biased=True)
+    whole, seen = run_kernels(arguments), []
+    real = {name: getattr(module, name) for name in ("dh", "ragged_wgrad", "ragged_sum", "dx")}
+    spied = {name: lambda *args, name=name: seen.append(name) or real[name](*args) for name in real}
+    left = {name: t.detach() if torch.is_tensor(t) and name != wanted else t for name, t in arguments.items()}
+    with patch.multiple(module, **spied), poisoned():
+        got = named_gradients(call(experts, left)[0], {wanted: left[wanted]})
+    assert seen == BIASES[wanted]
+    assert torch.equal(got[wanted], whole[wanted])
 
 
 def test_what_is_not_asked_of_the_backward_is_not_stored_by_it():

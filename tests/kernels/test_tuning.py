@@ -139,3 +139,7 @@ def test_tf32_is_a_permission_that_a_gpu_without_it_does_not_use():
 def test_a_gpu_with_anothers_tiles_keeps_its_own_precision(monkeypatch, name):
     _properties(monkeypatch, hip="7.0", gcnArchName=name)
     assert tuning.precision(GPU, True) == "ieee"
+
+
+def test_what_no_gpu_has_proven_no_tile_that_ships_asks_for():
+    assert [key for key, tile in tuning.table().items() if tile.flatten or tile.ragged or tile.gluon] == []

@@ -38,7 +38,7 @@ def test_routing_without_a_gpu_leaves_the_kernels_out_and_says_why(monkeypatch, 
 
 
 def test_routing_that_sums_wrongly_is_not_timed(monkeypatch, tmp_path):
-    monkeypatch.setattr(routing.grouped, "_combine", lambda *given: torch.zeros(64, 8))
+    monkeypatch.setattr(routing.grouped, "combine", lambda *given: torch.zeros(64, 8))
     settings = routing.settings(CPU, False, width=8, d_expert=8)
     found = run(routing.cases(settings), Rows(tmp_path / "r.jsonl", {}, resume=False), CPU)
     assert [row["status"] for row in found] == ["wrong", "wrong"]

@@ -87,6 +87,18 @@ def test_the_loads_of_a_layer_are_many_and_few_rows_an_expert():
     assert tune.settings(CPU, full=True).shapes["many"] == SHAPES["olmoe"]
 
 
+@pytest.mark.parametrize("name", ["flatten", "ragged"])
+def test_a_loop_is_flattened_where_there_is_one_and_rows_are_ragged_where_they_can_be(name):
+    for arch, use in itertools.product(("sm_80", "sm_90", "sm_100", "gfx942"), tuning.USES):
+        with tuning.target(arch):
+            candidates = tune.candidates(CPU, use, "16bit", "many", 1, HOPPER)
+            walks = bool(tune.present(CPU, use, "16bit", "many").per_sm)
+        wanted = use != "wgrad" and walks
+        if name == "ragged":
+            wanted = arch in ("sm_90", "sm_100") and use in ("down", "dx", "wgrad")
+        assert [getattr(tile, name) for tile in candidates].count(True) == wanted, f"{arch} {use}"
+
+
 def test_a_candidate_with_gluon_is_ups_on_hopper_in_16_bits_alone():
     for arch, use, kind in itertools.product(("sm_80", "sm_90", "sm_100"), tuning.USES, tuning.TYPES):
         with tuning.target(arch):

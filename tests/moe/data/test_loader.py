@@ -2,9 +2,11 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import islice
 
@@ -173,7 +175,18 @@ def test_validation_windows_do_not_overlap_and_span_the_split(dataset):
         assert starts[-1] >= (windows - windows / count - 1) * S
 
 
-def test_a_worker_that_was_stopped_is_named_with_how_long_it_was_waited_for(dataset, monkeypatch):
+@pytest.fixture
+def stranger():
+    """A stopped child of this process that is no loader's."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    process.start()
+    psutil.Process(process.pid).suspend()
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.join()
+
+
+def test_a_worker_that_was_stopped_is_named_with_how_long_it_was_waited_for(dataset, monkeypatch, stranger):
     before = set(psutil.Process().children())
     batches = Loader(dataset.split("train"), 8, 64, 3, workers=1).iterate(0)
     next(batches)  # however long the worker takes to start
@@ -184,6 +197,7 @@ def test_a_worker_that_was_stopped_is_named_with_how_long_it_was_waited_for(data
     with pytest.raises(BadInput, match=rf"for 0.4 s \(process {worker.pid} is stopped\): .*data\.workers=0"):
         list(islice(batches, 10))  # some were read ahead
     assert not worker.is_running(), "it was left behind"
+    assert stranger.status() == psutil.STATUS_STOPPED, "it was let go on"
 
 
 def test_a_worker_that_was_killed_is_named(dataset):
@@ -203,6 +217,7 @@ def test_a_worker_that_was_killed_is_named(dataset):
 
 HELD = """
 import sys
+import time
 from pathlib import Path
 
 from moe.data.loader import Loader
