@@ -10,6 +10,7 @@ read of the weights gets smaller, which is what a light load waits for.
 Letters: N rows of a matrix and M the width they sum over, beside those of `moe/__init__.py`; G = M / 32 groups.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -89,6 +90,9 @@ def quantize_mxfp4(w_ENM: Tensor) -> Mxfp4:
         code += magnitude >= middle if lower % 2 else magnitude > middle
     code |= torch.signbit(scaled).to(torch.uint8) << 3
     return Mxfp4(code[..., ::2] | code[..., 1::2] << 4, scales)
+
+
+FORMATS: dict[str, Callable[[Tensor], Quantized]] = {"int8": quantize_int8, "mxfp4": quantize_mxfp4}
 
 
 def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
