@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+ROUNDED = ("", "activations", "all")
 
 
 class Form(NamedTuple):
@@ -19,6 +20,7 @@ class Form(NamedTuple):
     limit: float = 0.0  # 0: none
     shift: float = 0.0
     weigh_input: bool = False  # a row's weight multiplies what enters its expert (Llama 4), not what leaves it
+    fp8: str = ""  # what is rounded to 8 bits before it is multiplied (kernels.fp8): "" | activations | all
 
     @property
     def gated(self) -> bool:
@@ -34,11 +36,13 @@ class Form(NamedTuple):
         if self.activation not in ACTIVATIONS:
             accepted = ", ".join((*ACTIVATIONS, *NAMED))
             raise ValueError(f"activation={self.activation!r} is not one of {accepted}.")
-        if not self.gated and self._replace(weigh_input=False) != Form(self.activation):
+        if not self.gated and self._replace(weigh_input=False, fp8="") != Form(self.activation):
             raise ValueError(
                 f"activation={self.activation} has no gate: interleaved, alpha, limit and shift are swiglu's alone; "
                 f"they are {self.interleaved}, {self.alpha}, {self.limit}, {self.shift}."
             )
+        if self.fp8 not in ROUNDED:
+            raise ValueError(f"fp8={self.fp8!r} is not one of {', '.join(map(repr, ROUNDED))}.")
         if not (abs(self.alpha) < math.inf and abs(self.shift) < math.inf and 0 <= self.limit < math.inf):
             raise ValueError(
                 f"swiglu takes a finite alpha and shift, and a finite limit of 0 (none) or more; they are "

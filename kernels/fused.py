@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels import operands, tuning
+from kernels.bits import to_fp8
 from kernels.combine import combine
 from kernels.form import Form, form_of
+from kernels.fp8 import BLOCK
 from kernels.gate import refuse_second_derivative
 from kernels.plan import Plan, plan
 from kernels.ragged_mm import dh, down, dx, up
@@ -43,16 +45,20 @@ def _(expert, token_N, n_experts, dtype, tf32, even=True):  # type: ignore[no-un
 def _forward(
     x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
     b_down_ED: Tensor | None, routing: list[Tensor], start_T1: Tensor | None, activation: str, interleaved: bool,
-    alpha: float, limit: float, shift: float, weigh_input: bool, tf32: bool, keep_z: bool,
+    alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str, tf32: bool, keep_z: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer's output and z, which has no rows unless it is kept for the backward."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input), weight_N.flatten()
+    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8), weight_N.flatten()
     with torch.cuda.device_of(x_TD):
+        # Rounded matrices live as long as their product.
+        w_up, scales = to_fp8(w_up_EFD, BLOCK) if fp8 else (w_up_EFD, None)
         z, h = up(
-            x_TD, w_up_EFD, where, form, tile("up"), tf32, keep_z, b_up_EF, weight if weigh_input else None
+            x_TD, w_up, where, form, tile("up"), tf32, keep_z, b_up_EF, weight if weigh_input else None, scales,
+            bool(fp8),
         )  # fmt: skip
-        y_ND = down(h, w_down_EDF, where, tile("down"), tf32, b_down_ED)
+        w_down, scales = to_fp8(w_down_EDF, BLOCK) if fp8 else (w_down_EDF, None)
+        y_ND = down(h, w_down, where, tile("down"), tf32, b_down_ED, scales, bool(fp8))
         out_TD = combine(
             y_ND, where.slot_N, None if weigh_input else weight, start_T1, where.offset_E1, len(x_TD)
         )  # fmt: skip
@@ -68,11 +74,12 @@ def _(x_TD, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-d
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
     b_up_EF: Tensor | None, b_down_ED: Tensor | None, start_T1: Tensor | None, routing: list[Tensor], activation: str,
-    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, tf32: bool, wanted: list[bool],
+    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str, tf32: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
     where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
-    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input), weight_N.flatten()
+    form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8), weight_N.flatten()
     n_experts = len(w_up_EFD)
     for_x, for_up, for_down, for_weight, for_b_up, for_b_down = wanted
     likes = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED)
@@ -120,9 +127,9 @@ def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, routing, start_T1, activation, interleaved, alpha, limit, shift, weigh_input, tf32, keep_z = inputs
+    *tensors, routing, start_T1, activation, interleaved, alpha, limit, shift, weigh_input, fp8, tf32, keep_z = inputs
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
-    ctx.settings = (activation, interleaved, alpha, limit, shift, weigh_input, tf32)
+    ctx.settings = (activation, interleaved, alpha, limit, shift, weigh_input, fp8, tf32)
     ctx.save_for_backward(tensors[0], output[1], *tensors[1:], start_T1, *routing)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or a tensor of zeros as large as z would be made for it
@@ -193,6 +200,11 @@ def _check(
                 f"strides are {tuple(w.stride())}: {name}.contiguous() is a copy that is."
             )
     operands.contiguous(NAME, b_up=b_up_EF, b_down=b_down_ED)
+    if form.fp8 == "activations":
+        raise ValueError(
+            f"{NAME} rounds weights with the activations, fp8='all'; those that are stored in fp8 are "
+            "kernels.quantized.experts'."
+        )
 
     # Sizes that 32-bit addresses and row numbers still reach.
     width, d = w_up_EFD.shape[1:]

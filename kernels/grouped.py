@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import operands, reference
+from kernels import fp8, operands, reference
 from kernels.form import Form, form_of
 
 NAME = "dispatch=torch"
@@ -27,11 +27,12 @@ Span = tuple[int, int, int]  # an expert, its first slot, its last slot + 1
 def _forward(
     x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
     b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, offset_E1: Tensor, n_slots: int, activation: str,
-    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, keep_z: bool,
+    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str,
+    keep_z: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer's output and z, which has no rows unless it is kept for the backward."""
     tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
-    form = Form(activation, interleaved, alpha, limit, shift, weigh_input)
+    form = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
     return forward(_spans(offset_E1), *tensors, n_slots, form, keep_z)
 
 
@@ -45,7 +46,8 @@ def forward(
     x_RD = x_TD.index_select(0, _to_slots(token_N, slot_N, n_slots))
     z_RF = x_TD.new_empty(n_slots, w_up_EFD.shape[1])
     for e, lo, hi in spans:
-        torch.mm(x_RD[lo:hi], w_up_EFD[e].T, out=z_RF[lo:hi])
+        x, w = fp8.operands(x_RD[lo:hi], w_up_EFD[e], form)
+        torch.mm(x, w.T, out=z_RF[lo:hi])
         if b_up_EF is not None:
             z_RF[lo:hi] += b_up_EF[e]
     z_RF[end:] = 0
@@ -54,7 +56,8 @@ def forward(
     # Down, its bias, and each token's sum.
     h_RF, y_RD = reference.activate(weighed, form), torch.empty_like(x_RD)
     for e, lo, hi in spans:
-        torch.mm(h_RF[lo:hi], w_down_EDF[e].T, out=y_RD[lo:hi])
+        h, w = fp8.operands(h_RF[lo:hi], w_down_EDF[e], form)
+        torch.mm(h, w.T, out=y_RD[lo:hi])
         if b_down_ED is not None:
             y_RD[lo:hi] += b_down_ED[e]
     y_RD[end:] = 0
@@ -71,12 +74,12 @@ def _(x_TD, w_up_EFD, w_down_EDF, weight_N, b_up, b_down, token_N, slot_N, offse
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z_RF: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
     b_up_EF: Tensor | None, b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, offset_E1: Tensor,
-    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool,
+    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
     tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
-    form = Form(activation, interleaved, alpha, limit, shift, weigh_input)
+    form = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
     return backward(_spans(offset_E1), *tensors, form, wanted)
 
 
@@ -196,7 +199,7 @@ def _activate_backward(z: Tensor, dh: Tensor, form: Form) -> tuple[Tensor, Tenso
         case "swiglu":
             (gate, up), dz = reference.gates(z, form), torch.empty_like(z)
             dgate, dup = reference.gates(dz, form)
-            if form == Form("swiglu", form.interleaved, weigh_input=form.weigh_input):
+            if (form.alpha, form.limit, form.shift) == (1, 0, 0):
                 silu = F.silu(gate)
                 dgate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
                 torch.mul(dh, silu, out=dup)
@@ -218,9 +221,9 @@ def _activate_backward(z: Tensor, dh: Tensor, form: Form) -> tuple[Tensor, Tenso
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, _, activation, interleaved, alpha, limit, shift, weigh_input, keep_z = inputs
+    *tensors, _, activation, interleaved, alpha, limit, shift, weigh_input, fp8, keep_z = inputs
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
-    ctx.form = (activation, interleaved, alpha, limit, shift, weigh_input)
+    ctx.form = (activation, interleaved, alpha, limit, shift, weigh_input, fp8)
     ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or an (R, F) tensor of zeros would be made for z

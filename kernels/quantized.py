@@ -2,10 +2,12 @@
 
     int8     w[e, n, :] = values[e, n, :] · scales[e, n]            8 bits a weight, and 32 for each row
     mxfp4    w[e, n, 32 g + i] = E2M1(values) · 2^(scales[e, n, g] - 127)       4.25 bits a weight
+    fp8      w[e, n, m] = E4M3(values) · scales[e, n // 128, m // 128]          8 bits a weight (`kernels.fp8`)
 
 mxfp4 is the Open Compute Project's (OCP Microscaling Formats v1.0, 2023), laid out as gpt-oss's checkpoints are
-(2508.10925): two values to a byte, the earlier one in the low four bits. The activations keep their type; only what is
-read of the weights gets smaller, which is what a light load waits for.
+(2508.10925): two values to a byte, the earlier one in the low four bits. The activations keep their type, or with fp8
+weights and a form that says so are rounded too; what is read of the weights gets smaller, which is what a light load
+waits for.
 
 Letters: N rows of a matrix and M the width they sum over, beside those of `moe/__init__.py`; G = M / 32 groups.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from kernels import grouped, operands, reference, tuning
 from kernels.form import Form, form_of
+from kernels.fp8 import BLOCK, Fp8, blocks, quantize, widen
 
 GROUP = 32  # values of mxfp4 that share a scale
 LARGEST = 127  # of int8: -128 has no counterpart
@@ -51,7 +54,7 @@ class Mxfp4(NamedTuple):
         return torch.Size((*self.scales.shape[:-1], GROUP * self.scales.shape[-1]))
 
 
-Quantized: TypeAlias = Int8 | Mxfp4
+Quantized: TypeAlias = Int8 | Mxfp4 | Fp8
 
 
 def quantize_int8(w_ENM: Tensor) -> Int8:
@@ -92,13 +95,28 @@ def quantize_mxfp4(w_ENM: Tensor) -> Mxfp4:
     return Mxfp4(code[..., ::2] | code[..., 1::2] << 4, scales)
 
 
-FORMATS: dict[str, Callable[[Tensor], Quantized]] = {"int8": quantize_int8, "mxfp4": quantize_mxfp4}
+def quantize_fp8(w_ENM: Tensor) -> Fp8:
+    """Round to E4M3, 128 by 128 weights under one power of two: (E, N, M) -> `Fp8`; see `kernels.fp8`. Raises
+    `ValueError` for another shape or type, and for weights that are not finite in float32."""
+    fp8 = Fp8(*quantize(_wide("fp8", w_ENM, 1), BLOCK))
+    if not fp8.scales.isfinite().all():
+        raise ValueError("fp8 takes finite weights with magnitudes that float32 holds; some are not.")
+    return fp8
+
+
+FORMATS: dict[str, Callable[[Tensor], Quantized]] = {
+    "int8": quantize_int8,
+    "mxfp4": quantize_mxfp4,
+    "fp8": quantize_fp8,
+}
 
 
 def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights that these stand for, rounded once: -> (E, N, M) in `dtype`. Raises `ValueError` for values and
     scales of shapes or types that do not fit."""
     _fit("dequantize", "w", w)
+    if isinstance(w, Fp8):
+        return widen(*w, dtype)
     if isinstance(w, Int8):
         return (w.values.double() * w.scales.double()[..., None]).to(dtype)
     magnitudes = torch.tensor(E2M1, dtype=torch.float64, device=w.values.device)
@@ -128,11 +146,18 @@ def _fit(name: str, key: str, w: Quantized) -> None:
             kinds = (w.values, "E N M", (torch.int8,)), (w.scales, "E N", (torch.float32,))
         case Mxfp4():
             kinds = (w.values, "E N G 16", (torch.uint8,)), (w.scales, "E N G", (torch.uint8,))
+        case Fp8():
+            kinds = (w.values, "E N M", (torch.float8_e4m3fn,)), (w.scales, "E H G", (torch.float32,))
         case _:
-            raise ValueError(f"{name} takes {key} as Int8 or Mxfp4; it is {type(w).__name__}.")
+            raise ValueError(f"{name} takes {key} as Int8, Mxfp4 or Fp8; it is {type(w).__name__}.")
     operands.fit(name, **{f"{key}.values": kinds[0], f"{key}.scales": kinds[1]})
     if isinstance(w, Mxfp4) and w.values.shape[-1] != GROUP // 2:
         raise ValueError(f"{name} takes {key}.values with 16 bytes to a scale; they are {w.values.shape[-1]}.")
+    if isinstance(w, Fp8) and w.scales.shape[1:] != blocks(w.shape):
+        raise ValueError(
+            f"{name} takes {key}.scales (E, {', '.join(map(str, blocks(w.shape)))}), a scale for 128 by 128 weights; "
+            f"they are {tuple(w.scales.shape)}."
+        )
 
 
 def experts(
@@ -166,7 +191,8 @@ def experts(
         rows, biases = (token_N, expert, weight.contiguous()), (b_up_EF, b_down_ED)
         return _on_kernels(x_TD.contiguous(), *w_up, *w_down, *rows, *biases, *form, tf32)
 
-    # As with weights of x's type, over rows that name their tokens.
+    # As with weights of x's type, over rows that name their tokens; they are rounded already.
+    form = form._replace(fp8="activations" if form.fp8 else "")
     if token_N is None:
         token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(expert.shape[1])
     expert, weights = expert.flatten(), (dequantize(w_up, x_TD.dtype), dequantize(w_down, x_TD.dtype))
@@ -182,6 +208,10 @@ def _check(
     """One sentence for what does not fit: of the formats, of the layer, of what is asked of it."""
     for key, w in (("w_up", w_up), ("w_down", w_down)):
         _fit(name, key, w)
+        if form.fp8 and not isinstance(w, Fp8):
+            raise ValueError(
+                f"{name} rounds activations (fp8={form.fp8!r}) for weights in fp8; {key} is {type(w).__name__}."
+            )
         if w.shape[1] * w.shape[2] >= 2**31:  # an address within one expert's matrix is an int32
             raise ValueError(f"{name} takes {key} with fewer than 2^31 weights an expert; it is {tuple(w.shape)}.")
     like_up, like_down = (x_TD.new_empty(()).expand(w.shape) for w in (w_up, w_down))
@@ -197,11 +227,12 @@ def _check(
 def _on_kernels(
     x_TD: Tensor, up_values: Tensor, up_scales: Tensor, down_values: Tensor, down_scales: Tensor,
     token_N: Tensor | None, expert: Tensor, weight: Tensor, b_up_EF: Tensor | None, b_down_ED: Tensor | None,
-    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, tf32: bool,
+    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from kernels import combine, plan, ragged_mm  # here, because Triton is not everywhere
 
-    form = Form(activation, interleaved, alpha, limit, shift, weigh_input)
+    form = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
     # Tiles of a light load, whose registers have room to widen in.
     shape = (x_TD.device, x_TD.dtype, tf32, weight.numel(), len(up_values))
     up_tile, down_tile = (tuning.tile(use, *shape, even=False) for use in ("up", "down"))
@@ -209,9 +240,10 @@ def _on_kernels(
     with torch.cuda.device_of(x_TD):
         where = plan.plan(expert, token_N, len(up_values), up_tile.block_m)
         _, h_NF = ragged_mm.up(
-            x_TD, up_values, where, form, up_tile, tf32, False, b_up_EF, flat_N if weigh_input else None, up_scales
+            x_TD, up_values, where, form, up_tile, tf32, False, b_up_EF, flat_N if weigh_input else None, up_scales,
+            bool(fp8),
         )  # fmt: skip
-        y_ND = ragged_mm.down(h_NF, down_values, where, down_tile, tf32, b_down_ED, down_scales)
+        y_ND = ragged_mm.down(h_NF, down_values, where, down_tile, tf32, b_down_ED, down_scales, bool(fp8))
         out_TD = combine.combine(
             y_ND, where.slot_N, None if weigh_input else flat_N, start_T1, where.offset_E1, len(x_TD)
         )  # fmt: skip

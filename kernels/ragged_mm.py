@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import hopper, operands, tuning
+from kernels import bits, fp8, hopper, operands, tuning
+from kernels.bits import clamp
 from kernels.epilogue import add_bias, columns, store, store_activated, store_backward, store_gated
 from kernels.form import Form, form_of
 from kernels.plan import Plan
@@ -32,6 +33,7 @@ from kernels.plan import Plan
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAPS = (torch.int32,)  # what a plan's parts are
+FORMATS = {torch.int8: "int8", torch.uint8: "mxfp4", torch.float8_e4m3fn: "fp8"}  # of quantised weights, by type
 RAGGED_ROWS = 2**30  # that a descriptor of ragged rows reaches
 
 
@@ -45,66 +47,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def clamp(index, SIZE: tl.constexpr):
-    """index, which holds aligned runs of 16, where it is below SIZE; elsewhere another index below SIZE.
-
-    Runs stay runs, of the largest power of two up to 16 that divides SIZE, and the compiler is told so: else it would
-    load element by element and without asynchronous copies."""
-    RUN: tl.constexpr = (SIZE | 16) & -(SIZE | 16)
-    return tl.max_contiguous(tl.multiple_of(tl.where(index < SIZE, index, index % RUN), RUN), RUN)
-
-
-@triton.jit
-def _e2m1(code):
-    """The numbers of 4-bit floats, uint32 -> float32: exact."""
-    # Sign, exponent and mantissa go where a float32 has them: twice shifted by one product, the rest masked off. The
-    # exponent's bias is then a factor, which makes a number of the subnormals (0.5) too.
-    return ((code * ((1 << 28) + (1 << 22))) & 0x81C00000).to(tl.float32, bitcast=True) * 2.0**126
-
-
-@triton.jit
-def _e8m0(scale):
-    """2^(scale - 127), uint8 -> float32: 0 is a subnormal there, 255 is NaN."""
-    scale = scale.to(tl.int32)
-    return ((scale << 23) | tl.where((scale == 0) | (scale == 255), 1 << 22, 0)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mxfp4_tile(values, scales, start_k, INNER: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K numbers of mxfp4 from start_k on, of the columns that begin at these pointers: (BLOCK_K, columns)
-    float32. Past INNER they are tiny and finite, so that their products with zeros are zeros."""
-    tl.static_assert(INNER % 32 == 0)
-    GROUPS: tl.constexpr = (BLOCK_K + 31) // 32  # a part of one, or some
-    byte = start_k // 2 + tl.arange(0, BLOCK_K // 2)
-    group = start_k // 32 + tl.arange(0, GROUPS)
-    if INNER % BLOCK_K == 0:
-        scale = tl.load(scales[:, None] + group[None, :])
-    else:
-        byte = clamp(byte, INNER // 2)
-        inside = group < INNER // 32
-        scale = tl.load(scales[:, None] + tl.where(inside, group, 0)[None, :], mask=inside[None, :], other=0)
-    packed = tl.load(values[:, None] + byte[None, :]).to(tl.uint32)
-    numbers = tl.interleave(_e2m1(packed & 15), _e2m1(packed >> 4))
-    numbers = numbers.reshape(values.shape[0], GROUPS, BLOCK_K // GROUPS)
-    return (numbers * _e8m0(scale)[:, :, None]).reshape(values.shape[0], BLOCK_K).T
-
-
-@triton.jit
 def _ragged_mm(
     a, b, out, h, z, weight, dweight, bias, token, row, offset, tile_expert, tile_slot, tile_count, inner_end, scale,
+    a_scale,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, K_MAJOR: tl.constexpr, GATHER: tl.constexpr, EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
     OUT_TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
-    QUANT: tl.constexpr,
+    QUANT: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product."""
+    """Each expert's rows of a (INNER wide) times its matrix in b, COLUMNS wide, and the epilogue on the product. QUANT:
+    in what format the matrix is; a is in fp8 if it has scales. IN_FP8: the GPU multiplies that, nothing is widened."""
     # Where gates and others lie apart, a tile takes both: in turns, or, of a matrix whose columns are contiguous, in
     # halves, so that it reads runs of either.
     PAIRED: tl.constexpr = ACTIVATION == "swiglu" and EPILOGUE == "activate" and not INTERLEAVED
     HALVES: tl.constexpr = PAIRED and not K_MAJOR
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    GROUPS: tl.constexpr = (INNER + bits.BLOCK - 1) // bits.BLOCK
     tiles_m = tl.load(tile_count)
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         # Which tile: GROUP_M tiles of rows take all columns before the next group, so a matrix stays in cache.
@@ -124,11 +84,14 @@ def _ragged_mm(
 
         # Where its rows and columns begin. An asynchronous copy may touch an address whose lane is masked off: every
         # address is a valid one.
-        if not A_TMA:
+        if not A_TMA or a_scale is not None:
             # A row past the expert's last reads one that exists; nothing of it is stored.
             source = tl.load(token + slot, mask=live, other=0) if GATHER else tl.where(live, slot, first)
-            a_rows = a + source.to(tl.int64)[:, None] * INNER
-        if not B_TMA:
+            if not A_TMA:
+                a_rows = a + source.to(tl.int64)[:, None] * INNER
+            if a_scale is not None:
+                scale_rows = a_scale + source.to(tl.int64) * GROUPS
+        if not B_TMA or QUANT == "fp8":
             if HALVES:
                 f = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N) % (BLOCK_N // 2)
                 is_column = f < COLUMNS // 2
@@ -141,7 +104,9 @@ def _ragged_mm(
             if QUANT == "mxfp4":
                 b_columns = b + e.to(tl.int64) * (COLUMNS * INNER // 2) + b_column * (INNER // 2)
                 scale_columns = scale + e.to(tl.int64) * (COLUMNS * INNER // 32) + b_column * (INNER // 32)
-            else:
+            elif QUANT == "fp8":
+                scale_columns = scale + e.to(tl.int64) * ((COLUMNS + bits.BLOCK - 1) // bits.BLOCK * GROUPS)
+            if QUANT != "mxfp4" and not B_TMA:
                 b_columns = b + e.to(tl.int64) * (COLUMNS * INNER) + b_column[None, :] * (INNER if K_MAJOR else 1)
 
         # The product, BLOCK_K of the summed width at a time: load a piece of either side, multiply, add.
@@ -164,7 +129,7 @@ def _ragged_mm(
                 else:
                     b_tile = b.load([e, start_k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             elif QUANT == "mxfp4":
-                b_tile = _mxfp4_tile(b_columns, scale_columns, start_k, INNER, BLOCK_K)
+                b_tile = bits.mxfp4_tile(b_columns, scale_columns, start_k, INNER, BLOCK_K)
             else:
                 if INNER % BLOCK_K == 0 and COLUMNS % BLOCK_N == 0:
                     b_tile = tl.load(b_columns + (start_k + inner)[:, None] * (1 if K_MAJOR else COLUMNS))
@@ -173,10 +138,18 @@ def _ragged_mm(
                     b_tile = tl.load(
                         b_columns + at, mask=(start_k + inner < INNER)[:, None] & is_column[None, :], other=0.0
                     )
-            if QUANT != "":
-                # The interpreter would take whole numbers for bit patterns of bfloat16.
-                b_tile = b_tile.to(tl.float32).to(a_tile.dtype) if INTERPRETED else b_tile.to(a_tile.dtype)
-            acc = dot(a_tile, b_tile, acc, PRECISION)
+            if QUANT == "fp8":
+                block_k = start_k // bits.BLOCK
+                of_rows = tl.load(scale_rows + block_k) if a_scale is not None else None
+                of_columns = bits.column_scales(
+                    scale_columns, tile_n, b_column, block_k, COLUMNS, GROUPS, BLOCK_N, PAIRED
+                )  # fmt: skip
+                acc += bits.fp8_product(a_tile, b_tile, of_rows, of_columns, ACC, PRECISION, IN_FP8, INTERPRETED)
+            else:
+                if QUANT != "":
+                    # The interpreter would take whole numbers for bit patterns of bfloat16.
+                    b_tile = b_tile.to(tl.float32).to(a_tile.dtype) if INTERPRETED else b_tile.to(a_tile.dtype)
+                acc = dot(a_tile, b_tile, acc, PRECISION)
         if QUANT == "int8":  # a column's scale is one factor of its whole sum
             acc *= tl.load(scale + e.to(tl.int64) * COLUMNS + b_column).to(ACC)[None, :]
 
@@ -246,10 +219,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 def up(
     x_TD: Tensor, w_up_EFD: Tensor, plan: Plan, form: Form | str, tile: tuning.Tile, tf32: bool, keep_z: bool = True,
     b_up_EF: Tensor | None = None, weight_N: Tensor | None = None, scales: Tensor | None = None,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """z = x[token] @ w_up[e]^T + b_up[e] and h = act(z): -> (N, F) or (N, 2F) for swiglu, without a row unless kept;
     (N, F), in slots. weight_N: the rows' weights, which a form with weights on the input takes: h = act(w z). scales:
-    of weights that are quantised, w_up being the values."""
+    of weights that are quantised, w_up being the values. rounds: x is rounded to fp8, for weights that are in it."""
     form = form_of(form)
     _fit("up", plan, (w_up_EFD, "E W D"), scales, x=(x_TD, "T D"), b_up=(b_up_EF, "E W"))
     n_rows, width = len(plan.row_N), w_up_EFD.shape[1]
@@ -261,19 +235,21 @@ def up(
         return z, h
     _launch(
         x_TD, w_up_EFD, kept, plan, tile, tf32, "activate", form, gather=True, bias=b_up_EF, h=h, weight=weight_N,
-        scales=scales,
+        scales=scales, rounds=rounds,
     )  # fmt: skip
     return z, h
 
 
 def down(
     h_NF: Tensor, w_down_EDF: Tensor, plan: Plan, tile: tuning.Tile, tf32: bool, b_down_ED: Tensor | None = None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, rounds: bool = False,
 ) -> Tensor:  # fmt: skip
-    """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots. scales: as in `up`."""
+    """y = h @ w_down[e]^T + b_down[e]: (N, F) -> (N, D), in slots. scales, rounds: as in `up`."""
     _fit("down", plan, (w_down_EDF, "E D F"), scales, h=(h_NF, "N F"), b_down=(b_down_ED, "E D"))
     y = h_NF.new_empty(len(h_NF), w_down_EDF.shape[1])
-    _launch(h_NF, w_down_EDF, y, plan, tile, tf32, "store", None, gather=False, bias=b_down_ED, scales=scales)
+    _launch(
+        h_NF, w_down_EDF, y, plan, tile, tf32, "store", None, gather=False, bias=b_down_ED, scales=scales, rounds=rounds
+    )  # fmt: skip
     return y
 
 
@@ -291,7 +267,7 @@ def dh(
         raise ValueError(f"dh takes the z of w_down's F={width} and {form.activation}; it is {tuple(z.shape)}.")
     dz = z.new_empty(n_rows if for_z else 0, z.shape[1])
     h = z.new_empty(n_rows if for_h else 0, width)
-    parts = weight_N.new_zeros(n_rows if for_weight else 0, triton.cdiv(width, tile.block_n))
+    parts = weight_N.new_zeros(n_rows if for_weight else 0, -(-width // tile.block_n))
     _launch(
         dout_TD, w_down_EDF.mT, dz if for_z else None, plan, tile, tf32, "backward", form, gather=True,
         bias=None if form.weigh_input else b_down_ED, h=h if for_h else None, z=z, weight=weight_N,
@@ -339,31 +315,48 @@ def _fit_quantized(
     kinds: dict[str, operands.Operand] = {other: (*operand, dtypes) for other, operand in floats.items()}
     if w.dtype == torch.int8:
         kinds |= {key: (w, letters, (torch.int8,)), "scales": (scales, f"{e} {n}", (torch.float32,))}
+    elif w.dtype == torch.float8_e4m3fn:
+        kinds |= {key: (w, letters, (torch.float8_e4m3fn,)), "scales": (scales, f"{e} H G", (torch.float32,))}
     else:
         kinds |= {key: (w, f"{e} {n} G 16", (torch.uint8,)), "scales": (scales, f"{e} {n} G", (torch.uint8,))}
     operands.fit(name, **kinds, token_N=(plan.token_N, "N", MAPS))
     if w.dtype == torch.uint8 and (w.shape[3], 32 * w.shape[2]) != (16, a.shape[1]):
         raise ValueError(f"{name} takes mxfp4 {key} with 16 bytes for 32 of {k}={a.shape[1]}; it is {tuple(w.shape)}.")
+    if w.dtype == torch.float8_e4m3fn and scales.shape[1:] != fp8.blocks(w.shape):
+        raise ValueError(
+            f"{name} takes scales of {key} for {fp8.blocks(w.shape)} blocks; they are {tuple(scales.shape)}."
+        )
 
 
 def _launch(
     a: Tensor, b_ENK: Tensor, out: Tensor | None, plan: Plan, tile: tuning.Tile, tf32: bool, epilogue: str,
     form: Form | None, gather: bool, bias: Tensor | None = None, h: Tensor | None = None, z: Tensor | None = None,
-    weight: Tensor | None = None, dweight: Tensor | None = None, scales: Tensor | None = None,
+    weight: Tensor | None = None, dweight: Tensor | None = None, scales: Tensor | None = None, rounds: bool = False,
 ) -> None:  # fmt: skip
     """One use of the kernel: b_ENK is (E, columns, inner), stored in this order (k_major) or by columns; mxfp4's
-    (E, columns, groups, 16). An output that is None is not written."""
+    (E, columns, groups, 16). An output that is None is not written. rounds: a is rounded to fp8 first."""
     n_columns, inner = b_ENK.shape[1], a.shape[1]
     if not len(plan.row_N) or not n_columns:
         return
     k_major = b_ENK.is_contiguous()
     b = b_ENK if k_major else b_ENK.mT
     form = form or Form("")
+    precision, acc = tuning.precision(a.device, tf32), accumulator(a.dtype)
+
+    # Operands of 8 bits: as such where the GPU multiplies them, else as bytes to be widened.
+    quant = "" if scales is None else FORMATS[b.dtype]
+    in_fp8 = rounds and tuning.multiplies_fp8(a.device, a.dtype)
+    a_scales = None
+    if rounds:
+        a, a_scales = bits.to_fp8(a, 1)
+        a = a if in_fp8 else a.view(torch.uint8)
+    if quant == "fp8":
+        b, tile = b if in_fp8 else b.view(torch.uint8), tuning.for_fp8(tile, in_fp8)
 
     # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.
     paired = epilogue == "activate" and form.gated and not form.interleaved
     run = b.shape[2] // (2 if paired and not k_major else 1)  # contiguous elements
-    b_tma = tile.tma and scales is None and run * b.element_size() % 16 == 0
+    b_tma = tile.tma and (scales is None or in_fp8) and run * b.element_size() % 16 == 0
     a_tma = tile.tma and not gather and inner * a.element_size() % 16 == 0
     a_source: Tensor | TensorDescriptor = a
     b_source: Tensor | TensorDescriptor = b
@@ -373,24 +366,21 @@ def _launch(
         b_source = _described(b, paired, k_major, tile)
 
     # Which rows it writes: all but those past an expert's last. Triton's interpreter has no such descriptors.
-    out_tma = tile.ragged and epilogue == "store" and not INTERPRETED and len(a) <= RAGGED_ROWS
-    out_tma = out_tma and n_columns * a.element_size() % 16 == 0
     target: Tensor | TensorDescriptor | None = out
-    if out_tma:
+    out_tma = tile.ragged and epilogue == "store" and not INTERPRETED and len(a) <= RAGGED_ROWS
+    if out_tma := out_tma and out is not None and n_columns * out.element_size() % 16 == 0:
         target = create_ragged_descriptor(out, [tile.block_m, tile.block_n // tile.parts])
 
     # As many programs as tiles at most: the schedule's bound, because the host does not know their count.
-    total = len(plan.tile_expert_J) * triton.cdiv(n_columns, tile.block_n)
+    total = len(plan.tile_expert_J) * -(-n_columns // tile.block_n)
     _ragged_mm[(min(total, tuning.programs(a.device, tile)),)](
         a_source, b_source, target, h, z, weight, dweight, bias, plan.token_N, plan.row_N, plan.offset_E1,
-        plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner, scales,
+        plan.tile_expert_J, plan.tile_slot_J, plan.tile_count, inner, scales, a_scales,
         COLUMNS=n_columns, INNER=inner, K_MAJOR=k_major, GATHER=gather, EPILOGUE=epilogue, ACTIVATION=form.activation,
         INTERLEAVED=form.interleaved, WEIGH=form.weigh_input, ALPHA=form.alpha, LIMIT=form.limit, SHIFT=form.shift,
-        PRECISION=tuning.precision(a.device, tf32), ACC=accumulator(a.dtype), A_TMA=a_tma, B_TMA=b_tma,
-        OUT_TMA=out_tma, FLATTEN=tile.flatten,
+        PRECISION=precision, ACC=acc, A_TMA=a_tma, B_TMA=b_tma, OUT_TMA=out_tma, FLATTEN=tile.flatten,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m, PARTS=tile.parts,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-        QUANT="" if scales is None else "int8" if scales.is_floating_point() else "mxfp4",
+        QUANT=quant, IN_FP8=in_fp8, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

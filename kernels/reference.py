@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import operands
+from kernels import fp8, operands
 from kernels.form import Form, form_of
 
 ROUNDS = 16  # of maxima at most: for more experts a token a sort is quicker (on a CPU)
@@ -168,6 +168,15 @@ def gates(z: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return (z[..., ::2], z[..., 1::2]) if form.interleaved else z.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def _rounding(x: Tensor, w: Tensor, form: Form) -> Tensor:
+    """What a product x @ w^T gains by the rounding of its operands, a constant to every derivative."""
+    if not form.fp8:
+        return x.new_zeros(())
+    rounded_x, rounded_w = fp8.operands(x, w, form)
+    return rounded_x @ rounded_w.T - x @ w.T
+
+
 def experts(
     x_TD: Tensor,
     w_up_EFD: Tensor,
@@ -193,10 +202,12 @@ def experts(
     for e in range(len(w_up_EFD)):
         row = torch.nonzero(expert_N == e).squeeze(-1)
         x, w = x_TD[token_N[row]], weight_N[row, None]
-        z = (x * w.to(x.dtype) if form.weigh_input else x) @ w_up_EFD[e].T
+        z = x @ w_up_EFD[e].T + _rounding(x, w_up_EFD[e], form)
+        z = z * w.to(z.dtype) if form.weigh_input else z
         h = activate(z if b_up_EF is None else z + b_up_EF[e].to(z.dtype), form)
         y = h @ w_down_EDF[e].T
         y = y if b_down_ED is None else y + b_down_ED[e].to(y.dtype)
-        y = y if form.weigh_input else y * w.to(h.dtype)
+        factor = torch.ones_like(w) if form.weigh_input else w
+        y = y * factor.to(y.dtype) + _rounding(h, w_down_EDF[e], form) * factor.detach().to(y.dtype)
         out_TD = out_TD.index_add(0, token_N[row], y.to(out_TD.dtype))  # under autocast y is narrower
     return out_TD

@@ -28,6 +28,7 @@ FEW = 64
 SAME = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
 SAME |= {"gfx90a": "gfx942", "gfx950": "gfx942"}
 EXACT = ("gfx90a", "gfx950")  # GPUs for which Triton compiles no tf32 product
+IN_FP8 = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx950")  # GPUs that multiply E4M3
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 
@@ -78,6 +79,17 @@ def _own_name(device: torch.device) -> str:
 def precision(device: torch.device, tf32: bool) -> str:
     """How to multiply float32: "tf32" or "ieee" (exactly). tf32 is a permission, which gfx90a and gfx950 cannot use."""
     return "tf32" if tf32 and _own_name(device) not in EXACT else "ieee"
+
+
+def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of operands of 8 bits are formed from these, for results in `dtype`; else from wider ones."""
+    return _own_name(device) in IN_FP8 and dtype != torch.float64
+
+
+def for_fp8(tile: Tile, in_fp8: bool) -> Tile:
+    """This tile for sums with a scale every 128: they take two accumulators, so half of the widest's columns; and
+    where operands stay in 8 bits, twice the summed width at a time."""
+    return tile._replace(block_n=min(tile.block_n, 128), block_k=min(tile.block_k * (1 + in_fp8), 128))
 
 
 def tile(

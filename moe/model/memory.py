@@ -179,13 +179,13 @@ def _spans(n_slots: int) -> list[grouped.Span]:
 
 
 def _forward(*arguments: Any) -> Any:
-    tensors, n_slots, form, keep_z = arguments[:8], arguments[9], Form(*arguments[10:16]), arguments[16]
+    tensors, n_slots, form, keep_z = arguments[:8], arguments[9], Form(*arguments[10:-1]), arguments[-1]
     forward: Callable[..., Any] = grouped.forward
     return forward(_spans(n_slots), *tensors, n_slots, form, keep_z)
 
 
 def _backward(*arguments: Any) -> Any:
-    tensors, form, wanted = arguments[:10], Form(*arguments[11:17]), arguments[17]
+    tensors, form, wanted = arguments[:10], Form(*arguments[11:-1]), arguments[-1]
     backward: Callable[..., Any] = grouped.backward
     return backward(_spans(len(tensors[2])), *tensors, form, wanted)
 
