@@ -56,11 +56,13 @@ def quantize(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def widen(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that these stand for, rounded once: (..., N, M), (..., ceil(N / rows), G) -> (..., N, M)."""
+    """The numbers that these stand for: (..., N, M), (..., ceil(N / rows), G) -> (..., N, M). Scales that are powers of
+    two round nothing."""
     n, m = values.shape[-2:]
+    wide = torch.promote_types(dtype, torch.float32)
     rows = 1 if scales.shape[-2] == n else BLOCK
-    scale = scales.double().repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(BLOCK, -1)[..., :m]
-    return (values.double() * scale).to(dtype)
+    scale = scales.to(wide).repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(BLOCK, -1)[..., :m]
+    return (values.to(wide) * scale).to(dtype)
 
 
 def rounded(x: Tensor, rows: int) -> Tensor:

@@ -19,6 +19,9 @@ class MoEConfig:
     n_shared: Annotated[int, Between(0, 1_000_000)] = 0  # experts that every token passes, each of width d_expert
     shared_gate: bool = False  # the shared experts' output times sigmoid(x w), one number per token (Qwen2-MoE)
     weigh_input: bool = False  # a row's weight multiplies what enters its expert, not what leaves it (Llama 4)
+    # of the experts' products: same (train.precision) | fp8 (rows and weights are rounded to 8 bits with a scale for
+    # every block, DeepSeek-V3, 2412.19437; gradients are those of train.precision's products)
+    precision: Annotated[str, OneOf("same", "fp8")] = "same"
     # layer l of L has experts where (l + 1) % every == 0 and first_dense <= l < L - last_dense; the others are dense
     # MLPs of width d_ff
     every: Annotated[int, Between(1, 100_000)] = 1

@@ -78,5 +78,15 @@ def check_experts(experts: int, ep: int, what: str = "model.moe.n_experts") -> N
         )
 
 
+def check_products(precision: str, ep: int) -> None:
+    """Refuse experts of this `model.moe.precision` where ranks share them out. Raises `BadInput`."""
+    if precision == "fp8" and ep > 1:
+        raise BadInput(
+            f"parallel.ep={ep} with model.moe.precision=fp8: a row's weight would get another gradient than in one "
+            "process, because it is applied elsewhere than the expert; accepted are parallel.ep=1 and "
+            "model.moe.precision=same."
+        )
+
+
 def _divisors(number: int) -> str:
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

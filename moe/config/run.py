@@ -73,6 +73,7 @@ YOUNGER = (
     "model.swiglu_alpha",
     "model.swiglu_limit",
     "model.moe.weigh_input",
+    "model.moe.precision",
     "router.bias",
     "data.max_document_mb",
     "data.documents",

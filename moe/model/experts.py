@@ -56,7 +56,7 @@ class Experts(nn.Module):
 
     def __init__(self, cfg: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
-        self.form = form(cfg)._replace(weigh_input=moe.weigh_input)
+        self.form = form(cfg)._replace(weigh_input=moe.weigh_input, fp8="all" if moe.precision == "fp8" else "")
         self.w_up_EFD = nn.Parameter(torch.empty(moe.n_experts, up_width(cfg, moe.d_expert), cfg.d_model))
         self.w_down_EDF = nn.Parameter(torch.empty(moe.n_experts, cfg.d_model, moe.d_expert))
         self.up_bias_EF: nn.Parameter | None = None

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moe.config.model import layer_moe, moe_layers
-from moe.config.parallel import Layout, check_experts
+from moe.config.parallel import Layout, check_experts, check_products
 from moe.config.parse import to_dict
 from moe.config.router import OWN, facts
 from moe.config.run import Config
@@ -84,6 +84,7 @@ def check_ranks(cfg: Config, sizes: Layout, seen: dict[str, str], code: machine.
         for width in sorted(set(moe.widths)):
             check_experts(moe.widths.count(width), sizes.ep, f"the number of experts of width {width}")
         check_experts(moe.n_experts, sizes.ep)
+        check_products(moe.precision, sizes.ep)
 
 
 def check_seen(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Quantised weights: what is rounded to what, by brute force over every code and by two other libraries; and the layer
 on the kernels against the reference on dequantised weights."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -16,13 +15,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kernels import ragged_mm, tuning
 from kernels.form import NAMED, Form
-from kernels.quantized import E2M1, Mxfp4, dequantize, experts, quantize_int8, quantize_mxfp4
+from kernels.quantized import E2M1, FORMATS, Mxfp4, dequantize, experts, quantize_fp8, quantize_int8, quantize_mxfp4
 from tests.kernels.small_experts import call, layer_arguments
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
 
 ROOT = Path(__file__).parents[2]
-FORMATS = {"int8": quantize_int8, "mxfp4": quantize_mxfp4}
 CODES = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
 
 
@@ -125,7 +123,11 @@ FORMS = {"swiglu": Form("swiglu"), "gpt-oss": NAMED["swiglu_clipped"], "relu2": 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("formats", list(itertools.product(FORMATS, repeat=2)), ids="-".join)
+@pytest.mark.parametrize(
+    "formats",
+    [("int8", "int8"), ("mxfp4", "mxfp4"), ("fp8", "fp8"), ("int8", "mxfp4"), ("mxfp4", "fp8"), ("fp8", "int8")],
+    ids="-".join,
+)
 def test_every_backend_computes_the_layer_of_the_dequantised_weights(formats, form):
     for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
         arguments = _layer(formats, form=FORMS[form], biased=True, dtype=dtype)
@@ -149,7 +151,8 @@ def test_any_load_is_right(name, load):
 
 
 @pytest.mark.parametrize(
-    ("name", "d", "f"), [("int8", 3, 17), ("int8", 33, 5), ("mxfp4", 32, 96), ("mxfp4", 160, 64)]
+    ("name", "d", "f"),
+    [("int8", 3, 17), ("int8", 33, 5), ("mxfp4", 32, 96), ("mxfp4", 160, 64), ("fp8", 3, 17), ("fp8", 140, 36)],
 )  # fmt: skip
 def test_sizes_that_fill_no_tile_are_right(name, d, f):
     for tile in ({}, {"block_k": 16}, {"block_k": 128, "block_n": 64}):
@@ -189,11 +192,13 @@ def test_what_is_read_of_weights_is_a_half_and_a_little_over_a_quarter_of_16_bit
         for w, given, constants in zip(
             (arguments["w_up"], arguments["w_down"]), spy.arguments, spy.launches, strict=True
         ):
-            read = [given[1], given[-1]]  # no other operand is as large as weights are
+            read = [given[1], given[-2]]  # no other operand is as large as weights are
             assert [tensor.data_ptr() for tensor in read] == [tensor.data_ptr() for tensor in w]
             assert constants["QUANT"] == name
             bits[name, w.shape[-1]] = 8 * sum(tensor.nbytes for tensor in read) / w.shape.numel()
-    assert bits == {("int8", 64): 8.5, ("int8", 128): 8.25, ("mxfp4", 64): 4.25, ("mxfp4", 128): 4.25}
+    want = {("int8", 64): 8.5, ("int8", 128): 8.25, ("mxfp4", 64): 4.25, ("mxfp4", 128): 4.25}
+    # A block of 128 by 128 that is not full: 256 by 64 weights have two, 64 by 128 have one.
+    assert bits == want | {("fp8", 64): 8 + 2 * 32 / (256 * 64), ("fp8", 128): 8 + 32 / (64 * 128)}
 
 
 def test_a_compiled_graph_holds_the_layer_as_one_op():
@@ -206,14 +211,18 @@ def test_a_compiled_graph_holds_the_layer_as_one_op():
 SMALL = _layer(dtype=torch.float32)
 UP, DOWN = SMALL["w_up"], SMALL["w_down"]
 EIGHT = quantize_int8(torch.zeros(5, 64, 96, device=DEVICE))
+FP8 = quantize_fp8(torch.zeros(5, 64, 96, device=DEVICE))
 REFUSED = {
     "a gradient wanted": ({"x": SMALL["x"].clone().requires_grad_()}, "call it under torch.no_grad()"),
-    "ordinary weights": ({"w_up": torch.zeros(5, 64, 96)}, "takes w_up as Int8 or Mxfp4; it is Tensor."),
+    "ordinary weights": ({"w_up": torch.zeros(5, 64, 96)}, "takes w_up as Int8, Mxfp4 or Fp8; it is Tensor."),
     "scales of fewer groups": ({"w_up": UP._replace(scales=UP.scales[..., :2].contiguous())}, "(5, 64, 2)"),
     "scales in float32": ({"w_down": DOWN._replace(scales=DOWN.scales.float())}, "takes w_down.scales in uint8"),
     "values in uint8": ({"w_up": EIGHT._replace(values=EIGHT.values.to(torch.uint8))}, "takes w_up.values in int8"),
     "a scale for each weight": ({"w_up": EIGHT._replace(scales=EIGHT.values.float())}, "(5, 64, 96)"),
     "half the bytes": ({"w_up": UP._replace(values=UP.values[..., :8].contiguous())}, "with 16 bytes to a scale"),
+    "a scale for each row": ({"w_up": FP8._replace(scales=EIGHT.scales[..., None])}, "(E, 1, 1), a scale for 128 by"),
+    "fp8 in bytes": ({"w_up": FP8._replace(values=FP8.values.view(torch.uint8))}, "takes w_up.values in float8_e4m3fn"),
+    "activations alone in 8 bits": ({"form": Form("swiglu", fp8="all")}, "for weights in fp8; w_up is Mxfp4."),
     "values with gaps": ({"w_up": UP._replace(values=UP.values.mT.contiguous().mT)}, "takes contiguous operands"),
     "another D": ({"x": SMALL["x"][:, :80].contiguous()}, "they are (24, 80), (5, 64, 96), (5, 96, 32)."),
     "whole numbers": ({"x": SMALL["x"].int()}, "takes x and both weights in one of"),
@@ -239,6 +248,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence_before_any_launch(case, disp
         (quantize_mxfp4, torch.full((1, 1, 32), torch.nan), "mxfp4 takes finite weights; some are not."),
         (quantize_int8, torch.full((1, 1, 8), torch.inf), "int8 takes finite weights"),
         (quantize_int8, torch.full((1, 1, 8), 1e200, dtype=torch.float64), "magnitudes that float32 holds"),
+        (quantize_fp8, torch.full((1, 1, 8), torch.nan), "fp8 takes finite weights with magnitudes that float32 holds"),
+        (quantize_fp8, torch.zeros(2, 8), "fp8 takes w (E, N, M); they are (2, 8)."),
         (quantize_int8, torch.zeros(1, 2, 0), "they are 0 long."),
         (quantize_int8, torch.zeros(2, 8), "int8 takes w (E, N, M); they are (2, 8)."),
         (quantize_mxfp4, torch.zeros(1, 2, 32, dtype=torch.int8), "mxfp4 takes w in bfloat16, float16"),
@@ -261,6 +272,7 @@ name, new, e, wrong = sys.argv[1], aot._new, 32, []
 stacks = {
     "int8": lambda n, m: (new(e, n, m, dtype=torch.int8), new(e, n)),
     "mxfp4": lambda n, m: (new(e, n, m // 32, 16, dtype=torch.uint8), new(e, n, m // 32, dtype=torch.uint8)),
+    "fp8": lambda n, m: (new(e, n, m, dtype=torch.float8_e4m3fn), new(e, -(-n // 128), -(-m // 128))),
 }
 dtypes, sizes = {"16bit": torch.bfloat16, "fp32": torch.float32}, ((2880, 2880), (2048, 1024), (96, 160))
 for (quant, stack), (kind, dtype), (d, f) in itertools.product(stacks.items(), dtypes.items(), sizes):

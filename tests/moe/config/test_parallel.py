@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moe.config.parallel import Layout, ParallelConfig, check_experts, layout
+from moe.config.parallel import Layout, ParallelConfig, check_experts, check_products, layout
 from moe.errors import BadInput
 
 WORLDS = range(1, 9)
@@ -41,6 +41,15 @@ def test_experts_are_taken_when_every_rank_gets_as_many():
                 check_experts(experts, ep)
         else:
             check_experts(experts, ep)
+
+
+def test_products_in_fp8_are_for_experts_that_are_whole_on_every_rank():
+    for precision, ep in (("same", 1), ("same", 4), ("fp8", 1)):
+        check_products(precision, ep)
+    with pytest.raises(
+        BadInput, match=r"parallel.ep=4 with model.moe.precision=fp8: .* accepted are parallel.ep=1 and"
+    ):
+        check_products("fp8", 4)
 
 
 def test_what_would_be_accepted_is_named():

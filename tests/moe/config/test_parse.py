@@ -76,6 +76,7 @@ NOT_A_CHOICE = {  # value, and the choice it is nearest to
     "model.norm_at": ("afer", "after"),
     "model.attn_bias": ("qkvo", "qkv"),
     "model.rope_scaling.type": ("yarm", "yarn"),
+    "model.moe.precision": ("pf8", "fp8"),
     "model.moe.depth_causal": ("predict", "predictor"),
     "router.name": ("soft-max", "softmax"),
     "router.logits": ("cos", "cosine"),

@@ -58,11 +58,12 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.parametrize("precision", ["same", "fp8"])
 @pytest.mark.parametrize("weigh_input", [False, True])
 @pytest.mark.parametrize("change", CHECKPOINTS)
-def test_every_backend_computes_what_checkpoints_have(model_config, change, weigh_input):
+def test_every_backend_computes_what_checkpoints_have(model_config, change, weigh_input, precision):
     cfg = model_config(**{**CHECKPOINTS[change], **({"expert_bias": False} if weigh_input else {})})
-    cfg.moe.weigh_input = weigh_input
+    cfg.moe.weigh_input, cfg.moe.precision = weigh_input, precision
     torch.manual_seed(0)
     layer = MoELayer(cfg, cfg.moe, RouterConfig()).double()
     with torch.no_grad():

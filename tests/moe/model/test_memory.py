@@ -22,10 +22,17 @@ BATCH, CONTEXT = 4, 64
 
 
 def _config(
-    name="softmax", precision="fp32", n_micro=1, checkpointed=False, dense=False, optimizer="adamw", shape=None
+    name="softmax",
+    precision="fp32",
+    n_micro=1,
+    checkpointed=False,
+    dense=False,
+    optimizer="adamw",
+    shape=None,
+    products="same",
 ):
     router, balance, changes = PRESETS[name]
-    moe = MoEConfig(n_experts=8, k=2, d_expert=32)
+    moe = MoEConfig(n_experts=8, k=2, d_expert=32, precision=products)
     changes = {key: moe.n_experts if value == "all" else value for key, value in changes.items()}
     moe = None if dense else dataclasses.replace(moe, **changes)
     model = ModelConfig("small", 128, CONTEXT, n_layers=2, d_model=64, n_heads=2, d_ff=64, moe=moe, **(shape or {}))
@@ -69,6 +76,12 @@ def test_a_step_with_every_router_asks_the_allocator_for_what_was_walked(name):
 def test_a_step_asks_for_what_was_walked(settings):
     cfg = _config(**settings)
     assert _walk(cfg).peak == pytest.approx(State(cfg).asked_for(), rel=0.01)
+
+
+def test_what_rounding_to_fp8_takes_is_walked_as_if_one_expert_got_every_row():
+    cfg = _config(products="fp8")
+    asked = State(cfg).asked_for()
+    assert asked <= _walk(cfg).peak <= 1.1 * asked
 
 
 def test_gradients_that_stay_raise_the_peak_of_a_second_micro_batch():

@@ -74,6 +74,10 @@ def test_every_setting_of_a_step_is_one_process_own(name):
     agrees(config("softmax", "torch", *VARIANTS[name]), Layout(1, 4, 2))
 
 
+def test_products_in_fp8_are_one_process_own_where_ranks_share_no_expert_out():
+    agrees(config("softmax", "torch", "model.moe.precision=fp8"), Layout(1, 2, 1))
+
+
 @pytest.mark.parametrize("router", ["noisy", "gshard", "sparsemixer"])
 def test_noise_is_the_tokens_own_whatever_the_layout(router):
     agrees(config(router, "torch", "train.accumulate=2"), Layout(1, 4, 2))
@@ -95,3 +99,10 @@ def test_experts_that_do_not_divide_are_a_sentence_on_every_rank():
     for said, ranks in run_ranks(4, _refused, cfg, Layout(1, 4, 4)):
         assert said.startswith("parallel.ep=4 does not divide the number of experts of one width=6")
         assert ranks == 4
+
+
+def test_products_in_fp8_of_experts_that_are_shared_out_are_a_sentence_on_every_rank():
+    cfg = config("softmax", "torch", "model.moe.precision=fp8")
+    for said, ranks in run_ranks(2, _refused, cfg, Layout(1, 2, 2)):
+        assert said.startswith("parallel.ep=2 with model.moe.precision=fp8: a row's weight would get another gradient")
+        assert ranks == 2
