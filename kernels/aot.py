@@ -193,14 +193,14 @@ def _layer(case: Case) -> None:
     rows = (t * k,) if case.ragged else (t, k)
     token_N = _new(t * k, dtype=torch.int64) if case.ragged else None
     start_T1 = _new(t + 1, dtype=torch.int64) if case.ragged else None
-    routing = list(fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even))
+    routing = fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even)
     stack = lambda m, n: _new(e, n, m, dtype=dtype).mT if case.by_columns else _new(e, m, n, dtype=dtype)
     x_TD = _new(t, d, dtype=dtype)
     biases = [_new(e, n, dtype=dtype) if case.biased else None for n in (case.width, d)]
     weights = (stack(case.width, d), stack(d, f), _new(*rows), *biases)
-    out_TD, z = fused._forward._init_fn(x_TD, *weights, routing, start_T1, *case.form, tf32, True)
+    out_TD, z = fused._forward._init_fn(x_TD, *weights, start_T1, *routing, *case.form, tf32, True)
     wanted = [True] * 4 + [case.biased] * 2
-    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, routing, *case.form, tf32, wanted)
+    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, *routing, *case.form, tf32, wanted)
 
 
 def route(

@@ -44,11 +44,13 @@ def _(expert, token_N, n_experts, dtype, tf32, even=True):  # type: ignore[no-un
 @torch.library.custom_op("switchyard::fused_experts", mutates_args=())
 def _forward(
     x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
-    b_down_ED: Tensor | None, routing: list[Tensor], start_T1: Tensor | None, activation: str, interleaved: bool,
-    alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str, tf32: bool, keep_z: bool,
+    b_down_ED: Tensor | None, start_T1: Tensor | None, slot_N: Tensor, row_N: Tensor, token_N: Tensor,
+    offset_E1: Tensor, tile_expert_J: Tensor, tile_slot_J: Tensor, tile_count: Tensor, activation: str,
+    interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str, tf32: bool, keep_z: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer's output and z, which has no rows unless it is kept for the backward."""
-    where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
+    where = Plan(slot_N, row_N, token_N, offset_E1, tile_expert_J, tile_slot_J, tile_count)
+    tile = _tiles(x_TD, weight_N, w_up_EFD, tf32)
     form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8), weight_N.flatten()
     with torch.cuda.device_of(x_TD):
         # Rounded matrices live as long as their product.
@@ -73,12 +75,14 @@ def _(x_TD, w_up_EFD, w_down_EDF, weight_N, *rest):  # type: ignore[no-untyped-d
 @torch.library.custom_op("switchyard::fused_experts_backward", mutates_args=())
 def _backward(
     dout_TD: Tensor, x_TD: Tensor, z: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor,
-    b_up_EF: Tensor | None, b_down_ED: Tensor | None, start_T1: Tensor | None, routing: list[Tensor], activation: str,
+    b_up_EF: Tensor | None, b_down_ED: Tensor | None, start_T1: Tensor | None, slot_N: Tensor, row_N: Tensor,
+    token_N: Tensor, offset_E1: Tensor, tile_expert_J: Tensor, tile_slot_J: Tensor, tile_count: Tensor, activation: str,
     interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str, tf32: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients that are asked for, and nothing in the place of the others."""
-    where, tile = Plan(*routing), _tiles(x_TD, weight_N, w_up_EFD, tf32)
+    where = Plan(slot_N, row_N, token_N, offset_E1, tile_expert_J, tile_slot_J, tile_count)
+    tile = _tiles(x_TD, weight_N, w_up_EFD, tf32)
     form, weight = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8), weight_N.flatten()
     n_experts = len(w_up_EFD)
     for_x, for_up, for_down, for_weight, for_b_up, for_b_down = wanted
@@ -127,21 +131,19 @@ def _tiles(x_TD, weight_N, w_up_EFD, tf32):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, routing, start_T1, activation, interleaved, alpha, limit, shift, weigh_input, fp8, tf32, keep_z = inputs
+    *tensors, activation, interleaved, alpha, limit, shift, weigh_input, fp8, tf32, keep_z = inputs
     assert keep_z, "a gradient is wanted of a layer that did not keep z"
     ctx.settings = (activation, interleaved, alpha, limit, shift, weigh_input, fp8, tf32)
-    ctx.save_for_backward(tensors[0], output[1], *tensors[1:], start_T1, *routing)
+    ctx.save_for_backward(tensors[0], output[1], *tensors[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or a tensor of zeros as large as z would be made for it
 
 
 def _autograd_backward(ctx, dout_TD, dz):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors  # once: activation checkpointing unpacks no tensor twice
-    tensors, routing, wanted = saved[:8], list(saved[8:]), list(ctx.needs_input_grad[:6])
-    rest = ([None] * len(routing), *[None] * (len(ctx.needs_input_grad) - 7))
+    wanted, rest = list(ctx.needs_input_grad[:6]), [None] * (len(ctx.needs_input_grad) - 6)
     if dout_TD is None:
         return *[None] * 6, *rest
-    computed = _backward(dout_TD.contiguous(), *tensors, routing, *ctx.settings, wanted)
+    computed = _backward(dout_TD.contiguous(), *ctx.saved_tensors, *ctx.settings, wanted)
     return *(gradient if want else None for gradient, want in zip(computed, wanted, strict=True)), *rest
 
 
@@ -183,7 +185,7 @@ def experts(
         start_T1 = operands.starts(token_N, n_tokens)
     routing = _plan(expert.contiguous(), token_N, n_experts, x_TD.dtype, tf32, tuning.is_even(w_up_EFD))
     floats = (x_TD.contiguous(), w_up_EFD, w_down_EDF, weight.contiguous(), b_up_EF, b_down_ED)
-    out_TD, _ = _forward(*floats, list(routing), start_T1, *form, tf32, operands.wants_gradient(*floats))
+    out_TD, _ = _forward(*floats, start_T1, *routing, *form, tf32, operands.wants_gradient(*floats))
     return out_TD, Plan(*routing).offset_E1.diff().long()
 
 

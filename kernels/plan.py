@@ -1,9 +1,10 @@
 """Which row goes where: routed rows sorted by expert, stably, and a schedule of tiles, without a word to the host.
 
-Three kernels. `_count`: rows per expert in every block of rows. `_scan`: one program adds the blocks up into offsets.
+Three kernels. `_count`: rows per expert in every block of rows. `_scan`: a program adds up the blocks of some experts.
 `_place`: a block ranks its rows within their experts and writes both maps; programs beyond the blocks write the
-schedule, whose size the host bounds by ceil(N / block_m) + E, so that it never waits to learn it. No atomics: the plan
-is the same on every run. A row with expert -1 takes part in nothing and lies behind the last expert's.
+offsets and the schedule, whose size the host bounds by ceil(N / block_m) + E, so that it never waits to learn it. No
+atomics: the plan is the same on every run. A row with expert -1 takes part in nothing and lies behind the last
+expert's.
 
 Letters: J tiles of the schedule, as many as there can be.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from kernels import operands
 
 BLOCK = 512  # rows that one program places, at most
+COLUMNS = 32  # experts whose blocks one program adds up, at most
 SCHEDULE = 64  # tiles that one program schedules, at most
 CELLS = 8192  # counts, or pairs of rows, or of a tile and an expert, that a program holds at a time
 WARPS = 8  # CELLS are 32 to a thread: with fewer warps they spill
@@ -53,43 +55,43 @@ def _count(expert, count, n_rows, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _scan(
-    count, base, offset, tile_count, n_blocks,
-    E: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """base[b, e]: rows of expert e in the blocks before b. offset: where each expert's slots begin."""
-    e = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), dtype=tl.int32)
+def _scan(count, base, total, n_blocks, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """base[b, e]: rows of expert e in the blocks before b; total[e]: in all of them. COLUMNS experts a program."""
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    before = tl.zeros((COLUMNS,), dtype=tl.int32)
     for first in range(0, n_blocks, CHUNK):
         b = first + tl.arange(0, CHUNK)
         at = b[:, None] * WIDTH + e[None, :]
         rows = tl.load(count + at, mask=b[:, None] < n_blocks, other=0)
-        tl.store(base + at, total[None, :] + tl.cumsum(rows, 0) - rows, mask=b[:, None] < n_blocks)
-        total += tl.sum(rows, 0)
-    tl.store(offset + e, tl.cumsum(total, 0) - total, mask=e <= E)
-    tl.store(tile_count, tl.sum(tl.where(e < E, (total + BLOCK_M - 1) // BLOCK_M, 0)))
+        tl.store(base + at, before[None, :] + tl.cumsum(rows, 0) - rows, mask=b[:, None] < n_blocks)
+        before += tl.sum(rows, 0)
+    tl.store(total + e, before)
 
 
 @triton.jit
 def _place(
-    expert, token, base, offset, slot_of, row_of, token_of, tile_expert, tile_slot, n_rows, n_tiles, n_blocks,
-    K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    expert, token, base, total, slot_of, row_of, token_of, offset, tile_expert, tile_slot, tile_count, n_rows, n_tiles,
+    n_blocks, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The first n_blocks programs place the rows, the others write the schedule."""
+    """The first n_blocks programs place the rows, the others write the offsets and the schedule."""
     block = tl.program_id(0)
+    rows_E = tl.load(total + tl.arange(0, WIDTH))
+    start_E = tl.cumsum(rows_E, 0) - rows_E  # where each expert's slots begin; behind the last, where they end
     if block < n_blocks:
         _place_rows(
-            block, expert, token, base, offset, slot_of, row_of, token_of, n_rows, K, E, WIDTH, BLOCK, CHUNK
+            block, expert, token, base, start_E, slot_of, row_of, token_of, n_rows, K, E, WIDTH, BLOCK, CHUNK
         )  # fmt: skip
     else:
-        tile = (block - n_blocks) * SCHEDULE + tl.arange(0, SCHEDULE)
-        _schedule(tile, offset, tile_expert, tile_slot, n_tiles, E, WIDTH, BLOCK_M)
+        _schedule(
+            block - n_blocks, rows_E, start_E, offset, tile_expert, tile_slot, tile_count, n_tiles, E, WIDTH, SCHEDULE,
+            BLOCK_M,
+        )  # fmt: skip
 
 
 @triton.jit
 def _place_rows(
-    block, expert, token, base, offset, slot_of, row_of, token_of, n_rows,
+    block, expert, token, base, start_E, slot_of, row_of, token_of, n_rows,
     K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Both maps, and the token of every slot: row // K, or as given when K = 0.
@@ -104,7 +106,7 @@ def _place_rows(
         same = e[:, None] == _key(expert, other, n_rows, E)[None, :]
         rank += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), 1)
     live = row < n_rows
-    slot = tl.load(offset + e) + tl.load(base + block * WIDTH + e) + rank
+    slot = tl.gather(start_E, e, 0) + tl.load(base + block * WIDTH + e) + rank
     tl.store(slot_of + row, slot, mask=live)
     tl.store(row_of + slot, row, mask=live)
     source = row // K if K > 0 else tl.load(token + row, mask=live, other=0).to(tl.int32)
@@ -113,18 +115,21 @@ def _place_rows(
 
 @triton.jit
 def _schedule(
-    tile, offset, tile_expert, tile_slot, n_tiles, E: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Expert and first slot of these tiles."""
+    part, rows_E, start_E, offset, tile_expert, tile_slot, tile_count, n_tiles,
+    E: tl.constexpr, WIDTH: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Expert and first slot of SCHEDULE tiles; of the first of them also the offsets, and how many tiles there are."""
     e = tl.arange(0, WIDTH)
-    lo = tl.load(offset + e, mask=e < E, other=0)
-    hi = tl.load(offset + e + 1, mask=e < E, other=0)
-    tiles = (hi - lo + BLOCK_M - 1) // BLOCK_M
+    tiles = tl.where(e < E, (rows_E + BLOCK_M - 1) // BLOCK_M, 0)
+    if part == 0:
+        tl.store(offset + e, start_E, mask=e <= E)
+        tl.store(tile_count, tl.sum(tiles))
+    tile = part * SCHEDULE + tl.arange(0, SCHEDULE)
     end = tl.cumsum(tiles, 0)
     mine = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)  # how many experts end at or before this tile
     live = (mine < E) & (tile < n_tiles)
     chosen = e[None, :] == mine[:, None]
-    first = tl.sum(tl.where(chosen, (lo - (end - tiles) * BLOCK_M)[None, :], 0), 1)
+    first = tl.sum(tl.where(chosen, (start_E - (end - tiles) * BLOCK_M)[None, :], 0), 1)
     tl.store(tile_expert + tile, mine, mask=live)
     tl.store(tile_slot + tile, first + tile * BLOCK_M, mask=live)
 
@@ -151,19 +156,18 @@ def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -
     out = Plan(
         empty(n_rows), empty(n_rows), empty(n_rows), empty(n_experts + 1), empty(n_tiles), empty(n_tiles), empty(1)
     )  # fmt: skip
-    count, base = empty((2, n_blocks, width))
-    block = min(BLOCK, max(16, power_of_2(n_rows)))
+    block, columns = min(BLOCK, max(16, power_of_2(n_rows))), min(COLUMNS, width)
+    (count, base), total = empty((2, n_blocks, width)), empty(width)
     common = dict(E=n_experts, WIDTH=width)
     if n_blocks:
         _count[(n_blocks,)](expert, count, n_rows, **common, BLOCK=block)
-    chunk = min(64, max(1, CELLS // width), power_of_2(max(1, n_blocks)))
-    _scan[(1,)](
-        count, base, out.offset_E1, out.tile_count, n_blocks, **common, CHUNK=chunk, BLOCK_M=block_m, num_warps=WARPS
-    )
+    chunk = min(CELLS // columns, power_of_2(n_blocks))
+    _scan[(width // columns,)](
+        count, base, total, n_blocks, WIDTH=width, COLUMNS=columns, CHUNK=chunk, num_warps=WARPS
+    )  # fmt: skip
     schedule = max(1, min(SCHEDULE, CELLS // width))
     _place[(n_blocks - (-n_tiles // schedule),)](
-        expert, token_N, base, out.offset_E1, out.slot_N, out.row_N, out.token_N, out.tile_expert_J, out.tile_slot_J,
-        n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block, CHUNK=min(CELLS // BLOCK, block), SCHEDULE=schedule,
-        BLOCK_M=block_m, num_warps=WARPS,
+        expert, token_N, base, total, *out, n_rows, n_tiles, n_blocks, K=k, **common, BLOCK=block,
+        CHUNK=min(CELLS // BLOCK, block), SCHEDULE=schedule, BLOCK_M=block_m, num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -124,15 +124,15 @@ def _ops(arguments):
     """The arguments of the three ops."""
     x, w_up, w_down, token, expert, weight, form, *biases = arguments.values()
     plan = (expert, token, len(w_up), x.dtype, False)
-    routing = list(module._plan(*plan))
+    routing = module._plan(*plan)
     start = None if token is None else torch.searchsorted(token, torch.arange(len(x) + 1, device=DEVICE))
     weights, rest = (w_up, w_down, weight, *(biases or (None, None))), (*form_of(form), False)
-    out, z = module._forward(x, *weights, routing, start, *rest, True)
+    out, z = module._forward(x, *weights, start, *routing, *rest, True)
     detach = lambda tensors: [None if each is None else each.detach() for each in tensors]
-    backward = (*detach((torch.randn_like(out), x, z, *weights)), start, routing, *rest)
+    backward = (*detach((torch.randn_like(out), x, z, *weights)), start, *routing, *rest)
     return {
         "plan": plan,
-        "forward": (x, *weights, routing, start, *rest, True),
+        "forward": (x, *weights, start, *routing, *rest, True),
         "backward": (*backward, [True] * 4 + [bool(biases)] * 2),
     }
 
@@ -340,8 +340,8 @@ STORE = {"EPILOGUE": "store"}
 # What each kernel's zeros spoil: module, kernel, outputs, the launches, the results.
 ZEROED = {
     "count": (planning, "_count", (1,), {}, RESULTS),
-    "scan": (planning, "_scan", (1, 2, 3), {}, RESULTS),
-    "place": (planning, "_place", (4, 5, 6, 7, 8), {}, RESULTS),
+    "scan": (planning, "_scan", (1, 2), {}, RESULTS),
+    "place": (planning, "_place", (4, 5, 6, 7, 8, 9, 10), {}, RESULTS),
     "up": (ragged_mm, "_ragged_mm", (2, 3), {"EPILOGUE": "activate"}, RESULTS),
     "down": (ragged_mm, "_ragged_mm", (2,), STORE | {"K_MAJOR": True}, ("out",)),
     "combine": (combine, "_combine", (5,), {"WEIGHTED": True}, ("out",)),
