@@ -17,5 +17,6 @@ quantized     experts whose weights are stored in int8, mxfp4 or fp8, for infere
 operands      what all of them ask of their operands, in a sentence each
 tuning        tile shapes per GPU (tuning.jsonl), and whether the kernels can run here
 aot           every kernel compiled for GPUs that are not here: registers, spills, shared memory, instructions (aot.txt)
+aot_cases     the layers and routers that it compiles
 machine_code  what the assemblers made of one, and of a matmul's loop
 """

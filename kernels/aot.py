@@ -34,17 +34,17 @@ from unittest.mock import patch
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import fused, gate, machine_code, tuning
-from kernels.form import NAMED, Form
+from kernels import machine_code, tuning
+from kernels.aot_cases import CASES, EVEN, layer, route
 from kernels.machine_code import Loop
 
 TABLE = Path(__file__).with_name("aot.txt")
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma", "LDGSTS", "UTMALDG")  # four matrix units, two asynchronous copies
+OF_8_BITS = {"HGMMA": "QGMMA", "HMMA": "QMMA", "UTCHMMA": "UTCQMMA"}  # counted with these
 
 
 class Target(NamedTuple):
@@ -76,52 +76,6 @@ TARGETS = {
     "gfx950": Target(GPUTarget("hip", "gfx950", 64), "v_mfma", 160 * KIB, 160 * KIB, 0, 32, 16),
 }
 TENSOR_COLUMNS = 512  # of tensor memory, where sm_100 keeps accumulators
-
-
-class Case(NamedTuple):
-    """Sizes that a layer is compiled for."""
-
-    shape: str
-    type: str  # one of tuning.TYPES; 16bit is bfloat16
-    tokens: int
-    d: int
-    f: int
-    experts: int
-    k: int
-    form: Form = Form("swiglu")
-    ragged: bool = False  # rows are listed with their tokens
-    biased: bool = False
-    by_columns: bool = False  # how matrices are stored
-
-    @property
-    def width(self) -> int:
-        """Columns of up's product."""
-        return self.form.width(self.f)
-
-    @property
-    def even(self) -> bool:
-        """As tuning.is_even."""
-        return tuning.is_even(_new(self.experts, self.width, self.d))
-
-    @property
-    def load(self) -> str:
-        """As tuning.tile calls it."""
-        return "few" if self.tokens * self.k < tuning.FEW * self.experts or not self.even else "many"
-
-
-EVEN = Case("even", "16bit", 16384, 2048, 1024, 64, 8)  # OLMoE's layer
-CASES = (
-    *(EVEN._replace(type=kind, tokens=tokens) for kind in tuning.TYPES for tokens in (64, 16384)),
-    EVEN._replace(shape="tanh", form=Form("gelu_tanh")),
-    *(EVEN._replace(shape="gelu", type=kind, form=Form("gelu")) for kind in tuning.TYPES),
-    EVEN._replace(shape="clamped", f=1408),  # no multiple of the widest tile
-    Case("masked", "16bit", 1000, 96, 80, 5, 3),  # multiples of 16, and of no tile
-    Case("odd", "16bit", 1000, 100, 52, 5, 3, Form("gelu")),  # rows that no copy engine takes
-    EVEN._replace(shape="ragged", ragged=True),
-    EVEN._replace(shape="gpt-oss", form=NAMED["swiglu_clipped"], biased=True),
-    EVEN._replace(shape="columns", by_columns=True),
-    EVEN._replace(shape="weighed", form=Form("swiglu", weigh_input=True)),
-)
 
 
 class Launch(NamedTuple):
@@ -186,41 +140,10 @@ def compiling(name: str) -> Iterator[list[Launch]]:
             yield launches
 
 
-def _layer(case: Case) -> None:
-    """Launch every kernel of an MoE layer's experts, forward and backward."""
-    dtype = torch.bfloat16 if case.type == "16bit" else torch.float32
-    tf32, t, k, d, f, e = case.type == "tf32", case.tokens, case.k, case.d, case.f, case.experts
-    rows = (t * k,) if case.ragged else (t, k)
-    token_N = _new(t * k, dtype=torch.int64) if case.ragged else None
-    start_T1 = _new(t + 1, dtype=torch.int64) if case.ragged else None
-    routing = fused._plan._init_fn(_new(*rows, dtype=torch.int64), token_N, e, dtype, tf32, case.even)
-    stack = lambda m, n: _new(e, n, m, dtype=dtype).mT if case.by_columns else _new(e, m, n, dtype=dtype)
-    x_TD = _new(t, d, dtype=dtype)
-    biases = [_new(e, n, dtype=dtype) if case.biased else None for n in (case.width, d)]
-    weights = (stack(case.width, d), stack(d, f), _new(*rows), *biases)
-    out_TD, z = fused._forward._init_fn(x_TD, *weights, start_T1, *routing, *case.form, tf32, True)
-    wanted = [True] * 4 + [case.biased] * 2
-    fused._backward._init_fn(out_TD, x_TD, z, *weights, start_T1, *routing, *case.form, tf32, wanted)
-
-
-def route(
-    t: int, e: int, k: int, score: str, groups: int = 1, k_groups: int = 1, dtype: torch.dtype = torch.float32
-) -> None:
-    """Launch the gate, forward and backward, and the plan of what it chose; logits in `dtype`."""
-    logits_TE, bias_E = _new(t, e, dtype=dtype), None if score == "softmax" else _new(e)
-    expert, *outputs = gate._forward._init_fn(logits_TE, k, score, bias_E, True, 1.0, groups, k_groups, 2)
-    gate._backward._init_fn(logits_TE, expert, *outputs, score, True, 1.0)
-    fused._plan._init_fn(expert, None, e, torch.bfloat16, False)
-
-
-def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _jobs(name: str) -> list[tuple[str, str, str, Callable[[], None]]]:
     """(shape, type, load, what launches its kernels) of a target."""
     cases = (EVEN,) if name in tuning.SAME else CASES
-    layers = [(case.shape, case.type, case.load, partial(_layer, case)) for case in cases]
+    layers = [(case.shape, case.type, case.load, partial(layer, case)) for case in cases]
     plain, grouped = partial(route, 16384, 64, 8, "softmax"), partial(route, 16384, 256, 8, "sigmoid", 8, 4)
     wide = partial(route, 16384, 2048, 64, "sqrt_softplus", dtype=torch.bfloat16)
     routes = [("even", "fp32", "many", plain), ("grouped", "fp32", "many", grouped), ("wide", "16bit", "many", wide)]
@@ -259,7 +182,7 @@ def tried(name: str, changes: dict[str, Any]) -> list[Row]:
     kept = tuning.table()
     changed = {key: entry._replace(**changes) if key[0] == name else entry for key, entry in kept.items()}
     with patch.object(tuning, "table", lambda: changed), compiling(name) as launches:
-        _layer(EVEN)
+        layer(EVEN)
         return [_row(name, EVEN.type, EVEN.load, EVEN.shape, launch) for launch in launches if launch.tuned]
 
 
@@ -321,7 +244,7 @@ def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     read = machine_code.nvidia(asm["cubin"], launch.tuned) if cuda else machine_code.amd(asm["amdgcn"], launch.tuned)
     columns = getattr(metadata, "tmem_size", 0)
     blocks = blocks_per_multiprocessor(target, read.registers, metadata.num_warps, metadata.shared, columns)
-    counted = {instruction: read.instructions[instruction] for instruction in INSTRUCTIONS}
+    counted = {name: read.instructions[name] + read.instructions[OF_8_BITS.get(name, "")] for name in INSTRUCTIONS}
     numbers = (read.registers, read.spilled, metadata.shared, blocks, counted, read.loop)
     return Row(name, use, kind, load, shape, tile, tma, *numbers)
 

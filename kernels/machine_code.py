@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 from triton.knobs import NvidiaTool
 
-MATRIX = re.compile(r"HGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma")
+MATRIX = re.compile(r"[HQ]GMMA|[HQ]MMA|DMMA|UTC\w*MMA|v_mfma")
 MULTIPLY = re.compile(r"FFMA|DFMA|v_(pk_)?fma")  # of exact float32 and float64
 BARRIER = re.compile(r"BAR\.|SYNCS\.PHASECHK|s_barrier")  # of a block's threads, or of a copy engine and them
 

@@ -91,16 +91,17 @@ def test_what_a_gpu_has_yet_to_prove_compiles_without_a_spill_and_loads_with_few
 
 FEW = """
 import json
-from kernels import aot
+import torch
+from kernels import aot, aot_cases, fused, gate
 
 rows = []
 for name in ("sm_90", "gfx942"):
     with aot.compiling(name) as launches:
         tile = aot.tuning.table()[name, "16bit", "many", "down"]
-        plan = aot.fused.Plan(*(aot._new(2048, dtype=aot.torch.int32) for _ in aot.fused.Plan._fields))
-        h, w = (aot._new(*shape, dtype=aot.torch.bfloat16) for shape in ((2048, 512), (8, 512, 512)))
-        aot.fused.down(h, w, plan, tile, False)
-        aot.gate._forward._init_fn(aot._new(64, 8), 2, "softmax", None, True, 1.0, 1, 1, 2)
+        plan = fused.Plan(*(aot_cases.new(2048, dtype=torch.int32) for _ in fused.Plan._fields))
+        h, w = (aot_cases.new(*shape, dtype=torch.bfloat16) for shape in ((2048, 512), (8, 512, 512)))
+        fused.down(h, w, plan, tile, False)
+        gate._forward._init_fn(aot_cases.new(64, 8), 2, "softmax", None, True, 1.0, 1, 1, 2)
         rows += [aot._row(name, "16bit", "many", "even", launch) for launch in launches]
 print(json.dumps(rows))
 """
@@ -127,12 +128,13 @@ def test_two_kernels_compile_well_for_a_gpu_of_each_maker():
 
 MANY = """
 import json
-from kernels import aot
+import torch
+from kernels import aot, aot_cases
 
 rows = []
 for name in ("sm_90", "gfx942"):
     with aot.compiling(name) as launches:
-        aot.route(16, 2048, 64, "sqrt_softplus", dtype=aot.torch.bfloat16)
+        aot_cases.route(16, 2048, 64, "sqrt_softplus", dtype=torch.bfloat16)
         for launch in launches[:2]:
             asm = launch.kernel.asm
             row = aot._row(name, "16bit", "many", "wide", launch)

@@ -165,7 +165,8 @@ def _check_ragged(expert, token, n_experts, block_m):
     assert _disagreements(_plan(expert, token, n_experts, block_m), expert, token, n_experts, block_m) == []
 
 
-# Cuts so small that a few rows make many blocks, chunks and programs of the scan, and programs of the schedule; and the usual ones.
+# Cuts so small that a few rows make many blocks, chunks and programs of the scan, and programs of the schedule; and
+# the usual ones.
 SMALL = {"BLOCK": 16, "COLUMNS": 2, "SCHEDULE": 4, "CELLS": 16}
 USUAL = {name: getattr(module, name) for name in SMALL}
 

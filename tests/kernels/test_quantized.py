@@ -1,9 +1,6 @@
 """Quantised weights: what is rounded to what, by brute force over every code and by two other libraries; and the layer
 on the kernels against the reference on dequantised weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -259,39 +256,3 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence(quantize, w, sentence
     with pytest.raises(ValueError) as refused:
         quantize(w)
     assert sentence in str(refused.value)
-
-
-SPILLS = """
-import itertools, sys
-import torch
-from kernels import aot
-from kernels.form import NAMED, Form
-from kernels.quantized import _on_kernels
-
-name, new, e, wrong = sys.argv[1], aot._new, 32, []
-stacks = {
-    "int8": lambda n, m: (new(e, n, m, dtype=torch.int8), new(e, n)),
-    "mxfp4": lambda n, m: (new(e, n, m // 32, 16, dtype=torch.uint8), new(e, n, m // 32, dtype=torch.uint8)),
-    "fp8": lambda n, m: (new(e, n, m, dtype=torch.float8_e4m3fn), new(e, -(-n // 128), -(-m // 128))),
-}
-dtypes, sizes = {"16bit": torch.bfloat16, "fp32": torch.float32}, ((2880, 2880), (2048, 1024), (96, 160))
-for (quant, stack), (kind, dtype), (d, f) in itertools.product(stacks.items(), dtypes.items(), sizes):
-    form = NAMED["swiglu_clipped"] if d == 2880 else Form("swiglu")
-    bias = new(e, 2 * f, dtype=dtype) if d == 2880 else None
-    rows = (None, new(64, 4, dtype=torch.int64), new(64, 4))
-    with aot.compiling(name) as launches:
-        weights = (*stack(2 * f, d), *stack(d, f))
-        _on_kernels._init_fn(new(64, d, dtype=dtype), *weights, *rows, bias, None, *form, False)
-        launched = [launch for launch in launches if launch.tuned]
-        assert [launch.options["QUANT"] for launch in launched] == [quant] * 2
-        wrong += aot.check([aot._row(name, kind, "few", f"{quant}-{d}", launch) for launch in launched])
-print(*wrong, sep="\\n", end="")
-"""
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
-def test_no_kernel_spills_and_16_bits_go_through_the_matrix_cores(name):
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SPILLS, name], capture_output=True, text=True, env=clean, cwd=ROOT)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
