@@ -109,7 +109,7 @@ def test_a_run_without_a_checkpoint_is_refused(run):
 
 def test_weights_that_do_not_fit_the_config_are_refused(run):
     tree = yaml.safe_load((run / "config.yaml").read_text())
-    for key, value, named in (("d_ff", 24, "down.weight"), ("n_layers", 3, "blocks.3"), ("qk_norm", "head", "q_norm")):
+    for key, value, named in (("d_ff", 24, "up.weight"), ("n_layers", 3, "blocks.3"), ("qk_norm", "head", "q_norm")):
         changed = tree | {"model": tree["model"] | {key: value}}
         (run / "config.yaml").write_text(yaml.safe_dump(changed))
         with pytest.raises(BadInput, match=rf"does not fit .*config.yaml: .*{named}"):
