@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from kernels.quantized import FORMATS, Quantized, dequantize
+from kernels.quantized import FORMATS, GROUP, Mxfp4, Quantized, dequantize
 from moe.config.model import ModelConfig
 from moe.config.parse import OneOf
 from moe.errors import BadInput
@@ -118,3 +118,12 @@ def storage(model: nn.Module) -> Storage | None:
 def round_trip(w_ENM: Tensor, name: str) -> Tensor:
     """Stacked matrices as the format gives them back, in float32. Raises `ValueError` as the format does."""
     return dequantize(FORMATS[name](w_ENM), torch.float32)
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Stacked matrices of MXFP4 as checkpoints of gpt-oss have them, (E, N, G, 16) and (E, N, G) uint8, widened expert
+    by expert: -> (E, N, 32 G) bfloat16, exactly, where it holds them."""
+    w_ENM = torch.empty(*scales.shape[:2], GROUP * scales.shape[2], dtype=torch.bfloat16)
+    for e, w_NM in enumerate(w_ENM):
+        w_NM.copy_(dequantize(Mxfp4(blocks[e : e + 1], scales[e : e + 1]), w_NM.dtype)[0])
+    return w_ENM
