@@ -158,7 +158,7 @@ def test_they_move_with_the_model():
 
 DENSE = dataclasses.replace(CFG, moe=None)
 REFUSED = {
-    "no format": (CFG, "int3", "experts=int3 is not one of int8, mxfp4"),
+    "no format": (CFG, "int3", f"experts=int3 is not one of {', '.join(FORMATS)}"),
     "dense": (DENSE, "int8", "experts=int8 stores routed experts in few bits, and this model is dense: it has none."),
     "d_model": (
         dataclasses.replace(CFG, d_model=48), "mxfp4",
