@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -196,11 +197,16 @@ def test_what_is_read_of_weights_is_a_half_and_a_little_over_a_quarter_of_16_bit
     assert bits == {("int8", 64): 8.5, ("int8", 128): 8.25, ("mxfp4", 64): 4.25, ("mxfp4", 128): 4.25}
 
 
-def test_a_compiled_graph_holds_the_layer_as_one_op():
+@pytest.mark.parametrize("dispatch", ["reference", "torch", "triton"])
+def test_a_compiled_graph_holds_the_layer_without_a_warning(dispatch):
     arguments = _layer(dtype=torch.float32)
-    compiled = torch.compile(lambda x: call(experts, {**arguments, "x": x}), fullgraph=True, backend="eager")
-    for got, want in zip(compiled(arguments["x"]), call(experts, arguments), strict=True):
-        assert torch.equal(got, want)
+    layer = lambda x: call(experts, {**arguments, "x": x}, dispatch=dispatch)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = torch.compile(layer, fullgraph=True, backend="eager")(arguments["x"])
+    for tensor, want in zip(got, layer(arguments["x"]), strict=True):
+        assert torch.equal(tensor, want)
 
 
 SMALL = _layer(dtype=torch.float32)
