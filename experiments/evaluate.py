@@ -7,6 +7,7 @@
     python -m experiments.evaluate hf=FOLDER out=runs/scores.jsonl                    # a model of transformers
     python -m experiments.evaluate run=runs/demo/moe-seed0 tasks=arithmetic,heldout   # tasks instead of a text
     python -m experiments.evaluate run=runs/demo/moe-seed0 tasks=brackets fewshot=4 limit=100
+    python -m experiments.evaluate run=runs/demo/moe-seed0 experts=int8               # its experts in 8 bits a weight
 
 Dense models and those with experts; a run's at any checkpoint, in the precision that it was trained in. A corpus is
 read by the model's own tokenizer, and its validation text is scored. The text of a model of transformers is that of
@@ -16,8 +17,11 @@ read by the model's own tokenizer, and its validation text is scored. The text o
 copy, induction, brackets, cloze, latent and heldout (bits per byte of documents of `data=`, or of `text=`); all other
 names are of the harness, which fetches their questions.
 
-`out` writes the same as JSON lines (`Scored` of moe/eval/scores.py, `TaskScore` of moe/eval/tasks.py): null is what is
-unknown, and in `domain` all.
+With `experts` the matrices of a run's routed experts are stored in that format, each rounded as it is read, and nothing
+else is (moe/model/quantized.py); the activations keep the precision of the run.
+
+`out` writes the same as JSON lines (`Scored` of moe/eval/scores.py, `TaskScore` of moe/eval/tasks.py; `experts` is
+`Storage` of moe/model/quantized.py): null is what is unknown, in `domain` all, and in `experts` as they were trained.
 """
 
 import dataclasses
@@ -34,6 +38,7 @@ from moe.analysis.tracing import What, check_context, tokenizer_of, windows_of_h
 from moe.analysis.windows import AT_ONCE, LONGEST, Windows, read_text
 from moe.config import data as data_config
 from moe.config.data import DataConfig
+from moe.config.parse import OneOf
 from moe.convert import hf_weights
 from moe.convert.hf_config import read_config
 from moe.convert.hf_tokenizer import text_start
@@ -41,7 +46,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.scores import Interval, Scored, score
 from moe.eval.tasks import TaskScore
-from moe.model import dispatch
+from moe.model import dispatch, quantized
 from moe.model.transformer import Transformer
 from moe.run import machine, terminal
 from moe.run.jsonl import write_lines
@@ -70,11 +75,21 @@ class EvaluateConfig:
     tasks: str = ""  # instead of a text: tasks of lm-evaluation-harness, with commas between their names
     limit: int = 0  # tasks: the first so many questions of each; 0: all
     fewshot: int = -1  # tasks: examples before each question; -1: as many as the task says
+    experts: str = (
+        ""  # of a run, how routed experts are stored: as int8 or mxfp4 of kernels/quantized.py; "": as they are
+    )
     trust: bool = False  # run a router of one's own that the run names
 
     def __post_init__(self) -> None:
         if bool(self.run) == bool(self.hf):
             raise BadInput(f"run=... is needed, or hf=..., one of them{', and both are given' if self.run else ''}.")
+        if self.experts:
+            OneOf(*quantized.FORMATS).check("experts", self.experts)
+            if self.hf:
+                raise BadInput(
+                    f"experts={self.experts} is for run=...: make a run of hf={self.hf} first, with "
+                    f"python -m experiments.convert source={self.hf} to=runs/NAME."
+                )
         if self.tokens < AS_VALIDATED:
             raise BadInput(f"tokens={self.tokens} is out of range: accepted is at least 0, or -1.")
         if self.limit < 0:
@@ -117,6 +132,7 @@ class Subject(NamedTuple):
     batch_size: int  # texts that are
     backend: str
     autocast: Callable[[], AbstractContextManager[Any]]
+    stored: quantized.Storage | None = None  # what its experts take, where they are not stored as they were trained
     start: tuple[list[int], int] | None = None  # how a text begins, as in `Asked` of moe/eval/harness.py
 
 
@@ -135,7 +151,9 @@ def main(cfg: EvaluateConfig) -> None:
     source = cfg.run or cfg.hf
     checkpoint = find_checkpoint(Path(cfg.run) / "checkpoints", cfg.which).name if cfg.run else ""
     named = f"{source}, {checkpoint}" if checkpoint else source
-    about = {"source": source, "checkpoint": checkpoint}
+    about = {"source": source, "checkpoint": checkpoint, "experts": subject.stored and subject.stored._asdict()}
+    if subject.stored:
+        terminal.say(str(subject.stored))
     rows = of_tasks(cfg, subject, named) if cfg.tasks else of_text(subject, named)
     if cfg.out:
         write_lines(Path(cfg.out), (about | row for row in rows))
@@ -195,7 +213,7 @@ def held_out(cfg: EvaluateConfig, subject: Subject) -> list[str]:
 
 def of_run(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
     """A run, computed as its own validation was."""
-    model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which, cfg.trust)
+    model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which, cfg.trust, cfg.experts)
     device, train = machine.choose_device("auto"), run_cfg.train
     what = cfg.what(data, train.eval_tokens, train.batch_size // train.accumulate)
     # Triton need not work here.
@@ -211,6 +229,7 @@ def of_run(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
         what.batch_size,
         backend,
         partial(machine.autocast, placed),
+        quantized.storage(model),
     )
 
 
@@ -229,7 +248,7 @@ def of_hf(cfg: EvaluateConfig, data: DataConfig | None) -> Subject:
         what.batch_size or max(1, AT_ONCE // context),
         dispatch.choose("auto", device)[0],
         nullcontext,
-        text_start(source, tokenizer) if tokenizer else None,
+        start=text_start(source, tokenizer) if tokenizer else None,
     )
 
 

@@ -5,9 +5,13 @@
     python -m experiments.generate run=runs/NAME prompt="To be" temperature=0.8 top_k=50 top_p=0.95 seed=1
     python -m experiments.generate run=runs/NAME prompt="To be" show=next           # what comes next, by which experts
     python -m experiments.generate run=runs/NAME user="What is 2 plus 3?"           # ask a run of conversations
+    python -m experiments.generate run=runs/NAME prompt="To be" experts=mxfp4       # its experts in 4.25 bits a weight
 
 The prompt is taken as the shell hands it over: quote it for the shell, 'like this' or "like this", and for nothing
 else. Commas, colons, brackets, quotes, $ and line breaks in it are text. No prompt: a new document. Ctrl-C ends.
+
+With `experts` the matrices of the routed experts are stored in that format, each rounded as it is read, and nothing
+else is (moe/model/quantized.py). What they take is said on standard error, beside the text.
 """
 
 import contextlib
@@ -18,13 +22,14 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.pages import tables
+from moe.config.parse import OneOf
 from moe.data.chat import Message, Template, messages_of, template_of
 from moe.data.tokenizer import Tokenizer
 from moe.data.unreadable import BadDocument
 from moe.errors import BadInput
 from moe.eval.answers import before, end_ids, reply_ids
 from moe.eval.generate import LayerChoice, check_causal, generate, next_tokens, stream_text, token_bytes
-from moe.model import dispatch
+from moe.model import dispatch, quantized
 from moe.run import machine, terminal
 from moe.run.load import load_run
 
@@ -44,6 +49,7 @@ class GenerateConfig:
     top_k: int = 50  # draw among the k most probable tokens; 0: all
     top_p: float = 0.95  # draw among the fewest tokens that have this probability together; 1: all
     seed: int = 0  # of what is drawn
+    experts: str = ""  # how routed experts are stored: as int8 or mxfp4 of kernels/quantized.py; "": as they are
     trust: bool = False  # import the router of one's own (module:Class) that the run names
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class GenerateConfig:
             raise BadInput(f"top_p={self.top_p} is out of range: accepted is above 0, up to 1.")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed={self.seed} is out of range: accepted is between 0 and 2^63 - 1.")
+        if self.experts:
+            OneOf(*quantized.FORMATS).check("experts", self.experts)
         try:
             (self.prompt + self.user).encode()
         except UnicodeEncodeError:
@@ -75,8 +83,10 @@ def main(cfg: GenerateConfig) -> None:
     """Print the prompt and what the model says after it, or the table of next tokens."""
     # The run, on whatever device is here.
     device = machine.choose_device("auto")
-    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which, cfg.trust)
+    model, tokenizer, _ = load_run(Path(cfg.run), cfg.which, cfg.trust, cfg.experts)
     model = model.to(device)
+    if stored := quantized.storage(model):
+        print(stored, file=sys.stderr)
     backend = dispatch.choose("auto", device)[0]  # where it was trained need not be here
     template = chat_template(cfg, tokenizer) if cfg.user else None
     ids = reply_ids(template, asked(cfg), tokenizer) if template else tokenizer.encode(cfg.prompt)

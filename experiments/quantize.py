@@ -1,10 +1,12 @@
-"""Round a run's weights to int8 or int4, and see what it costs: in all, by domain, by expert, and in routes.
+"""Round a run's weights to few bits, and see what it costs: in all, by domain, by expert, and in routes.
 
     python -m experiments.quantize run=runs/demo/moe-seed0                          # int8: every matrix, all experts
     python -m experiments.quantize run=runs/demo/moe-seed0 dtype=int4 experts=true  # and each expert by itself
+    python -m experiments.quantize run=runs/demo/moe-seed0 dtype=mxfp4              # what experts=mxfp4 stores
     python -m experiments.quantize run=runs/demo/moe-seed0 program=true             # int8 in the C program of export
 
-Weights are rounded with a scale for each 32 to 64 neighbours of a row (moe/convert/quantize.py); routers, gates, norms,
+To int8 and int4 weights are rounded with a scale for each 32 to 64 neighbours of a row (moe/convert/quantize.py), to
+other formats as kernels/quantized.py has them; routers, gates, norms,
 biases and learned positions stay as they are, and so does the arithmetic. Losses are of the run's validation text, in
 float32; differences are of the same tokens, with 95% intervals over documents. With `program` both losses are those of
 run.c, compiled here, as `python -m experiments.export format=c` writes it.
@@ -30,7 +32,7 @@ from moe.config.model import moe_layers
 from moe.config.parse import OneOf
 from moe.config.router import facts
 from moe.convert import export_c
-from moe.convert.quantize import LARGEST, rounded
+from moe.convert.quantize import DTYPES, rounded
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
 from moe.eval.program import compile_program, score
@@ -48,7 +50,7 @@ class QuantizeConfig:
     """Of which run, to what, and on which text it is measured."""
 
     run: str = ""  # a run's folder
-    dtype: str = "int8"  # int8 | int4
+    dtype: str = "int8"  # int8 | int4, or mxfp4 of kernels/quantized.py
     experts: bool = False  # every expert by itself too
     program: bool = False  # the losses of run.c, which has int8
     which: str = "best"  # best (lowest validation loss) | last | step-N
@@ -60,7 +62,7 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise BadInput("run=... is needed: the run's folder.")
-        OneOf(*LARGEST).check("dtype", self.dtype)
+        OneOf(*DTYPES).check("dtype", self.dtype)
         if self.program and (self.dtype != "int8" or self.experts):
             raise BadInput("program=true is for dtype=int8 and experts=false: run.c has every matrix in int8, or none.")
         _ = self.what

@@ -4,7 +4,6 @@ Types, shapes, devices and layout are looked at on every call: none of them wait
 expert that exists, tokens in order) is read in a debug build alone, TRITON_DEBUG=1, which does wait.
 """
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +31,7 @@ def fit(name: str, **operands: Operand) -> None:
     for tensor, letters, dtypes in operands.values():
         if tensor is None:
             continue
-        names, shape, device = _names(letters), tensor.shape, device or tensor.device
+        names, shape, device = letters.split(), tensor.shape, device or tensor.device
         if len(names) != len(shape) or tensor.dtype not in dtypes:
             return _refuse(name, operands)
         if not tensor.is_contiguous() or tensor.device != device:
@@ -40,11 +39,6 @@ def fit(name: str, **operands: Operand) -> None:
         for letter, size in zip(names, shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 return _refuse(name, operands)
-
-
-@functools.cache
-def _names(letters: str) -> list[str]:
-    return letters.split()
 
 
 def _refuse(name: str, operands: dict[str, Operand]) -> None:

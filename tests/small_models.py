@@ -47,23 +47,31 @@ class Constant:
         return Output(self.logits_V.expand(*tokens_BS.shape, -1), self.routing)
 
 
-@pytest.fixture(scope="module")
-def made_run(tmp_path_factory):
-    """A run with checkpoints at steps 5 (the best), 9 and 12, as training leaves it."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    run.mkdir()
-    cfg = Config(run=str(run), model=tiny(), router=RouterConfig(), tokenizer=TokenizerConfig("byte"))
+def write_run(run, model, weights, scores=None):
+    """A run's folder as training leaves it, of a model's settings and its weights by step."""
+    run.mkdir(parents=True)
+    cfg = Config(run=str(run), model=model, router=RouterConfig(), tokenizer=TokenizerConfig("byte"))
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
     (run / "tokenizer").mkdir()
     BYTES.save(run / "tokenizer")
-    for step, score in ((5, 1.0), (9, 2.0), (12, 3.0)):
-        model = Transformer(cfg.model, cfg.router).initialize(step)
-        meta = {"tokenizer": BYTES.fingerprint}
-        state = checkpoint.Snapshot(
-            step=step, model=model_tensors(model), optimizer={}, meta=meta, rng=state_module.rng_state()[0]
-        )
-        checkpoint.save(run / "checkpoints", state, keep=3, score=score)
+    meta = {"tokenizer": BYTES.fingerprint}
+    for step, tensors in weights.items():
+        state = checkpoint.Snapshot(step=step, model=tensors, optimizer={}, meta=meta, rng=state_module.rng_state()[0])
+        checkpoint.save(run / "checkpoints", state, keep=len(weights), score=scores and scores[step])
     return run
+
+
+def random_weights(model, seed=0):
+    """Of a model with these settings."""
+    return model_tensors(Transformer(model, RouterConfig()).initialize(seed))
+
+
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory):
+    """A run with checkpoints at steps 5 (the best), 9 and 12, as training leaves it."""
+    scores = {5: 1.0, 9: 2.0, 12: 3.0}
+    weights = {step: random_weights(tiny(), step) for step in scores}
+    return write_run(tmp_path_factory.mktemp("runs") / "first", tiny(), weights, scores)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ LADDER = ("config", "data", "parallel", "routing", "model", "run", "convert", "a
 STRANGERS = {"model": ("data",), "routing": ("data",), "parallel": ("data",)}
 # What may touch the kernels: the rooms and files that decide where a token goes and what its experts make of it.
 TOUCH_KERNELS = ("moe.routing.", "moe.model.dispatch", "moe.model.experts", "moe.model.layer", "moe.model.memory")
+TOUCH_KERNELS += ("moe.model.quantized",)
 # What each room of experiments may read of the others.
 READS: dict[str, tuple[str, ...]] = {
     "study": (),

@@ -7,7 +7,7 @@ hf_gpt_oss    what gpt-oss has beside the other families
 hf_tokenizer  tokenizer.json to ids equal to its own, and back
 hf_weights    weights from and to transformers' folders
 hf_stream     the same folders one tensor or one layer at a time, in less memory than they take
-quantize      weights rounded to int8 and int4
+quantize      weights rounded to int8, int4 and other formats
 turns         a chat template as what stands around its turns
 gguf          GGUF files, which llama.cpp reads
 export_c      model.bin for run.c, a program in C that continues text

@@ -10,7 +10,6 @@
 What is read is what `hf_weights.load` would have given, bit by bit.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from moe.convert.hf_config import read_folder
-from moe.convert.hf_weights import DTYPES, check_equal, check_tied, copy_into, places, views_of, weight_files
+from moe.convert.hf_gpt_oss import read
+from moe.convert.hf_weights import check_equal, check_tied, copy_into, places, views_of, weight_files, widest
 from moe.errors import BadInput
 from moe.model.rope import rotary
 from moe.model.transformer import Transformer, model_tensors
-from moe.run import streamed
 from moe.run.streamed import Tensors
 
 
@@ -76,13 +75,13 @@ class Parts:
 
     def read(self, name: str) -> Tensor:
         """A tensor of the folder, in its own dtype. Raises `BadInput` where the file ends before it does."""
-        return streamed.read(name, self.places[name])
+        return read(name, self.places[name])
 
     def tensors(self) -> Tensors:
         """This model's tensors, a tied one once, in the widest dtype of the folder's. Reading one reads those of the
         folder that fill it; raises `BadInput` as `read`, and for a head that is not the embedding it is tied to."""
-        widest = functools.reduce(torch.promote_types, [DTYPES[place.dtype] for place in self.places.values()])
-        meta = {name: tensor.to(widest) for name, tensor in model_tensors(self.model).items()}
+        dtype = widest(self.places)
+        meta = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
         # A folder's tensor is a view of one of this model's, or several side by side: which, their memory says.
         name_of = {tensor.untyped_storage()._cdata: name for name, tensor in model_tensors(self.model).items()}
         head = "lm_head.weight" if self.model.cfg.tie_embeddings else None  # only compared
@@ -94,12 +93,12 @@ class Parts:
                 pieces[name_of[view.untyped_storage()._cdata]].append(Piece(name, slice(start, end), view))
 
         def read(name: str) -> Tensor:
-            ours = torch.empty(meta[name].shape, dtype=widest)
+            ours = torch.empty(meta[name].shape, dtype=dtype)
             for piece in pieces[name]:
                 view = ours.as_strided(piece.view.size(), piece.view.stride(), piece.view.storage_offset())
                 view.copy_(self.read(piece.name)[..., piece.columns].reshape(view.shape))
             if name == "embed.weight" and head in self.shapes:
-                check_equal(self.read(head).to(widest), ours)
+                check_equal(self.read(head).to(dtype), ours)
             return ours
 
         return Tensors(meta, read)

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, read_folder
-from moe.convert.hf_gpt_oss import gpt_oss_map
+from moe.convert.hf_gpt_oss import Stored, gpt_oss_map, packed, read
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -242,24 +241,22 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer
     keeps the folder's (the widest, where it mixes several). Everything is checked against the files' headers before
     memory is asked for. Raises `BadInput` naming the setting, file or tensor; pickled weights are never opened."""
     family, cfg, router = read_folder(folder)
-    files = weight_files(folder)
-    shapes, widest = headers(files)
+    told = places(weight_files(folder))
+    shapes = {name: place.shape for name, place in told.items()}
     try:
         with torch.device("meta"):
             model = Transformer(cfg, router)
         views_of(shapes, model, family)
-        model.to(widest if dtype is None else dtype).to_empty(device="cpu")
+        model.to(widest(told) if dtype is None else dtype).to_empty(device="cpu")
         if cfg.tie_embeddings:  # to_empty unties
             model.head.weight = model.embed.weight
         if cfg.position == "rope":
             model.cos_Sd, model.sin_Sd = rotary(cfg)
         targets = views_of(shapes, model, family)
-        for path in files:
-            with safe_open(path, "pt") as file:
-                for name in sorted(targets.keys() & file.keys()):
-                    copy_into(file.get_tensor(name), targets[name])
+        for name, views in targets.items():
+            copy_into(read(name, told[name]), views)
         check_tied(targets, model)
-    except (BadInput, SafetensorError) as error:
+    except BadInput as error:
         raise BadInput(f"{folder}: {error}") from error
     return model
 
@@ -285,14 +282,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Name and shape of every tensor, and the widest dtype, without reading one. Raises `BadInput` as `places` does."""
-    told = places(files)
-    dtypes = [DTYPES[place.dtype] for place in told.values()] or [torch.float32]
-    return {name: place.shape for name, place in told.items()}, functools.reduce(torch.promote_types, dtypes)
-
-
-def places(files: list[Path]) -> dict[str, Place]:
+def places(files: list[Path]) -> dict[str, Stored]:
     """Where every tensor of the files is, without reading one. Raises `BadInput` for a file that is not whole, a dtype
     that is not in `DTYPES`, a tensor that stands in two files, and files without any."""
     told: dict[str, Place] = {}
@@ -300,12 +290,19 @@ def places(files: list[Path]) -> dict[str, Place]:
         for name, place in streamed.places(path).items():
             if _CONSTANT.fullmatch("." + name):
                 continue
-            if place.dtype not in DTYPES:
-                raise BadInput(f"{path}: tensor {name} is {place.dtype}; accepted are {', '.join(DTYPES)}.")
             if name in told:
                 raise BadInput(f"{path}: tensor {name} is in an earlier file too.")
             told[name] = place
-    return told
+    stored = packed(told)
+    for name, of_it in stored.items():
+        if of_it.dtype not in DTYPES:
+            raise BadInput(f"{of_it.path}: tensor {name} is {of_it.dtype}; accepted are {', '.join(DTYPES)}.")
+    return stored
+
+
+def widest(places: Mapping[str, Stored]) -> torch.dtype:
+    """The narrowest dtype that holds all these tensors, at least one."""
+    return functools.reduce(torch.promote_types, [DTYPES[place.dtype] for place in places.values()])
 
 
 def save(

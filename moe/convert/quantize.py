@@ -3,7 +3,8 @@
     w ≈ q · s,   s = max|w| / m over the group,   q = round(w / s) in [−m, m],   m = 127 (int8) or 7 (int4)
 
 A group is 32 to 64 neighbours along the input dimension, the most that divide it. Routers, gates, norms, biases and
-learned positions are never rounded. `export_c` writes these int8 numbers, and `rounded` computes with them.
+learned positions are never rounded. `export_c` writes these int8 numbers, and `rounded` computes with them, or with
+what another format of kernels/quantized.py stands for, as experts=mxfp4 of other commands stores it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from torch import Tensor
 from moe.config.model import layer_moe, moe_layers
 from moe.errors import BadInput
 from moe.model.experts import MixedExperts
+from moe.model.quantized import FORMATS, round_trip
 from moe.model.transformer import Transformer
 
 LARGEST = {"int8": 127, "int4": 7}  # of q
+DTYPES = (*LARGEST, *(name for name in FORMATS if name not in LARGEST))
 GROUPS = range(64, 31, -1)  # weights that share a scale: as many of these as divide a matrix' width
 MATRICES = ("weight", "w_up_EFD", "w_down_EDF")  # the last word of their names
 KEPT = ("router", "shared_gate", "position", "cheap")  # modules whose matrices stay as they are
@@ -27,7 +30,7 @@ KEPT = ("router", "shared_gate", "position", "cheap")  # modules whose matrices 
 class Rounding(NamedTuple):
     """Which weights are rounded, and to what."""
 
-    dtype: str  # int8 | int4
+    dtype: str  # one of `DTYPES`
     experts: Mapping[int, Sequence[int]] | None = None  # by layer among all layers; None: every matrix of the model
 
     @property
@@ -54,12 +57,23 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return (q.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
 
 
+def nearest(name: str, w: Tensor, dtype: str) -> Tensor:
+    """What a matrix, or a stack of them, becomes in one of `DTYPES`: (..., rows, columns), in float32. Raises
+    `BadInput` as `quantize` does, and for what the format cannot hold."""
+    if dtype in LARGEST:
+        return dequantize(*quantize(name, w, dtype))
+    try:
+        return round_trip(w.reshape(-1, *w.shape[-2:]), dtype).view(w.shape)
+    except ValueError as error:
+        raise BadInput(f"dtype={dtype} cannot hold {name}: {error}") from error
+
+
 @contextmanager
 def rounded(model: Transformer, rounding: Rounding) -> Iterator[None]:
     """The model has rounded weights while inside, and afterwards what it had. Memory holds the weights that are rounded
-    twice. Raises `BadInput` as `quantize` does, and for experts that the model has not."""
+    twice. Raises `BadInput` as `nearest` does, and for experts that the model has not."""
     matrices = list(_matrices(model, rounding))
-    new = [dequantize(*quantize(name, w, rounding.dtype)) for name, w in matrices]
+    new = [nearest(name, w, rounding.dtype) for name, w in matrices]
     before = [w.clone() for _, w in matrices]
     try:
         _set(matrices, new)

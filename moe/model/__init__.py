@@ -4,6 +4,7 @@ rope         rotary positions, also stretched ones
 attention    grouped-query attention, documents, KV cache
 latent       multi-head latent attention
 experts      the dense MLP, shared and routed experts
+quantized    routed experts stored in few bits, for inference
 dispatch     backends over the same expert weights
 layer        the MoE layer: route, limit, dispatch, combine
 depth        which tokens enter a block at all

@@ -4,15 +4,18 @@ reference   obvious, float64-capable, slow: the definition of correct
 torch       one matmul per expert in one autograd function: the fast path wherever there is no GPU
 triton      fused kernels for a GPU (or, under TRITON_INTERPRET=1, Triton's interpreter: slow, for tests)
 
+Experts that are stored in few bits (quantized.py) go through the same three, forward alone.
+
 Letters beyond the glossary: G widths that experts have, as in experts.py.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import grouped, operands, reference, tuning
+from kernels import grouped, operands, quantized, reference, tuning
 from moe.errors import BadInput
 from moe.model.experts import Experts, ExpertWeights, MixedExperts
+from moe.model.quantized import QuantizedExperts
 from moe.routing.contract import Routing
 
 
@@ -30,12 +33,16 @@ def choose(name: str, device: torch.device) -> tuple[str, str]:
     return "torch", obstacle or "the device is no GPU"
 
 
-def apply(experts: Experts | MixedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+def apply(
+    experts: Experts | MixedExperts | QuantizedExperts, x_TD: Tensor, routing: Routing, backend: str
+) -> tuple[Tensor, Tensor]:
     """Send every routed row through its expert and combine each token's rows by weight: (T, D) -> (T, D), and how many
     rows each expert got, (E,) int64. Raises `ValueError` for a routing of another form or type."""
     check(x_TD, routing, backend)
     if isinstance(experts, MixedExperts):
         return _apply_mixed(experts, x_TD, routing, backend)
+    if isinstance(experts, QuantizedExperts):
+        return _apply_quantized(experts, x_TD, routing, backend)
     if experts.exchange is not None:
         return _apply_elsewhere(experts, x_TD, routing, backend)
     return apply_local(experts.weights(), x_TD, routing, backend)
@@ -59,6 +66,13 @@ def apply_local(weights: ExpertWeights, x_TD: Tensor, routing: Routing, backend:
         case _:
             raise ValueError(f"backend={backend!r} is not one of reference, torch, triton")
     return y_TD, reference.count(expert_N, len(w_up_EFD))
+
+
+def _apply_quantized(experts: QuantizedExperts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:
+    """Experts in few bits: triton reads them as they are stored, the others widen them to x's type, on every call."""
+    (w_up, w_down), (token_N, expert, weight) = experts.weights(), (routing.token_N, routing.expert, routing.weight)
+    biases = experts.up_bias_EF, experts.down_bias_ED
+    return quantized.experts(x_TD, w_up, w_down, token_N, expert, weight, experts.form, _tf32(), *biases, backend)
 
 
 def _apply_elsewhere(experts: Experts, x_TD: Tensor, routing: Routing, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,19 @@
 """A run's model, tokenizer and settings, read back from its folder."""
 
 import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe.config.run import Config
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
-from moe.model import adapt
-from moe.model.transformer import Transformer, load_model, model_tensors
+from moe.model import adapt, quantized
+from moe.model.transformer import Transformer, model_tensors
 from moe.run import checkpoint, streamed
 from moe.run.folder import check_unedited, read_config
 from moe.run.streamed import Tensors
@@ -18,23 +21,32 @@ from moe.run.streamed import Tensors
 FITTED = ("model", "router", "balance", "data.documents")  # the settings that weights are weights of
 
 
-def load_run(run: Path, which: str = "best", trust: bool | str = False) -> tuple[Transformer, Tokenizer, Config]:
+def load_run(
+    run: Path, which: str = "best", trust: bool | str = False, experts: str = ""
+) -> tuple[Transformer, Tokenizer, Config]:
     """The model (on the CPU), tokenizer and config of the run in folder `run`.
 
-    which: best (lowest validation loss) | last | step-N. trust: as in `read_config`. Raises `BadInput` for a folder
-    that holds no run, a router of one's own that is not trusted, a checkpoint that does not exist or is damaged, and a
-    tokenizer that is not the one the checkpoint was trained with."""
+    which: best (lowest validation loss) | last | step-N. trust: as in `read_config`. experts: the format that routed
+    experts are stored in, for inference (moe/model/quantized.py); "": as they are. Tensors are read one at a time, so
+    that the peak is the model, its experts in that format, and a tensor. Raises `BadInput` for a folder that holds no
+    run, a router of one's own that is not trusted, a checkpoint that does not exist or is damaged, a tokenizer that is
+    not the one the checkpoint was trained with, and experts that the format cannot store."""
     cfg = read_config(run, trust)
+    if experts:
+        quantized.check_storable(cfg.model, experts)
     path = find_checkpoint(run / "checkpoints", which)
-    snapshot = checkpoint.load(path)
-    tokenizer = _its_tokenizer(run, path, snapshot.meta)
-    check_unedited(run, cfg, FITTED)
+    tensors, tokenizer = _opened(run, path, cfg)
     about = cfg.model, cfg.router, cfg.balance, cfg.data.document_end(tokenizer.eot)
-    model = Transformer(*about, reward=cfg.objective.name == "reward").eval()
-    try:
-        load_model(model, adapt.merged(snapshot.model))
-    except BadInput as error:
-        raise BadInput(f"{path} does not fit {run / 'config.yaml'}: {error}") from error
+    with quantized.stacks_on_meta() if experts else nullcontext():
+        model = Transformer(*about, reward=cfg.objective.name == "reward").eval()
+    expected = model_tensors(model)
+    _check_fit(run, path, tensors, expected)
+    with torch.no_grad():
+        for name, w in expected.items():
+            if not w.is_meta:
+                w.copy_(tensors[name])
+    if experts:
+        quantized.store(model, experts, tensors.__getitem__)
     return model, tokenizer, cfg
 
 
@@ -43,6 +55,15 @@ def open_run(run: Path, which: str = "best", key: str = "run") -> tuple[Tensors,
     does; `key` is the setting that names the folder."""
     cfg = read_config(run, key=key)
     path = find_checkpoint(run / "checkpoints", which)
+    tensors, tokenizer = _opened(run, path, cfg)
+    with torch.device("meta"):
+        expected = model_tensors(Transformer(cfg.model, cfg.router, cfg.balance))
+    _check_fit(run, path, tensors, expected)
+    return tensors, tokenizer, cfg
+
+
+def _opened(run: Path, path: Path, cfg: Config) -> tuple[Tensors, Tokenizer]:
+    """The tensors of a run's checkpoint `path`, and the tokenizer that it was trained with. Raises `BadInput`."""
     checkpoint.verify(path)
     if checkpoint.is_sharded(path):
         weights = checkpoint.load(path).model
@@ -51,15 +72,17 @@ def open_run(run: Path, which: str = "best", key: str = "run") -> tuple[Tensors,
         tensors = _whole(streamed.opened(path / checkpoint.TENSORS["model"]))
     tokenizer = _its_tokenizer(run, path, checkpoint.meta_of(path))
     check_unedited(run, cfg, FITTED)
-    # Every tensor of the model is there, and no other.
-    with torch.device("meta"):
-        expected = model_tensors(Transformer(cfg.model, cfg.router, cfg.balance))
+    return tensors, tokenizer
+
+
+def _check_fit(run: Path, path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> None:
+    """Raises `BadInput` unless every tensor of the model is there, and no other."""
     for name in dict.fromkeys([*expected, *tensors]):
         here, needed = (tuple(group[name].shape) if name in group else None for group in (tensors.meta, expected))
         if here != needed:
             said = f"has shape {here}, and the settings say {needed}" if here and needed else "is not part of the model"
-            raise BadInput(f"{path}: the weight {name} {said if here is not None else 'is missing'}.")
-    return tensors, tokenizer, cfg
+            reason = f"the weight {name} {said if here is not None else 'is missing'}."
+            raise BadInput(f"{path} does not fit {run / 'config.yaml'}: {reason}")
 
 
 def _whole(tensors: Tensors) -> Tensors:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import experiments.convert
+import experiments.evaluate
 import experiments.generate
 import experiments.upcycle
 from moe.config.data import TokenizerConfig
@@ -38,6 +39,7 @@ from moe.run.folder import read_config
 from moe.run.load import load_run
 from moe.run.streamed import Tensors
 from tests.llama_cpp import Engine
+from tests.packed_folders import pack
 from tests.small_runs import files, settings, train
 
 ROOT = Path(__file__).parents[2]
@@ -394,6 +396,36 @@ def test_a_folder_of_transformers_becomes_a_run_that_says_the_same(imported, com
     # Both may end inside a character, which one shows and the other leaves out.
     assert out.rstrip("\n\ufffd") == hf_tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
     assert command(experiments.generate, f"run={folder}", "prompt=a", "show=next")[0] == 0
+
+
+def test_a_published_gpt_oss_says_the_same_bit_by_bit_with_its_experts_in_as_few_bits(imported, command, tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "head_dim": 32}
+    source = theirs(tmp_path / "theirs", "gpt_oss", **sizes | {"intermediate_size": 96, "initializer_range": 0.5})
+    folder, status, _, err = imported(pack(source))
+    assert (status, err) == (0, "")
+    # The same numbers, and about a quarter of the bytes.
+    (wide, tokenizer, _), (stored, *_) = load_run(folder), load_run(folder, experts="mxfp4")
+    blocks = load_file(source / "model-1.safetensors")
+    for layer, block in enumerate(stored.blocks):
+        for w, name in zip(block.mlp.experts.weights(), ("gate_up_proj", "down_proj"), strict=True):
+            assert w.values.shape == blocks[f"model.layers.{layer}.mlp.experts.{name}_blocks"].shape
+    ids = tokenizer.encode("Mixture of experts")
+    with torch.no_grad():
+        for backend in ("reference", "torch"):
+            logits = [of(torch.tensor([ids]), backend=backend).logits_BSV for of in (wide, stored)]
+            assert torch.equal(*logits)
+            said = [list(generate(of, ids, 12, seed=3, eot=-1, backend=backend)) for of in (wide, stored)]
+            assert said[0] == said[1]
+    # By the commands.
+    words = [f"run={folder}", "prompt=Mixture of", "max_new=12"]
+    plain, few = (command(experiments.generate, *words, *more) for more in ([], ["experts=mxfp4"]))
+    assert few[:2] == plain[:2]
+    assert (plain[2], few[2]) == ("", "experts: mxfp4, 4.25 bits a weight, 0.1 MB in place of 0.6 MB\n")
+    (tmp_path / "a.txt").write_text("To be, or not to be, that is the question. " * 20)
+    words = [f"run={folder}", f"text={tmp_path / 'a.txt'}"]
+    plain, few = (command(experiments.evaluate, *words, *more) for more in ([], ["experts=mxfp4"]))
+    assert (few[0], few[2]) == (plain[0], plain[2]) == (0, "")
+    assert few[1] == "experts: mxfp4, 4.25 bits a weight, 0.1 MB in place of 0.6 MB\n" + plain[1]
 
 
 def test_an_imported_run_is_what_others_start_from_with_its_own_tokenizer(imported, command, corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Claims about the command that scores a model on a text."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from moe.config.router import RouterConfig
 from moe.convert.hf_weights import save
 from moe.eval import harness
 from moe.model.transformer import Transformer
+from moe.run import checkpoint
 from moe.run.load import load_run
 from moe.run.summary import read_metrics, read_summary
 from tests.small_runs import EVALUATED, settings, train
@@ -113,6 +115,40 @@ def test_a_folder_of_transformers_has_the_numbers_of_the_run_it_came_from(run, t
     assert by_text[0]["loss"] == by_ids[0]["loss"]
     assert by_text[0]["tokens"] == 320
     assert "llama: the first 320 tokens of ids.npy" in printed
+
+
+def test_experts_in_few_bits_are_scored_as_the_weights_that_they_stand_for(run, tmp_path, monkeypatch, capsys):
+    """By the text and by tasks, against a run of the same weights, but for the matrices, which are rounded there."""
+    words = ["which=last", "experts=int8"]
+    if load_run(run)[2].model.moe is None:
+        with pytest.raises(SystemExit, match="2"):
+            _evaluate(monkeypatch, capsys, f"run={run}", *words)
+        assert "experts=int8 stores routed experts in few bits, and this model is dense" in capsys.readouterr().err
+        return
+    rounded = shutil.copytree(run, tmp_path / "rounded")
+    (path,) = [path for path in (rounded / "checkpoints").iterdir() if path.name == "step-00000007"]
+    snapshot = checkpoint.load(path)
+    for name in [name for name in snapshot.model if name.endswith(("w_up_EFD", "w_down_EDF"))]:
+        w_ENM = snapshot.model[name]
+        step = w_ENM.abs().amax(-1, keepdim=True) / 127
+        snapshot.model[name] = (w_ENM / step).round() * step
+    shutil.rmtree(rounded / "checkpoints")
+    checkpoint.save(rounded / "checkpoints", snapshot, keep=1)
+    for kind, more in {"text": [], "tasks": ["tasks=arithmetic,heldout", "limit=6"]}.items():
+        outs = [tmp_path / f"{kind}-{name}" for name in ("few", "rounded")]
+        printed = _evaluate(monkeypatch, capsys, f"run={run}", *words, *more, f"out={outs[0]}")
+        _evaluate(monkeypatch, capsys, f"run={rounded}", "which=last", *more, f"out={outs[1]}")
+        # 2 layers of 4 experts: w_up of 32 rows of 32, w_down of 32 rows of 16, and a float32 for each of 64 rows.
+        n, n_bytes = 8 * 32 * (32 + 16), 8 * (32 * (32 + 16) + 4 * 64)
+        stored = {"format": "int8", "bits": 8 * n_bytes / n, "n_bytes": n_bytes, "wide_bytes": 4 * n}
+        lines, expected = map(_lines, outs)
+        assert [line.pop("experts") for line in lines] == [stored] * len(lines)
+        assert [line.pop("experts") for line in expected] == [None] * len(lines)
+        assert len(lines) > 1
+        for line, want in zip(lines, expected, strict=True):
+            number = "loss" if kind == "text" else "score"
+            assert line[number]["value"] == pytest.approx(want[number]["value"], rel=1e-6)
+        assert printed.startswith("experts: int8, 9.333 bits a weight, 0.0 MB in place of 0.0 MB\n")
 
 
 TASKS = "arithmetic, copy ,heldout"
@@ -236,6 +272,11 @@ def test_without_lm_eval_the_sentence_names_the_command_that_installs_it(run, mo
         (("run={run}", "tasks=heldout", "text={tmp}/latin.txt"), "is no UTF-8"),
         (("run={run}", "tasks=copy", "context=33"), "context=33 is out of range: the model reads at most 32"),
         (("run={run}", "tasks=copy", "context=20"), "answers of 24 tokens, and the model reads 20"),
+        (("run={run}", "experts=int3"), "experts=int3 is not one of int8, "),
+        (
+            ("hf=x", "experts=int8"),
+            "experts=int8 is for run=...: make a run of hf=x first, with python -m experiments.con",
+        ),
         (("hf=x", "data.path=y"), "data.path=y means nothing to data=blend"),
     ],
 )

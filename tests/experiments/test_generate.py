@@ -15,8 +15,10 @@ from omegaconf import OmegaConf
 from experiments import cli
 from experiments.generate import GenerateConfig, main, repr_token, say, show_next
 from experiments.pages.tables import markdown
+from kernels.quantized import FORMATS
 from moe.errors import BadInput
 from moe.eval.generate import LayerChoice, generate, next_tokens, stream_text
+from moe.model.quantized import storage
 from moe.run import terminal
 from moe.run.load import load_run
 from tests.small_models import BYTES
@@ -94,6 +96,7 @@ def test_show_next_prints_tokens_and_the_experts_of_every_moe_layer(monkeypatch,
         (["run=r", "seed=-1"], "seed=-1 is out of range"),
         (["run=r", "show=table"], "show=table is not one of text, next"),
         (["run=r", "temprature=1"], "did you mean temperature"),
+        (["run=r", "experts=mxfp"], f"experts=mxfp is not one of {', '.join(FORMATS)}; did you mean mxfp4"),
         (["run=r", "prompt=\udcff"], "is not valid UTF-8"),
     ],
 )
@@ -105,6 +108,31 @@ def test_bad_input_is_refused_in_one_sentence(monkeypatch, capsys, arguments, se
     assert said.out == ""
     assert sentence in said.err
     assert said.err.count("\n") == 1
+
+
+def test_experts_in_few_bits_go_on_from_a_prompt_and_what_they_take_is_said_beside_the_text(
+    monkeypatch, capsys, made_run
+):
+    model = load_run(made_run, experts="int8")[0]
+    for words in (["max_new=20", "seed=3"], ["show=next", "n=3"]):
+        command(monkeypatch, f"run={made_run}", "prompt=To be", "experts=int8", *words)
+        said = capsys.readouterr()
+        assert said.err == f"{storage(model)}\n"
+        assert said.err.startswith("experts: int8, ")
+        if words[0] == "max_new=20":
+            drawn = generate(model, list(b"To be"), 20, temperature=0.8, top_k=50, top_p=0.95, seed=3, eot=256)
+            assert said.out == "To be" + "".join(stream_text(BYTES, drawn)) + "\n"
+        else:
+            tokens, _ = next_tokens(model, list(b"To be"), 3)
+            assert all(f"| {token} |" in " ".join(said.out.split()) for token, _ in tokens)
+
+
+def test_experts_that_the_format_cannot_store_are_refused_by_key_and_value(monkeypatch, capsys, made_run):
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, f"run={made_run}", "prompt=To be", "experts=mxfp4")
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith("error: experts=mxfp4 cannot store model.d_model=16: mxfp4 takes rows of 32 weights or")
 
 
 def test_an_interrupt_ends_the_text_with_a_line_break(capsys):

@@ -10,7 +10,8 @@ import torch
 
 from experiments import quantize
 from moe.analysis.tracing import What, windows_of_run
-from moe.convert.quantize import Rounding, rounded
+from moe.convert.quantize import DTYPES, Rounding, rounded
+from moe.eval.scores import score
 from moe.model.transformer import next_token_loss
 from moe.run.load import load_run
 from tests.small_runs import settings, train
@@ -71,6 +72,21 @@ def test_the_cost_is_of_the_runs_validation_in_all_by_domain_by_expert_and_in_ro
     assert "tokens with other experts" in printed
 
 
+def test_a_format_of_the_kernels_costs_what_evaluate_says_that_experts_stored_in_it_do(run, command, tmp_path):
+    code, printed, err = command(f"run={run}", "dtype=mxfp4", "tokens=0", f"out={tmp_path / 'lines'}")
+    assert code == 0, err
+    effects = {line["what"]: line["total"] for line in lines_of(tmp_path / "lines") if "total" in line}
+    assert effects.keys() == {"mxfp4 every matrix", "mxfp4 all experts"}
+    (_, tokenizer, cfg), windows = load_run(run), effects["mxfp4 all experts"]["tokens"]
+    text = windows_of_run(What(tokens=0), cfg, tokenizer)
+    for key, experts in (("before", ""), ("after", "mxfp4")):
+        scored = score(load_run(run, experts=experts)[0], text, tokenizer)[0]
+        assert scored.tokens == windows
+        assert effects["mxfp4 all experts"][key] == pytest.approx(scored.loss.value, rel=1e-6)
+    assert effects["mxfp4 all experts"]["difference"] != 0
+    assert "| mxfp4 all experts " in printed
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on the path")
 def test_the_program_is_measured_by_its_own_losses_and_says_what_torch_says(run, command, tmp_path):
     for words in (("program=true",), ()):
@@ -87,7 +103,7 @@ def test_the_program_is_measured_by_its_own_losses_and_says_what_torch_says(run,
     ("words", "message"),
     [
         ((), "run=... is needed"),
-        (("run=x", "dtype=int2"), "dtype=int2 is not one of int8, int4"),
+        (("run=x", "dtype=int2"), f"dtype=int2 is not one of {', '.join(DTYPES)}"),
         (("run=x", "dtype=int4", "program=true"), "program=true is for dtype=int8 and experts=false"),
         (("run=x", "tokens=-1"), "tokens=-1 is out of range"),
         (("run=x", "out=."), "out=. exists"),

@@ -1,6 +1,7 @@
 """Quantised weights: what is rounded to what, by brute force over every code and by two other libraries; and the layer
 on the kernels against the reference on dequantised weights."""
 
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -198,11 +199,16 @@ def test_what_is_read_of_weights_is_a_half_and_a_little_over_a_quarter_of_16_bit
     assert bits == want | {("fp8", 64): 8 + 2 * 32 / (256 * 64), ("fp8", 128): 8 + 32 / (64 * 128)}
 
 
-def test_a_compiled_graph_holds_the_layer_as_one_op():
+@pytest.mark.parametrize("dispatch", ["reference", "torch", "triton"])
+def test_a_compiled_graph_holds_the_layer_without_a_warning(dispatch):
     arguments = _layer(dtype=torch.float32)
-    compiled = torch.compile(lambda x: call(experts, {**arguments, "x": x}), fullgraph=True, backend="eager")
-    for got, want in zip(compiled(arguments["x"]), call(experts, arguments), strict=True):
-        assert torch.equal(got, want)
+    layer = lambda x: call(experts, {**arguments, "x": x}, dispatch=dispatch)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = torch.compile(layer, fullgraph=True, backend="eager")(arguments["x"])
+    for tensor, want in zip(got, layer(arguments["x"]), strict=True):
+        assert torch.equal(tensor, want)
 
 
 SMALL = _layer(dtype=torch.float32)

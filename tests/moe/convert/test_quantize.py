@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from kernels.quantized import FORMATS
+from kernels.quantized import dequantize as dequantized
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
-from moe.convert.quantize import LARGEST, Rounding, dequantize, quantize, rounded
+from moe.convert.quantize import DTYPES, LARGEST, Rounding, dequantize, quantize, rounded
 from moe.errors import BadInput
+from moe.model.quantized import store
 from moe.model.transformer import Transformer
 
 NEVER_ROUNDED = ("norm", "router", "shared_gate", "position", "bias", "cheap")
@@ -69,6 +72,29 @@ def test_every_matrix_is_rounded_but_routers_gates_norms_biases_and_positions(dt
         elif name != "head.weight":  # tied: the embedding
             assert torch.equal(inside[name], dequantize(*quantize(name, w, dtype))), name
             assert not torch.equal(inside[name], w), name
+
+
+@pytest.mark.parametrize("widths", [[], [32, 64, 32, 64]])
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name not in LARGEST])
+def test_another_format_rounds_all_experts_to_what_it_stores_of_them(dtype, widths):
+    network, stored = model(widths=widths), model(widths=widths)
+    store(stored, dtype, dict(stored.named_parameters()).__getitem__)
+    tokens_BS = torch.randint(0, 23, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), rounded(network, Rounding(dtype, {1: range(4), 2: range(4)})):
+        assert torch.equal(network(tokens_BS).logits_BSV, stored(tokens_BS).logits_BSV)
+    # And every other matrix too, as one of a stack of one.
+    before = weights_of(network)
+    with rounded(network, Rounding(dtype)):
+        inside = weights_of(network)
+    assert torch.equal(inside["embed.weight"], dequantized(FORMATS[dtype](before["embed.weight"][None]))[0])
+    assert all(torch.equal(w, before[name]) for name, w in inside.items() if any(of in name for of in NEVER_ROUNDED))
+
+
+def test_a_width_that_a_format_does_not_hold_is_refused_by_the_matrixs_name():
+    network = Transformer(ModelConfig("m", 23, 16, 1, 64, 2, d_ff=40), RouterConfig()).initialize(0)
+    sentence = "dtype=mxfp4 cannot hold blocks.0.mlp.down.weight: mxfp4 takes rows of 32 weights or a multiple"
+    with pytest.raises(BadInput, match=sentence), rounded(network, Rounding("mxfp4")):
+        raise AssertionError("not reached")
 
 
 @pytest.mark.parametrize("widths", [[], [32, 64, 32, 64]])

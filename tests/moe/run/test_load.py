@@ -1,19 +1,30 @@
 """A run read back: the weights of the checkpoint asked for, and what is refused."""
 
+import dataclasses
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from kernels.quantized import FORMATS, dequantize
 from moe.config.data import TokenizerConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.router import RouterConfig
 from moe.data.tokenizer import train
 from moe.errors import BadInput
-from moe.model.transformer import model_tensors
+from moe.model.transformer import Transformer, model_tensors
 from moe.run import checkpoint
 from moe.run.load import load_run, open_run
-from tests.small_models import BYTES, tiny
+from moe.run.streamed import Tensors
+from tests.small_models import BYTES, random_weights, tiny, write_run
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(("which", "step"), [("best", 5), ("last", 12), ("step-9", 9), ("step-00000009", 9)])
@@ -109,7 +120,7 @@ def test_a_run_without_a_checkpoint_is_refused(run):
 
 def test_weights_that_do_not_fit_the_config_are_refused(run):
     tree = yaml.safe_load((run / "config.yaml").read_text())
-    for key, value, named in (("d_ff", 24, "down.weight"), ("n_layers", 3, "blocks.3"), ("qk_norm", "head", "q_norm")):
+    for key, value, named in (("d_ff", 24, "up.weight"), ("n_layers", 3, "blocks.3"), ("qk_norm", "head", "q_norm")):
         changed = tree | {"model": tree["model"] | {key: value}}
         (run / "config.yaml").write_text(yaml.safe_dump(changed))
         with pytest.raises(BadInput, match=rf"does not fit .*config.yaml: .*{named}"):
@@ -128,3 +139,94 @@ def test_a_damaged_config_is_refused(run, content):
     (run / "config.yaml").write_bytes(content)
     with pytest.raises(BadInput):
         load_run(run)
+
+
+FEW = ModelConfig("few", 257, 16, 2, 32, 2, d_ff=24, moe=MoEConfig(4, 2, 32, n_shared=1), init_std=0.3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_are_stored_in_the_format_asked_for_and_all_else_as_it_was(format, tmp_path):
+    run = write_run(tmp_path / "run", FEW, {1: random_weights(FEW)})
+    (model, _, cfg), wide = load_run(run, experts=format), load_run(run)[0]
+    assert cfg.model == FEW
+    assert not model.training
+    for block, its in zip(model.blocks, wide.blocks, strict=True):
+        stored = block.mlp.experts.weights()
+        for w, of_it in zip(stored, (its.mlp.experts.w_up_EFD, its.mlp.experts.w_down_EDF), strict=True):
+            want = FORMATS[format](of_it)
+            assert type(w) is type(want)
+            assert all(torch.equal(*(of.view(torch.uint8) for of in pair)) for pair in zip(w, want, strict=True))
+            assert 0 < (dequantize(w) - of_it).norm() < 0.2 * of_it.norm()
+    # Whatever is not the two matrices, buffers that no checkpoint holds among them.
+    theirs = {**dict(wide.named_parameters()), **dict(wide.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert "mlp.experts." in name or torch.equal(tensor, theirs[name])
+    assert model.head.weight is model.embed.weight
+
+
+def test_changes_of_low_rank_are_in_the_experts_that_are_stored(tmp_path):
+    """A stack that was trained by two narrow ones: what is rounded is the sum."""
+    weights, place = random_weights(FEW), "blocks.1.mlp.experts.parametrizations.w_up_EFD"
+    base, draw = weights.pop("blocks.1.mlp.experts.w_up_EFD"), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=draw) for shape in ((4, 2, 32), (4, 64, 2)))
+    weights |= {f"{place}.original": base, f"{place}.0.a": a, f"{place}.0.b": b}
+    weights[f"{place}.0.scale"] = torch.tensor(0.5, dtype=torch.float64)
+    run = write_run(tmp_path / "run", FEW, {1: weights})
+    changed = base + 0.5 * (b @ a)
+    assert torch.equal(load_run(run)[0].blocks[1].mlp.experts.w_up_EFD, changed)
+    stored = load_run(run, experts="int8")[0].blocks[1].mlp.experts.weights()[0]
+    assert torch.equal(stored.values, FORMATS["int8"](changed).values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "format", "sentence"),
+    [
+        ({}, "int3", f"experts=int3 is not one of {', '.join(FORMATS)}"),
+        ({"moe": None}, "int8", "experts=int8 stores routed experts in few bits, and this model is dense"),
+        (
+            {"moe": MoEConfig(4, 2, 40)},
+            "mxfp4",
+            "experts=mxfp4 cannot store model.moe.d_expert=40: mxfp4 takes rows of",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_stored_are_refused_before_a_checkpoint_is_read(changes, format, sentence, tmp_path):
+    model = dataclasses.replace(FEW, **changes)
+    run = write_run(tmp_path / "run", model, {1: random_weights(model)})
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(BadInput) as refused:
+        load_run(run, experts=format)
+    assert sentence in str(refused.value)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from moe.run import machine
+from moe.run.load import load_run
+
+format = sys.argv[1]
+load_run(Path("small"), experts=format)
+machine.return_freed_memory()
+taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, ((taken + 60_000) * 1024,) * 2)
+load_run(Path("large"), experts=format)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_experts_that_are_larger_than_memory_are_read_into_few_bits(tmp_path):
+    """101 MB of them in 60 MB more than the same process has after it loaded a small run; they take 27 MB."""
+    large = dataclasses.replace(FEW, n_layers=16, d_model=256, head_dim=8, moe=MoEConfig(8, 2, 512))
+    with torch.device("meta"):
+        meta = {name: w.bfloat16() for name, w in model_tensors(Transformer(large, RouterConfig())).items()}
+    values = Tensors(meta, lambda name: torch.full(meta[name].shape, 0.1, dtype=torch.bfloat16))
+    assert sum(w.nbytes for name, w in meta.items() if "experts" in name) > 100_000_000
+    write_run(tmp_path / "small", FEW, {1: random_weights(FEW)})
+    write_run(tmp_path / "large", large, {1: values})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for format, fits in (("mxfp4", True), ("", False)):
+        words = [sys.executable, "-c", LIMITED, format]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == fits, done.stderr
+        assert fits or "allocate memory" in done.stderr
