@@ -292,10 +292,13 @@ def dh(
     dz = z.new_empty(n_rows if for_z else 0, z.shape[1])
     h = z.new_empty(n_rows if for_h else 0, width)
     parts = weight_N.new_zeros(n_rows if for_weight else 0, triton.cdiv(width, tile.block_n))
+    wanted = dz if for_z else None, h if for_h else None, parts if for_weight else None
+    if tile.gluon and form == Form("swiglu") and b_down_ED is None and w_down_EDF.is_contiguous():
+        hopper.dh(dout_TD, w_down_EDF, z, weight_N, *wanted, plan, tile)
+        return dz, h, parts.sum(1)
     _launch(
-        dout_TD, w_down_EDF.mT, dz if for_z else None, plan, tile, tf32, "backward", form, gather=True,
-        bias=None if form.weigh_input else b_down_ED, h=h if for_h else None, z=z, weight=weight_N,
-        dweight=parts if for_weight else None,
+        dout_TD, w_down_EDF.mT, wanted[0], plan, tile, tf32, "backward", form, gather=True,
+        bias=None if form.weigh_input else b_down_ED, h=wanted[1], z=z, weight=weight_N, dweight=wanted[2],
     )  # fmt: skip
     return dz, h, parts.sum(1)
 

@@ -192,6 +192,7 @@ class _Gluon:
 
     static_range = staticmethod(range)
     exp = staticmethod(torch.exp)
+    sum = staticmethod(torch.sum)
     load = staticmethod(Pointer.load)
     store = staticmethod(Pointer.store)
     convert_layout = staticmethod(lambda value, layout: value)
