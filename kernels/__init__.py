@@ -8,7 +8,7 @@ fused         the experts on the Triton kernels below, as one autograd function:
   plan          routed rows sorted by expert, and a schedule of tiles
   ragged_mm     each expert's rows times its matrix, gather and activation fused in
   epilogue      what becomes of such a product before it is stored: biases, activations, their derivatives
-  hopper        ragged_mm's first product with warps that load beside warps that multiply, on sm_90: off until proven
+  hopper        two of ragged_mm's products with warps that load beside warps that multiply, on sm_90: off until proven
   ragged_wgrad  gradients of weights and biases
   combine       a token's rows, summed
 quantized     experts whose weights are stored in int8 or mxfp4, for inference, on any of the three
