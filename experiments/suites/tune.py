@@ -49,7 +49,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "block_k": (16, 32, 64, 128),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "num_warps": (4, 8),
-    "parts": (1, 2, 4, 8),
+    "parts": (1, 2, 4, 8, 16),
     "group_m": (1, 4, 8, 16),
     "tma": (False, True),
     "per_sm": (0, 1, 2, 3),
@@ -58,10 +58,13 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gluon": (False, True),
 }
 # Changes that are tried at once, because a step of them spills, does not run or gains little; keys as tuning.table's.
-TOGETHER: dict[tuple[str, str, str, str], dict[str, Any]] = {
-    ("sm_90", "16bit", "many", "dh"): dict(block_n=256, parts=8, gluon=True),  # as wide as the other uses' tiles
-    ("sm_90", "16bit", "few", "up"): dict(num_warps=4, gluon=True),  # each multiplying warp takes 16 rows
-    ("sm_90", "16bit", "few", "dh"): dict(num_warps=4, gluon=True),
+TOGETHER: dict[tuple[str, str, str, str], tuple[dict[str, Any], ...]] = {
+    ("sm_90", "16bit", "many", "dh"): (
+        dict(block_n=256, parts=8, gluon=True),  # as wide as the other uses' tiles
+        dict(parts=16, num_warps=4, num_stages=3, per_sm=2),  # two programs, each of which writes while the other sums
+    ),
+    ("sm_90", "16bit", "few", "up"): (dict(num_warps=4, gluon=True),),  # each multiplying warp takes 16 rows
+    ("sm_90", "16bit", "few", "dh"): (dict(num_warps=4, gluon=True),),
 }
 TRADED = ("block_m", "block_n", "block_k", "num_stages", "num_warps")  # shared memory and registers for one another
 SAME = 3e-2  # relative error between two tiles' results: rounding to 16 bits, or another order of sums
@@ -137,8 +140,8 @@ def candidates(device: torch.device, use: str, kind: str, load: str, changed: in
     for names in itertools.combinations(VALUES if changed < 2 else TRADED, changed):
         for values in itertools.product(*(_neighbours(name, getattr(base, name)) for name in names)):
             tiles.append(base._replace(**dict(zip(names, values, strict=True))))
-    if changed == 1 and (together := TOGETHER.get((arch, kind, load, use))):
-        tiles.append(base._replace(**together))
+    if changed == 1:
+        tiles += [base._replace(**together) for together in TOGETHER.get((arch, kind, load, use), ())]
     return [tile for tile in tiles if (tile != base or not changed) and fits(tile, use, itemsize, limit, arch)]
 
 
@@ -151,10 +154,11 @@ def _neighbours(name: str, value: Any) -> list[Any]:
 
 def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     """Whether a tile may work: operands in flight within shared memory, at most 128 registers of sums per thread,
-    slices of at least 16 columns, the copy engine where there is one, and settings that a kernel reads."""
+    slices of at least 16 columns (8 of dh's), the copy engine where there is one, and settings that a kernel reads."""
     shared = shared_bytes(tile, use, itemsize, arch)
     sums = tile.block_m * tile.block_n / (32 * tile.num_warps)
-    if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
+    narrowest = 8 if use == "dh" and not tile.gluon else 16
+    if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < narrowest:
         return False
     hopper = arch.startswith("sm_") and int(arch[3:]) >= 90
     if tile.tma and not hopper:

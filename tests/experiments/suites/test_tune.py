@@ -15,6 +15,7 @@ from kernels import aot, tuning
 from kernels.tuning import Tile
 from tests import fake_cuda
 from tests.experiments.bench_command import command
+from tests.kernels.test_aot import _run
 
 pytestmark = fake_cuda.interpreted
 CPU = torch.device("cpu")
@@ -22,8 +23,8 @@ HOPPER = 227 * 1024
 
 
 def _together(base, *key):
-    """The tile of a key in TOGETHER."""
-    return [base._replace(**tune.TOGETHER[key])] if key in tune.TOGETHER else []
+    """The tiles of a key in TOGETHER."""
+    return [base._replace(**changes) for changes in tune.TOGETHER.get(key, ())]
 
 
 @pytest.mark.parametrize(("kind", "load"), list(itertools.product(tuning.TYPES, tuning.LOADS)))
@@ -120,12 +121,41 @@ def test_a_candidate_with_gluon_is_of_swiglus_uses_on_hopper_in_16_bits_alone():
 
 def test_what_is_tried_together_is_no_candidate_of_itself(monkeypatch):
     key = ("sm_90", "16bit", "many", "dh")
-    (tile,) = _together(tuning.table()[key], *key)
+    tile, two = _together(tuning.table()[key], *key)
     assert (tile.block_n, tile.parts, tile.gluon) == (256, 8, True)
+    assert 2 * tune.shared_bytes(two, "dh", 2, "sm_90") <= HOPPER
     monkeypatch.setattr(tune, "present", lambda *given: tile)
     with tuning.target("sm_90"):
         assert tile not in tune.candidates(CPU, "dh", "16bit", "many", 1, HOPPER)
         assert tune.candidates(CPU, "dh", "16bit", "many", 0, HOPPER) == [tile]
+
+
+COMPILED = """
+import json
+from unittest.mock import patch
+from experiments.suites import tune
+from kernels import aot, tuning
+
+table, found = tuning.table(), []
+for key, alternatives in tune.TOGETHER.items():
+    name, kind, load, use = key
+    case = aot.EVEN._replace(type=kind, tokens={"many": 16384, "few": 64}[load])
+    for changes in alternatives:
+        changed = table | {key: table[key]._replace(**changes)}
+        with patch.object(tuning, "table", lambda: changed), aot.compiling(name) as launches:
+            aot._layer(case)
+            rows = [aot._row(name, kind, load, case.shape, launch) for launch in launches if launch.tuned]
+        (row,) = [row for row in rows if row.use == use]
+        found.append((aot.check([row]), row.blocks, changed[key].per_sm))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.aot
+def test_what_is_tried_together_compiles_without_a_spill_to_as_many_programs_as_it_asks_for():
+    done = _run("-c", COMPILED)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[], per_sm, per_sm] for per_sm in (1, 2, 2, 2)]
 
 
 def _settings(**changes):
