@@ -60,7 +60,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 # Changes that are tried at once, because a step of them spills, does not run or gains little; keys as tuning.table's.
 TOGETHER: dict[tuple[str, str, str, str], tuple[dict[str, Any], ...]] = {
     ("sm_90", "16bit", "many", "dh"): (
-        dict(block_n=256, parts=8, gluon=True),  # as wide as the other uses' tiles
+        dict(block_n=256, parts=16, gluon=True),  # as wide as the other uses' tiles
         dict(parts=16, num_warps=4, num_stages=3, per_sm=2),  # two programs, each of which writes while the other sums
     ),
     ("sm_90", "16bit", "few", "up"): (dict(num_warps=4, gluon=True),),  # each multiplying warp takes 16 rows

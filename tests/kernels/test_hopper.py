@@ -212,7 +212,7 @@ TWO = dict(block_m=64, block_n=128, num_warps=4, per_sm=2)  # programs of a mult
     [
         ("up", dict(parts=2), True, 168, 256), ("up", dict(parts=8), False, 168, 256),
         ("up", dict(parts=2) | TWO, True, 128, 128),
-        ("dh", dict(block_n=256, parts=8), True, 168, 256), ("dh", dict(), True, 168, 128),
+        ("dh", dict(block_n=256, parts=16), True, 168, 256), ("dh", dict(), True, 168, 128),
         ("dh", TWO, True, 128, 128),
     ],
     ids=str,

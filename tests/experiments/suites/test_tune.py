@@ -122,7 +122,7 @@ def test_a_candidate_with_gluon_is_of_swiglus_uses_on_hopper_in_16_bits_alone():
 def test_what_is_tried_together_is_no_candidate_of_itself(monkeypatch):
     key = ("sm_90", "16bit", "many", "dh")
     tile, two = _together(tuning.table()[key], *key)
-    assert (tile.block_n, tile.parts, tile.gluon) == (256, 8, True)
+    assert (tile.block_n, tile.parts, tile.gluon) == (256, 16, True)
     assert 2 * tune.shared_bytes(two, "dh", 2, "sm_90") <= HOPPER
     monkeypatch.setattr(tune, "present", lambda *given: tile)
     with tuning.target("sm_90"):
