@@ -30,7 +30,7 @@ def _call(use, operands, tile, wanted=(True, True, True), z=None):
     return dict(zip(("dz", "weighted h", "dweight"), outputs, strict=True))
 
 
-def _hold(use, load="zipf", dtype=torch.float16, tile=TILE, d=160, f=24, wanted=(True, True, True)):
+def _hold(use, load="zipf", dtype=torch.float16, tile=TILE, d=160, f=24, wanted=(True, True, True), eager=False):
     """Each output is the loops', at most twice as wrong as they are in this dtype; rows without an expert keep their
     NaN, their weights have no gradient; what is not wanted has no row."""
     operands = _operands(load, d, f, dtype=dtype, block_m=tile.block_m)
@@ -38,7 +38,7 @@ def _hold(use, load="zipf", dtype=torch.float16, tile=TILE, d=160, f=24, wanted=
     rounded = dict(zip(NAMES, _loops(*operands, "swiglu"), strict=True))
     z = torch.full((len(where.row_N), 2 * f), torch.nan, dtype=dtype)
     z[:live] = rounded["z"]
-    with poisoned(), tuning.target("sm_90"), running(hopper, "_specialized_mm"):
+    with poisoned(), tuning.target("sm_90"), running(hopper, "_specialized_mm", eager=eager):
         got = _call(use, operands, tile, wanted, z)
     exact = dict(zip(NAMES, _loops(*(tensor.double() for tensor in operands[:-1]), where, "swiglu"), strict=True))
     expected = {name: mine for (name, mine), want in zip(got.items(), wanted, strict=False) if want}
@@ -54,6 +54,12 @@ def _hold(use, load="zipf", dtype=torch.float16, tile=TILE, d=160, f=24, wanted=
 @USES
 def test_it_is_the_loops_for_any_load(use, load):
     _hold(use, load)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@USES
+def test_a_stage_is_given_back_once_it_was_read_and_no_sooner(use, num_stages):
+    _hold(use, tile=TILE._replace(num_stages=num_stages), eager=True)
 
 
 @pytest.mark.parametrize(
