@@ -10,7 +10,7 @@ fused         the experts on the Triton kernels below, as one autograd function:
   ragged_mm     each expert's rows times its matrix, gather and activation fused in
   epilogue      what becomes of such a product before it is stored: biases, activations, their derivatives
   bits          numbers of 4 and 8 bits in registers, and rows and matrices rounded to fp8
-  hopper        ragged_mm's first product with warps that load beside warps that multiply, on sm_90: off until proven
+  hopper        two of ragged_mm's products with warps that load beside warps that multiply, on sm_90: off until proven
   ragged_wgrad  gradients of weights and biases
   combine       a token's rows, summed
 quantized     experts whose weights are stored in int8, mxfp4 or fp8, for inference, on any of the three

@@ -153,7 +153,7 @@ def _jobs(name: str) -> list[tuple[str, str, str, Callable[[], None]]]:
 def _use(launch: Launch, shape: str) -> str:
     """What a launch is for. Of matrices by columns, it is the other one that is read along its rows."""
     options, by_rows = launch.options, shape != "columns"
-    if launch.name == "_ragged_mm":
+    if "EPILOGUE" in options:
         store = "down" if options["K_MAJOR"] == by_rows else "dx"
         return {"activate": "up", "backward": "dh", "store": store}[options["EPILOGUE"]]
     if launch.name == "_ragged_wgrad":

@@ -230,7 +230,8 @@ def up(
     z = x_TD.new_empty(n_rows if keep_z else 0, width)
     h = x_TD.new_empty(n_rows, width // form.width(1))
     kept = z if keep_z else None
-    if tile.gluon and form == Form("swiglu") and b_up_EF is None and scales is None and w_up_EFD.is_contiguous():
+    plain = form == Form("swiglu") and b_up_EF is None and scales is None and w_up_EFD.is_contiguous()
+    if tile.gluon and plain and hopper.takes(x_TD, w_up_EFD, tile):
         hopper.up(x_TD, w_up_EFD, kept, h, plan, tile)
         return z, h
     _launch(
@@ -268,10 +269,14 @@ def dh(
     dz = z.new_empty(n_rows if for_z else 0, z.shape[1])
     h = z.new_empty(n_rows if for_h else 0, width)
     parts = weight_N.new_zeros(n_rows if for_weight else 0, -(-width // tile.block_n))
+    wanted = dz if for_z else None, h if for_h else None, parts if for_weight else None
+    plain = form._replace(fp8="") == Form("swiglu") and b_down_ED is None and w_down_EDF.is_contiguous()
+    if tile.gluon and plain and hopper.takes(dout_TD, w_down_EDF, tile):
+        hopper.dh(dout_TD, w_down_EDF, z, weight_N, *wanted, plan, tile)
+        return dz, h, parts.sum(1)
     _launch(
-        dout_TD, w_down_EDF.mT, dz if for_z else None, plan, tile, tf32, "backward", form, gather=True,
-        bias=None if form.weigh_input else b_down_ED, h=h if for_h else None, z=z, weight=weight_N,
-        dweight=parts if for_weight else None,
+        dout_TD, w_down_EDF.mT, wanted[0], plan, tile, tf32, "backward", form, gather=True,
+        bias=None if form.weigh_input else b_down_ED, h=wanted[1], z=z, weight=weight_N, dweight=wanted[2],
     )  # fmt: skip
     return dz, h, parts.sum(1)
 

@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     # What follows is tried by the tuner, and off until a GPU has proven it.
     flatten: bool = False  # one loop over tiles and their sums: the next tile is loaded while this one is written
     ragged: bool = False  # an expert's rows through the accelerator too: down's and dx's output, wgrad's in slots
-    gluon: bool = False  # up's swiglu product by hopper.py instead: on sm_90, for 16 bits
+    gluon: bool = False  # up and dh of swiglu by hopper.py instead: on sm_90, for 16 bits
 
 
 @contextmanager

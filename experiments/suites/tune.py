@@ -1,10 +1,10 @@
 """Suite tune: time candidate tiles of the matmul kernels on this GPU, in the form of kernels/tuning.jsonl.
 
-Candidates are the tile of the present table, then tiles with one setting a step away, then, for 16 bits, with two that
-trade the same resource; those that cannot fit in shared memory or registers are never made. A candidate that does not
-compile, spills, or gives another result is counted and not timed. `up`, `down`, `dh` and `dx` walk over one schedule,
-so the best height of its tiles is the one whose four best times have the smallest sum. Repeat it on its own result to
-go on.
+Candidates are the tile of the present table, then tiles with one setting a step away and those of TOGETHER, then, for
+16 bits, with two that trade the same resource; those that cannot fit in shared memory or registers are never made. A
+candidate that does not compile, spills, or gives another result is counted and not timed. `up`, `down`, `dh` and `dx`
+walk over one schedule, so the best height of its tiles is the one whose four best times have the smallest sum. Repeat
+it on its own result to go on.
 
     python -m experiments.bench suite=tune                 # on a GPU: a row per candidate -> runs/bench
     python -m experiments.bench suite=tune shape=small     # the same on other widths than OLMoE's
@@ -49,13 +49,22 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "block_k": (16, 32, 64, 128),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "num_warps": (4, 8),
-    "parts": (1, 2, 4, 8),
+    "parts": (1, 2, 4, 8, 16),
     "group_m": (1, 4, 8, 16),
     "tma": (False, True),
     "per_sm": (0, 1, 2, 3),
     "flatten": (False, True),
     "ragged": (False, True),
     "gluon": (False, True),
+}
+# Changes that are tried at once, because a step of them spills, does not run or gains little; keys as tuning.table's.
+TOGETHER: dict[tuple[str, str, str, str], tuple[dict[str, Any], ...]] = {
+    ("sm_90", "16bit", "many", "dh"): (
+        dict(block_n=256, parts=16, gluon=True),  # as wide as the other uses' tiles
+        dict(parts=16, num_warps=4, num_stages=3, per_sm=2),  # two programs, each of which writes while the other sums
+    ),
+    ("sm_90", "16bit", "few", "up"): (dict(num_warps=4, gluon=True),),  # each multiplying warp takes 16 rows
+    ("sm_90", "16bit", "few", "dh"): (dict(num_warps=4, gluon=True),),
 }
 TRADED = ("block_m", "block_n", "block_k", "num_stages", "num_warps")  # shared memory and registers for one another
 SAME = 3e-2  # relative error between two tiles' results: rounding to 16 bits, or another order of sums
@@ -124,15 +133,16 @@ def present(device: torch.device, use: str, kind: str, load: str) -> Tile:
 
 
 def candidates(device: torch.device, use: str, kind: str, load: str, changed: int, limit: int) -> list[Tile]:
-    """Tiles that are `changed` settings away from the present one, each by a step, and may fit."""
-    base, itemsize = present(device, use, kind, load), 2 if kind == "16bit" else 4
+    """Tiles that are `changed` settings away from the present one, each by a step, and may fit; with those of one
+    change, what is tried together."""
+    base, itemsize, arch = present(device, use, kind, load), 2 if kind == "16bit" else 4, tuning.architecture(device)
     tiles = []
     for names in itertools.combinations(VALUES if changed < 2 else TRADED, changed):
         for values in itertools.product(*(_neighbours(name, getattr(base, name)) for name in names)):
-            tile = base._replace(**dict(zip(names, values, strict=True)))
-            if fits(tile, use, itemsize, limit, tuning.architecture(device)):
-                tiles.append(tile)
-    return tiles
+            tiles.append(base._replace(**dict(zip(names, values, strict=True))))
+    if changed == 1:
+        tiles += [base._replace(**together) for together in TOGETHER.get((arch, kind, load, use), ())]
+    return [tile for tile in tiles if (tile != base or not changed) and fits(tile, use, itemsize, limit, arch)]
 
 
 def _neighbours(name: str, value: Any) -> list[Any]:
@@ -144,10 +154,11 @@ def _neighbours(name: str, value: Any) -> list[Any]:
 
 def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
     """Whether a tile may work: operands in flight within shared memory, at most 128 registers of sums per thread,
-    slices of at least 16 columns, the copy engine where there is one, and settings that a kernel reads."""
+    slices of at least 16 columns (8 of dh's), the copy engine where there is one, and settings that a kernel reads."""
     shared = shared_bytes(tile, use, itemsize, arch)
     sums = tile.block_m * tile.block_n / (32 * tile.num_warps)
-    if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < 16:
+    narrowest = 8 if use == "dh" and not tile.gluon else 16
+    if shared > limit or sums > 128 or sums < 4 or tile.block_n // tile.parts < narrowest:
         return False
     hopper = arch.startswith("sm_") and int(arch[3:]) >= 90
     if tile.tma and not hopper:
@@ -156,7 +167,9 @@ def fits(tile: Tile, use: str, itemsize: int, limit: int, arch: str) -> bool:
         return False
     if tile.flatten and (use == "wgrad" or not tile.per_sm):
         return False
-    if tile.gluon and (arch, use, itemsize, tile.tma) != ("sm_90", "up", 2, True):
+    if tile.gluon and ((arch, itemsize, tile.tma) != ("sm_90", 2, True) or use not in ("up", "dh")):
+        return False
+    if tile.gluon and tile.block_m % (16 * tile.num_warps):
         return False
     # The weight gradient's kernel has one program per tile, no slices, and its own use of the copy engine.
     return use != "wgrad" or (tile.parts, tile.per_sm, tile.tma) == (1, 0, False)
@@ -259,10 +272,11 @@ def compiled() -> Iterator[list[Any]]:
 
 
 def _ready() -> list[Any]:
+    from kernels.hopper import _specialized_mm
     from kernels.ragged_mm import _ragged_mm
     from kernels.ragged_wgrad import _ragged_wgrad
 
-    caches = [getattr(kernel, "device_caches", {}) for kernel in (_ragged_mm, _ragged_wgrad)]
+    caches = [getattr(kernel, "device_caches", {}) for kernel in (_ragged_mm, _specialized_mm, _ragged_wgrad)]
     return [kernel for cache in caches for entry in cache.values() for kernel in entry[0].values()]
 
 

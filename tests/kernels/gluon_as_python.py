@@ -4,6 +4,7 @@
 in one order; nothing is timed. Whatever is asynchronous happens as late as it may (a copy lands once every partition
 waits, a product is made at the wait that it must not pass) and whatever is awaited is seen at once, so that a barrier
 that is missing, too early or never reached shows on every run: as NaN, as another tile's numbers, or as a deadlock.
+With `eager` a copy lands as it is asked for, so that a stage that is given back before it was read shows as well.
 Layouts are not looked at: that they fit is the compiler's to say.
 """
 
@@ -85,8 +86,8 @@ class Barrier:
 class Block:
     """One program's partitions, each a thread that runs only in its turn, and its copies under way."""
 
-    def __init__(self, program, programs, warps):
-        self.program, self.programs, self.warps = program, programs, warps
+    def __init__(self, program, programs, warps, eager):
+        self.program, self.programs, self.warps, self.eager = program, programs, warps, eager
         self.fenced = False
         self.copies = []  # (what moves the bytes, the barrier, arrivals, bytes)
         self.turns, self.alive, self.turn, self.stalled, self.error = threading.Condition(), [0], 0, 0, None
@@ -142,6 +143,12 @@ class Block:
             self.let_others()
         self.stalled, self.fenced = 0, False
 
+    def copy(self, *copy):
+        """A copy is asked for."""
+        self.copies.append(copy)
+        if self.eager:
+            self.land()
+
     def land(self):
         """The oldest copy arrives."""
         move, barrier, count, of_bytes = self.copies.pop(0)
@@ -192,6 +199,7 @@ class _Gluon:
 
     static_range = staticmethod(range)
     exp = staticmethod(torch.exp)
+    sum = staticmethod(torch.sum)
     load = staticmethod(Pointer.load)
     store = staticmethod(Pointer.store)
     convert_layout = staticmethod(lambda value, layout: value)
@@ -212,7 +220,7 @@ class _Gluon:
 
 
 @contextmanager
-def running(module, *kernels):
+def running(module, *kernels, eager=False):
     """Inside, launching these kernels of the module runs them, program by program."""
     current = []
     block = lambda: current[-1]
@@ -236,16 +244,16 @@ def running(module, *kernels):
             wait=lambda barrier, parity: block().wait(barrier, parity),
         ),
         tma=SimpleNamespace(
-            async_copy_global_to_shared=lambda w, corner, barrier, into: block().copies.append(
-                (lambda: _block_of(w, corner, into), barrier, 0, into.numel() * into.element_size())
+            async_copy_global_to_shared=lambda w, corner, barrier, into: block().copy(
+                lambda: _block_of(w, corner, into), barrier, 0, into.numel() * into.element_size()
             )
         ),
         async_copy=SimpleNamespace(
-            async_copy_global_to_shared=lambda into, rows: block().copies.append(
-                (lambda: into.copy_(rows.load()), SimpleNamespace(arrive=lambda *_: None), 0, 0)
+            async_copy_global_to_shared=lambda into, rows: block().copy(
+                lambda: into.copy_(rows.load()), SimpleNamespace(arrive=lambda *_: None), 0, 0
             ),
-            mbarrier_arrive=lambda barrier, increment_count: block().copies.append(
-                (lambda: None, barrier, 32 * int(module.LOADING_WARPS.value), 0)
+            mbarrier_arrive=lambda barrier, increment_count: block().copy(
+                lambda: None, barrier, 32 * int(module.LOADING_WARPS.value), 0
             ),
         ),
     )
@@ -261,7 +269,7 @@ def running(module, *kernels):
     def launcher(kernel):
         def launch(grid, *arguments, num_warps, num_stages, maxnreg, **constants):
             for program in range(grid[0]):
-                current.append(Block(program, grid[0], num_warps))
+                current.append(Block(program, grid[0], num_warps, eager))
                 kernel(*map(device, arguments), **constants)
                 assert not current.pop().copies, "a copy is under way as the kernel ends"
 

@@ -75,7 +75,7 @@ print(json.dumps([(row.use, row.registers, row.spilled, row.loop.instructions, r
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("settings", [(), ("ragged",), ("flatten",), ("flatten", "ragged")], ids="-".join)
+@pytest.mark.parametrize("settings", [(), ("ragged",), ("flatten",), ("flatten", "ragged"), ("gluon",)], ids="-".join)
 def test_what_a_gpu_has_yet_to_prove_compiles_without_a_spill_and_loads_with_fewer_instructions(settings):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", TRIED, *settings]
@@ -87,6 +87,7 @@ def test_what_a_gpu_has_yet_to_prove_compiles_without_a_spill_and_loads_with_few
         if use.startswith("wgrad"):
             assert (copies <= 39, steps <= 190) == ("ragged" in settings,) * 2
     assert (rows["up"][2] > 1000) == ("flatten" in settings)  # one loop, with the epilogue in it
+    assert [rows[use][2] <= 66 for use in ("up", "dh")] == ["gluon" in settings] * 2
 
 
 FEW = """

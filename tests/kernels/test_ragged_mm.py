@@ -112,6 +112,7 @@ TILES = {
     "deep": _tile(16, 16, 64, group_m=3),
     "two parts": _tile(32, 32, 16, parts=2),
     "four parts": _tile(16, 64, 16, parts=4),
+    "slices of 8": _tile(16, 64, 16, parts=8),
     "two programs": _tile(16, 32, 32, per_sm=2),
     "one program": _tile(16, 32, 16, group_m=3, parts=2, per_sm=1),
 }

@@ -38,11 +38,12 @@ def test_a_tile_is_one_that_triton_takes(key):
     tile = tuning.table()[key]
     for size in (tile.block_m, tile.block_n, tile.block_k, tile.parts, tile.num_warps):
         assert size.bit_count() == 1
-    assert min(tile.block_m, tile.block_n // tile.parts, tile.block_k) >= 16
+    assert min(tile.block_m, tile.block_n, tile.block_k) >= 16
+    assert tile.block_n // tile.parts >= (8 if key[3] == "dh" and not tile.gluon else 16)
     assert min(tile.group_m, tile.num_stages) >= 1
     assert tile.per_sm >= 0
     assert not tile.tma or key[0] in ("sm_90", "sm_100")  # the others have no such engine
-    assert not tile.gluon or (key[0], key[1], key[3]) == ("sm_90", "16bit", "up")  # the one kernel of hopper.py
+    assert not tile.gluon or (*key[:2], key[3]) in (("sm_90", "16bit", use) for use in ("up", "dh"))
 
 
 @pytest.mark.parametrize(("capability", "name"), [((9, 0), "sm_90"), ((8, 9), "sm_86"), ((12, 0), "sm_86")])

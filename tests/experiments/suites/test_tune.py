@@ -15,10 +15,16 @@ from kernels import aot, tuning
 from kernels.tuning import Tile
 from tests import fake_cuda
 from tests.experiments.bench_command import command
+from tests.kernels.test_aot import _run
 
 pytestmark = fake_cuda.interpreted
 CPU = torch.device("cpu")
 HOPPER = 227 * 1024
+
+
+def _together(base, *key):
+    """The tiles of a key in TOGETHER."""
+    return [base._replace(**changes) for changes in tune.TOGETHER.get(key, ())]
 
 
 @pytest.mark.parametrize(("kind", "load"), list(itertools.product(tuning.TYPES, tuning.LOADS)))
@@ -27,11 +33,13 @@ def test_candidates_differ_by_steps_and_fit(kind, load):
         for use in tuning.USES:
             base = tune.present(CPU, use, kind, load)
             assert tune.candidates(CPU, use, kind, load, 0, HOPPER) == [base]
+            together = _together(base, "sm_90", kind, load, use)
             for changed in (1, 2):
                 found = tune.candidates(CPU, use, kind, load, changed, HOPPER)
                 assert len(set(found)) == len(found) > 1
+                assert set(together) <= set(found) or changed == 2
                 for tile in found:
-                    assert sum(a != b for a, b in zip(tile, base, strict=True)) == changed
+                    assert sum(a != b for a, b in zip(tile, base, strict=True)) == changed or tile in together
                     assert tune.shared_bytes(tile, use, 2 if kind == "16bit" else 4, "sm_90") <= HOPPER
                     assert tile.block_m * tile.block_n <= 128 * 32 * tile.num_warps
                     if use == "wgrad":
@@ -55,7 +63,7 @@ def test_every_tile_that_ships_is_a_candidate_and_so_it_is_from_each_of_its_neig
     with tuning.target(arch):
         assert tune.candidates(CPU, use, kind, load, 0, limit) == [shipped]
         neighbours = tune.candidates(CPU, use, kind, load, 1, limit)
-        for tile in neighbours:
+        for tile in set(neighbours) - set(_together(shipped, *key)):
             monkeypatch.setattr(tune, "present", lambda *given, tile=tile: tile)
             changed = next(name for name in tune.VALUES if getattr(tile, name) != getattr(shipped, name))
             if getattr(shipped, changed) in tune.VALUES[changed]:
@@ -99,12 +107,55 @@ def test_a_loop_is_flattened_where_there_is_one_and_rows_are_ragged_where_they_c
         assert [getattr(tile, name) for tile in candidates].count(True) == wanted, f"{arch} {use}"
 
 
-def test_a_candidate_with_gluon_is_ups_on_hopper_in_16_bits_alone():
-    for arch, use, kind in itertools.product(("sm_80", "sm_90", "sm_100"), tuning.USES, tuning.TYPES):
+def test_a_candidate_with_gluon_is_of_swiglus_uses_on_hopper_in_16_bits_alone():
+    cases = itertools.product(("sm_80", "sm_90", "sm_100"), tuning.USES, tuning.TYPES, tuning.LOADS)
+    for arch, use, kind, load in cases:
         with tuning.target(arch):
-            found = tune.candidates(CPU, use, kind, "many", 1, HOPPER)
-        wanted = (arch, use, kind) == ("sm_90", "up", "16bit")
-        assert [tile.gluon for tile in found].count(True) == wanted, f"{arch} {use} {kind}"
+            found = [tile for tile in tune.candidates(CPU, use, kind, load, 1, HOPPER) if tile.gluon]
+        wanted = 0
+        if (arch, kind) == ("sm_90", "16bit"):
+            wanted = {("up", "many"): 1, ("dh", "many"): 2, ("up", "few"): 1, ("dh", "few"): 1}.get((use, load), 0)
+        assert len(found) == wanted, f"{arch} {use} {kind} {load}"
+        assert all(tile.block_m % (16 * tile.num_warps) == 0 for tile in found), "16 rows to a multiplying warp"
+
+
+def test_what_is_tried_together_is_no_candidate_of_itself(monkeypatch):
+    key = ("sm_90", "16bit", "many", "dh")
+    tile, two = _together(tuning.table()[key], *key)
+    assert (tile.block_n, tile.parts, tile.gluon) == (256, 16, True)
+    assert 2 * tune.shared_bytes(two, "dh", 2, "sm_90") <= HOPPER
+    monkeypatch.setattr(tune, "present", lambda *given: tile)
+    with tuning.target("sm_90"):
+        assert tile not in tune.candidates(CPU, "dh", "16bit", "many", 1, HOPPER)
+        assert tune.candidates(CPU, "dh", "16bit", "many", 0, HOPPER) == [tile]
+
+
+COMPILED = """
+import json
+from unittest.mock import patch
+from experiments.suites import tune
+from kernels import aot, tuning
+
+table, found = tuning.table(), []
+for key, alternatives in tune.TOGETHER.items():
+    name, kind, load, use = key
+    case = aot.EVEN._replace(type=kind, tokens={"many": 16384, "few": 64}[load])
+    for changes in alternatives:
+        changed = table | {key: table[key]._replace(**changes)}
+        with patch.object(tuning, "table", lambda: changed), aot.compiling(name) as launches:
+            aot._layer(case)
+            rows = [aot._row(name, kind, load, case.shape, launch) for launch in launches if launch.tuned]
+        (row,) = [row for row in rows if row.use == use]
+        found.append((aot.check([row]), row.blocks, changed[key].per_sm))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.aot
+def test_what_is_tried_together_compiles_without_a_spill_to_as_many_programs_as_it_asks_for():
+    done = _run("-c", COMPILED)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[], per_sm, per_sm] for per_sm in (1, 2, 2, 2)]
 
 
 def _settings(**changes):
@@ -177,12 +228,11 @@ def _bench():
     return tune.Bench(settings, "16bit", "few", settings.shapes["few"])
 
 
-def test_a_candidate_that_spills_is_not_timed(monkeypatch):
-    from kernels.ragged_mm import _ragged_mm
-
+@pytest.mark.parametrize("kernel", ["ragged_mm._ragged_mm", "hopper._specialized_mm"])
+def test_a_candidate_that_spills_is_not_timed(kernel, monkeypatch):
     old, new = types.SimpleNamespace(n_spills=9), types.SimpleNamespace(n_spills=3)
     cache = {"old": old}
-    monkeypatch.setattr(_ragged_mm, "device_caches", {0: (cache, None)}, raising=False)
+    monkeypatch.setattr(f"kernels.{kernel}.device_caches", {0: (cache, None)}, raising=False)
     bench, call = _bench(), tune.Bench.call
 
     def launching(self, use, tile):
