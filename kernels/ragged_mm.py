@@ -355,8 +355,9 @@ def _launch(
     if rounds:
         a, a_scales = bits.to_fp8(a, 1)
         a = a if in_fp8 else a.view(torch.uint8)
-    if quant == "fp8":
-        b, tile = b if in_fp8 else b.view(torch.uint8), tuning.for_fp8(tile, in_fp8)
+    tile = tuning.for_stored(tile, quant, in_fp8)
+    if quant == "fp8" and not in_fp8:
+        b = b.view(torch.uint8)
 
     # Which side goes through the copy engine: it gathers nothing, and wants rows that start on 16 bytes.
     paired = epilogue == "activate" and form.gated and not form.interleaved

@@ -86,10 +86,20 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     return _own_name(device) in IN_FP8 and dtype != torch.float64
 
 
-def for_fp8(tile: Tile, in_fp8: bool) -> Tile:
-    """This tile for sums with a scale every 128: they take two accumulators, so half of the widest's columns; and
-    where operands stay in 8 bits, twice the summed width at a time."""
-    return tile._replace(block_n=min(tile.block_n, 128), block_k=min(tile.block_k * (1 + in_fp8), 128))
+def for_stored(tile: Tile, stored: str, in_fp8: bool) -> Tile:
+    """This tile for weights in a format of `kernels.quantized`: of mxfp4 a step takes what one scale is of. Sums of fp8
+    have a scale every 128, and so two accumulators, which half of the widest tile's columns leave room for; operands
+    that stay in it are half as large, so a step takes twice the summed width."""
+    match stored:
+        case "mxfp4":
+            return tile._replace(block_k=min(tile.block_k, 32))
+        case "fp8" if in_fp8:
+            return tile._replace(
+                block_n=min(tile.block_n, 128), block_k=min(2 * tile.block_k, 128), num_stages=min(tile.num_stages, 3)
+            )
+        case "fp8":
+            return tile._replace(block_n=min(tile.block_n, 128))
+    return tile
 
 
 def tile(

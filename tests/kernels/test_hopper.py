@@ -175,7 +175,8 @@ def test_no_rows_launch_nothing(use, monkeypatch):
 
 COMPILED = """
 import json, subprocess, sys, tempfile
-from kernels import aot, hopper, tuning
+import torch
+from kernels import aot, aot_cases, fused, hopper, machine_code, tuning
 
 use, changes, unwanted = json.loads(sys.argv[1])
 tile = tuning.table()["sm_90", "16bit", "many", use]._replace(**changes)
