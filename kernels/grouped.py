@@ -10,6 +10,7 @@ Letters: R slots, which are room for the N rows and what lies empty between the 
 """
 
 from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from kernels.form import Form, form_of
 
 NAME = "dispatch=torch"
 
+Matrices: TypeAlias = Any  # a stack (E, N, M), a tensor or what gives a matrix when it is asked for one
 Span = tuple[int, int, int]  # an expert, its first slot, its last slot + 1
 
 
@@ -33,11 +35,11 @@ def _forward(
     """The layer's output and z, which has no rows unless it is kept for the backward."""
     tensors = (x_TD, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
     form = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
-    return forward(_spans(offset_E1), *tensors, n_slots, form, keep_z)
+    return forward(spans(offset_E1), *tensors, n_slots, form, keep_z)
 
 
 def forward(
-    spans: list[Span], x_TD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, weight_N: Tensor, b_up_EF: Tensor | None,
+    spans: list[Span], x_TD: Tensor, w_up_EFD: Matrices, w_down_EDF: Matrices, weight_N: Tensor, b_up_EF: Tensor | None,
     b_down_ED: Tensor | None, token_N: Tensor, slot_N: Tensor, n_slots: int, form: Form, keep_z: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `_forward` computes, with the experts' slots told by the host: so its memory can be walked without data."""
@@ -80,7 +82,7 @@ def _backward(
     """The gradients that are asked for, and nothing in the place of the others."""
     tensors = (dout_TD, x_TD, z_RF, w_up_EFD, w_down_EDF, weight_N, b_up_EF, b_down_ED, token_N, slot_N)
     form = Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
-    return backward(_spans(offset_E1), *tensors, form, wanted)
+    return backward(spans(offset_E1), *tensors, form, wanted)
 
 
 def backward(
@@ -181,8 +183,8 @@ def _to_slots(value_N: Tensor, slot_N: Tensor, n_slots: int) -> Tensor:
     return value_N.new_zeros(n_slots).index_copy_(0, slot_N, value_N)
 
 
-def _spans(offset_E1: Tensor) -> list[Span]:
-    """Of every expert with rows."""
+def spans(offset_E1: Tensor) -> list[Span]:
+    """Of every expert with rows: offsets as `slots` gives them, which the host waits for here."""
     return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(offset_E1.tolist())) if lo < hi]
 
 

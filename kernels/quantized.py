@@ -55,6 +55,8 @@ class Mxfp4(NamedTuple):
 
 
 Quantized: TypeAlias = Int8 | Mxfp4 | Fp8
+KINDS: dict[torch.dtype, Callable[[Tensor, Tensor], Quantized]]
+KINDS = {torch.int8: Int8, torch.uint8: Mxfp4, torch.float8_e4m3fn: Fp8}  # by the type of their values
 
 
 def quantize_int8(w_ENM: Tensor) -> Int8:
@@ -115,14 +117,40 @@ def dequantize(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights that these stand for, rounded once: -> (E, N, M) in `dtype`. Raises `ValueError` for values and
     scales of shapes or types that do not fit."""
     _fit("dequantize", "w", w)
-    if isinstance(w, Fp8):
-        return widen(*w, dtype)
-    if isinstance(w, Int8):
-        return (w.values.double() * w.scales.double()[..., None]).to(dtype)
-    magnitudes = torch.tensor(E2M1, dtype=torch.float64, device=w.values.device)
-    table = torch.cat((magnitudes, -magnitudes))
-    codes = torch.stack((w.values & 15, w.values >> 4), -1).flatten(-2)
-    return (table[codes.int()] * _power_of_2(w.scales)[..., None]).flatten(-2).to(dtype)
+    wide = Widening(w, dtype)
+    w_ENM = torch.empty(w.shape, dtype=dtype, device=w.values.device)
+    for e, w_NM in enumerate(w_ENM):
+        w_NM.copy_(wide[e])
+    return w_ENM
+
+
+class Widening:
+    """Stacked matrices that are widened one at a time, as they are asked for: all at once, and in float64 on the way,
+    they would take many times what is stored."""
+
+    def __init__(self, stored: Quantized, dtype: torch.dtype) -> None:
+        self.stored, self.dtype = stored, dtype
+
+    def __len__(self) -> int:
+        return len(self.stored.values)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, N, M)."""
+        return self.stored.shape
+
+    def __getitem__(self, e: int) -> Tensor:
+        """Expert e's matrix, (N, M)."""
+        values, scales = self.stored.values[e], self.stored.scales[e]
+        match self.stored:
+            case Int8():
+                return (values.double() * scales.double()[:, None]).to(self.dtype)
+            case Fp8():
+                return widen(values, scales, self.dtype)
+        magnitudes = torch.tensor(E2M1, dtype=torch.float64, device=values.device)
+        table = torch.cat((magnitudes, -magnitudes))
+        codes = torch.stack((values & 15, values >> 4), -1).flatten(-2)
+        return (table[codes.int()] * _power_of_2(scales)[..., None]).flatten(-2).to(self.dtype)
 
 
 def _wide(name: str, w_ENM: Tensor, group: int) -> Tensor:
@@ -177,27 +205,27 @@ def experts(
     int64.
 
     w_up stands for (E, 2F, D) for swiglu and (E, F, D) for others, w_down for (E, D, F); the two may have different
-    formats. dispatch: reference and torch widen the weights to x's type and go on as with those; triton reads them as
-    they are and widens in registers, where int8's scale multiplies a finished sum, so that no weight is rounded. Raises
-    `ValueError` for operands that do not fit and where a gradient is wanted, before anything is computed."""
+    formats. dispatch: reference and torch widen one expert's weights after another to x's type and go on as with those;
+    triton reads them as they are and widens in registers, where scales of int8 and fp8 multiply sums, so that no weight
+    is rounded. A form with fp8 rounds what enters either product too, for weights in fp8. Raises `ValueError` for
+    operands that do not fit and where a gradient is wanted, before anything is computed."""
     name, form = f"dispatch={dispatch}", form_of(form)
     if dispatch not in ("reference", "torch", "triton"):
         raise ValueError(f"dispatch={dispatch!r} is not one of reference, torch, triton")
     x_TD, b_up_EF, b_down_ED = operands.under_autocast(x_TD, b_up_EF, b_down_ED)
     _check(name, x_TD, w_up, w_down, token_N, expert, weight, form, b_up_EF, b_down_ED)
+    expert = operands.rows(name, expert, token_N, len(x_TD), len(w_up.values)).contiguous()
+    stored, biases = (*w_up, *w_down), (b_up_EF, b_down_ED)
     if dispatch == "triton":
-        expert = operands.rows(name, expert, token_N, len(x_TD), len(w_up.values)).contiguous()
         token_N = None if token_N is None else token_N.contiguous()
-        rows, biases = (token_N, expert, weight.contiguous()), (b_up_EF, b_down_ED)
-        return _on_kernels(x_TD.contiguous(), *w_up, *w_down, *rows, *biases, *form, tf32)
+        return _on_kernels(x_TD.contiguous(), *stored, token_N, expert, weight.contiguous(), *biases, *form, tf32)
 
     # As with weights of x's type, over rows that name their tokens; they are rounded already.
     form = form._replace(fp8="activations" if form.fp8 else "")
     if token_N is None:
         token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(expert.shape[1])
-    expert, weights = expert.flatten(), (dequantize(w_up, x_TD.dtype), dequantize(w_down, x_TD.dtype))
-    compute = reference.experts if dispatch == "reference" else grouped.experts
-    out_TD = compute(x_TD, *weights, token_N, expert, weight.flatten(), form, b_up_EF, b_down_ED)
+    expert = expert.flatten()
+    out_TD = _on_matmuls(x_TD, *stored, token_N, expert, weight.flatten(), *biases, *form, dispatch)
     return out_TD, reference.count(expert, len(w_up.values))
 
 
@@ -253,3 +281,25 @@ def _on_kernels(
 @_on_kernels.register_fake
 def _(x_TD, up_values, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TD), x_TD.new_empty(len(up_values), dtype=torch.int64)
+
+
+@torch.library.custom_op("switchyard::widened_experts", mutates_args=())
+def _on_matmuls(
+    x_TD: Tensor, up_values: Tensor, up_scales: Tensor, down_values: Tensor, down_scales: Tensor,
+    token_N: Tensor, expert_N: Tensor, weight_N: Tensor, b_up_EF: Tensor | None, b_down_ED: Tensor | None,
+    activation: str, interleaved: bool, alpha: float, limit: float, shift: float, weigh_input: bool, fp8: str,
+    dispatch: str,
+) -> Tensor:  # fmt: skip
+    stacks = (up_values, up_scales), (down_values, down_scales)
+    w_up, w_down = (Widening(KINDS[values.dtype](values, scales), x_TD.dtype) for values, scales in stacks)
+    biases, form = (b_up_EF, b_down_ED), Form(activation, interleaved, alpha, limit, shift, weigh_input, fp8)
+    if dispatch == "reference":
+        return reference.forward(x_TD, w_up, w_down, token_N, expert_N, weight_N, form, *biases)
+    slot_N, offset_E1, n_slots = grouped.slots(expert_N, len(w_up))
+    rows = (weight_N, *biases, token_N, slot_N)
+    return grouped.forward(grouped.spans(offset_E1), x_TD, w_up, w_down, *rows, n_slots, form, False)[0]
+
+
+@_on_matmuls.register_fake
+def _(x_TD, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_TD)

@@ -198,6 +198,14 @@ def experts(
         name, x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED, mixed
     )  # fmt: skip
     expert_N = operands.rows(name, expert_N, token_N, len(x_TD), len(w_up_EFD))
+    return forward(x_TD, w_up_EFD, w_down_EDF, token_N, expert_N, weight_N, form, b_up_EF, b_down_ED)
+
+
+def forward(  # type: ignore[no-untyped-def]
+    x_TD: Tensor, w_up_EFD, w_down_EDF, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, form: Form,
+    b_up_EF: Tensor | None, b_down_ED: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`experts` of operands that fit; a stack of matrices may be what gives one when it is asked for it."""
     out_TD = torch.zeros_like(x_TD)
     for e in range(len(w_up_EFD)):
         row = torch.nonzero(expert_N == e).squeeze(-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from kernels.quantized import FORMATS, GROUP, Mxfp4, Quantized, dequantize
+from kernels.quantized import FORMATS, Mxfp4, Quantized, dequantize
 from moe.config.model import ModelConfig
 from moe.config.parse import OneOf
 from moe.errors import BadInput
@@ -66,6 +66,10 @@ def check_storable(cfg: ModelConfig, name: str) -> None:
     if cfg.moe is None:
         raise BadInput(f"experts={name} stores routed experts in few bits, and this model is dense: it has none.")
     expert = ("widths", set(cfg.moe.widths)) if cfg.moe.widths else ("d_expert", {cfg.moe.d_expert})
+    if cfg.moe.precision == "fp8" and name != "fp8":
+        raise BadInput(
+            f"experts={name} has no products in fp8, and model.moe.precision is fp8: accepted is experts=fp8."
+        )
     for key, widths in (("d_model", {cfg.d_model}), (f"moe.{expert[0]}", expert[1])):
         for width in sorted(widths):
             try:
@@ -123,7 +127,4 @@ def round_trip(w_ENM: Tensor, name: str) -> Tensor:
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Stacked matrices of MXFP4 as checkpoints of gpt-oss have them, (E, N, G, 16) and (E, N, G) uint8, widened expert
     by expert: -> (E, N, 32 G) bfloat16, exactly, where it holds them."""
-    w_ENM = torch.empty(*scales.shape[:2], GROUP * scales.shape[2], dtype=torch.bfloat16)
-    for e, w_NM in enumerate(w_ENM):
-        w_NM.copy_(dequantize(Mxfp4(blocks[e : e + 1], scales[e : e + 1]), w_NM.dtype)[0])
-    return w_ENM
+    return dequantize(Mxfp4(blocks, scales), torch.bfloat16)

@@ -2,6 +2,7 @@
 on the kernels against the reference on dequantised weights."""
 
 import warnings
+import weakref
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,7 +14,17 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kernels import ragged_mm, tuning
 from kernels.form import NAMED, Form
-from kernels.quantized import E2M1, FORMATS, Mxfp4, dequantize, experts, quantize_fp8, quantize_int8, quantize_mxfp4
+from kernels.quantized import (
+    E2M1,
+    FORMATS,
+    Mxfp4,
+    Widening,
+    dequantize,
+    experts,
+    quantize_fp8,
+    quantize_int8,
+    quantize_mxfp4,
+)
 from tests.kernels.small_experts import call, layer_arguments
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
@@ -209,6 +220,25 @@ def test_a_compiled_graph_holds_the_layer_without_a_warning(dispatch):
         got = torch.compile(layer, fullgraph=True, backend="eager")(arguments["x"])
     for tensor, want in zip(got, layer(arguments["x"]), strict=True):
         assert torch.equal(tensor, want)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dispatch", ["reference", "torch"])
+def test_no_more_than_one_matrix_is_wide_at_a_time(dispatch, name):
+    """Each is dropped before the next one is made; nothing as large as a stack is."""
+    arguments, alive, most = _layer((name, name), d=96, f=64, dtype=torch.float32), [], [0]
+    real = Widening.__getitem__
+
+    def widened(stack, e):
+        w_NM = real(stack, e)
+        alive.append(weakref.ref(w_NM))
+        most[0] = max(most[0], sum(made() is not None for made in alive))
+        return w_NM
+
+    with patch.object(Widening, "__getitem__", widened):
+        call(experts, arguments, dispatch=dispatch)
+    assert len(alive) > 5
+    assert most == [2], "the one that was asked for, and the one that it takes the place of"
 
 
 SMALL = _layer(dtype=torch.float32)

@@ -144,3 +144,30 @@ def test_a_gpu_with_anothers_tiles_keeps_its_own_precision(monkeypatch, name):
 
 def test_what_no_gpu_has_proven_no_tile_that_ships_asks_for():
     assert [key for key, tile in tuning.table().items() if tile.flatten or tile.ragged or tile.gluon] == []
+
+
+def test_stored_weights_take_a_tile_of_the_same_rows_that_their_scales_and_registers_allow():
+    """A step of mxfp4 is within a scale's 32, one of fp8 within a scale's 128, of no more bytes than 16 bits take; and
+    two accumulators fit, of 128 columns at most."""
+    for (*_, use), tile in tuning.table().items():
+        if use not in ("up", "down"):
+            continue
+        assert tuning.for_stored(tile, "", False) == tuning.for_stored(tile, "int8", False) == tile
+        for stored, in_fp8, most in (("mxfp4", False, 32), ("fp8", False, 128), ("fp8", True, 128)):
+            got = tuning.for_stored(tile, stored, in_fp8)
+            assert (got.block_m, got.num_warps) == (tile.block_m, tile.num_warps)
+            assert most % got.block_k == 0
+            if stored == "fp8":
+                assert got.block_n <= 128
+                assert got.block_k <= tile.block_k * (2 if in_fp8 else 1)
+
+
+@pytest.mark.parametrize(("name", "answer"), [
+    ("sm_80", False), ("sm_86", False), ("sm_89", True), ("sm_90", True), ("sm_100", True), ("sm_120", True),
+    ("gfx90a", False), ("gfx942", False), ("gfx950", True), ("interpreter", False),
+])  # fmt: skip
+def test_fp8_is_multiplied_where_a_gpu_multiplies_e4m3_and_not_for_sums_in_float64(name, answer):
+    """gfx942's 8-bit floats have another bias; Ampere has none."""
+    with tuning.target(name):
+        assert tuning.multiplies_fp8(CPU, torch.bfloat16) == answer
+        assert not tuning.multiplies_fp8(CPU, torch.float64)

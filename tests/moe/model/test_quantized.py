@@ -160,6 +160,10 @@ DENSE = dataclasses.replace(CFG, moe=None)
 REFUSED = {
     "no format": (CFG, "int3", f"experts=int3 is not one of {', '.join(FORMATS)}"),
     "dense": (DENSE, "int8", "experts=int8 stores routed experts in few bits, and this model is dense: it has none."),
+    "products in fp8": (
+        dataclasses.replace(CFG, moe=dataclasses.replace(ALL, precision="fp8")), "int8",
+        "experts=int8 has no products in fp8, and model.moe.precision is fp8: accepted is experts=fp8.",
+    ),
     "d_model": (
         dataclasses.replace(CFG, d_model=48), "mxfp4",
         "experts=mxfp4 cannot store model.d_model=48: mxfp4 takes rows of 32 weights or a multiple; they are 48 long.",
