@@ -13,6 +13,8 @@ from typing import Any
 
 from moe.errors import BadInput
 
+PRELOADED = ["moe.train.loop", "moe.train.parallelize", "torch.distributed.checkpoint", "torch._dynamo"]
+
 
 class RanksFailed(RuntimeError):
     """What was called on ranks raised, or did not end in time: which ranks, and their tracebacks."""
@@ -25,7 +27,7 @@ class LocalRanks:
         # What they import is imported once, in a process of its own: a fork of this one would have the locks of threads
         # that it has not.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moe.train.loop", "moe.train.parallelize", "torch.distributed.checkpoint"])
+        context.set_forkserver_preload(PRELOADED)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -15,7 +15,8 @@ from moe.run.jsonl import read_lines
 WORDS = (
     "model=cpu-nano data=text data.path={0}/t.txt data.cache={0}/cache data.val_fraction=0.45 tokenizer=byte "
     "train.steps={1} train.batch_size=4 train.eval_every=0 train.eval_tokens=512 train.precision=fp32 train.threads=1 "
-    "train.device=cpu log.every=1 run={0}/run parallel=experts"
+    "train.device=cpu log.every=1 run={0}/run parallel=experts model.context=32 model.n_layers=2 model.d_model=32 "
+    "model.n_heads=2 model.n_kv_heads=2 model.d_ff=32 model.moe.d_expert=32"
 )
 
 
