@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiments import submit
 from moe.run.jsonl import read_lines
 
 WORDS = (
@@ -70,7 +71,9 @@ def test_a_run_that_fails_is_a_failed_job(tmp_path):
         (["command=run=x", "nodes=0"], "nodes=0 is out of range"),
     ],
 )
-def test_what_cannot_be_submitted_is_a_sentence(words, said, tmp_path):
-    process = submitted(tmp_path, *words)
-    assert said in process.communicate(timeout=60)[0]
-    assert process.returncode == 2
+def test_what_cannot_be_submitted_is_a_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["submit", f"folder={tmp_path}/jobs", "executor=local", *words])
+    with pytest.raises(SystemExit, match="2"):
+        submit.main()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "jobs").exists()
