@@ -157,7 +157,7 @@ def run(command: str, folder: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.setattr(sys, "argv", [name, *given, *extra])
     for constant in ("N", "ASKED"):  # questions
-        monkeypatch.setattr(diversity, constant, 80)
+        monkeypatch.setattr(diversity, constant, 320)
     import_module(module).main()
 
 
