@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scipy import stats
+import scipy
 
 from experiments import cli
 from experiments.pages import tables
@@ -105,7 +105,7 @@ def cells(task: str, answers: Sequence[Answer]) -> tuple[str, ...]:
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """Wilson's 95% interval for a share of n (1927)."""
-    interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

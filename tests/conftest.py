@@ -52,6 +52,17 @@ def ranks_end():
         ranks.end_ranks()
 
 
+@pytest.fixture(autouse=True)
+def schemas_end():
+    """A command finds no schema but its own, as in a process of its own: Hydra copies all of them as often as it
+    composes."""
+    yield
+    if store := sys.modules.get("hydra.core.config_store"):
+        known = store.ConfigStore.instance().repo
+        for name in [name for name in known if name.startswith("schema_")]:
+            del known[name]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--router", help="module:Class: hold this router to the invariants, instead of the library's own")
 

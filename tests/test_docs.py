@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import readme
+from experiments.suites import diversity
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -155,6 +156,8 @@ def run(command: str, folder: Path, monkeypatch) -> None:
         shutil.rmtree(places[0], ignore_errors=True)
     monkeypatch.syspath_prepend(folder)  # as `python -m` does
     monkeypatch.setattr(sys, "argv", [name, *given, *extra])
+    for constant in ("N", "ASKED"):  # questions
+        monkeypatch.setattr(diversity, constant, 320)
     import_module(module).main()
 
 

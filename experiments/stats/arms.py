@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from experiments.stats.decide import INCONCLUSIVE, Judgement, detectable_ratio, judge, seeds_needed, words
 from experiments.stats.statistics import CONFIDENCE, Interval
@@ -112,4 +112,4 @@ def ranks(scores_RAn: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.nd
 
 def critical_t(n_comparisons: int, n: int, confidence: float = CONFIDENCE) -> float:
     """The quantile of the largest |t| of independent comparisons of n seeds each; Student's for a single one."""
-    return float(stats.t.ppf((1 + confidence ** (1 / n_comparisons)) / 2, n - 1))
+    return float(scipy.stats.t.ppf((1 + confidence ** (1 / n_comparisons)) / 2, n - 1))

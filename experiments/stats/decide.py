@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+import scipy
 
 from experiments.stats.statistics import CONFIDENCE, Interval
 
@@ -80,7 +80,7 @@ def judge(
     # The tests, and the interval that leaves out 0 exactly where the first one rejects.
     tests = paired_tests(values[None], margin)
     mean, deviation, p, p_equivalent = (float(column[0]) for column in tests)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
     word = str(words(tests.mean, tests.p, tests.p_equivalent, confidence)[0])
     return Judgement(
         word=word,
@@ -104,10 +104,10 @@ def paired_tests(differences_An: np.ndarray, margin: float | None = None) -> Tes
     mean_A, deviation_A = differences_An.mean(-1), differences_An.std(-1, ddof=1)
     # What all seeds give alike is certain.
     standard_A = np.maximum(deviation_A / math.sqrt(n), 1e-200)
-    p_A = 2 * stats.t.sf(np.abs(mean_A) / standard_A, n - 1)
+    p_A = 2 * scipy.stats.t.sf(np.abs(mean_A) / standard_A, n - 1)
     if margin is None:
         return Tests(mean_A, deviation_A, p_A, np.ones_like(p_A))
-    return Tests(mean_A, deviation_A, p_A, stats.t.sf((margin - np.abs(mean_A)) / standard_A, n - 1))
+    return Tests(mean_A, deviation_A, p_A, scipy.stats.t.sf((margin - np.abs(mean_A)) / standard_A, n - 1))
 
 
 def words(
@@ -121,30 +121,30 @@ def words(
 
 def power(ratio: float, n: int, level: float = 1 - CONFIDENCE) -> float:
     """The share of studies of n seeds whose two-sided t test finds a true difference of `ratio` deviations."""
-    critical, centre = stats.t.ppf(1 - level / 2, n - 1), abs(ratio) * math.sqrt(n)
+    critical, centre = scipy.stats.t.ppf(1 - level / 2, n - 1), abs(ratio) * math.sqrt(n)
     # A difference found on the other side, far out: rounded to not a number.
-    wrong = np.nan_to_num(stats.nct.cdf(-critical, n - 1, centre))
-    return float(stats.nct.sf(critical, n - 1, centre) + wrong)
+    wrong = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, centre))
+    return float(scipy.stats.nct.sf(critical, n - 1, centre) + wrong)
 
 
 def power_of_equivalence(mean: float, deviation: float, margin: float, n: int, level: float = 1 - CONFIDENCE) -> float:
     """The share of studies of n seeds whose two one-sided tests find a true difference of `mean` within the margin;
     nearly, for few seeds (Phillips 1990), and exactly for many."""
-    critical, standard = stats.t.ppf(1 - level, n - 1), deviation / math.sqrt(n)
-    within = stats.nct.sf(critical, n - 1, (margin - mean) / standard)
-    beyond = np.nan_to_num(stats.nct.cdf(critical, n - 1, (margin + mean) / standard))
+    critical, standard = scipy.stats.t.ppf(1 - level, n - 1), deviation / math.sqrt(n)
+    within = scipy.stats.nct.sf(critical, n - 1, (margin - mean) / standard)
+    beyond = np.nan_to_num(scipy.stats.nct.cdf(critical, n - 1, (margin + mean) / standard))
     return max(0.0, float(within - beyond))
 
 
 @functools.cache
 def detectable_ratio(n: int, level: float = 1 - CONFIDENCE) -> float:
     """The smallest difference, in deviations of paired differences, that n seeds show in `POWER` of studies."""
-    critical = float(stats.t.ppf(1 - level / 2, n - 1))
+    critical = float(scipy.stats.t.ppf(1 - level / 2, n - 1))
     # One and a half times what half of the studies would find, and more for the few seeds whose deviation is unsure.
     high = (critical + 2) / math.sqrt(n)
     while power(high, n, level) < POWER:
         high *= 2
-    return float(optimize.brentq(lambda ratio: power(ratio, n, level) - POWER, 0, high, xtol=1e-10))
+    return float(scipy.optimize.brentq(lambda ratio: power(ratio, n, level) - POWER, 0, high, xtol=1e-10))
 
 
 def seeds_needed(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize
+import scipy
 
 from moe.config.run import Config
 from moe.model.cost import Flops, Size, flops, size
@@ -169,7 +169,7 @@ def fit_rates(work_N3: Sequence[Sequence[float]], seconds_N: Sequence[float]) ->
     errors, no rate below 0."""
     relative_N3 = np.asarray(work_N3, float) / np.asarray(seconds_N, float)[:, None]
     scale_3 = np.maximum(relative_N3.max(0), np.finfo(float).tiny)
-    rates, _ = optimize.nnls(relative_N3 / scale_3, np.ones(len(relative_N3)))
+    rates, _ = scipy.optimize.nnls(relative_N3 / scale_3, np.ones(len(relative_N3)))
     return Rates(*(rates / scale_3))
 
 

@@ -131,7 +131,8 @@ def hierarchy(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelC
         sooner = exchange(machine, moved[0], row) / exchange(machine, moved[1], row)
         yield Row(f"all-to-all of {name}, 32 GPUs", "h800", "× as fast", 1.55, 3.32, sooner, "", "2508.09591")
         ask = Ask(overlap_shards=1.0, recompute=False)
-        taken = [step(work_of(model), machine, parallel, [way], SAMPLE, ask).seconds for way in moved]
+        work = work_of(model)
+        taken = [step(work, machine, parallel, [way], SAMPLE, ask).seconds for way in moved]
         yield Row(f"step of {name}, 32 GPUs", "h800", "× as fast", 1.18, 1.27, taken[0] / taken[1], "", "2508.09591")
 
 
@@ -167,15 +168,17 @@ def steps(machines: Mapping[str, MachineConfig], models: Mapping[str, ModelConfi
     They split models in pipelines, which are not simulated: here a step is one micro-batch, and what shards move is
     hidden. Megatron's routes are forced to be even; DeepSeek hides its all-to-alls, sends rows in fp8 and to 4 nodes at
     most (2412.19437, 3.2)."""
-    for model, name, gpus, ep, context, tokens, matmul, published, fitted, source in STEPS:
+    configs = {model: dataclasses.replace(models[model], context=context) for model, _, _, _, context, *_ in STEPS}
+    works = {model: work_of(cfg) for model, cfg in configs.items()}
+    for model, name, gpus, ep, _, tokens, matmul, published, fitted, source in STEPS:
         deepseek = name == "h800"
         rows, hidden, nodes = ("fp8", 1.0, 4) if deepseek else ("bf16", 0.0, 0)
-        cfg, machine = dataclasses.replace(models[model], context=context), machines[name]
+        cfg, machine = configs[model], machines[name]
         moved = []
         if cfg.moe is not None:
             inside = min(ep, machine.gpus)
             moved = [routes(ep, inside, SAMPLE, nodes, True, cfg.moe.n_experts, cfg.moe.k).evened()]
         ask = Ask(tokens, 1, matmul, rows, hidden, overlap_shards=1.0, recompute=False)
-        taken = step(work_of(cfg), machine, Layout(1, gpus, ep), moved, SAMPLE, ask)
+        taken = step(works[model], machine, Layout(1, gpus, ep), moved, SAMPLE, ask)
         what = f"{model}, {gpus:,} GPUs, {matmul}"
         yield Row(what, name, "tokens/s", published, published, tokens / taken.seconds, fitted, source)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize
 
 from moe.errors import BadInput
 
@@ -170,7 +170,7 @@ def fit(records: Sequence[Record], name: str, starts: Sequence[tuple[float, ...]
     best: tuple[float, Array, tuple[float, ...]] | None = None
     for point in sorted(points, key=cost)[:STARTS]:
         inside = np.clip(point, low + 1e-9, high - 1e-9)
-        done = optimize.least_squares(residuals, inside, bounds=(low, high), loss="soft_l1", f_scale=scale)
+        done = scipy.optimize.least_squares(residuals, inside, bounds=(low, high), loss="soft_l1", f_scale=scale)
         if best is None or done.cost < best[0]:
             best = done.cost, done.x, tuple(point)
     assert best is not None, "a form has a grid"
@@ -189,7 +189,7 @@ def solve(columns: Array, target_R: Array, either_sign: bool) -> Array:
     size_C = np.maximum(np.abs(columns).max(0), 1e-300)  # columns differ by powers of ten
     if either_sign:
         return np.asarray(np.linalg.lstsq(columns / size_C, target_R, rcond=None)[0] / size_C)
-    return np.asarray(optimize.nnls(columns / size_C, target_R)[0] / size_C)
+    return np.asarray(scipy.optimize.nnls(columns / size_C, target_R)[0] / size_C)
 
 
 def why_stuck(exponents_P: Array, start: tuple[float, ...], low: Array, high: Array, names: Sequence[str]) -> str:

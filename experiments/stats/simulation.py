@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from experiments.stats import arms, decide
 from experiments.stats.statistics import CONFIDENCE
@@ -78,7 +78,7 @@ def _of_effect(noise_RAn: np.ndarray, truth: float) -> Iterator[tuple[str, NDArr
 
     # Alone.
     off_RA = np.abs(mean_RA - truth) * np.sqrt(n) / deviation_RA
-    yield "covered", np.asarray(off_RA[:, 0] <= stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    yield "covered", np.asarray(off_RA[:, 0] <= scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     yield "wrong words", is_wrong(decide.words(mean_RA, p_RA, p_equivalent_RA)[:, 0], truth)
 
     # Together.

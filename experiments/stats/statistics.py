@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 CONFIDENCE = 0.95
 
@@ -26,7 +26,7 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -46,7 +46,7 @@ def block_bootstrap(values: Sequence[float] | np.ndarray, resamples: int = RESAM
     starts = np.random.default_rng(seed).integers(0, n, (resamples, n_blocks))
     deviation = block_mean[starts].mean(1) - mean
     tail = (1 + CONFIDENCE) / 2
-    widen = stats.t.ppf(tail, n_blocks - 1) / stats.norm.ppf(tail) * math.sqrt(n_blocks / (n_blocks - 1))
+    widen = scipy.stats.t.ppf(tail, n_blocks - 1) / scipy.stats.norm.ppf(tail) * math.sqrt(n_blocks / (n_blocks - 1))
     low, high = np.quantile(deviation, [1 - tail, tail]) * widen
     return Interval(mean, mean + float(low), mean + float(high))
 

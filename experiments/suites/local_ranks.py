@@ -13,6 +13,8 @@ from typing import Any
 
 from moe.errors import BadInput
 
+PRELOADED = ["moe.train.loop", "moe.train.parallelize", "torch.distributed.checkpoint", "torch._dynamo"]
+
 
 class RanksFailed(RuntimeError):
     """What was called on ranks raised, or did not end in time: which ranks, and their tracebacks."""
@@ -22,7 +24,10 @@ class LocalRanks:
     """Use as a context manager: afterwards no process is left. `patience`: seconds that a transfer waits for a rank."""
 
     def __init__(self, n: int, patience: float = 60.0) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would have the locks of threads that it has not
+        # What they import is imported once, in a process of its own: a fork of this one would have the locks of threads
+        # that it has not.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

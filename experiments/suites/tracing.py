@@ -63,7 +63,7 @@ class Traced(NamedTuple):
 # OLMoE-1B-7B with experts half as wide, and 10 layers of its 16.
 LARGE = Traced(8192, 10, 2048, 16, 64, 8, 512, 50304, 512, stream=True, limit=LIMIT)
 FULL = (*(Traced(10**n) for n in (4, 5, 6, 7)), LARGE)
-SMOKE = (Traced(200), Traced(600), Traced(300, stream=True, limit=LIMIT))
+SMOKE = (Traced(200), Traced(300, stream=True, limit=LIMIT))
 
 
 def settings(device: torch.device, full: bool, rounds: int) -> tuple[Traced, ...]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from moe.analysis.interventions import Block, Change, Window, check, intervene, remember, resume
@@ -221,7 +221,7 @@ def ratios(sum_QU: np.ndarray, count_U: np.ndarray) -> tuple[np.ndarray, np.ndar
     # Their percentiles, widened.
     deviation_QR = np.concatenate(sums, 1) / count_R - value_Q[:, None]
     tail = (1 + CONFIDENCE) / 2
-    widen = stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail) * math.sqrt(n / (n - 1))
+    widen = scipy.stats.t.ppf(tail, n - 1) / scipy.stats.norm.ppf(tail) * math.sqrt(n / (n - 1))
     low_Q, high_Q = value_Q + widen * np.quantile(deviation_QR, [1 - tail, tail], axis=1)
     return value_Q, low_Q, high_Q
 

@@ -12,7 +12,7 @@ G strata, M different tokens.
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse, stats
+import scipy
 
 from moe.analysis.trace import Trace
 
@@ -108,7 +108,7 @@ def expected(index_T: np.ndarray, token_T: np.ndarray, expert_TLK: np.ndarray, n
     mean over all documents. Equal to the true ones where a router goes by token id."""
     key_M, number_T = np.unique(token_T, return_inverse=True)
     shape = (int(index_T.max()) + 1, len(key_M))
-    times_DM = sparse.csr_matrix((np.ones(len(index_T), np.float32), (index_T, number_T)), shape)
+    times_DM = scipy.sparse.csr_matrix((np.ones(len(index_T), np.float32), (index_T, number_T)), shape)
     times_M = np.asarray(times_DM.sum(0)).ravel()
     layers = []
     for expert_TK in expert_TLK.transpose(1, 0, 2):
@@ -169,7 +169,7 @@ def quantiles(value_NR: np.ndarray, freedom: int) -> tuple[np.ndarray, np.ndarra
     so many degrees of freedom would have Student's interval. NaN without any."""
     if freedom < 1:
         return (np.full(len(value_NR), np.nan),) * 2
-    outer = stats.norm.cdf(np.sqrt((freedom + 1) / freedom) * stats.t.ppf(0.025, freedom))
+    outer = scipy.stats.norm.cdf(np.sqrt((freedom + 1) / freedom) * scipy.stats.t.ppf(0.025, freedom))
     last = value_NR.shape[1] - 1
     ranks = int(np.floor(outer * last)), int(np.ceil((1 - outer) * last))
     ordered_NR = np.sort(np.ascontiguousarray(value_NR), axis=1)  # of float32 several times as fast as a partition

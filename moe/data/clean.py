@@ -17,9 +17,6 @@ from typing import Any
 
 import ftfy
 import numpy as np
-from bs4 import BeautifulSoup, CData, NavigableString, ParserRejectedMarkup, Tag
-from bs4.element import PageElement
-from datasketch import MinHash, MinHashLSH
 
 from moe.config.data import CleanConfig
 from moe.data.sources import Document
@@ -112,21 +109,26 @@ def html_to_text(documents: Iterable[Document], unreadable: Unreadable) -> Itera
 
 
 def _visible_text(html: str, where: str) -> str:
+    import bs4  # here, because it takes long to import, and few corpora are HTML
+
     _check_html(html, where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # for pages that look like XML or like a file's name
         try:
-            soup = BeautifulSoup(html, "html.parser")
-        except ParserRejectedMarkup as error:
+            soup = bs4.BeautifulSoup(html, "html.parser")
+        except bs4.ParserRejectedMarkup as error:
             raise BadDocument(where, f"is not HTML: {' '.join(str(error).split())}", "not HTML") from error
     text = "\n".join(line.strip(" ") for line in "".join(_strings(soup)).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip().replace(HELD, " ")
 
 
-def _strings(soup: BeautifulSoup) -> Iterator[str]:
-    """The visible strings of a page in order, a line break before and after each block. In one pass, with a stack: a
-    page may be as deep, and its tags have as many neighbours, as it likes."""
-    pending: list[tuple[PageElement | str, bool]] = [(soup, False)]  # what is to come, and whether it is preformatted
+def _strings(soup: Any) -> Iterator[str]:
+    """The visible strings of a page (`BeautifulSoup`) in order, a line break before and after each block. In one pass,
+    with a stack: a page may be as deep, and its tags have as many neighbours, as it likes."""
+    from bs4 import CData, NavigableString, Tag  # here, as above
+
+    # What is to come, and whether it is preformatted
+    pending: list[tuple[Any, bool]] = [(soup, False)]
     while pending:
         node, kept = pending.pop()
         if type(node) is NavigableString:
@@ -217,6 +219,8 @@ def without_near_duplicates(documents: Iterable[Document], threshold: float) -> 
     """Documents that resemble no earlier kept one: the Jaccard similarity of their sets of word 5-shingles, estimated
     by MinHash with 128 permutations, is below `threshold`. Candidates come from locality-sensitive hashing
     (Broder 1997; Lee et al., arXiv:2107.06499), its bands chosen for recall because each candidate is then checked."""
+    from datasketch import MinHash, MinHashLSH  # here, because it imports scipy, and a prepared corpus needs neither
+
     # Above 0.95 the library finds no bands; a lower threshold here only brings more candidates.
     index = MinHashLSH(threshold=min(threshold, 0.95), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
     empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=lambda value: value)

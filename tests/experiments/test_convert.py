@@ -354,15 +354,15 @@ def write_folder(folder, cfg, shard_bytes=5_000_000_000):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_model_larger_than_memory_is_converted_to_all_forms(tmp_path):
-    """158 MB of weights in 60 MB more than the same process has after it converted a small model."""
+    """106 MB of weights in 60 MB more than the same process has after it converted a small model."""
     moe = MoEConfig(8, 2, 1024)
     small = ModelConfig(
         "small", 300, 32, 1, 16, 4, d_ff=16, tie_embeddings=False, moe=dataclasses.replace(moe, d_expert=16)
     )
     write_folder(tmp_path / "small", small)
-    write_folder(tmp_path / "a", dataclasses.replace(small, n_layers=12, d_model=256, moe=moe), 40_000_000)
-    assert sum(path.stat().st_size for path in (tmp_path / "a").iterdir()) > 150_000_000
-    shards = "shard_gb=0.04"
+    write_folder(tmp_path / "a", dataclasses.replace(small, n_layers=8, d_model=256, moe=moe), 30_000_000)
+    assert sum(path.stat().st_size for path in (tmp_path / "a").iterdir()) > 100_000_000
+    shards = "shard_gb=0.03"
     for source, target, *more in (
         ("", "-run"),
         ("-run", "-b", shards),

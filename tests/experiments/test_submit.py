@@ -10,12 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from experiments import submit
 from moe.run.jsonl import read_lines
 
 WORDS = (
     "model=cpu-nano data=text data.path={0}/t.txt data.cache={0}/cache data.val_fraction=0.45 tokenizer=byte "
     "train.steps={1} train.batch_size=4 train.eval_every=0 train.eval_tokens=512 train.precision=fp32 train.threads=1 "
-    "train.device=cpu log.every=1 run={0}/run parallel=experts"
+    "train.device=cpu log.every=1 run={0}/run parallel=experts model.context=32 model.n_layers=2 model.d_model=32 "
+    "model.n_heads=2 model.n_kv_heads=2 model.d_ff=32 model.moe.d_expert=32"
 )
 
 
@@ -69,7 +71,9 @@ def test_a_run_that_fails_is_a_failed_job(tmp_path):
         (["command=run=x", "nodes=0"], "nodes=0 is out of range"),
     ],
 )
-def test_what_cannot_be_submitted_is_a_sentence(words, said, tmp_path):
-    process = submitted(tmp_path, *words)
-    assert said in process.communicate(timeout=60)[0]
-    assert process.returncode == 2
+def test_what_cannot_be_submitted_is_a_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["submit", f"folder={tmp_path}/jobs", "executor=local", *words])
+    with pytest.raises(SystemExit, match="2"):
+        submit.main()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "jobs").exists()

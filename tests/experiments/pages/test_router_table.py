@@ -1,5 +1,7 @@
 """Claims about the table of routers."""
 
+import functools
+
 import pytest
 
 from experiments import readme
@@ -7,6 +9,7 @@ from experiments.pages import router_table
 from tests.conftest import PRESETS
 
 
+@functools.cache
 def _rows():
     return {name: cells for name, *cells in router_table.rows()}
 
