@@ -76,6 +76,20 @@ def test_every_backend_computes_the_model_of_the_weights_that_are_stood_for(name
     torch.testing.assert_close(on_kernels, want.logits_BSV, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_with_products_in_fp8_computes_the_same_with_its_experts_stored_in_fp8():
+    cfg = dataclasses.replace(CFG, d_model=144, moe=dataclasses.replace(ALL, precision="fp8"))
+    model = Transformer(cfg, RouterConfig()).initialize(0).double().eval()
+    with torch.no_grad():
+        for backend in ("reference", "torch", "triton"):
+            want = model(TOKENS_BS, backend=backend).logits_BSV
+            after = Transformer(cfg, RouterConfig()).initialize(0).double().eval()
+            store(after, "fp8", dict(after.named_parameters()).__getitem__)
+            got = after(TOKENS_BS, backend=backend).logits_BSV
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+            plain = Transformer(dataclasses.replace(cfg, moe=ALL), RouterConfig()).initialize(0).double().eval()
+            assert (plain(TOKENS_BS, backend=backend).logits_BSV - want).norm() > 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_under_autocast_the_activations_have_its_type(format):
     """Wide weights of the reference backend are not rounded to that type before an expert's rows are added up."""
