@@ -49,7 +49,7 @@ class GenerateConfig:
     top_k: int = 50  # draw among the k most probable tokens; 0: all
     top_p: float = 0.95  # draw among the fewest tokens that have this probability together; 1: all
     seed: int = 0  # of what is drawn
-    experts: str = ""  # how routed experts are stored: as int8 or mxfp4 of kernels/quantized.py; "": as they are
+    experts: str = ""  # how routed experts are stored: as int8, fp8 or mxfp4 of kernels/quantized.py; "": as they are
     trust: bool = False  # import the router of one's own (module:Class) that the run names
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class QuantizeConfig:
     """Of which run, to what, and on which text it is measured."""
 
     run: str = ""  # a run's folder
-    dtype: str = "int8"  # int8 | int4, or mxfp4 of kernels/quantized.py
+    dtype: str = "int8"  # int8 | int4, or fp8 or mxfp4 of kernels/quantized.py
     experts: bool = False  # every expert by itself too
     program: bool = False  # the losses of run.c, which has int8
     which: str = "best"  # best (lowest validation loss) | last | step-N

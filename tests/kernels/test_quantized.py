@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from kernels import ragged_mm, tuning
+from kernels import grouped, ragged_mm, tuning
 from kernels.form import NAMED, Form
 from kernels.quantized import (
     E2M1,
@@ -25,7 +25,7 @@ from kernels.quantized import (
     quantize_int8,
     quantize_mxfp4,
 )
-from tests.kernels.small_experts import call, layer_arguments
+from tests.kernels.small_experts import call, layer_arguments, run_rows
 from tests.kernels.test_plan import DEVICE, LOADS, poisoned
 from tests.kernels.test_ragged_mm import Spy
 
@@ -239,6 +239,20 @@ def test_no_more_than_one_matrix_is_wide_at_a_time(dispatch, name):
         call(experts, arguments, dispatch=dispatch)
     assert len(alive) > 5
     assert most[0] <= 2, "the one that was asked for, and the one that it takes the place of"
+
+
+@pytest.mark.parametrize(("name", "form", "error"), [
+    ("int8", Form("swiglu"), 0.013), ("fp8", Form("swiglu"), 0.047), ("fp8", Form("swiglu", fp8="all"), 0.066),
+    ("mxfp4", Form("swiglu"), 0.20),
+], ids=["int8", "fp8", "fp8 and its activations", "mxfp4"])  # fmt: skip
+def test_how_far_a_format_takes_a_layer_of_normal_numbers(name, form, error):
+    """As docs/kernels.md has it: relative Frobenius error of the output."""
+    expert = torch.randint(0, 8, (512, 2), generator=torch.Generator().manual_seed(0))
+    arguments = _layer((name, name), load=expert, n_experts=8, d=512, f=256)
+    wide = layer_arguments(expert, n_experts=8, d=512, f=256)
+    want = run_rows(wide, grouped.experts)["out"]
+    got, _ = call(experts, {**arguments, "form": form}, dispatch="torch")
+    assert ((got - want).norm() / want.norm()).item() == pytest.approx(error, rel=0.05)
 
 
 SMALL = _layer(dtype=torch.float32)
