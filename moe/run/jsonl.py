@@ -5,6 +5,7 @@ JSON has no NaN and no infinity: a number that is not finite is written as null,
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -68,6 +69,10 @@ def _fields(kind: type[T], tree: dict[str, Any], where: str) -> T:
     """A dataclass or NamedTuple from a dict."""
     hints = typing.get_type_hints(kind)
     values = {name: record(hint, tree[name], f"{where}: {name}") for name, hint in hints.items() if name in tree}
+    # A line leaves out what is None.
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is parameter.empty and types.NoneType in typing.get_args(hints.get(name)):
+            values.setdefault(name, None)
     try:
         return kind(**values)
     except TypeError:

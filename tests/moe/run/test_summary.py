@@ -10,6 +10,7 @@ from moe.errors import BadInput
 from moe.run.jsonl import read_lines, to_text
 from moe.run.summary import (
     SCHEMA,
+    Alarm,
     LayerMetrics,
     MetricsLine,
     Validation,
@@ -125,3 +126,14 @@ def test_a_damaged_line_is_refused_with_its_file(tmp_path):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
     with pytest.raises(BadInput, match=r"metrics\.jsonl is damaged: it has no seconds"):
         read_metrics(tmp_path)
+
+
+def test_what_a_line_leaves_out_because_it_is_none_is_none_at_any_depth_and_all_else_is_missing():
+    """As an alarm of the whole model has no layer."""
+    alarm = Alarm("loss spike", 318, None, "5.15 nats", "a bad batch", "a lower optim.lr")
+    tree = json.loads(to_text(line_to_json(MetricsLine(318, 9.0, alarms=[alarm]))))
+    assert "layer" not in tree["alarms"][0]
+    assert line_from_json(tree).alarms == [alarm]
+    del tree["alarms"][0]["cause"]
+    with pytest.raises(BadInput, match=r"alarms\[0\] is damaged: it has no cause\."):
+        line_from_json(tree)
