@@ -279,7 +279,7 @@ def check(rows: list[Row]) -> list[str]:
 NUMBERS = ("regs", "spill", "shared", "blocks", *INSTRUCTIONS)
 OF_LOOP = ("loop", "bars", "copies", "products", "outside")  # as the fields of Loop
 HEADER = ("target", "use", "type", "load", "shape", "tile", *NUMBERS, *OF_LOOP)
-WIDTHS = (7, 17, 6, 5, 8, 25, 5, 6, 7, 7, *(len(name) + 2 for name in (*INSTRUCTIONS, *OF_LOOP)))
+WIDTHS = (7, 17, 6, 5, 11, 25, 5, 6, 7, 7, *(len(name) + 2 for name in (*INSTRUCTIONS, *OF_LOOP)))
 
 
 def render(rows: list[Row]) -> str:

@@ -27,7 +27,9 @@ from experiments.suites import facts, timing
 from experiments.suites.cases import Absent, Case, LeftOut
 from experiments.suites.layer import choices
 from experiments.suites.shapes import Shape
-from kernels import grouped, reference
+from kernels import grouped, quantized, reference
+from kernels.form import Form
+from kernels.quantized import FORMATS
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
@@ -46,6 +48,7 @@ DTYPES = {
 }
 LOADS = ("uniform", "zipf", "one expert", "two experts", "dropped", "all dropped", "ragged")
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu2")
+IN_FP8 = "swiglu in fp8"
 NAMES = ("y", "dx", "dw_up", "dw_down", "dweight")
 TIMES_TORCH = 2.0
 SANITIZER_SECONDS = 150.0  # that compute-sanitizer may take
@@ -119,7 +122,7 @@ def draw(shape: Shape, device: torch.device, kind: str, load: str = "uniform", a
     make = lambda *shape, scale=1.0: (torch.randn(*shape, device=device, dtype=torch.float32) * scale).to(dtype)
     expert, token_N = routed(shape, load, device)
     weight = torch.rand(expert.shape, device=device, dtype=torch.promote_types(dtype, torch.float32)) + 0.1
-    width = 2 * f if activation == "swiglu" else f
+    width = form(activation).width(f)
     x, w_up, w_down = make(t, d), make(e, width, d, scale=d**-0.5), make(e, d, f, scale=f**-0.5)
     for operand in (x, w_up, w_down, weight):
         operand.requires_grad_()
@@ -145,18 +148,23 @@ def routed(shape: Shape, load: str, device: torch.device) -> tuple[Tensor, Tenso
     return torch.where(torch.rand(t * k, device=device) < 0.1, -1, expert.flatten()), token_N
 
 
+def form(activation: str) -> Form:
+    """What a layer of this kind computes."""
+    return Form("swiglu", fp8="all") if activation == IN_FP8 else Form(activation)
+
+
 def by_reference(layer: Layer) -> Tensor:
     """y as the reference defines it."""
     token_N, expert_N, weight_N = rows(layer.token_N, layer.expert, layer.weight)
     operands = (layer.x_TD, layer.w_up_EFD, layer.w_down_EDF, token_N, expert_N, weight_N)
-    return reference.experts(*operands, layer.activation)
+    return reference.experts(*operands, form(layer.activation))
 
 
 def by_torch(layer: Layer) -> Tensor:
     """y as dispatch=torch computes it."""
     token_N, expert_N, weight_N = rows(layer.token_N, layer.expert, layer.weight)
     operands = (layer.x_TD, layer.w_up_EFD, layer.w_down_EDF, token_N, expert_N, weight_N)
-    return grouped.experts(*operands, layer.activation)
+    return grouped.experts(*operands, form(layer.activation))
 
 
 def by_triton(layer: Layer) -> Tensor:
@@ -164,7 +172,7 @@ def by_triton(layer: Layer) -> Tensor:
     from kernels import fused  # here, because Triton is not everywhere
 
     operands = (layer.x_TD, layer.w_up_EFD, layer.w_down_EDF, layer.token_N, layer.expert, layer.weight)
-    return fused.experts(*operands, layer.activation, layer.tf32)[0]
+    return fused.experts(*operands, form(layer.activation), layer.tf32)[0]
 
 
 @contextmanager
@@ -229,6 +237,11 @@ def cases(settings: Settings) -> Iterator[Case]:
         if kind in settings.dtypes:
             yield layer(settings.regular, kind, "zipf", activation)
     yield layer(settings.large, "bf16", "zipf")
+    # In fewer bits. Sums of fp8 on tensor cores are less exact than float32, which 16 bits do not tell.
+    for shape in (settings.regular, settings.odd):
+        yield layer(shape, "bf16", "zipf", IN_FP8)
+    for name in FORMATS:
+        yield other(f"experts stored in {name}", check_stored, name)
     yield other("D past 2^31 elements", check_far, "D")
     yield other("F past 2^31 elements", check_far, "F")
 
@@ -246,6 +259,23 @@ def check_layer(settings: Settings, shape: Shape, kind: str, load: str, activati
     with poisoned():
         got = layer.results(by_triton)
     return verdict(settings, kind, NAMES, got, want, theirs)
+
+
+def check_stored(settings: Settings, name: str) -> dict[str, Any]:
+    """Forward alone, of weights in a format of kernels/quantized.py, whose groups are of up to 32."""
+    shape = settings.regular
+    layer = draw(shape._replace(D=-(-shape.D // 32) * 32, F=-(-shape.F // 32) * 32), settings.device, "bf16", "zipf")
+    w_up, w_down = (FORMATS[name](w.detach()) for w in (layer.w_up_EFD, layer.w_down_EDF))
+
+    def output(layer: Layer, dispatch: str) -> Tensor:
+        x_TD, weight = layer.x_TD.detach(), layer.weight.detach()
+        rows = (None, layer.expert, weight)
+        return quantized.experts(x_TD, w_up, w_down, *rows, layer.activation, dispatch=dispatch)[0]
+
+    want, theirs = output(layer.of(torch.float64), "reference"), output(layer, "torch")
+    with poisoned():
+        got = output(layer, "triton")
+    return verdict(settings, "bf16", ("y",), (got,), (want,), (theirs,))
 
 
 def verdict(

@@ -70,14 +70,14 @@ def _fields(kind: type[T], tree: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(kind)
     values = {name: record(hint, tree[name], f"{where}: {name}") for name, hint in hints.items() if name in tree}
     # A line leaves out what is None.
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if parameter.default is parameter.empty and types.NoneType in typing.get_args(hints.get(name)):
+    parameters = inspect.signature(kind).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    for name in required:
+        if types.NoneType in typing.get_args(hints[name]):
             values.setdefault(name, None)
-    try:
-        return kind(**values)
-    except TypeError:
-        missing = ", ".join(name for name in hints if name not in tree)
-        raise BadInput(f"{where} is damaged: it has no {missing}.") from None
+    if missing := ", ".join(name for name in required if name not in values):
+        raise BadInput(f"{where} is damaged: it has no {missing}.")
+    return kind(**values)
 
 
 def write_atomically(path: Path, text: str) -> None:

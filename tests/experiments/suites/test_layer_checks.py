@@ -10,6 +10,8 @@ import torch
 from experiments.suites import kernel_checks, layer_checks, timing
 from experiments.suites.cases import Absent, LeftOut, Rows, run
 from experiments.suites.shapes import Shape
+from kernels import quantized
+from kernels.quantized import FORMATS
 from tests import fake_cuda
 from tests.experiments.suites.small_checks import CPU, CUDA, SHAPE, small_settings
 
@@ -39,7 +41,8 @@ def test_all_of_it_covers_every_type_load_activation_and_number_of_choices():
     layers = [key for key in keys if key["check"] == "layer"]
     assert {key["dtype"] for key in layers} == set(layer_checks.DTYPES)
     assert {key["load"] for key in layers} == set(layer_checks.LOADS)
-    assert {key["activation"] for key in layers} == set(layer_checks.ACTIVATIONS)
+    assert {key["activation"] for key in layers} == {*layer_checks.ACTIVATIONS, layer_checks.IN_FP8}
+    assert {f"experts stored in {name}" for name in FORMATS} <= {key["check"] for key in keys}
     assert {key["K"] for key in layers} >= set(range(1, 10))
     assert {0, 1} <= {key["T"] for key in layers}
     assert any(key["D"] * 2 % 16 for key in layers)  # rows that the copy engine does not take
@@ -72,6 +75,19 @@ def test_a_layer_of_zeros_a_scaled_one_and_one_that_leaves_an_element_are_wrong(
         assert found["status"] == "wrong"
         assert "errors exceed bounds: y" in found["error"]
         assert found["errors"].keys() == set(layer_checks.NAMES)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stored_experts_that_are_a_tenth_too_large_are_wrong(name, monkeypatch):
+    assert "status" not in layer_checks.check_stored(small_settings(), name)
+    right = quantized.experts
+
+    def scaled(*operands, dispatch):
+        y, counts = right(*operands, dispatch=dispatch)
+        return (1.1 * y if dispatch == "triton" else y), counts
+
+    monkeypatch.setattr(quantized, "experts", scaled)
+    assert "errors exceed bounds: y" in layer_checks.check_stored(small_settings(), name)["error"]
 
 
 def test_new_tensors_are_poisoned_inside_only():

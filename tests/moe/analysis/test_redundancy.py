@@ -47,7 +47,8 @@ def test_a_copy_is_found_in_any_order_of_hidden_units_and_a_turned_one_by_cka_al
     assert last.cka_EE[0, 1] < 0.9
     assert last.weights_EE[0, [0, 2]] == pytest.approx(1)
     assert last.weights_EE[0, 3] < 0.6  # the control does not see it
-    assert last.twin_E[[0, 2, 3]].tolist() == [2, 0, 0]
+    for e in (0, 2, 3):  # of three that are the same, either other one
+        assert last.twin_E[e].item() in {0, 2, 3} - {e}
     assert np.abs(first.cosine_EE - np.eye(5)).max() < 0.9
     for matrix_EE in (last.cosine_EE, last.cka_EE, last.weights_EE):
         assert matrix_EE == pytest.approx(matrix_EE.T)
