@@ -120,7 +120,7 @@ class Layer:
         with torch.no_grad():
             weights = peer.layout(w_up, w_down)
         weights = weights[0].detach().requires_grad_(), weights[1].detach().requires_grad_()
-        errors = peers.check(peer.run, weights, (x, expert, weight), dout, self.expected)
+        errors = peers.check(peer.run, weights, (x, expert, weight), dout, self.expected, peer.tolerance)
 
         # Everything in turns: the contestant, ours beside a peer (or as a graph), and the FLOPs as balanced bmm.
         def pair(run: peers.Experts, weights: tuple[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.suites.cases import Wrong
 from experiments.suites.timing import relative_error
 from kernels import grouped, reference
+from kernels.form import Form
 from moe.routing.contract import rows
 
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -32,6 +33,7 @@ class Peer(NamedTuple):
     run: Experts
     packages: tuple[str, ...]  # that it imports
     layout: Layout = lambda w_up, w_down: (w_up, w_down)
+    tolerance: float = 0.0  # relative error that it may have, where it rounds more than the type of its operands
 
 
 def triton_experts(x: Tensor, w_up: Tensor, w_down: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
@@ -39,6 +41,13 @@ def triton_experts(x: Tensor, w_up: Tensor, w_down: Tensor, expert: Tensor, weig
     from kernels import fused  # here, because Triton is not everywhere
 
     return fused.experts(x, w_up, w_down, None, expert, weight, "swiglu")[0]
+
+
+def triton_fp8(x: Tensor, w_up: Tensor, w_down: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    """The same with products in fp8, weights rounded at every call: model.moe.precision=fp8."""
+    from kernels import fused
+
+    return fused.experts(x, w_up, w_down, None, expert, weight, Form("swiglu", fp8="all"))[0]
 
 
 def torch_experts(x: Tensor, w_up: Tensor, w_down: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
@@ -145,6 +154,7 @@ def _qwen3_experts(n_experts: int, d: int, f: int) -> torch.nn.Module:
 OURS = "triton"
 PEERS = {
     OURS: Peer(triton_experts, ("triton",)),
+    "triton_fp8": Peer(triton_fp8, ("triton",), tolerance=0.15),
     "torch": Peer(torch_experts, ()),
     "grouped_mm": Peer(grouped_mm, ()),
     "transformers": Peer(transformers_experts, ("transformers",)),
@@ -180,16 +190,18 @@ def expected(
 
 
 def check(
-    run: Experts, weights: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor, want: Expected
-) -> dict[str, float]:
+    run: Experts, weights: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor, want: Expected,
+    tolerance: float = 0.0,
+) -> dict[str, float]:  # fmt: skip
     """Relative errors of a peer's y, dx and dweight; weights in its layout, inputs x, expert, weight, of which the
-    floats want gradients. Raises `Wrong` for one beyond rounding; the weights' gradients are not looked at."""
+    floats want gradients. Raises `Wrong` for one beyond rounding to the inputs' type, and beyond `tolerance`; the
+    weights' gradients are not looked at."""
     x, expert, weight = inputs
     y = run(x, *weights, expert, weight)
     dx, dweight = torch.autograd.grad(y, (x, weight), dout)
     got = Expected(y.detach(), dx, dweight)
     errors = {name: relative_error(getattr(got, name), getattr(want, name)) for name in Expected._fields}
-    bound = TOLERANCE[x.dtype]
+    bound = max(TOLERANCE[x.dtype], tolerance)
     bad = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= bound]
     if bad:
         raise Wrong(f"relative error of {', '.join(bad)} against the reference; {bound:g} is rounding")
