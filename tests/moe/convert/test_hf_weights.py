@@ -211,10 +211,11 @@ def test_layers_that_guess_further_tokens_are_left_aside(variant: str, tmp_path:
     hf = theirs(variant)
     hf.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    behind = {
-        name.replace("layers.1.", "layers.2."): value.clone() for name, value in tensors.items() if "layers.1." in name
-    }
-    save_file(tensors | behind | {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    n = hf.config.num_hidden_layers
+    last, more = f"layers.{n - 1}.", f"layers.{n}."
+    behind = {name.replace(last, more): value.clone() for name, value in tensors.items() if last in name}
+    behind[f"model.{more}eh_proj.weight"] = torch.ones(32, 64)
+    save_file(tensors | behind, tmp_path / "model.safetensors")
     with torch.no_grad():
         assert error(load(tmp_path)(TOKENS_BS).logits_BSV, hf(TOKENS_BS).logits) < TOLERANCE
 
