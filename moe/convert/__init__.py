@@ -4,6 +4,7 @@ hf_families   transformers' model families: what each fixes, what it leaves open
 hf_config     their config.json to settings and back
 hf_latent     what the families with latent attention have there beside names
 hf_gpt_oss    what gpt-oss has beside the other families
+hf_stored     matrices that folders hold in few bits, widened as they are read
 hf_tokenizer  tokenizer.json to ids equal to its own, and back
 hf_weights    weights from and to transformers' folders
 hf_stream     the same folders one tensor or one layer at a time, in less memory than they take

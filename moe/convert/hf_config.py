@@ -20,6 +20,7 @@ from moe.config.run import Config, validate
 from moe.convert.hf_families import FAMILIES, PLAIN, USUAL, Family
 from moe.convert.hf_gpt_oss import gpt_oss_to_hf, pop_gpt_oss
 from moe.convert.hf_latent import latent_to_hf, pop_latent
+from moe.convert.hf_stored import pop_method
 from moe.errors import BadInput
 
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}  # theirs -> ours
@@ -162,6 +163,7 @@ def config_from_hf(tree: Any, name: str) -> tuple[ModelConfig, RouterConfig]:
         raise BadInput(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}.")
     # Every key that this model reads, under the spelling of the family; what is read is taken out of the tree.
     family, tree = FAMILIES[model_type], dict(tree)
+    pop_method(tree, model_type)
     if model_type == "gpt_oss":
         pop_gpt_oss(tree)
     known = {*family.keys.values(), *family.moe.values(), *family.router.values(), *family.latent.values()}

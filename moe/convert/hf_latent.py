@@ -12,12 +12,13 @@ from moe.config.model import ModelConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
 
-# Keys that have one value wherever this model computes the same; and those that are derived, or of training alone.
+# Keys that have one value wherever this model computes the same; and those that are derived, or of training alone, or
+# name code that stands beside the published weights, which transformers' own class does not need either.
 _ALWAYS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_interleave": True},
 }
-_ASIDE = ("qk_head_dim", "head_dim", "ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers")
+_ASIDE = ("qk_head_dim", "head_dim", "ep_size", "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "auto_map")
 
 
 def pop_latent(tree: dict[str, Any], model_type: str, latent: dict[str, Any], router: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.convert.hf_config import read_folder
-from moe.convert.hf_gpt_oss import read
+from moe.convert.hf_stored import read
 from moe.convert.hf_weights import check_equal, check_tied, copy_into, places, views_of, weight_files, widest
 from moe.errors import BadInput
 from moe.model.rope import rotary

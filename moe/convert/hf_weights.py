@@ -25,7 +25,8 @@ from moe.config.model import ModelConfig, head_dim, is_moe_layer
 from moe.config.router import RouterConfig
 from moe.convert import hf_tokenizer
 from moe.convert.hf_config import config_to_hf, read_folder
-from moe.convert.hf_gpt_oss import Stored, gpt_oss_map, packed, read
+from moe.convert.hf_gpt_oss import gpt_oss_map
+from moe.convert.hf_stored import Stored, packed, read
 from moe.data.owner import remove_leftovers, temporary
 from moe.data.tokenizer import Tokenizer
 from moe.errors import BadInput
@@ -212,7 +213,7 @@ def _predicts_further(name: str, cfg: ModelConfig, family: str) -> bool:
     layer = re.match(r"(model\.)?layers\.(\d+)\.", name)
     if family == "ernie4_5_moe":
         return "mtp" in name
-    return family == "glm4_moe" and layer is not None and int(layer[2]) >= cfg.n_layers
+    return family in ("glm4_moe", "deepseek_v3") and layer is not None and int(layer[2]) >= cfg.n_layers
 
 
 def copy_into(tensor: Tensor, views: list[Tensor]) -> None:

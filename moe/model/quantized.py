@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from kernels.fp8 import widen
 from kernels.quantized import FORMATS, Mxfp4, Quantized, dequantize
 from moe.config.model import ModelConfig
 from moe.config.parse import OneOf
@@ -128,3 +129,9 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Stacked matrices of MXFP4 as checkpoints of gpt-oss have them, (E, N, G, 16) and (E, N, G) uint8, widened expert
     by expert: -> (E, N, 32 G) bfloat16, exactly, where it holds them."""
     return dequantize(Mxfp4(blocks, scales), torch.bfloat16)
+
+
+def from_fp8(values: Tensor, scales: Tensor) -> Tensor:
+    """Matrices of E4M3 as checkpoints of DeepSeek-V3 have them, `weight` (..., N, M) and `weight_scale_inv` (...,
+    ceil(N / 128), ceil(M / 128)), widened: -> (..., N, M) bfloat16, exactly where the scales are powers of two."""
+    return widen(values, scales.float(), torch.bfloat16)

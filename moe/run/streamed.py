@@ -22,9 +22,12 @@ from moe.errors import BadInput
 
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES |= {"F8_E4M3": 1, "F8_E8M0": 1}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES |= {"BOOL": torch.bool}
+# Numbers that mean something with their scales alone, and scales: `read` reads them, a file of them is not `opened`.
+SCALED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -33,7 +36,7 @@ class Place(NamedTuple):
 
     path: Path
     start: int
-    dtype: str  # as the file names it; one that is not in `DTYPES` cannot be read
+    dtype: str  # as the file names it; one that is in neither `DTYPES` nor `SCALED` cannot be read
     shape: tuple[int, ...]
 
 
@@ -139,7 +142,8 @@ def read(name: str, place: Place) -> Tensor:
         raise BadInput(f"{path} cannot be read ({error.strerror or error}).") from error
     if n_read < len(data):
         raise BadInput(f"{path} ends in the middle of the tensor {name}.")
-    return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape) if data else torch.empty(shape, dtype=DTYPES[dtype])
+    kind = (DTYPES | SCALED)[dtype]
+    return torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
 
 
 def write(path: Path, meta: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:

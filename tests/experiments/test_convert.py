@@ -39,7 +39,7 @@ from moe.run.folder import read_config
 from moe.run.load import load_run
 from moe.run.streamed import Tensors
 from tests.llama_cpp import Engine
-from tests.packed_folders import pack
+from tests.packed_folders import pack, pack_fp8
 from tests.small_runs import files, settings, train
 
 ROOT = Path(__file__).parents[2]
@@ -362,12 +362,15 @@ def test_a_model_larger_than_memory_is_converted_to_all_forms(tmp_path):
     write_folder(tmp_path / "small", small)
     write_folder(tmp_path / "a", dataclasses.replace(small, n_layers=8, d_model=256, moe=moe), 30_000_000)
     assert sum(path.stat().st_size for path in (tmp_path / "a").iterdir()) > 100_000_000
+    for name in ("a", "small"):
+        pack_fp8(shutil.copytree(tmp_path / name, tmp_path / f"{name}-fp8"), powers_of_two=True)
     shards = "shard_gb=0.03"
     for source, target, *more in (
         ("", "-run"),
         ("-run", "-b", shards),
         ("", ".gguf"),
         ("-run", "-2.gguf", "dtype=q8_0"),
+        ("-fp8", "-3.gguf"),
     ):
         words = [f"source=a{source}", f"to=a{target}", *more, f"source=small{source}", f"to=small{target}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -428,6 +431,29 @@ def test_a_published_gpt_oss_says_the_same_bit_by_bit_with_its_experts_in_as_few
     assert few[1] == "experts: mxfp4, 4.25 bits a weight, 0.1 MB in place of 0.6 MB\n" + plain[1]
 
 
+@pytest.mark.parametrize("powers_of_two", [True, False])
+def test_a_published_folder_in_fp8_keeps_its_experts_numbers_where_its_scales_are_powers_of_two(
+    powers_of_two, imported, command, tmp_path
+):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 160, "moe_intermediate_size": 256}
+    source = pack_fp8(theirs(tmp_path / "theirs", "qwen3_moe", **sizes), powers_of_two)
+    folder, status, _, err = imported(source)
+    assert (status, err) == (0, "")
+    (wide, tokenizer, _), (stored, *_) = load_run(folder), load_run(folder, experts="fp8")
+    ids, tensors = torch.tensor([tokenizer.encode("Mixture of experts")]), load_file(source / "model.safetensors")
+    for layer, block in enumerate(stored.blocks):
+        w_up, w_down = block.mlp.experts.weights()
+        for w, parts in ((w_up, ("gate", "up")), (w_down, ("down",))):
+            for numbers, suffix in ((w.values, ""), (w.scales, "_scale_inv")):
+                name = f"model.layers.{layer}.mlp.experts.{{}}.{{}}_proj.weight{suffix}"
+                published = [torch.cat([tensors[name.format(e, part)] for part in parts]) for e in range(4)]
+                assert torch.equal(numbers.float(), torch.stack(published).float()) == powers_of_two
+    with torch.no_grad():
+        for backend in ("reference", "torch"):
+            logits = [of(ids, backend=backend).logits_BSV for of in (wide, stored)]
+            assert torch.equal(*logits) == powers_of_two
+
+
 def test_an_imported_run_is_what_others_start_from_with_its_own_tokenizer(imported, command, corpus, tmp_path):
     folder, *_ = imported(theirs(tmp_path / "theirs"))
     model, tokenizer, cfg = load_run(folder, "last")
@@ -482,6 +508,14 @@ def change_tensors(source, change):
     [
         (lambda source: break_config(source, model_type="mamba"), "model_type='mamba' is not one of gpt2"),
         (lambda source: break_config(source, auto_map={"AutoModel": "x.Y"}), "auto_map="),
+        (
+            lambda source: break_config(source, quantization_config={"quant_method": "gptq"}),
+            "quantization_config.quant_method='gptq' is not supported in a llama: accepted is fp8.",
+        ),
+        (
+            lambda source: change_tensors(source, lambda tensors: tensors.update(a_scale_inv=torch.ones(1, 1))),
+            "tensor a_scale_inv is there, and a is missing: accepted is F8_E4M3.",
+        ),
         (lambda source: (source / "config.json").unlink(), "it has no config.yaml and no config.json"),
         (lambda source: (source / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda source: (source / "tokenizer.json").unlink(), "has no tokenizer.json"),

@@ -167,7 +167,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"partial_rotary_factor": 0.5}),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("llama", {"rope_theta": "big"}),
-    ("llama", {"quantization_config": {"quant_method": "fp8"}}),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}),
     ("llama", {"num_local_experts": 8}),
     ("llama", {"pruned_heads": {"0": [1]}}),
     ("llama", {"a_setting_of_next_year": 1}),

@@ -79,7 +79,7 @@ def test_every_default_of_the_config_class_is_our_default(family: str) -> None:
         ("deepseek_v3", {"num_key_value_heads": 2}),
         ("deepseek_v3", {"n_group": 3}),
         ("deepseek_v3", {"kv_lora_rank": "12"}),
-        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "awq"}}),
         ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}}),
     ],
     ids=str,
@@ -101,7 +101,7 @@ def test_what_this_model_does_not_have_is_refused_by_name(family: str, change: d
         ("deepseek_v2", {"n_group": None, "topk_group": None}),
         ("deepseek_v2", {"n_group": 4, "topk_group": 2}),  # which greedy does not look at
         ("deepseek_v2", {"aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1}),
-        ("deepseek_v2", {"auto_map": None, "attention_dropout": 0.1, "moe_layer_freq": 1}),
+        ("deepseek_v2", {"auto_map": {"AutoModel": "x.Y"}, "attention_dropout": 0.1, "moe_layer_freq": 1}),
         ("deepseek_v3", {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
     ],
     ids=str,

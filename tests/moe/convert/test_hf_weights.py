@@ -206,14 +206,16 @@ def test_tensors_of_a_model_in_memory_fill_ours_and_come_back() -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in hf.state_dict().items())
 
 
-def test_layers_that_guess_further_tokens_are_left_aside(tmp_path: Path) -> None:
-    hf = theirs("glm4_moe")
+@pytest.mark.parametrize("variant", ["glm4_moe", "deepseek_v3"])
+def test_layers_that_guess_further_tokens_are_left_aside(variant: str, tmp_path: Path) -> None:
+    hf = theirs(variant)
     hf.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    behind = {
-        name.replace("layers.1.", "layers.2."): value.clone() for name, value in tensors.items() if "layers.1." in name
-    }
-    save_file(tensors | behind | {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    n = hf.config.num_hidden_layers
+    last, more = f"layers.{n - 1}.", f"layers.{n}."
+    behind = {name.replace(last, more): value.clone() for name, value in tensors.items() if last in name}
+    behind[f"model.{more}eh_proj.weight"] = torch.ones(32, 64)
+    save_file(tensors | behind, tmp_path / "model.safetensors")
     with torch.no_grad():
         assert error(load(tmp_path)(TOKENS_BS).logits_BSV, hf(TOKENS_BS).logits) < TOLERANCE
 
