@@ -173,6 +173,7 @@ def _rounding(x: Tensor, w: Tensor, form: Form) -> Tensor:
     """What a product x @ w^T gains by the rounding of its operands, a constant to every derivative."""
     if not form.fp8:
         return x.new_zeros(())
+    x, w = operands.under_autocast(x, w)
     rounded_x, rounded_w = fp8.operands(x, w, form)
     return rounded_x @ rounded_w.T - x @ w.T
 

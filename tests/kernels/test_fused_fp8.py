@@ -79,6 +79,14 @@ def test_in_16_bits_the_kernels_are_as_wrong_as_any(form, dtype):
     assert wrong_results(_layer(form, dtype=dtype)) == []
 
 
+def test_under_autocast_the_definition_rounds_what_autocast_would_multiply():
+    """Not the float32 numbers: those round to others in one of 32."""
+    arguments = _layer(d=256, f=256, dtype=torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        want, got = run_rows(arguments, reference.experts), run_rows(arguments, grouped.experts)
+    assert relative_errors(got, {"out": want["out"].double()})["out"] < 0.01
+
+
 @pytest.mark.parametrize("load", LOADS)
 def test_any_load_is_right(load):
     assert wrong_results(_layer(load=load, d=36, f=20)) == []
