@@ -56,6 +56,17 @@ def test_the_definition_is_products_of_rounded_operands_with_the_derivatives_of_
     assert relative_errors(run_rows(dict(arguments, form="swiglu"), reference.experts), want)["out"] > 0.01
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_definitions_forward_mode_derivatives_are_its_gradients(form):
+    arguments = {key: value.detach() if torch.is_tensor(value) else value for key, value in _layer(form).items()}
+    for name in ("x", "w_up", "w_down", "weight"):
+        function = lambda value, name=name: run_flat(arguments | {name: value}, reference.experts)
+        out, gradients = torch.func.vjp(function, arguments[name])
+        along = torch.randn(arguments[name].shape, generator=torch.Generator().manual_seed(1)).to(arguments[name])
+        derivative = torch.func.jvp(function, (arguments[name],), (along,))[1]
+        torch.testing.assert_close((derivative * out).sum(), (gradients(out)[0] * along).sum(), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("in_fp8", [False, True], ids=["widened", "multiplied as they are"])
 @pytest.mark.parametrize("form", FORMS)
 def test_output_and_every_gradient_are_the_references(form, in_fp8):
@@ -151,12 +162,12 @@ def test_a_compiled_graph_gives_the_same():
         assert torch.equal(compiled(**arguments), function(**arguments))
 
 
-def run_flat(arguments):
-    """The reference's output, over flat rows."""
+def run_flat(arguments, function=grouped.experts):
+    """A backend's output, over flat rows."""
     expert = arguments["expert"]
     token = torch.arange(len(expert), device=DEVICE).repeat_interleave(expert.shape[1])
     rows = {"token": token, "expert": expert.flatten(), "weight": arguments["weight"].flatten()}
-    return call(grouped.experts, {**arguments, **rows})
+    return call(function, {**arguments, **rows})
 
 
 def test_what_is_not_taken_is_refused_in_a_sentence_before_any_launch():
