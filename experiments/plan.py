@@ -124,10 +124,14 @@ def ask_of(cfg: PlanConfig) -> Ask:
 
 def simulated(cfg: PlanConfig, machine: MachineConfig, tokens: float) -> Ask:
     """What the settings ask for on GPUs that are simulated, each with a batch of its own, routes drawn evenly. Raises
-    `BadInput` for float32, and for layers whose experts differ."""
+    `BadInput` for float32, for products in fp8, and for layers whose experts differ."""
     train, parallel, model = cfg.train, layout_of(cfg.parallel), cfg.model
     if train.precision == "fp32":
         raise BadInput(f"train.precision=fp32 is not simulated on machine={machine.name}: accepted is bf16.")
+    if model.moe and model.moe.precision != "same":
+        raise BadInput(
+            f"model.moe.precision={model.moe.precision} is not simulated on machine={machine.name}: accepted is same."
+        )
     ask = StepAsk(
         tokens=train.batch_size // train.accumulate * model.context,
         micro=train.accumulate,

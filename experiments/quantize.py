@@ -87,8 +87,14 @@ def main(cfg: QuantizeConfig) -> None:
     # What cannot be is refused before anything runs.
     if cfg.out and Path(cfg.out).exists():
         raise BadInput(f"out={cfg.out} exists: choose another, or move it away.")
+    settings = read_settings(Path(cfg.run))
+    if settings.model.moe and settings.model.moe.precision != "same":
+        raise BadInput(
+            f"run={cfg.run} rounds its experts itself (model.moe.precision={settings.model.moe.precision}): accepted is "
+            "a run whose products are not rounded, model.moe.precision=same."
+        )
     if cfg.program:
-        export_c.check(read_settings(Path(cfg.run)))
+        export_c.check(settings)
     model, tokenizer, run_cfg = load_run(Path(cfg.run), cfg.which, cfg.trust)
     windows = windows_of_run(cfg.what, run_cfg, tokenizer)
     batches, domains = list(windows), windows.domains

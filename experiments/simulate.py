@@ -74,6 +74,11 @@ def main(cfg: SimulateConfig) -> None:
     if cfg.model.moe is None or not cfg.model.vocab_size:
         why = "is dense" if cfg.model.moe is None else "has no vocabulary: set model.vocab_size"
         raise BadInput(f"model={cfg.model.name} {why}; routing is compared for models with experts.")
+    if cfg.model.moe.precision != "same":
+        raise BadInput(
+            f"model.moe.precision={cfg.model.moe.precision} is not what is simulated: matmul=bf16 and matmul=fp8 say "
+            "in what all products are; accepted is same."
+        )
     lines = routing(cfg)
     tables.print_table(simulate_table.HEADINGS, simulate_table.cells(lines), simulate_table.LEFT)
     effects = what_matters(cfg)

@@ -2,11 +2,12 @@
 
 Numbers are E4M3 (four bits of exponent, three of mantissa, up to 448; 2209.05433). A row has a scale for every 128 of
 its numbers, a matrix one for every 128 by 128 (DeepSeek-V3, 2412.19437). A scale is the smallest power of two that
-brings its numbers within 448: so nothing but the numbers is rounded, widened ones are exact in 16 bits, and rounding
-them again changes nothing.
+brings its numbers within 448: so nothing but the numbers is rounded, widened ones are exact in 16 bits (but float16 has
+no 65536, which 65504 goes to), and rounding them again changes nothing.
 
-A layer whose form has `fp8` rounds what enters either product; sums are in float32. Its derivatives are those of the
-products without rounding, at the z that was computed, in the operands' type.
+A layer whose form has `fp8` rounds what enters either product; sums are in float32, though those of 128 products, which
+they are sums of, have 14 bits on sm_90 (2412.19437, section 3.5.2). Its derivatives are those of the products without
+rounding, at the z that was computed, in the operands' type.
 
 Letters: N rows of a matrix and M the width they sum over, beside those of `moe/__init__.py`; G = ceil(M / 128) groups,
 and H = ceil(N / 128).

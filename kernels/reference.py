@@ -168,11 +168,11 @@ def gates(z: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return (z[..., ::2], z[..., 1::2]) if form.interleaved else z.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
-@torch.no_grad()
 def _rounding(x: Tensor, w: Tensor, form: Form) -> Tensor:
     """What a product x @ w^T gains by the rounding of its operands, a constant to every derivative."""
     if not form.fp8:
         return x.new_zeros(())
+    x, w = operands.under_autocast(x.detach(), w.detach())
     rounded_x, rounded_w = fp8.operands(x, w, form)
     return rounded_x @ rounded_w.T - x @ w.T
 

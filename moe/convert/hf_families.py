@@ -50,6 +50,7 @@ USUAL: dict[str, Any] = {
     "model.moe.n_shared": 0,
     "model.moe.shared_gate": False,
     "model.moe.weigh_input": False,
+    "model.moe.precision": "same",
     "model.moe.widths": [],
     "model.moe.n_experts_by_layer": [],
     "model.moe.k_by_layer": [],

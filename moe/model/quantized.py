@@ -1,7 +1,8 @@
 """Routed experts stored in few bits, for inference: the formats of kernels/quantized.py in a model.
 
 The two matrices of every routed expert are stored so, and nothing else: shared experts, dense layers, attention,
-routers, embeddings and biases keep their type, and so do the activations. There is no backward.
+routers, embeddings and biases keep their type, and so do the activations, unless the model's own products are in fp8.
+There is no backward.
 
 Letters beyond the glossary: N rows of a matrix and M the width they sum over, as in kernels/quantized.py.
 """

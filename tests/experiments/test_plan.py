@@ -122,6 +122,10 @@ def test_what_the_network_carries_makes_a_simulated_run_longer(monkeypatch, caps
         (("machine=h100", "gpu=h100"), "gpu=h100 and machine=h100 both say on what"),
         (("machine=h100", "devices=4"), "devices=4 and machine=h100 both say on what"),
         (("machine=h100",), "train.precision=fp32 is not simulated on machine=h100"),
+        (
+            ("machine=h100", "train.precision=bf16", "model.moe.precision=fp8"),
+            "model.moe.precision=fp8 is not simulated on machine=h100: accepted is same.",
+        ),
         (("machine=h100", "train.precision=bf16", "parallel.ep=2"), "parallel.ep=2 does not divide parallel.shard=1"),
         (("machine.gpus=4",), "machine is null here"),
         (("machine=h100", "machine.nvlink.efficiency=2"), "machine.nvlink.efficiency=2.0 is out of range"),

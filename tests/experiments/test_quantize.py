@@ -123,3 +123,10 @@ def test_a_width_without_groups_is_refused_and_nothing_is_written(tmp_path, corp
     code, _, err = command(f"run={tmp_path / 'run'}", f"out={tmp_path / 'lines'}")
     assert (code, (tmp_path / "lines").exists()) == (2, False)
     assert "dtype=int8 needs groups of 32 to 64 weights" in err
+
+
+def test_a_run_whose_products_are_in_fp8_is_refused(tmp_path, corpus, command):
+    train(settings(corpus, str(tmp_path / "run"), {"model.moe.precision": "fp8"}))
+    code, _, err = command(f"run={tmp_path / 'run'}", "dtype=mxfp4", f"out={tmp_path / 'lines'}")
+    assert (code, (tmp_path / "lines").exists()) == (2, False)
+    assert "rounds its experts itself (model.moe.precision=fp8): accepted is a run whose products are not" in err

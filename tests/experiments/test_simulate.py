@@ -103,6 +103,7 @@ def test_a_trace_drives_the_simulation_and_its_layers_take_turns(monkeypatch, ca
         (("trace=nothing",), "nothing is no trace"),
         (("model.vocab_size=0",), "has no vocabulary: set model.vocab_size"),
         (("model.moe=null",), "model=cpu-nano is dense"),
+        (("model.moe.precision=fp8",), "model.moe.precision=fp8 is not what is simulated: matmul=bf16 and matmul=fp8"),
         (("model.moe.n_null=1",), "experts that cost nothing"),
         (("model.moe.k_by_layer=[1,2]",), "has layers with other numbers"),
     ],

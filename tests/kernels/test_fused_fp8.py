@@ -56,12 +56,24 @@ def test_the_definition_is_products_of_rounded_operands_with_the_derivatives_of_
     assert relative_errors(run_rows(dict(arguments, form="swiglu"), reference.experts), want)["out"] > 0.01
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_definitions_forward_mode_derivatives_are_its_gradients(form):
+    arguments = {key: value.detach() if torch.is_tensor(value) else value for key, value in _layer(form).items()}
+    for name in ("x", "w_up", "w_down", "weight"):
+        function = lambda value, name=name: run_flat(arguments | {name: value}, reference.experts)
+        out, gradients = torch.func.vjp(function, arguments[name])
+        along = torch.randn(arguments[name].shape, generator=torch.Generator().manual_seed(1)).to(arguments[name])
+        derivative = torch.func.jvp(function, (arguments[name],), (along,))[1]
+        torch.testing.assert_close((derivative * out).sum(), (gradients(out)[0] * along).sum(), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("in_fp8", [False, True], ids=["widened", "multiplied as they are"])
 @pytest.mark.parametrize("form", FORMS)
 def test_output_and_every_gradient_are_the_references(form, in_fp8):
     """On GPUs that multiply E4M3, which only float64 is left out of, and on those that widen it."""
     dtype = torch.float32 if in_fp8 else torch.float64
-    bound = 1e-6 if in_fp8 else 1e-12
+    exact = 1e-6 if in_fp8 else 1e-12
+    bound = 2e-2 if in_fp8 and DEVICE == "cuda" else exact  # tensor cores keep fewer bits of a sum: other codes of h
     sizes = [(140, 36, True), (36, 132, False)] if form in ("swiglu", "relu2") else [(140, 20, False)]
     for d, f, by_columns in sizes:
         arguments = _layer(form, d=d, f=f, by_columns=by_columns, dtype=dtype)
@@ -70,13 +82,21 @@ def test_output_and_every_gradient_are_the_references(form, in_fp8):
             errors = relative_errors(run_kernels(arguments), want)
         assert max(errors.values()) < bound, errors
         errors = relative_errors(run_rows(arguments, grouped.experts), want)
-        assert max(errors.values()) < bound, errors
+        assert max(errors.values()) < exact, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["swiglu", "relu2"])
 def test_in_16_bits_the_kernels_are_as_wrong_as_any(form, dtype):
     assert wrong_results(_layer(form, dtype=dtype)) == []
+
+
+def test_under_autocast_the_definition_rounds_what_autocast_would_multiply():
+    """Not the float32 numbers: those round to others in one of 32."""
+    arguments = _layer(d=256, f=256, dtype=torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        want, got = run_rows(arguments, reference.experts), run_rows(arguments, grouped.experts)
+    assert relative_errors(got, {"out": want["out"].double()})["out"] < 0.01
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -143,12 +163,12 @@ def test_a_compiled_graph_gives_the_same():
         assert torch.equal(compiled(**arguments), function(**arguments))
 
 
-def run_flat(arguments):
-    """The reference's output, over flat rows."""
+def run_flat(arguments, function=grouped.experts):
+    """A backend's output, over flat rows."""
     expert = arguments["expert"]
     token = torch.arange(len(expert), device=DEVICE).repeat_interleave(expert.shape[1])
     rows = {"token": token, "expert": expert.flatten(), "weight": arguments["weight"].flatten()}
-    return call(grouped.experts, {**arguments, **rows})
+    return call(function, {**arguments, **rows})
 
 
 def test_what_is_not_taken_is_refused_in_a_sentence_before_any_launch():

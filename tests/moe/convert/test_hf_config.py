@@ -386,6 +386,7 @@ def test_a_missing_key_is_refused_by_name() -> None:
         ({"window": 8, "window_layers": [1]}, {}, {}, r"model.window_layers=\[1\]"),
         ({"qk_norm": "full", "head_dim": 16}, {}, {}, "model.head_dim=16"),
         ({"qk_norm": "none"}, {}, {"renormalize": False}, "router.renormalize=False"),
+        ({}, {"precision": "fp8"}, {}, "model.moe.precision=fp8"),
     ],
 )
 def test_a_model_of_no_family_is_refused_by_its_first_foreign_setting(
