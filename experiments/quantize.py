@@ -90,8 +90,8 @@ def main(cfg: QuantizeConfig) -> None:
     settings = read_settings(Path(cfg.run))
     if settings.model.moe and settings.model.moe.precision != "same":
         raise BadInput(
-            f"run={cfg.run} rounds its experts itself (model.moe.precision={settings.model.moe.precision}): accepted is "
-            "a run whose products are not rounded, model.moe.precision=same."
+            f"run={cfg.run} rounds its experts itself (model.moe.precision={settings.model.moe.precision}): accepted "
+            "is a run whose products are not rounded, model.moe.precision=same."
         )
     if cfg.program:
         export_c.check(settings)

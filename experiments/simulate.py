@@ -70,6 +70,7 @@ class SimulateConfig:
 @cli.command("simulate", SimulateConfig, verbatim=("out", "trace"))
 def main(cfg: SimulateConfig) -> None:
     """Simulate, print, and keep."""
+    # What cannot be is refused before anything is simulated.
     model_config.validate(cfg.model)
     if cfg.model.moe is None or not cfg.model.vocab_size:
         why = "is dense" if cfg.model.moe is None else "has no vocabulary: set model.vocab_size"
@@ -79,6 +80,7 @@ def main(cfg: SimulateConfig) -> None:
             f"model.moe.precision={cfg.model.moe.precision} is not what is simulated: matmul=bf16 and matmul=fp8 say "
             "in what all products are; accepted is same."
         )
+    # Say it, and keep it.
     lines = routing(cfg)
     tables.print_table(simulate_table.HEADINGS, simulate_table.cells(lines), simulate_table.LEFT)
     effects = what_matters(cfg)
