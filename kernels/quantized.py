@@ -146,7 +146,7 @@ class Widening:
             case Int8():
                 return (values.double() * scales.double()[:, None]).to(self.dtype)
             case Fp8():
-                return widen(values, scales, self.dtype)
+                return widen(values, scales, torch.float64).to(self.dtype)
         magnitudes = torch.tensor(E2M1, dtype=torch.float64, device=values.device)
         table = torch.cat((magnitudes, -magnitudes))
         codes = torch.stack((values & 15, values >> 4), -1).flatten(-2)

@@ -33,7 +33,7 @@ from kernels.plan import Plan
 # Triton's interpreter multiplies bfloat16 bit patterns; there (only) operands are widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAPS = (torch.int32,)  # what a plan's parts are
-FORMATS = {torch.int8: "int8", torch.uint8: "mxfp4", torch.float8_e4m3fn: "fp8"}  # of quantised weights, by type
+STORED = {torch.int8: "int8", torch.uint8: "mxfp4", torch.float8_e4m3fn: "fp8"}  # of quantised weights, by type
 RAGGED_ROWS = 2**30  # that a descriptor of ragged rows reaches
 
 
@@ -349,7 +349,7 @@ def _launch(
     precision, acc = tuning.precision(a.device, tf32), accumulator(a.dtype)
 
     # Operands of 8 bits: as such where the GPU multiplies them, else as bytes to be widened.
-    quant = "" if scales is None else FORMATS[b.dtype]
+    quant = "" if scales is None else STORED[b.dtype]
     in_fp8 = rounds and tuning.multiplies_fp8(a.device, a.dtype)
     a_scales = None
     if rounds:

@@ -78,9 +78,9 @@ def check_experts(experts: int, ep: int, what: str = "model.moe.n_experts") -> N
         )
 
 
-def check_products(precision: str, ep: int) -> None:
-    """Refuse experts of this `model.moe.precision` where ranks share them out. Raises `BadInput`."""
-    if precision == "fp8" and ep > 1:
+def check_products(in_fp8: bool, ep: int) -> None:
+    """Refuse experts whose products are in fp8 where ranks share them out. Raises `BadInput`."""
+    if in_fp8 and ep > 1:
         raise BadInput(
             f"parallel.ep={ep} with model.moe.precision=fp8: a row's weight would get another gradient than in one "
             "process, because it is applied elsewhere than the expert; accepted are parallel.ep=1 and "

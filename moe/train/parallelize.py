@@ -66,7 +66,7 @@ def share_out(stack: Experts, meshes: Meshes) -> None:
     """Keep of a stack of experts those of this rank, and send rows to the rank of their expert."""
     n_experts, (ep, rank) = len(stack.w_up_EFD), (meshes.layout.ep, meshes.expert_rank())
     check_experts(n_experts, ep, "the number of experts of one width")
-    check_products("fp8" if stack.form.fp8 else "same", ep)
+    check_products(bool(stack.form.fp8), ep)
     for name, w in list(stack.named_parameters(recurse=False)):
         local = w.detach().chunk(ep)[rank].clone()
         shared = DTensor.from_local(local, meshes.experts["ep"], [Shard(0)], run_check=False)

@@ -44,12 +44,12 @@ def test_experts_are_taken_when_every_rank_gets_as_many():
 
 
 def test_products_in_fp8_are_for_experts_that_are_whole_on_every_rank():
-    for precision, ep in (("same", 1), ("same", 4), ("fp8", 1)):
-        check_products(precision, ep)
+    for in_fp8, ep in ((False, 1), (False, 4), (True, 1)):
+        check_products(in_fp8, ep)
     with pytest.raises(
         BadInput, match=r"parallel.ep=4 with model.moe.precision=fp8: .* accepted are parallel.ep=1 and"
     ):
-        check_products("fp8", 4)
+        check_products(True, 4)
 
 
 def test_what_would_be_accepted_is_named():
