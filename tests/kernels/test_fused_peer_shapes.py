@@ -1,6 +1,6 @@
 """The kinds of layers that other kernels' tests are made of, written anew from what those tests describe, in sizes that
-Triton's interpreter takes in seconds: the kernels are right on all of them in float32, and in 16 bits but for the longest.
-"""
+Triton's interpreter takes in seconds: the kernels are right on all of them in float32, and on all but the longest in 16
+bits."""
 
 import itertools
 from typing import NamedTuple
