@@ -56,11 +56,16 @@ def ranks_end():
 def schemas_end():
     """A command finds no schema but its own, as in a process of its own: Hydra copies all of them as often as it
     composes."""
+    kept = set(_schemas())
     yield
-    if store := sys.modules.get("hydra.core.config_store"):
-        known = store.ConfigStore.instance().repo
-        for name in [name for name in known if name.startswith("schema_")]:
-            del known[name]
+    for name in _schemas().keys() - kept:
+        del _schemas()[name]
+
+
+def _schemas() -> dict[str, Any]:
+    """What Hydra has been told so far."""
+    store = sys.modules.get("hydra.core.config_store")
+    return store.ConfigStore.instance().repo if store else {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

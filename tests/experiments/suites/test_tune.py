@@ -12,6 +12,7 @@ from experiments.suites import cases, tune
 from experiments.suites.cases import Rows, Wrong, run
 from experiments.suites.shapes import SHAPES, Shape
 from kernels import aot, tuning
+from kernels.quantized import FORMATS
 from kernels.tuning import Tile
 from tests import fake_cuda
 from tests.experiments.bench_command import command
@@ -75,6 +76,8 @@ def test_bytes_in_flight_are_never_more_than_the_compilers_took_and_mostly_the_s
     exact = 0
     for line in aot.TABLE.read_text().splitlines()[2:]:
         cells = line.replace(" tma", "").split()
+        if cells[4].split("-")[0] in FORMATS and cells[1] in ("up", "down"):
+            continue  # operands of 8 bits and fewer, whose tiles nobody tunes
         if cells[0] in GPUS and (use := cells[1].split("_")[0]) in tuning.USES:
             m, n, k = map(int, cells[5].split("x"))
             warps, stages, shared = int(cells[6][1:]), int(cells[7][1:]), int(cells[10])
