@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from experiments.suites.cases import Case, Wrong
-from experiments.suites.layer_checks import DTYPES, Settings, draw, multiplying, poisoned, routed, verdict
+from experiments.suites.layer_checks import DTYPES, Layer, Settings, draw, multiplying, poisoned, routed, verdict
 from experiments.suites.shapes import Shape
-from kernels import reference, tuning
+from kernels import quantized, reference, tuning
+from kernels.quantized import FORMATS
 from moe.routing.contract import rows
 
 # score, selection bias, renormalised, (groups, groups kept): as the router's settings
@@ -66,6 +67,10 @@ def cases(settings: Settings) -> Iterator[Case]:
     for kind in settings.dtypes:
         for load in ("uniform", "ragged"):
             yield case("combine", odd, kind, check_combine, load, load=load)
+
+    # Experts that are stored in fewer bits.
+    for name in FORMATS:
+        yield case(f"stored in {name}", regular, "bf16", check_stored, name, load="zipf")
 
 
 def check_gate(settings: Settings, shape: Shape, kind: str, gate_of: tuple[Any, ...]) -> dict[str, Any]:
@@ -243,3 +248,18 @@ def expert_by_expert(
         tensors["dw_down"][e] = dout[token].T @ tensors["wh"][at]
         tensors["dw_up"][e] = tensors["dz"][at].T @ x[token]
     return tensors
+
+
+def check_stored(settings: Settings, shape: Shape, kind: str, name: str) -> dict[str, Any]:
+    """Forward alone, of weights in a format of kernels/quantized.py, whose groups are of up to 32."""
+    layer = draw(shape._replace(D=-(-shape.D // 32) * 32, F=-(-shape.F // 32) * 32), settings.device, kind, "zipf")
+    w_up, w_down = (FORMATS[name](w.detach()) for w in (layer.w_up_EFD, layer.w_down_EDF))
+
+    def output(layer: Layer, dispatch: str) -> Tensor:
+        rows = (None, layer.expert, layer.weight.detach())
+        return quantized.experts(layer.x_TD.detach(), w_up, w_down, *rows, layer.activation, dispatch=dispatch)[0]
+
+    want, theirs = output(layer.of(torch.float64), "reference"), output(layer, "torch")
+    with poisoned():
+        got = output(layer, "triton")
+    return verdict(settings, kind, ("y",), (got,), (want,), (theirs,))

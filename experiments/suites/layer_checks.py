@@ -27,9 +27,8 @@ from experiments.suites import facts, timing
 from experiments.suites.cases import Absent, Case, LeftOut
 from experiments.suites.layer import choices
 from experiments.suites.shapes import Shape
-from kernels import grouped, quantized, reference
+from kernels import grouped, reference
 from kernels.form import Form
-from kernels.quantized import FORMATS
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.router import RouterConfig
 from moe.errors import BadInput
@@ -228,6 +227,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         if kind in settings.dtypes:
             yield other("the same bits on every run", check_reruns, kind, dtype=kind)
     yield other("a replayed graph follows new inputs", check_graph)
+    yield other("a replayed graph routes new tokens", check_whole_graph, dtype="fp32")
     yield other("compiled whole", check_compiled)
 
     # The layer again, where it takes another kernel or much memory: every K, every activation, large sizes.
@@ -240,8 +240,6 @@ def cases(settings: Settings) -> Iterator[Case]:
     # In fewer bits. Sums of fp8 on tensor cores are less exact than float32, which 16 bits do not tell.
     for shape in (settings.regular, settings.odd):
         yield layer(shape, "bf16", "zipf", IN_FP8)
-    for name in FORMATS:
-        yield other(f"experts stored in {name}", check_stored, name)
     yield other("D past 2^31 elements", check_far, "D")
     yield other("F past 2^31 elements", check_far, "F")
 
@@ -259,23 +257,6 @@ def check_layer(settings: Settings, shape: Shape, kind: str, load: str, activati
     with poisoned():
         got = layer.results(by_triton)
     return verdict(settings, kind, NAMES, got, want, theirs)
-
-
-def check_stored(settings: Settings, name: str) -> dict[str, Any]:
-    """Forward alone, of weights in a format of kernels/quantized.py, whose groups are of up to 32."""
-    shape = settings.regular
-    layer = draw(shape._replace(D=-(-shape.D // 32) * 32, F=-(-shape.F // 32) * 32), settings.device, "bf16", "zipf")
-    w_up, w_down = (FORMATS[name](w.detach()) for w in (layer.w_up_EFD, layer.w_down_EDF))
-
-    def output(layer: Layer, dispatch: str) -> Tensor:
-        x_TD, weight = layer.x_TD.detach(), layer.weight.detach()
-        rows = (None, layer.expert, weight)
-        return quantized.experts(x_TD, w_up, w_down, *rows, layer.activation, dispatch=dispatch)[0]
-
-    want, theirs = output(layer.of(torch.float64), "reference"), output(layer, "torch")
-    with poisoned():
-        got = output(layer, "triton")
-    return verdict(settings, "bf16", ("y",), (got,), (want,), (theirs,))
 
 
 def verdict(
@@ -309,22 +290,34 @@ def check_reruns(settings: Settings, kind: str) -> dict[str, Any]:
 
 def check_graph(settings: Settings) -> dict[str, Any]:
     """Forward and backward captured on one routing, replayed on another: nothing of the plan is known to the host."""
-    if settings.device.type != "cuda":
-        raise Absent("graphs need a GPU")
     layer = draw(settings.regular, settings.device, "bf16")
-    graph = timing.captured(lambda: layer.results(by_triton), settings.device)
-    assert graph is not None
-    with torch.no_grad():
+
+    def change() -> None:
         layer.x_TD.copy_(torch.randn_like(layer.x_TD))
         layer.expert.copy_(routed(settings.regular, "zipf", settings.device)[0])
-    want = layer.results(by_triton)
+
+    return replayed(settings, lambda: layer.results(by_triton), change, NAMES)
+
+
+def replayed(
+    settings: Settings, results: Callable[[], Sequence[Tensor]], change: Callable[[], Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Whether a graph that was captured before a change of its inputs gives, replayed, what a call gives after it.
+    Raises `Absent` without a GPU."""
+    graph = timing.captured(results, settings.device)
+    if graph is None:
+        raise Absent("graphs need a GPU")
+    with torch.no_grad():
+        change()
+    want = results()
     graph.replay()
-    differ = [name for name, a, b in zip(NAMES, graph.result, want, strict=True) if not torch.equal(a, b)]
+    differ = [name for name, a, b in zip(names, graph.result, want, strict=True) if not torch.equal(a, b)]
     return {"status": "wrong", "error": f"{', '.join(differ)} of the replay differ"} if differ else {}
 
 
-def check_compiled(settings: Settings) -> dict[str, Any]:
-    """A whole MoE layer, router and losses included, under torch.compile in one graph: what the eager call gives."""
+def whole_layer(settings: Settings) -> tuple[MoELayer, Tensor, tuple[str, ...], Callable[..., list[Tensor]]]:
+    """An MoE layer with its router, its input (1, T, D), and what gives output and gradients, by name, of a call of it:
+    the losses included."""
     shape = settings.regular
     moe = MoEConfig(n_experts=shape.E, k=shape.K, d_expert=shape.F)
     module = MoELayer(ModelConfig(d_model=shape.D, moe=moe), moe, RouterConfig()).to(settings.device)
@@ -338,9 +331,20 @@ def check_compiled(settings: Settings) -> dict[str, Any]:
         loss = y_BSD.square().mean() + report.aux + report.z
         return [y_BSD.detach(), *torch.autograd.grad(loss, (x_BSD, *module.parameters()))]
 
+    return module, x_BSD, ("y", "dx", *(f"d{name}" for name, _ in module.named_parameters())), results
+
+
+def check_whole_graph(settings: Settings) -> dict[str, Any]:
+    """A whole MoE layer forward and backward captured once, gate and plan with it, and replayed on other tokens."""
+    module, x_BSD, names, results = whole_layer(settings)
+    return replayed(settings, lambda: results(module), lambda: x_BSD.normal_(), names)
+
+
+def check_compiled(settings: Settings) -> dict[str, Any]:
+    """A whole MoE layer, router and losses included, under torch.compile in one graph: what the eager call gives."""
+    module, _, names, results = whole_layer(settings)
     want = results(module)
     got = results(torch.compile(module, fullgraph=True, backend=settings.compiler))
-    names = ("y", "dx", *(f"d{name}" for name, _ in module.named_parameters()))
     errors = {name: timing.relative_error(a, b) for name, a, b in zip(names, got, want, strict=True)}
     bad = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= 1e-5]
     result: dict[str, Any] = {"errors": errors}

@@ -4,6 +4,8 @@ import pytest
 
 from experiments.suites import kernel_checks
 from experiments.suites.cases import Wrong
+from kernels import quantized
+from kernels.quantized import FORMATS
 from tests import fake_cuda
 from tests.experiments.suites.small_checks import SHAPE, small_settings
 
@@ -50,3 +52,16 @@ def _spoilt(function, at):
         return tuple(results)
 
     return wrapped
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stored_experts_that_are_a_tenth_too_large_are_wrong(name, monkeypatch):
+    assert "status" not in kernel_checks.check_stored(small_settings(), SHAPE, "bf16", name)
+    right = quantized.experts
+
+    def scaled(*operands, dispatch):
+        y, counts = right(*operands, dispatch=dispatch)
+        return (1.1 * y if dispatch == "triton" else y), counts
+
+    monkeypatch.setattr(quantized, "experts", scaled)
+    assert "errors exceed bounds: y" in kernel_checks.check_stored(small_settings(), SHAPE, "bf16", name)["error"]
