@@ -75,9 +75,7 @@ class EvaluateConfig:
     tasks: str = ""  # instead of a text: tasks of lm-evaluation-harness, with commas between their names
     limit: int = 0  # tasks: the first so many questions of each; 0: all
     fewshot: int = -1  # tasks: examples before each question; -1: as many as the task says
-    experts: str = (
-        ""  # of a run, how routed experts are stored: as int8, fp8 or mxfp4 of kernels/quantized.py; "": as they are
-    )
+    experts: str = ""  # of a run: routed experts as int8, fp8 or mxfp4 of kernels/quantized.py; "": as they are
     trust: bool = False  # run a router of one's own that the run names
 
     def __post_init__(self) -> None:

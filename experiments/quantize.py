@@ -6,10 +6,10 @@
     python -m experiments.quantize run=runs/demo/moe-seed0 program=true             # int8 in the C program of export
 
 To int8 and int4 weights are rounded with a scale for each 32 to 64 neighbours of a row (moe/convert/quantize.py), to
-other formats as kernels/quantized.py has them; routers, gates, norms,
-biases and learned positions stay as they are, and so does the arithmetic. Losses are of the run's validation text, in
-float32; differences are of the same tokens, with 95% intervals over documents. With `program` both losses are those of
-run.c, compiled here, as `python -m experiments.export format=c` writes it.
+other formats as kernels/quantized.py has them; routers, gates, norms, biases and learned positions stay as they are,
+and so does the arithmetic. Losses are of the run's validation text, in float32; differences are of the same tokens,
+with 95% intervals over documents. With `program` both losses are those of run.c, compiled here, as `python -m
+experiments.export format=c` writes it.
 
 `out` writes the same as JSON lines (`Effect` of moe/analysis/effects.py, and `Flipped` for every MoE layer).
 """

@@ -244,7 +244,7 @@ def _row(name: str, kind: str, load: str, shape: str, launch: Launch) -> Row:
     read = machine_code.nvidia(asm["cubin"], launch.tuned) if cuda else machine_code.amd(asm["amdgcn"], launch.tuned)
     columns = getattr(metadata, "tmem_size", 0)
     blocks = blocks_per_multiprocessor(target, read.registers, metadata.num_warps, metadata.shared, columns)
-    counted = {name: read.instructions[name] + read.instructions[OF_8_BITS.get(name, "")] for name in INSTRUCTIONS}
+    counted = {key: read.instructions[key] + read.instructions[OF_8_BITS.get(key, "")] for key in INSTRUCTIONS}
     numbers = (read.registers, read.spilled, metadata.shared, blocks, counted, read.loop)
     return Row(name, use, kind, load, shape, tile, tma, *numbers)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import fused, gate, quantized, tuning
 from kernels.form import NAMED, Form
+from kernels.fp8 import blocks
 from kernels.quantized import FORMATS
 
 
@@ -96,7 +97,7 @@ def _stored(name: str, e: int, n: int, m: int) -> tuple[Tensor, Tensor]:
         case "mxfp4":
             return new(e, n, m // 32, 16, dtype=torch.uint8), new(e, n, m // 32, dtype=torch.uint8)
     assert name == "fp8"
-    return new(e, n, m, dtype=torch.float8_e4m3fn), new(e, -(-n // 128), -(-m // 128))
+    return new(e, n, m, dtype=torch.float8_e4m3fn), new(e, *blocks(torch.Size((n, m))))
 
 
 def route(

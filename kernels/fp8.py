@@ -22,7 +22,6 @@ from torch import Tensor
 from kernels.form import Form
 
 BLOCK = 128  # numbers that share a scale, along either side
-LARGEST = 448.0
 
 
 class Fp8(NamedTuple):

@@ -76,7 +76,7 @@ def _place(
 ):  # fmt: skip
     """The first n_blocks programs place the rows, the others write the offsets and the schedule."""
     block = tl.program_id(0)
-    rows_E = tl.load(total + tl.arange(0, WIDTH))
+    rows_E = tl.load(total + tl.arange(0, WIDTH))  # beyond E whatever lies there, which nothing below reads
     start_E = tl.cumsum(rows_E, 0) - rows_E  # where each expert's slots begin; behind the last, where they end
     if block < n_blocks:
         _place_rows(
@@ -162,7 +162,7 @@ def plan(expert: Tensor, token_N: Tensor | None, n_experts: int, block_m: int) -
     if n_blocks:
         _count[(n_blocks,)](expert, count, n_rows, **common, BLOCK=block)
     chunk = min(CELLS // columns, power_of_2(n_blocks))
-    _scan[(width // columns,)](
+    _scan[(n_experts // columns + 1,)](
         count, base, total, n_blocks, WIDTH=width, COLUMNS=columns, CHUNK=chunk, num_warps=WARPS
     )  # fmt: skip
     schedule = max(1, min(SCHEDULE, CELLS // width))

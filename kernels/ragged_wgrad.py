@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
 from kernels import operands, tuning
+from kernels.bits import clamp
 from kernels.plan import Plan
-from kernels.ragged_mm import INTERPRETED, MAPS, RAGGED_ROWS, accumulator, clamp, dot
+from kernels.ragged_mm import INTERPRETED, MAPS, RAGGED_ROWS, accumulator, dot
 
 ROWS, COLUMNS = 32, 128  # of a bias' gradient, that one program adds at a time
 

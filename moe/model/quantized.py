@@ -127,8 +127,8 @@ def round_trip(w_ENM: Tensor, name: str) -> Tensor:
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Stacked matrices of MXFP4 as checkpoints of gpt-oss have them, (E, N, G, 16) and (E, N, G) uint8, widened expert
-    by expert: -> (E, N, 32 G) bfloat16, exactly, where it holds them."""
+    """Stacked matrices of MXFP4 as checkpoints of gpt-oss have them, (E, N, G, 16) and (E, N, G) uint8, widened:
+    -> (E, N, 32 G) bfloat16, exactly, where it holds them."""
     return dequantize(Mxfp4(blocks, scales), torch.bfloat16)
 
 

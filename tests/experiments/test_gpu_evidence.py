@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import gpu_evidence
-from experiments.suites import cases, evidence, facts
+from experiments.suites import cases, evidence, facts, kernel_checks, layer_checks
 from moe.errors import BadInput
 from tests import fake_cuda
 
@@ -60,7 +60,7 @@ def test_a_row_says_where_it_was_made(tmp_path, monkeypatch):
         assert str(tmp_path) not in json.dumps(row)
 
 
-def _started(folder, *given):
+def _started(folder, *given, stage="kernels"):
     """The command in a process of its own, once its first row is written."""
     command = [
         sys.executable,
@@ -69,12 +69,12 @@ def _started(folder, *given):
         "--out",
         str(folder),
         "--stage",
-        "kernels",
+        stage,
         *SMOKE,
         *given,
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    path = folder / "gpu-kernels.jsonl"
+    path = folder / f"gpu-{stage}.jsonl"
     until = time.monotonic() + 120
     while not (path.exists() and path.read_text().count("\n")):
         assert time.monotonic() < until
@@ -111,12 +111,14 @@ def test_another_commit_makes_all_rows_again(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(tmp_path):
-    process = _started(tmp_path)
+    process = _started(tmp_path, stage="correctness")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in out
-    assert 1 <= len(_lines(tmp_path / "gpu-kernels.jsonl")) <= 6  # how many there is time for
+    checks = layer_checks.settings(torch.device("cpu"), full=False)
+    n_rows = sum(1 for suite in (kernel_checks, layer_checks) for _ in suite.cases(checks))
+    assert 1 <= len(_lines(tmp_path / "gpu-correctness.jsonl")) < n_rows
 
 
 def test_what_there_is_no_time_for_is_listed(tmp_path):

@@ -188,6 +188,20 @@ def test_the_plan_takes_any_number_of_experts(n_experts):
     _check_fixed([[(7 * t + 3 * k) % n_experts for k in range(4)] for t in range(50)], n_experts, 16)
 
 
+@pytest.mark.parametrize(("n_experts", "programs"), [(5, 1), (31, 1), (32, 2), (70, 3), (128, 5)])
+def test_the_scan_takes_a_program_for_every_32_experts_and_rows_without_one(n_experts, programs):
+    scan, grids = module._scan, []
+
+    class Spied:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return scan[grid]
+
+    with patch.object(module, "_scan", Spied()):
+        _check_fixed([[(7 * t + 3 * k) % n_experts - 1 for k in range(4)] for t in range(50)], n_experts, 16)
+    assert grids == [(programs,)]
+
+
 @pytest.mark.parametrize("n_rows", [511, 512, 513, 1100])
 def test_rows_up_to_and_past_whole_blocks_are_placed(n_rows):
     _check_ragged([r * r % 11 - 1 for r in range(n_rows)], [r // 2 for r in range(n_rows)], 9, 64)
