@@ -85,6 +85,21 @@ def test_output_and_every_gradient_are_the_references(form, in_fp8):
         assert max(errors.values()) < exact, errors
 
 
+@pytest.mark.parametrize(("form", "f"), [*((form, 256) for form in FORMS), ("swiglu", 140)])
+def test_every_block_of_rows_and_matrices_has_a_scale_of_its_own(form, f):
+    """Where a tile's gates and others lie in whole blocks, of which it reads one scale each, and where they do not."""
+    arguments = _layer(form, d=140, f=f)
+    factors = lambda n, base: base ** (torch.arange(n, dtype=torch.float64, device=DEVICE) // 128)
+    with torch.no_grad():
+        arguments["x"] *= factors(140, 16)
+        for name in ("w_up", "w_down"):
+            n, m = arguments[name].shape[1:]
+            arguments[name] *= factors(n, 1 / 8)[:, None] * factors(m, 1 / 32)
+        want = run_flat(arguments, reference.experts)
+        got = call(fused.experts, arguments)[0]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["swiglu", "relu2"])
 def test_in_16_bits_the_kernels_are_as_wrong_as_any(form, dtype):
